@@ -1,0 +1,39 @@
+"""The errors eigenpeft raises: what was passed, what is allowed, what to do, in one message."""
+
+from collections.abc import Sequence
+
+
+class EigenPeftError(Exception):
+    """Base class of every error that eigenpeft raises about its input; the message is complete by itself."""
+
+
+class CollectionError(EigenPeftError, ValueError):
+    """Adapters that cannot be read together; one message names every problem of the collection.
+
+    Args:
+        problems: One sentence a problem, each naming the adapter and the values.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self):
+        """Rebuild from the problems, so that the error crosses process boundaries."""
+        return type(self), (self.problems,)
+
+
+class SubspaceError(EigenPeftError, ValueError):
+    """A subspace, store or request on one that cannot be served as asked."""
+
+
+class SubspaceNotFoundError(SubspaceError, FileNotFoundError):
+    """No subspace at the place asked for; the message lists the places that were searched."""
+
+
+class ArtifactError(EigenPeftError, OSError):
+    """A file that is truncated, altered, of another format version, or that could not be written."""
+
+
+class AdapterConfigError(EigenPeftError, ValueError):
+    """An adapter configuration that asks for something the method cannot do."""
