@@ -1,0 +1,15 @@
+"""Principal subspaces: the artifact, its builder, and stores of coefficients on it."""
+
+from eigenpeft.subspace.builder import SubspaceBuilder
+from eigenpeft.subspace.info import SubspaceInfo
+from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.store import CoefficientStore
+
+__all__ = [
+    "CoefficientStore",
+    "Coefficients",
+    "ModuleSubspace",
+    "PrincipalSubspace",
+    "SubspaceBuilder",
+    "SubspaceInfo",
+]

@@ -1,0 +1,54 @@
+"""Where a subspace comes from: the part of it that is not tensors."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from eigenpeft.version import __version__
+
+
+@dataclass(frozen=True)
+class SubspaceInfo:
+    """Everything in `subspace_config.json` that does not follow from the tensors.
+
+    Attributes:
+        base_model_name_or_path: The base model of the adapters.
+        method: How the bases were fitted; see `SubspaceBuilder`.
+        weighting: "equal" or "energy".
+        n_components: As asked for: a number, a share, or one of them a module pattern.
+        n_pseudo_components: Random directions added to each module.
+        seed: Seed of the random directions and of the iterative solver.
+        sources: One record an adapter: name, source, revision, sha256, ranks, alpha, licence, modules.
+        measured_on: Names of the adapters that `explained_variance_ratio` was measured on: all of them after `fit`, the
+            added ones alone when a subspace that was loaded from disk is updated.
+        fan_in_fan_out: Modules whose base weight is stored transposed (GPT-2's Conv1D).
+        eigenpeft_version: Version that built it.
+    """
+
+    base_model_name_or_path: str | None = None
+    method: str = "balanced"
+    weighting: str = "equal"
+    n_components: int | float | dict[str, int | float] | None = None
+    n_pseudo_components: int = 0
+    seed: int = 0
+    sources: tuple[dict[str, Any], ...] = ()
+    measured_on: tuple[str, ...] = ()
+    fan_in_fan_out: tuple[str, ...] = ()
+    eigenpeft_version: str = field(default=__version__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-serialisable values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SubspaceInfo":
+        """From the values of a config file; keys of other versions are left out.
+
+        Args:
+            values: Parsed JSON.
+        """
+        known = {entry.name for entry in fields(cls)}
+        kept = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
+        }
+        return cls(**kept)

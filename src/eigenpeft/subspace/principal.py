@@ -1,0 +1,431 @@
+"""The principal subspace of a collection of adapters: one frozen pair of orthonormal bases a module."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from eigenpeft.errors import ArtifactError, SubspaceError
+from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.subspace import storage
+from eigenpeft.subspace.card import ModuleRow, subspace_card
+from eigenpeft.subspace.info import SubspaceInfo
+
+# The tensors of one module, in the order in which files and fingerprints list them.
+TENSOR_FIELDS = (
+    "components_in",
+    "components_out",
+    "singular_values_in",
+    "singular_values_out",
+    "explained_variance_ratio",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleSubspace:
+    """The subspace of one adapted weight of shape (out_features, in_features).
+
+    Attributes:
+        components_in: (n_components, in_features), orthonormal rows, most important first; pseudo-components last.
+        components_out: (n_components, out_features), likewise.
+        singular_values_in: (n_components - n_pseudo_components,), of the stack the input side was
+            fitted to, descending.
+        singular_values_out: The same for the output side.
+        explained_variance_ratio: (n_components - n_pseudo_components,), entry k is what component k + 1, on both sides
+            together, adds to the explained share of the adapters' squared ΔW norms; `cumsum` gives the curve.
+    """
+
+    components_in: Tensor
+    components_out: Tensor
+    singular_values_in: Tensor
+    singular_values_out: Tensor
+    explained_variance_ratio: Tensor
+
+    def __post_init__(self):
+        n_components, n_principal = len(self.components_in), len(self.explained_variance_ratio)
+        if self.components_in.ndim != 2 or self.components_out.ndim != 2 or len(self.components_out) != n_components:
+            raise SubspaceError(
+                f"components_in {tuple(self.components_in.shape)} and components_out "
+                f"{tuple(self.components_out.shape)} must be matrices with one row a component and the same number of rows."
+            )
+        spectra = [tuple(values.shape) for values in (self.singular_values_in, self.singular_values_out)]
+        if n_principal > n_components or any(shape != (n_principal,) for shape in spectra):
+            raise SubspaceError(
+                f"singular_values_in {spectra[0]}, singular_values_out {spectra[1]} and explained_variance_ratio "
+                f"({n_principal},) must have one entry a principal component, at most the {n_components} components."
+            )
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K of each side, pseudo-components included."""
+        return len(self.components_in)
+
+    @property
+    def n_pseudo_components(self) -> int:
+        """How many of the last components are random directions rather than principal ones."""
+        return len(self.components_in) - len(self.explained_variance_ratio)
+
+    @property
+    def in_features(self) -> int:
+        """Width n of the weight's input."""
+        return self.components_in.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width m of the weight's output."""
+        return self.components_out.shape[1]
+
+    @property
+    def explained_share(self) -> float:
+        """Share of the adapters' squared ΔW norms that all principal components explain, between 0 and 1."""
+        return float(self.explained_variance_ratio.double().sum())
+
+    def truncate(self, n_components: int) -> "ModuleSubspace":
+        """The subspace of the first `n_components` components; views, no copies.
+
+        Args:
+            n_components: Between 1 and the present number.
+
+        Raises:
+            SubspaceError: If there are fewer components than asked for.
+        """
+        if not 1 <= n_components <= self.n_components:
+            raise SubspaceError(
+                f"n_components={n_components} must be between 1 and the {self.n_components} components of the "
+                "subspace; build it again with a larger n_components to have more."
+            )
+        return ModuleSubspace(**{name: getattr(self, name)[:n_components] for name in TENSOR_FIELDS})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's tensors by field name."""
+        return {name: getattr(self, name) for name in TENSOR_FIELDS}
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """An adapter's place in the subspace of one module: `ΔW ≈ V_outᵀ C_out C_in V_in`, scaling included.
+
+    Attributes:
+        coefficients_out: (n_components, r).
+        coefficients_in: (r, n_components).
+    """
+
+    coefficients_out: Tensor
+    coefficients_in: Tensor
+
+
+class PrincipalSubspace(Mapping[str, ModuleSubspace]):
+    """Frozen bases by module name: `subspace["encoder.layer.0.attention.self.query"].components_in`.
+
+    Made by `SubspaceBuilder`, kept by `save_pretrained`, read by `from_pretrained`; adapters of type EIGENLORA learn
+    coefficients on it.
+
+    Args:
+        modules: Subspace of each module, by module name.
+        info: Where they come from.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft import PrincipalSubspace
+        >>> from eigenpeft.subspace import ModuleSubspace
+        >>> bases = ModuleSubspace(
+        ...     components_in=torch.eye(2, 4),
+        ...     components_out=torch.eye(2, 3),
+        ...     singular_values_in=torch.tensor([2.0, 1.0]),
+        ...     singular_values_out=torch.tensor([2.0, 1.0]),
+        ...     explained_variance_ratio=torch.tensor([0.8, 0.2]),
+        ... )
+        >>> subspace = PrincipalSubspace({"layer.0": bases})
+        >>> subspace.modules
+        ('layer.0',)
+        >>> subspace["layer.0"].n_components
+        2
+    """
+
+    def __init__(self, modules: Mapping[str, ModuleSubspace], *, info: SubspaceInfo | None = None):
+        if not modules:
+            raise SubspaceError("A subspace needs at least one module; none was given.")
+        self._modules = dict(modules)
+        self.info = info or SubspaceInfo()
+        self.origin: str | None = None
+        """The path or Hub id this object was loaded from or saved to; None while it is only in memory."""
+        self.revision: str | None = None
+        """The Hub revision it was loaded from; None for local folders."""
+
+    def __getitem__(self, module: str) -> ModuleSubspace:
+        try:
+            return self._modules[module]
+        except KeyError:
+            raise KeyError(
+                f"{module!r} is not in the subspace of {len(self)} modules, such as {self.modules[0]!r}."
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrincipalSubspace) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        counts = sorted({bases.n_components for bases in self.values()})
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
+        return (
+            f"PrincipalSubspace(modules={len(self)}, n_components={span}, method={self.info.method!r}, "
+            f"adapters={len(self.info.sources)}, explained_share={self.explained_share:.3f})"
+        )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, in the base model's order."""
+        return tuple(self._modules)
+
+    @property
+    def explained_share(self) -> float:
+        """Mean over the modules of their explained shares."""
+        return sum(bases.explained_share for bases in self.values()) / len(self)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors: equal exactly when the tensors are."""
+        return storage.fingerprint(self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors as `{"<module>.<field>": tensor}`, the layout of the file."""
+        return {
+            f"{module}.{name}": tensor for module, bases in self.items() for name, tensor in bases.tensors().items()
+        }
+
+    def truncate(self, n_components: int) -> "PrincipalSubspace":
+        """The subspace with at most `n_components` components a module, most important first.
+
+        Args:
+            n_components: At least 1. Modules that have fewer keep what they have.
+        """
+        modules = {name: bases.truncate(min(n_components, bases.n_components)) for name, bases in self.items()}
+        n_pseudo = max(bases.n_pseudo_components for bases in modules.values())
+        return PrincipalSubspace(
+            modules, info=replace(self.info, n_components=n_components, n_pseudo_components=n_pseudo)
+        )
+
+    def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Coefficients]:
+        """Coefficients of one adapter; for a whole collection see `CoefficientStore.from_collection`.
+
+        Args:
+            factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.
+
+        Raises:
+            SubspaceError: If a module is not in the subspace, or has another shape there.
+        """
+        return {module: self._project(module, lora_B, lora_A) for module, (lora_B, lora_A) in factors.items()}
+
+    def reconstruct(self, coefficients: Mapping[str, Coefficients]) -> dict[str, tuple[Tensor, Tensor]]:
+        """LoRA factors `(lora_B, lora_A)` by module from coefficients; the scaling stays in lora_B.
+
+        Args:
+            coefficients: As `project` gives them.
+
+        Raises:
+            KeyError: If a module is not in the subspace.
+        """
+        return {
+            module: reconstruct(
+                value.coefficients_out,
+                value.coefficients_in,
+                components_out=self[module].components_out,
+                components_in=self[module].components_in,
+            )
+            for module, value in coefficients.items()
+        }
+
+    def _project(self, module: str, lora_B: Tensor, lora_A: Tensor) -> Coefficients:
+        bases = self._modules.get(module)
+        if bases is None or (len(lora_B), lora_A.shape[1]) != (bases.out_features, bases.in_features):
+            has = (
+                "not in the subspace"
+                if bases is None
+                else f"{bases.out_features} x {bases.in_features} in the subspace"
+            )
+            raise SubspaceError(
+                f"Cannot project {module!r} of shape {len(lora_B)} x {lora_A.shape[1]}: it is {has}. "
+                "Use adapters of the same base model, or build the subspace from a collection with this module."
+            )
+        coefficients_out, coefficients_in = project(
+            lora_B, lora_A, components_out=bases.components_out, components_in=bases.components_in
+        )
+        return Coefficients(coefficients_out, coefficients_in)
+
+    def find(self, module: str) -> str | None:
+        """The subspace's own name of `module`, or None.
+
+        The same base model under another head has other prefixes ("bert.encoder.layer.0" or "encoder.layer.0"), so
+        names that agree up to a dotted prefix are the same module as long as only one fits.
+
+        Args:
+            module: Module name in some model.
+        """
+        if module in self._modules:
+            return module
+        fits = [name for name in self._modules if name.endswith(f".{module}") or module.endswith(f".{name}")]
+        return fits[0] if len(fits) == 1 else None
+
+    def card(self) -> str:
+        """Text of the model card, complete without editing."""
+        return subspace_card(self.info, self.rows(), fingerprint=self.fingerprint)
+
+    def rows(self) -> list[ModuleRow]:
+        """Shape, number of components and explained share of every module."""
+        return [
+            ModuleRow(name, (bases.out_features, bases.in_features), bases.n_components, bases.explained_share)
+            for name, bases in self.items()
+        ]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `subspace_config.json`, `subspace.safetensors` and a model card; whole or not at all.
+
+        Args:
+            save_directory: Folder to make, or to update.
+
+        Raises:
+            ArtifactError: If the folder cannot be written.
+        """
+        config = {"sha256": self.fingerprint, **self.info.to_dict(), "modules": list(self.modules)}
+        storage.write_artifact(
+            save_directory, storage.SUBSPACE, config=config, tensors=self.tensors(), card=self.card()
+        )
+        self.origin, self.revision = str(save_directory), None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        sha256: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "PrincipalSubspace":
+        """Read a subspace from a local folder or from the Hub and check it.
+
+        Args:
+            path_or_id: Folder, or Hub id `owner/name`, of a subspace or of a store (whose bases are read).
+            revision: Hub branch, tag or commit.
+            sha256: The fingerprint it must have; None takes any.
+            token: Hub token; None takes the logged-in one.
+            cache_dir: Hub cache.
+            local_files_only: Use the Hub cache alone.
+
+        Raises:
+            SubspaceNotFoundError: If there is none at that place; the message lists where it looked.
+            ArtifactError: If files are missing, truncated or altered, or the fingerprint is not `sha256`.
+        """
+        where = storage.locate(
+            path_or_id,
+            storage.SUBSPACE,
+            storage.STORE,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        subspace = read_subspace(where)
+        if sha256 is not None and subspace.fingerprint != sha256:
+            raise ArtifactError(
+                f"The subspace at {str(path_or_id)!r} has fingerprint {subspace.fingerprint}, but {sha256} is asked "
+                "for: it is another subspace, or another revision of it. Get the one that belongs to it."
+            )
+        return subspace
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, modules: Iterable[str], info: SubspaceInfo
+    ) -> "PrincipalSubspace":
+        """Put a subspace together from `{"<module>.<field>": tensor}`.
+
+        Args:
+            tensors: As `tensors()` gives them.
+            modules: Names, in order.
+            info: Where it comes from.
+
+        Raises:
+            ArtifactError: If a tensor is missing or left over.
+        """
+        names = list(modules)
+        expected = {f"{module}.{field}" for module in names for field in TENSOR_FIELDS}
+        if expected != set(tensors) or not names:
+            missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+            raise ArtifactError(
+                f"The subspace file does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
+                f"{len(extra)} unexpected {extra[:3]}, {len(names)} modules listed. Get a fresh copy."
+            )
+        return cls(
+            {name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}) for name in names},
+            info=info,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload principal subspace",
+    ) -> str:
+        """Upload to the Hub as a model repository; returns the commit's address.
+
+        Args:
+            repo_id: `owner/name`; made when it does not exist.
+            private: Visibility of a new repository.
+            token: Hub token; None takes the logged-in one.
+            commit_message: Message of the commit.
+        """
+        origin, revision = self.origin, self.revision
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_pretrained(Path(scratch) / "subspace")
+            self.origin, self.revision = origin, revision
+            return storage.push_folder(
+                Path(scratch) / "subspace", repo_id, private=private, token=token, message=commit_message
+            )
+
+
+def read_subspace(where: storage.Location) -> PrincipalSubspace:
+    """The subspace of a located artifact: its own, or the one a coefficient store carries.
+
+    Args:
+        where: Place of the artifact.
+
+    Raises:
+        ArtifactError: If a part is missing, or the tensors are not those the config vouches for.
+    """
+    config = storage.read_config(where)
+    in_store = where.kind is storage.STORE
+    described, prefix = (config.get("subspace"), "subspace.") if in_store else (config, "")
+    modules = described.get("modules") if isinstance(described, dict) else None
+    if not isinstance(modules, list):
+        raise ArtifactError(f"The {where.kind.config_name} of {where.origin!r} lists no modules; get a fresh copy.")
+    with storage.open_tensors(where) as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    subspace = PrincipalSubspace.from_tensors(tensors, modules=modules, info=SubspaceInfo.from_dict(described))
+    expected = config.get("subspace_sha256" if in_store else "sha256")
+    if subspace.fingerprint != expected:
+        raise ArtifactError(
+            f"The tensors of the {where.kind.label} at {where.origin!r} have fingerprint {subspace.fingerprint}, its "
+            f"{where.kind.config_name} says {expected}: a file was altered. Get a fresh copy."
+        )
+    subspace.origin, subspace.revision = where.origin, where.revision
+    return subspace
