@@ -1,0 +1,1 @@
+"""Tables, plots and their plain-data twins for people who read results."""

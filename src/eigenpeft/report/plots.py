@@ -1,0 +1,67 @@
+"""Figures as PNG files; needs the extra `plots` (matplotlib)."""
+
+from pathlib import Path
+
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.subspace import PrincipalSubspace
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError:
+    FigureCanvasAgg = Figure = None
+
+
+def plot_spectra(subspace: PrincipalSubspace, path: str | Path) -> None:
+    """Draw explained share against K, and the singular values of both sides, one thin line a module.
+
+    Args:
+        subspace: What to draw.
+        path: PNG file to write.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
+    figure, (share, side_in, side_out) = _figure(1, 3, width=13, height=4)
+    for bases in subspace.values():
+        n_principal = len(bases.explained_variance_ratio)
+        steps = range(1, n_principal + 1)
+        share.plot(steps, bases.explained_variance_ratio.double().cumsum(0), color="tab:blue", alpha=0.3, linewidth=0.9)
+        for axes, values in ((side_in, bases.singular_values_in), (side_out, bases.singular_values_out)):
+            axes.semilogy(steps, values / values[0], color="tab:blue", alpha=0.3, linewidth=0.9)
+    share.set(xlabel="components K", ylabel="share of Σ‖ΔW‖² explained", ylim=(0, 1.02), title="Explained share")
+    side_in.set(xlabel="component", ylabel="singular value / largest", title="Input side")
+    side_out.set(xlabel="component", title="Output side")
+    for axes in (share, side_in, side_out):
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"{len(subspace)} modules of {subspace.info.base_model_name_or_path}, {len(subspace.info.sources)} adapters, "
+        f"method {subspace.info.method}, weighting {subspace.info.weighting}: one line a module"
+    )
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:  # pyright: ignore[reportInvalidTypeForm]
+    """Write a figure as PNG under a temporary name, then rename it.
+
+    Args:
+        figure: A matplotlib figure.
+        path: PNG file to write.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(scratch, format="png", dpi=130)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float):
+    if Figure is None or FigureCanvasAgg is None:
+        raise EigenPeftError("Plots need matplotlib, which is not installed: pip install 'eigenpeft[plots]'.")
+    # The object interface, not pyplot: no global state and no display, wherever this runs.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)

@@ -1,0 +1,74 @@
+"""What there is to say about a subspace or a store, as plain JSON-able data."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+
+
+def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding] = ()) -> dict[str, Any]:
+    """Counts, sizes and spectra of a subspace.
+
+    Args:
+        subspace: What to describe.
+        findings: What its builder noticed about the adapters.
+    """
+    return {
+        "base_model": subspace.info.base_model_name_or_path,
+        "method": subspace.info.method,
+        "weighting": subspace.info.weighting,
+        "n_adapters": len(subspace.info.sources),
+        "n_pseudo_components": subspace.info.n_pseudo_components,
+        "explained_share": subspace.explained_share,
+        "bytes": subspace.n_bytes,
+        "sha256": subspace.fingerprint,
+        "modules": {
+            name: {
+                "shape": [bases.out_features, bases.in_features],
+                "n_components": bases.n_components,
+                "explained_share": bases.explained_share,
+                "condition_in": condition(bases.singular_values_in),
+                "condition_out": condition(bases.singular_values_out),
+            }
+            for name, bases in subspace.items()
+        },
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def store_summary(store: CoefficientStore) -> dict[str, Any]:
+    """Sizes and errors of a store: relative ΔW error a module and adapter, and each adapter's mean and largest.
+
+    Args:
+        store: What to describe.
+    """
+    errors = store.relative_errors
+    by_adapter = {name: [row[name] for row in errors.values() if name in row] for name in store.names}
+    return {
+        "n_adapters": len(store),
+        "bytes": store.n_bytes,
+        "subspace_bytes": store.subspace.n_bytes,
+        "adapters": {name: _mean_and_largest(values) for name, values in by_adapter.items()},
+        "relative_errors": errors,
+    }
+
+
+def condition(singular_values: Tensor) -> float | None:
+    """Ratio of the largest to the smallest kept singular value; None when nothing is kept.
+
+    Args:
+        singular_values: Descending.
+    """
+    if len(singular_values) == 0:
+        return None
+    return float(singular_values[0] / singular_values[-1])
+
+
+def _mean_and_largest(values: Iterable[float]) -> dict[str, float | None]:
+    values = list(values)
+    return {"mean_error": fmean(values) if values else None, "largest_error": max(values, default=None)}

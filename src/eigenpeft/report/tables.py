@@ -1,0 +1,61 @@
+"""Summaries as rich tables for a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from eigenpeft.collection.diagnosis import Finding
+
+
+def module_table(summary: dict[str, Any]) -> Table:
+    """One row a module: shape, K, explained share, condition of both spectra.
+
+    Args:
+        summary: From `subspace_summary`.
+    """
+    table = Table(
+        title=f"{len(summary['modules'])} modules, {summary['n_adapters']} adapters of {summary['base_model']}"
+    )
+    table.add_column("module")
+    for title in ("out × in", "K", "explained", "condition in", "condition out"):
+        table.add_column(title, justify="right")
+    for name, row in summary["modules"].items():
+        table.add_row(
+            escape(name),
+            f"{row['shape'][0]} × {row['shape'][1]}",
+            str(row["n_components"]),
+            f"{row['explained_share']:.3f}",
+            _number(row["condition_in"]),
+            _number(row["condition_out"]),
+        )
+    return table
+
+
+def adapter_table(summary: dict[str, Any]) -> Table:
+    """One row an adapter: mean and largest relative ΔW error over its modules.
+
+    Args:
+        summary: From `store_summary`.
+    """
+    table = Table(title="Relative error of ΔW (Frobenius) over the modules of each adapter")
+    table.add_column("adapter")
+    for title in ("mean", "largest"):
+        table.add_column(title, justify="right")
+    for name, row in summary["adapters"].items():
+        table.add_row(escape(name), _number(row["mean_error"]), _number(row["largest_error"]))
+    return table
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """One line a finding, as rich markup; empty when there is none.
+
+    Args:
+        findings: From a builder or `AdapterCollection.diagnose`.
+    """
+    return "\n".join(f"[yellow]{escape(finding.kind)}[/yellow]  {escape(finding.message)}" for finding in findings)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

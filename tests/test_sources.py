@@ -1,0 +1,130 @@
+"""What the sources promise about themselves: layers, file texts, sizes, no pickles. Nothing is imported here."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "eigenpeft"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# Number = layer (docs/architecture.md). A file imports from lower layers, or from those named for its own.
+LAYERS = {
+    "version": 0,
+    "errors": 0,
+    "atomic": 0,
+    "linalg": 1,
+    "collection": 2,
+    "subspace": 3,
+    "tuners": 4,
+    "reward": 4,
+    "trainers": 5,
+    "report": 5,
+    "demo": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+# Third-party packages a layer's files may import; the layers above may import them too.
+LINALG_MAY_IMPORT = {"torch", "jaxtyping", "eigenpeft", "collections", "dataclasses", "math", "typing", "enum"}
+
+
+def module_name(path: Path) -> str:
+    parts = ("eigenpeft", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> list[tuple[str, int, bool]]:
+    """(module, line, is inside a function) of every import statement."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, id(node) in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.lineno, id(node) in inside))
+    return found
+
+
+def layer(module: str) -> int:
+    return LAYERS[module.split(".")[1]]
+
+
+def graph() -> dict[str, set[str]]:
+    known = {module_name(path) for path in FILES}
+    edges: dict[str, set[str]] = {}
+    for path in FILES:
+        targets = set()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eigenpeft"):
+                for alias in node.names:
+                    deeper = f"{node.module}.{alias.name}"
+                    targets.add(deeper if deeper in known else node.module)
+        edges[module_name(path)] = targets - {module_name(path)}
+    return edges
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != SOURCE or path.stem in LAYERS], ids=module_name)
+def test_imports_go_down_the_layers(path):
+    own = layer(module_name(path))
+    for name, line, _ in imports(path):
+        if name.startswith("eigenpeft."):
+            assert layer(name) <= own, f"{path.name}:{line} (layer {own}) imports {name} (layer {layer(name)})"
+
+
+def test_no_import_cycle():
+    edges = graph()
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for target in edges.get(name, ()):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_import_inside_a_function(path):
+    assert [(name, line) for name, line, inside in imports(path) if inside] == []
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "linalg").glob("*.py")), ids=module_name)
+def test_linalg_needs_torch_alone(path):
+    assert {name.split(".")[0] for name, _, _ in imports(path)} <= LINALG_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_first_line_says_the_job_and_the_room_is_small(path):
+    text = path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring, "no module docstring"
+    assert docstring.splitlines()[0].endswith("."), docstring.splitlines()[0]
+    assert len(text.splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_unpickles(path):
+    text = path.read_text(encoding="utf-8")
+    assert "import pickle" not in text
+    for call in ast.walk(ast.parse(text)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "torch.load":
+            assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("weights_only") == "True"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_functions_fit_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1
+            assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines without its docstring"
