@@ -96,8 +96,8 @@ def build(
         console.print("Noticed about the adapters:")
         console.print(findings_text(builder.findings_))
     console.print(
-        f"Explained share {summary['explained_share']:.3f} (mean over modules, of the adapters it was built from; it does "
-        "not say that a new task will train well in it)."
+        f"Explained share {summary['explained_share']:.3f} (mean over modules, of the adapters it was built from; it "
+        "does not say that a new task will train well in it)."
     )
     console.print(f"Wrote {escape(str(out))} ({summary['bytes'] / 1e6:.2f} MB, sha256 {summary['sha256'][:12]}).")
 
@@ -152,8 +152,8 @@ def project(
         return
     console.print(adapter_table(summary))
     console.print(
-        f"Wrote {escape(str(out))}: {len(store)} adapters in {summary['bytes'] / 1e6:.2f} MB, of which the shared bases are "
-        f"{summary['subspace_bytes'] / 1e6:.2f} MB."
+        f"Wrote {escape(str(out))}: {len(store)} adapters in {summary['bytes'] / 1e6:.2f} MB, of which the shared "
+        f"bases are {summary['subspace_bytes'] / 1e6:.2f} MB."
     )
 
 

@@ -49,7 +49,8 @@ class ModuleSubspace:
         if self.components_in.ndim != 2 or self.components_out.ndim != 2 or len(self.components_out) != n_components:
             raise SubspaceError(
                 f"components_in {tuple(self.components_in.shape)} and components_out "
-                f"{tuple(self.components_out.shape)} must be matrices with one row a component and the same number of rows."
+                f"{tuple(self.components_out.shape)} must be matrices with one row a component and the "
+                "same number of rows."
             )
         spectra = [tuple(values.shape) for values in (self.singular_values_in, self.singular_values_out)]
         if n_principal > n_components or any(shape != (n_principal,) for shape in spectra):

@@ -1,0 +1,69 @@
+"""The public surface: few names, each documented, each argument in its docstring, everything after the first keyword-only."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+
+import eigenpeft
+
+NAMES = [name for name in eigenpeft.__all__ if name != "__version__"]
+# Subclasses of PEFT's dataclass configs: their fields are described once, in metadata["help"].
+CONFIGS = [name for name in NAMES if name.endswith("Config")]
+
+
+def test_names_exist_and_are_few():
+    assert len(NAMES) <= 12
+    assert all(hasattr(eigenpeft, name) for name in eigenpeft.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_documented(name):
+    assert (getattr(eigenpeft, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_fields_are_described_once(name):
+    cls = getattr(eigenpeft, name)
+    own = [field for field in dataclasses.fields(cls) if field.name in cls.__dict__.get("__annotations__", {})]
+    assert own
+    for field in own:
+        assert field.metadata.get("help"), f"{name}.{field.name} has no help"
+        assert not re.search(rf"^\s+{field.name}:", cls.__doc__, re.M), f"{name}.{field.name} is described twice"
+
+
+def public_callables():
+    for name in NAMES:
+        thing = getattr(eigenpeft, name)
+        if inspect.isclass(thing) and name not in CONFIGS and not issubclass(thing, Exception):
+            for attribute, value in vars(thing).items():
+                function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+                if inspect.isfunction(function) and not attribute.startswith("_"):
+                    yield pytest.param(function, True, id=f"{name}.{attribute}")
+            yield pytest.param(thing, False, id=name)
+        elif inspect.isfunction(thing):
+            yield pytest.param(thing, False, id=name)
+
+
+@pytest.mark.parametrize(("function", "is_method"), public_callables())
+def test_arguments_are_documented_and_keyword_only(function, is_method):
+    parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
+    documentation = inspect.getdoc(function) or ""
+    for parameter in parameters:
+        assert re.search(rf"^\s*\*{{0,2}}{parameter.name}:", documentation, re.M), f"{parameter.name} is not documented"
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    # Two leading arguments may be positional where both are obvious: (model, folder), (subspace, collection).
+    assert len(positional) <= 2, f"make keyword-only: {positional[2:]}"
+
+
+def test_importing_needs_no_extra_and_registers_the_methods():
+    code = (
+        "import sys, eigenpeft\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        "assert {'EIGENLORA', 'MOSLORA'} <= {kind.value for kind in known}\n"
+        "assert 'trl' not in sys.modules and 'matplotlib' not in sys.modules and 'datasets' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
