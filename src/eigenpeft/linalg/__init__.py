@@ -1,0 +1,67 @@
+"""Pure mathematics on tensors: no state, no logging, no files."""
+
+from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.linalg.decompose import (
+    Decomposition,
+    full_spectrum,
+    leading_components,
+    numerical_rank,
+    top_components,
+)
+from eigenpeft.linalg.factored import (
+    FactoredSvd,
+    balance,
+    factored_svd,
+    frobenius_norm,
+    inner_product,
+    projection_residual,
+    truncate,
+)
+from eigenpeft.linalg.fitting import (
+    METHODS,
+    FittedBases,
+    explained_share_curve,
+    fit_balanced,
+    fit_bases,
+    fit_eigenlorax,
+    fit_hooi,
+    fit_hosvd,
+    stack_rows,
+)
+from eigenpeft.linalg.incremental import Merged, merge_components
+from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows, principal_angles, random_complement
+from eigenpeft.linalg.stacking import WEIGHTINGS, Factors
+
+__all__ = [
+    "METHODS",
+    "WEIGHTINGS",
+    "Decomposition",
+    "FactoredSvd",
+    "Factors",
+    "FittedBases",
+    "Merged",
+    "balance",
+    "explained_share_curve",
+    "factored_svd",
+    "fit_balanced",
+    "fit_bases",
+    "fit_eigenlorax",
+    "fit_hooi",
+    "fit_hosvd",
+    "fix_signs",
+    "frobenius_norm",
+    "full_spectrum",
+    "inner_product",
+    "leading_components",
+    "merge_components",
+    "numerical_rank",
+    "orthonormal_rows",
+    "principal_angles",
+    "project",
+    "projection_residual",
+    "random_complement",
+    "reconstruct",
+    "stack_rows",
+    "top_components",
+    "truncate",
+]

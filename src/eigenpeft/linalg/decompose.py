@@ -1,0 +1,250 @@
+"""Top-K components of a stack of rows, dense for small stacks and by block Krylov iteration for large ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from eigenpeft.linalg.krylov import block_krylov
+from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
+
+# Up to this length of the smaller side all eigenvectors cost less than a few passes with a block of them.
+_DENSE_LIMIT = 1500
+# Directions the iteration carries beyond the wanted ones: the first unwanted ones then decide how fast it converges.
+_OVERSAMPLING = 8
+# Squares of singular values ratios below this drown in float32 Rayleigh-Ritz values; float64 takes over.
+_SINGLE_PRECISION_RATIO = 1e-4
+# Bytes of float64 copies of parts of the stack.
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Leading right singular vectors of a stack of rows.
+
+    Attributes:
+        components: Orthonormal rows, leading first, signs fixed.
+        singular_values: Of the stack, descending.
+        total_energy: ‖rows‖_F², so that `singular_values**2 / total_energy` is each component's share.
+        n_iterations: Passes over the rows; 1 for the dense method.
+        relative_residual: Estimated share of the leading components' energy that one more pass would add; 0 for the
+            dense method.
+    """
+
+    components: Float[Tensor, "k n"]
+    singular_values: Float[Tensor, "k"]
+    total_energy: float
+    n_iterations: int
+    relative_residual: float
+
+
+def numerical_rank(singular_values: Float[Tensor, "k"]) -> int:
+    """How many singular values are not rounding noise: those above 1e-5 of the largest in float32, 1e-7 in float64.
+
+    float32 rounding leaves about 1e-7 √n of the largest value in every direction, which 1e-5 clears up to n = 10,000. In
+    float64 the limit is what the eigenvalues of a Gram matrix, the squares, can tell from rounding: √(2⁻⁵²) = 1.5e-8.
+
+    Args:
+        singular_values: Descending; their dtype decides the limit.
+
+    Returns:
+        The rank, 0 if all values are zero.
+    """
+    if len(singular_values) == 0:
+        return 0
+    limit = 1e-7 if singular_values.dtype == torch.float64 else 1e-5
+    return int((singular_values > limit * singular_values[0]).sum())
+
+
+def full_spectrum(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q"]:
+    """All q = min(p, n) singular values of a stack, from the eigenvalues of the smaller Gram matrix in float64.
+
+    Costs one product of the stack with itself and q³ operations; values below 1e-8 of the largest are rounding noise.
+
+    Args:
+        rows: The stack.
+
+    Returns:
+        Singular values, descending; float64 if `rows` is, else float32.
+    """
+    eigenvalues = torch.linalg.eigvalsh(_small_gram(rows)).flip(0)
+    return eigenvalues.clamp(min=0.0).sqrt().to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def top_components(
+    rows: Float[Tensor, "p n"],
+    *,
+    n_components: int,
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+    method: Literal["auto", "dense", "krylov"] = "auto",
+) -> Decomposition:
+    """The K leading right singular vectors of a stack of rows, not centred.
+
+    With q = min(p, n): up to q = 1500 the eigenvectors of the smaller Gram matrix, in float64; above, adaptive block
+    Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2) with a stop on the estimated gain. Neither forms
+    an n x n matrix when n is the larger side.
+
+    Args:
+        rows: The stack; bfloat16 and float16 are computed in float32.
+        n_components: K, from 1 to the numerical rank of the stack.
+        tol: The iteration stops when one more pass promises less than `tol / 100` of the components' energy; so 1e-4
+            misses about 1e-6 of it. Ignored by the dense method.
+        generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense method.
+        method: "dense", "krylov", or "auto" to choose by size.
+
+    Returns:
+        `Decomposition` with exactly K components; float64 if `rows` is, else float32.
+
+    Raises:
+        ValueError: If `n_components` is less than 1 or above the numerical rank, or `method` is unknown.
+
+    Example:
+        >>> import torch
+        >>> found = top_components(torch.tensor([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), n_components=1)
+        >>> found.components, found.singular_values
+        (tensor([[1., 0.]]), tensor([5.]))
+    """
+    found = leading_components(rows, n_components=n_components, tol=tol, generator=generator, method=method)
+    rank = len(found.singular_values)
+    if rank < n_components:
+        raise ValueError(
+            f"n_components={n_components} exceeds the numerical rank {rank} of the {rows.shape[0]} x {rows.shape[1]} "
+            + (f"stack; pass at most {rank}." if rank else "stack of zeros, which has no components.")
+        )
+    return found
+
+
+def leading_components(
+    rows: Float[Tensor, "p n"],
+    *,
+    n_components: int,
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+    method: Literal["auto", "dense", "krylov"] = "auto",
+) -> Decomposition:
+    """`top_components` that returns fewer than K components where the numerical rank is smaller.
+
+    Args:
+        rows: As for `top_components`.
+        n_components: At most so many components, at least 1.
+        tol: As for `top_components`.
+        generator: As for `top_components`.
+        method: As for `top_components`.
+
+    Returns:
+        `Decomposition` with min(K, numerical rank) components.
+
+    Raises:
+        ValueError: If `n_components` is less than 1 or `method` is unknown.
+    """
+    if n_components < 1:
+        raise ValueError(f"n_components={n_components} is not a number of components; pass at least 1.")
+    if method not in ("auto", "dense", "krylov"):
+        raise ValueError(f"method={method!r} is unknown; pass 'auto', 'dense' or 'krylov'.")
+    q = min(rows.shape)
+    if method == "auto":
+        # A block that fills a quarter of the space is no cheaper than all of it.
+        dense = q <= _DENSE_LIMIT or 4 * (n_components + _OVERSAMPLING) >= q
+        method = "dense" if dense else "krylov"
+    if method == "dense":
+        return _dense(rows, min(n_components, q))
+    return _krylov(rows, min(n_components, q), tol=tol, generator=generator)
+
+
+def _dense(rows: Float[Tensor, "p n"], n_components: int) -> Decomposition:
+    gram = _small_gram(rows)
+    total_energy = float(gram.trace())
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    leading, vectors = eigenvalues.flip(0)[:n_components], vectors.mT.flip(0)[:n_components]
+    return _finish(rows, leading, vectors, total_energy=total_energy, n_iterations=1, relative_residual=0.0)
+
+
+def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, generator: Generator | None) -> Decomposition:
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    block_size = min(n_components + _OVERSAMPLING, *rows.shape)
+    noise = torch.randn(block_size, max(rows.shape), generator=generator, device=generator.device)
+    start = _half_pass(rows, noise.to(rows.device, dtype), to_short_side=True)
+    found = block_krylov(lambda block: _apply_gram(rows, block), start, n_wanted=n_components, tol=tol / 100)
+    values, vectors, n_iterations = found.values, found.vectors, found.n_passes
+    if len(values) and values[min(n_components, len(values)) - 1] < _SINGLE_PRECISION_RATIO * values[0]:
+        basis = orthonormal_rows(found.basis.to(torch.float64))
+        image = _apply_gram(rows, basis)
+        projected = basis @ image.mT
+        values, rotation = torch.linalg.eigh((projected + projected.mT) / 2)
+        values, rotation = values.flip(0)[:block_size], rotation.flip(1)[:, :block_size]
+        # The images, not the Ritz vectors: one more power step, in the precision that small values need.
+        vectors, n_iterations = rotation.mT @ image, n_iterations + 1
+    return _finish(
+        rows,
+        values[:n_components],
+        vectors[:n_components],
+        total_energy=sum(float(part.square().sum()) for part in _chunks(rows, torch.float64)),
+        n_iterations=n_iterations,
+        relative_residual=found.missing_share,
+    )
+
+
+def _finish(
+    rows: Float[Tensor, "p n"],
+    eigenvalues: Float[Tensor, "k"],
+    vectors: Float[Tensor, "k q"],
+    *,
+    total_energy: float,
+    n_iterations: int,
+    relative_residual: float,
+) -> Decomposition:
+    """From eigenpairs of the smaller Gram matrix to right singular vectors, without those of rounding noise."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    singular_values = eigenvalues.clamp(min=0.0).sqrt().to(dtype)
+    rank = numerical_rank(singular_values)
+    components = vectors[:rank]
+    if rows.shape[0] < rows.shape[1]:
+        components = _half_pass(rows, components, to_short_side=False)
+    return Decomposition(
+        components=fix_signs(orthonormal_rows(components).to(dtype)),
+        singular_values=singular_values[:rank],
+        total_energy=total_energy,
+        n_iterations=n_iterations,
+        relative_residual=relative_residual,
+    )
+
+
+def _chunks(rows: Float[Tensor, "p n"], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Consecutive parts of the stack in another precision, without a copy of the whole."""
+    if rows.dtype == dtype:
+        yield rows
+        return
+    for part in rows.split(max(1, _CHUNK_BYTES // (8 * max(1, rows.shape[1])))):
+        yield part.to(dtype)
+
+
+def _small_gram(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q q"]:
+    """`X Xᵀ` or `Xᵀ X`, whichever is smaller, in float64."""
+    tall = rows if rows.shape[0] >= rows.shape[1] else rows.mT
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=rows.device)
+    for part in _chunks(tall, torch.float64):
+        gram += part.mT @ part
+    return gram
+
+
+def _half_pass(rows: Float[Tensor, "p n"], block: Float[Tensor, "b long_or_short"], *, to_short_side: bool) -> Tensor:
+    """`block @ X` or `block @ Xᵀ`, in the block's precision, to the short or the long side of X."""
+    p, n = rows.shape
+    if (p >= n) == to_short_side:
+        image, start = block.new_zeros(len(block), n), 0
+        for part in _chunks(rows, block.dtype):
+            image += block[:, start : start + len(part)] @ part
+            start += len(part)
+        return image
+    return torch.cat([block @ part.mT for part in _chunks(rows, block.dtype)], dim=1)
+
+
+def _apply_gram(rows: Float[Tensor, "p n"], block: Float[Tensor, "b q"]) -> Float[Tensor, "b q"]:
+    """`block @ G` for the smaller Gram matrix G of the stack, in the block's precision."""
+    return _half_pass(rows, _half_pass(rows, block, to_short_side=False), to_short_side=True)

@@ -1,0 +1,444 @@
+"""From the factors of many adapters of one weight to a pair of bases: balanced, hosvd, hooi, eigenlorax."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from eigenpeft.linalg.decompose import Decomposition, leading_components, numerical_rank
+from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
+from eigenpeft.linalg.stacking import WEIGHTINGS, Factors, Stacks, Weighting, stack_factors
+
+Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
+
+_MAX_SWEEPS = 100
+# A share is reached when it is missed by no more than the rounding of float32 data and the truncation of noise.
+_SHARE_SLACK = 1e-6
+# The first number of components that the search for a share tries.
+_FIRST_TRIAL = 32
+
+
+@dataclass(frozen=True)
+class FittedBases:
+    """Orthonormal bases of the input and the output side of one weight, K components each.
+
+    Attributes:
+        components_in: Orthonormal rows in the input space, leading first.
+        components_out: Orthonormal rows in the output space, leading first.
+        singular_values_in: Of the stack the input side was fitted to, descending; for "eigenlorax" the first is √p ‖mean‖
+            of the p rows and only the rest descends.
+        singular_values_out: The same for the output side.
+        explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of
+            `Σ ω²‖ΔW‖²`; the sum is the share that all K explain, the cumulative sum the curve.
+    """
+
+    components_in: Float[Tensor, "k n"]
+    components_out: Float[Tensor, "k m"]
+    singular_values_in: Float[Tensor, "k"]
+    singular_values_out: Float[Tensor, "k"]
+    explained_variance_ratio: Float[Tensor, "k"]
+
+
+def fit_bases(
+    factors: Sequence[Factors],
+    *,
+    n_components: int | float,
+    method: Method = "balanced",
+    weighting: Weighting = "equal",
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+) -> FittedBases:
+    """Fit the two bases of one weight to the factors of its adapters.
+
+    Args:
+        factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each adapter, the scaling folded into lora_B; ranks may differ.
+            Adapters whose update is zero are left out.
+        n_components: An int K takes exactly K components on both sides. A float in (0, 1] takes the fewest components
+            whose explained share of `Σ ω²‖ΔW‖²` reaches it.
+        method: "balanced" (default), "hosvd", "hooi" or "eigenlorax"; see the function of that name.
+        weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "energy" by 1. With "eigenlorax" it weighs
+            the explained share alone: that recipe stacks the rows as they are.
+        tol: Tolerance of the iterative solver and of the refinement.
+        generator: Source of the iterative solver's start; None always takes the same.
+
+    Returns:
+        `FittedBases`; float64 if a factor is, else float32.
+
+    Raises:
+        ValueError: If an argument is out of range, shapes differ, all updates are zero, a side's numerical rank is below
+            K, or the share cannot be reached with as many components as the smaller rank.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> fitted = fit_bases([(B, A)], n_components=2)
+        >>> fitted.components_in.shape, round(fitted.explained_variance_ratio.sum().item(), 4)
+        (torch.Size([2, 5]), 1.0)
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
+    return METHODS[method](factors, n_components=n_components, weighting=weighting, tol=tol, generator=generator)
+
+
+def fit_balanced(
+    factors: Sequence[Factors],
+    *,
+    n_components: int | float,
+    weighting: Weighting = "equal",
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+) -> FittedBases:
+    """Principal directions of the balanced factors `S^{1/2} Vᵀ` and `S^{1/2} Uᵀ` of each `ω ΔW = U S Vᵀ`.
+
+    Depends on the updates alone: `(B G⁻¹, G A)` gives the bases of `(B, A)`.
+
+    Args:
+        factors: As for `fit_bases`, and so are the other arguments.
+        n_components: Number or share.
+        weighting: Weights of the adapters.
+        tol: Tolerance of the iterative solver.
+        generator: Source of its start.
+
+    Raises:
+        ValueError: As `fit_bases`.
+    """
+    stacks = stack_factors(factors, rows="balanced", weighting=weighting)
+    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator)
+
+
+def fit_hosvd(
+    factors: Sequence[Factors],
+    *,
+    n_components: int | float,
+    weighting: Weighting = "equal",
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+) -> FittedBases:
+    """Leading eigenvectors of `Σ ω²ΔWᵀΔW` and `Σ ω²ΔWΔWᵀ`, from the factors only.
+
+    The higher-order singular value decomposition of the stack of updates (De Lathauwer, De Moor and Vandewalle, SIAM J.
+    Matrix Anal. Appl. 21, 2000), as in the Universal Weight Subspace Hypothesis; its error is within √2 of the least.
+
+    Args:
+        factors: As for `fit_bases`, and so are the other arguments.
+        n_components: Number or share.
+        weighting: Weights of the adapters.
+        tol: Tolerance of the iterative solver.
+        generator: Source of its start.
+
+    Raises:
+        ValueError: As `fit_bases`.
+    """
+    stacks = stack_factors(factors, rows="moments", weighting=weighting)
+    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator)
+
+
+def fit_hooi(
+    factors: Sequence[Factors],
+    *,
+    n_components: int | float,
+    weighting: Weighting = "equal",
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+) -> FittedBases:
+    """Bases of the largest `Σ ω²‖V_out ΔW V_inᵀ‖²`, that is of the least error of the projected updates.
+
+    Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000; JD-Full
+    of arXiv 2407.00066), started from the better of "hosvd" and "balanced", never worse than either. For a share, the
+    number of components is found by bisection.
+
+    Args:
+        factors: As for `fit_bases`, and so are the other arguments.
+        n_components: Number or share.
+        weighting: Weights of the adapters.
+        tol: Tolerance of the iterative solver; the refinement stops at a relative gain below it.
+        generator: Source of the solver's start.
+
+    Raises:
+        ValueError: As `fit_bases`.
+    """
+    options = {"n_components": n_components, "weighting": weighting, "tol": tol, "generator": generator}
+    starts = [fit(factors, **options) for fit in (fit_hosvd, fit_balanced)]
+    stacks = stack_factors(factors, rows="moments", weighting=weighting)
+    # The fewest components, then the largest share: with a number of components all have as many.
+    start = min(starts, key=lambda fitted: (len(fitted.components_in), -float(fitted.explained_variance_ratio.sum())))
+    most = len(start.components_in)
+    fitted = _refine(stacks, start, tol=tol)
+    if isinstance(n_components, int):
+        return fitted
+    fewest = 1
+    while fewest < most:
+        middle = (fewest + most) // 2
+        trial = _refine(stacks, _truncated(start, middle), tol=tol)
+        if float(trial.explained_variance_ratio.sum()) >= n_components - _SHARE_SLACK:
+            fitted, most = trial, middle
+        else:
+            fewest = middle + 1
+    return fitted
+
+
+def fit_eigenlorax(
+    factors: Sequence[Factors],
+    *,
+    n_components: int | float,
+    weighting: Weighting = "equal",
+    tol: float = 1e-4,
+    generator: Generator | None = None,
+) -> FittedBases:
+    """Principal components of the raw rows of all lora_A and of all lora_Bᵀ, centred, with the mean's direction first.
+
+    Algorithm 1 of EigenLoRAx (arXiv 2502.04700), except that the subtracted mean is not lost: its direction is the first
+    component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how an update is split
+    into factors; kept for comparison.
+
+    Args:
+        factors: As for `fit_bases`, and so are the other arguments.
+        n_components: Number or share.
+        weighting: Weights of the adapters in the explained share.
+        tol: Tolerance of the iterative solver.
+        generator: Source of its start.
+
+    Raises:
+        ValueError: As `fit_bases`.
+    """
+    stacks = stack_factors(factors, rows="raw", weighting=weighting)
+    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator, centred=True)
+
+
+METHODS: dict[str, Callable[..., FittedBases]] = {
+    "balanced": fit_balanced,
+    "hosvd": fit_hosvd,
+    "hooi": fit_hooi,
+    "eigenlorax": fit_eigenlorax,
+}
+"""The methods of `fit_bases`."""
+
+_ROWS: dict[str, Literal["balanced", "moments", "raw"]] = {
+    "balanced": "balanced",
+    "hosvd": "moments",
+    "hooi": "moments",
+    "eigenlorax": "raw",
+}
+
+
+def stack_rows(
+    factors: Sequence[Factors], *, method: Method, weighting: Weighting = "equal"
+) -> tuple[Float[Tensor, "p n"], Float[Tensor, "p m"]]:
+    """The rows whose leading right singular vectors are a method's bases ("hooi": its start; "eigenlorax": not centred).
+
+    Args:
+        factors: As for `fit_bases`.
+        method: As for `fit_bases`.
+        weighting: As for `fit_bases`.
+
+    Returns:
+        `(rows_in, rows_out)`, weights included; no rows if all updates are zero.
+
+    Raises:
+        ValueError: If an argument is unknown or shapes differ.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
+    stacks = stack_factors(factors, rows=_ROWS[method], weighting=weighting)
+    return stacks.rows_in, stacks.rows_out
+
+
+def explained_share_curve(
+    factors: Sequence[Factors],
+    components_in: Float[Tensor, "k n"],
+    components_out: Float[Tensor, "k m"],
+    *,
+    weighting: Weighting = "equal",
+) -> Float[Tensor, "k"]:
+    """Share of `Σ ω²‖ΔW‖²` that the first 1, 2, ..., K components of both sides explain.
+
+    Args:
+        factors: As for `fit_bases`.
+        components_in: Orthonormal rows in the input space.
+        components_out: Orthonormal rows in the output space, as many.
+        weighting: As for `fit_bases`.
+
+    Returns:
+        The cumulative share, in the components' dtype.
+
+    Raises:
+        ValueError: If the weighting is unknown, shapes differ, or all updates are zero.
+    """
+    stacks = stack_factors(factors, rows="raw", weighting=weighting)
+    _check_not_zero(stacks)
+    return _share_curve(stacks, components_in, components_out).to(components_in.dtype)
+
+
+def _fit_stacks(
+    stacks: Stacks, *, n_components: int | float, tol: float, generator: Generator | None, centred: bool = False
+) -> FittedBases:
+    """Components of both stacks, K of them or as many as a share needs; the bases of fewer are prefixes of those of more."""
+    _check_not_zero(stacks)
+    decompose = _centred_components if centred else leading_components
+    is_share = isinstance(n_components, float)
+    if not (0.0 < n_components <= 1.0 if is_share else n_components >= 1):
+        raise ValueError(f"n_components={n_components} must be a whole number >= 1, or a share in (0, 1].")
+    trial = _FIRST_TRIAL if is_share else int(n_components)
+    while True:
+        found_in, found_out = (
+            decompose(rows, n_components=trial, tol=tol, generator=generator)
+            for rows in (stacks.rows_in, stacks.rows_out)
+        )
+        rank = min(len(found_in.singular_values), len(found_out.singular_values))
+        if not is_share:
+            _check_rank(stacks, found_in, found_out, trial)
+        fitted = _bases(stacks, found_in, found_out, rank)
+        if not is_share:
+            return fitted
+        curve = fitted.explained_variance_ratio.to(torch.float64).cumsum(0)
+        reached = (curve >= n_components - _SHARE_SLACK).nonzero()
+        if len(reached) and (n_components < 1.0 or rank < trial):
+            return fitted if n_components == 1.0 else _truncated(fitted, int(reached[0]) + 1)
+        if rank < trial:
+            side = "in" if len(found_in.singular_values) <= len(found_out.singular_values) else "out"
+            raise ValueError(
+                f"n_components={n_components} cannot be reached: {rank} components, the numerical rank of the {side!r} "
+                f"side, explain {float(curve[-1]):.4f}; pass a smaller share, or {rank} for all of them."
+            )
+        trial *= 2
+
+
+def _check_not_zero(stacks: Stacks) -> None:
+    if not stacks.sizes:
+        raise ValueError("every adapter's update is zero, so there is nothing to fit; pass trained adapters.")
+
+
+def _check_rank(stacks: Stacks, found_in: Decomposition, found_out: Decomposition, n_components: int) -> None:
+    ranks = {"in": len(found_in.singular_values), "out": len(found_out.singular_values)}
+    side = min(ranks, key=lambda name: ranks[name])
+    if ranks[side] < n_components:
+        rows = stacks.rows_in if side == "in" else stacks.rows_out
+        raise ValueError(
+            f"n_components={n_components} exceeds the numerical rank {ranks[side]} of the {side!r} side "
+            f"({rows.shape[0]} rows of length {rows.shape[1]} from {len(stacks.sizes)} adapters with an update); "
+            f"pass at most {ranks[side]}, or add adapters."
+        )
+
+
+def _bases(stacks: Stacks, found_in: Decomposition, found_out: Decomposition, k: int) -> FittedBases:
+    components_in, components_out = found_in.components[:k], found_out.components[:k]
+    curve = _share_curve(stacks, components_in, components_out)
+    return FittedBases(
+        components_in=components_in,
+        components_out=components_out,
+        singular_values_in=found_in.singular_values[:k],
+        singular_values_out=found_out.singular_values[:k],
+        explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)).to(components_in.dtype),
+    )
+
+
+def _truncated(fitted: FittedBases, k: int) -> FittedBases:
+    return FittedBases(
+        components_in=fitted.components_in[:k],
+        components_out=fitted.components_out[:k],
+        singular_values_in=fitted.singular_values_in[:k],
+        singular_values_out=fitted.singular_values_out[:k],
+        explained_variance_ratio=fitted.explained_variance_ratio[:k],
+    )
+
+
+def _cores(
+    stacks: Stacks, coefficients_in: Float[Tensor, "p k"], coefficients_out: Float[Tensor, "p k"]
+) -> list[Float[Tensor, "k k"]]:
+    """`V_out (ω ΔW_i) V_inᵀ` of every adapter, from the rows' coefficients, `middle` included on the output side."""
+    pairs = zip(coefficients_out.split(stacks.sizes), coefficients_in.split(stacks.sizes), strict=True)
+    return [part_out.mT @ part_in for part_out, part_in in pairs]
+
+
+def _share_curve(
+    stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
+) -> Float[Tensor, "k"]:
+    """Entry K - 1 is the squared norm of the leading K x K blocks of all cores: a prefix sum, whatever the Ks."""
+    dtype = stacks.rows_in.dtype
+    coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
+    coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
+    k = len(components_in)
+    energy = torch.zeros(k, k, dtype=torch.float64, device=components_in.device)
+    for core in _cores(stacks, coefficients_in, coefficients_out):
+        energy += core.square()
+    return energy.cumsum(0).cumsum(1).diagonal() / stacks.energy
+
+
+def _centred_components(
+    rows: Float[Tensor, "p n"], *, n_components: int, tol: float, generator: Generator | None
+) -> Decomposition:
+    """The mean's direction, then the principal components of the centred rows made orthogonal to it; at most K."""
+    mean = rows.mean(dim=0)
+    mean_value = torch.linalg.vector_norm(mean) * len(rows) ** 0.5
+    found = leading_components(rows - mean, n_components=n_components, tol=tol, generator=generator)
+    largest = torch.cat([mean_value[None], found.singular_values]).amax()
+    # Rank is judged against the uncentred stack: what centring leaves of equal rows is rounding noise.
+    rank = numerical_rank(torch.cat([largest[None], found.singular_values])) - 1
+    components, values = found.components[:rank], found.singular_values[:rank]
+    if numerical_rank(torch.stack([largest, mean_value])) == 2:
+        direction = mean / torch.linalg.vector_norm(mean)
+        # If the mean lies in the span of the leading components, one of them adds nothing to it and the others.
+        outside = 1.0 - (components.to(torch.float64) @ direction.to(torch.float64)).square().cumsum(0)
+        spanned = (outside < 1e-9).nonzero()
+        independent = torch.ones(rank, dtype=torch.bool, device=rows.device)
+        if len(spanned):
+            independent[spanned[0]] = False
+        components = torch.cat([direction[None], components[independent]])[:n_components]
+        values = torch.cat([mean_value[None], values[independent]])[:n_components]
+        components = torch.cat([components[:1], fix_signs(orthonormal_rows(components))[1:]])
+    return Decomposition(
+        components=fix_signs(components),
+        singular_values=values,
+        total_energy=found.total_energy + float(mean_value) ** 2,
+        n_iterations=found.n_iterations,
+        relative_residual=found.relative_residual,
+    )
+
+
+def _refine(stacks: Stacks, start: FittedBases, *, tol: float) -> FittedBases:
+    """Alternate power steps on both sides until a sweep gains less than `tol` of the explained share.
+
+    With one side fixed the objective is `tr(V M Vᵀ)`, convex in V, so the step `V <- orthonormal rows of V M` never lowers
+    it; M is applied through the stacks.
+    """
+    components_in, components_out = start.components_in, start.components_out
+    coefficients_in = stacks.rows_in @ components_in.mT
+    coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)
+    cores = _cores(stacks, coefficients_in, coefficients_out)
+    explained = sum(float(core.square().sum()) for core in cores)
+    for _ in range(_MAX_SWEEPS):
+        weights = torch.cat(
+            [part @ core.mT for part, core in zip(coefficients_in.split(stacks.sizes), cores, strict=True)]
+        )
+        components_out = orthonormal_rows((stacks.middle[:, None] * weights).mT @ stacks.rows_out)
+        coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)
+        cores = _cores(stacks, coefficients_in, coefficients_out)
+        weights = torch.cat(
+            [part @ core for part, core in zip(coefficients_out.split(stacks.sizes), cores, strict=True)]
+        )
+        components_in = orthonormal_rows(weights.mT @ stacks.rows_in)
+        coefficients_in = stacks.rows_in @ components_in.mT
+        cores = _cores(stacks, coefficients_in, coefficients_out)
+        previous, explained = explained, sum(float(core.square().sum()) for core in cores)
+        if explained - previous <= tol * explained:
+            break
+    found_in = _ordered(components_in, sum(core.mT @ core for core in cores))
+    found_out = _ordered(components_out, sum(core @ core.mT for core in cores))
+    return _bases(stacks, found_in, found_out, len(components_in))
+
+
+def _ordered(components: Float[Tensor, "k n"], moment: Float[Tensor, "k k"]) -> Decomposition:
+    """The same span, turned to the eigenvectors of the second moment within it."""
+    values, rotation = torch.linalg.eigh(moment.to(torch.float64))
+    turned = orthonormal_rows(rotation.flip(1).mT @ components.to(torch.float64)).to(components.dtype)
+    return Decomposition(
+        components=fix_signs(turned),
+        singular_values=values.flip(0).clamp(min=0.0).sqrt().to(components.dtype),
+        total_energy=float(moment.diagonal().sum()),
+        n_iterations=0,
+        relative_residual=0.0,
+    )
