@@ -44,8 +44,9 @@ class Decomposition:
 def numerical_rank(singular_values: Float[Tensor, "k"]) -> int:
     """How many singular values are not rounding noise: those above 1e-5 of the largest in float32, 1e-7 in float64.
 
-    float32 rounding leaves about 1e-7 √n of the largest value in every direction, which 1e-5 clears up to n = 10,000. In
-    float64 the limit is what the eigenvalues of a Gram matrix, the squares, can tell from rounding: √(2⁻⁵²) = 1.5e-8.
+    float32 rounding leaves about 1e-7 √n of the largest value in every direction, which 1e-5 clears up to
+    n = 10,000. In float64 the limit is what the eigenvalues of a Gram matrix, the squares, can tell from
+    rounding: √(2⁻⁵²) = 1.5e-8.
 
     Args:
         singular_values: Descending; their dtype decides the limit.
@@ -93,7 +94,8 @@ def top_components(
         n_components: K, from 1 to the numerical rank of the stack.
         tol: The iteration stops when one more pass promises less than `tol / 100` of the components' energy; so 1e-4
             misses about 1e-6 of it. Ignored by the dense method.
-        generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense method.
+        generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense
+            method.
         method: "dense", "krylov", or "auto" to choose by size.
 
     Returns:

@@ -77,7 +77,7 @@ def factored_svd(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> 
     q_out, r_out = torch.linalg.qr(lora_B.to(torch.float64))
     q_in, r_in = torch.linalg.qr(lora_A.to(torch.float64).mT)
     left, values, right = torch.linalg.svd(r_out @ r_in.mT, full_matrices=False)
-    # The QR decompositions of wide factors (r > m or r > n) have fewer than r columns: the core is min(r, m) x min(r, n).
+    # With r > m or r > n the QR decompositions have fewer than r columns: the core is min(r, m) x min(r, n).
     dtype = _result_dtype(lora_B, lora_A)
     return FactoredSvd(U=(q_out @ left).to(dtype), S=values.to(dtype), Vh=(right @ q_in.mT).to(dtype))
 
@@ -87,10 +87,10 @@ def balance(
 ) -> tuple[Float[Tensor, "m rank"], Float[Tensor, "rank n"]]:
     """The factors `B' = U S^{1/2}`, `A' = S^{1/2} Vᵀ` of `B A = U S Vᵀ`: the same for every `(B G⁻¹, G A)`.
 
-    Costs r x r work beyond four products of a factor with an r x r matrix: with `W_B`, `W_A` the Cholesky factors of the
-    Gram matrices (`BᵀB = W_BᵀW_B`, `A Aᵀ = W_AᵀW_A`) and `W_B W_Aᵀ = U₀ S V₀ᵀ`, the result is `B' = B W_Aᵀ V₀ S^{-1/2}`
-    and `A' = S^{-1/2} U₀ᵀ W_B A`. Gram matrices are formed in float64, where squaring costs float32 factors nothing;
-    float64 factors and singular Gram matrices take QR decompositions instead.
+    Costs r x r work beyond four products of a factor with an r x r matrix: with `W_B`, `W_A` the Cholesky factors
+    of the Gram matrices (`BᵀB = W_BᵀW_B`, `A Aᵀ = W_AᵀW_A`) and `W_B W_Aᵀ = U₀ S V₀ᵀ`, the result is
+    `B' = B W_Aᵀ V₀ S^{-1/2}` and `A' = S^{-1/2} U₀ᵀ W_B A`. Gram matrices are formed in float64, where squaring
+    costs float32 factors nothing; float64 factors and singular Gram matrices take QR decompositions instead.
 
     Args:
         lora_B: Left factor.

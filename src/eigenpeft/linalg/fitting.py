@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from eigenpeft.linalg.decompose import Decomposition, leading_components, numerical_rank
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
-from eigenpeft.linalg.stacking import WEIGHTINGS, Factors, Stacks, Weighting, stack_factors
+from eigenpeft.linalg.stacking import WEIGHTINGS as WEIGHTINGS
+from eigenpeft.linalg.stacking import Factors, Stacks, Weighting, stack_factors
 
 Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
 
@@ -28,8 +29,8 @@ class FittedBases:
     Attributes:
         components_in: Orthonormal rows in the input space, leading first.
         components_out: Orthonormal rows in the output space, leading first.
-        singular_values_in: Of the stack the input side was fitted to, descending; for "eigenlorax" the first is √p ‖mean‖
-            of the p rows and only the rest descends.
+        singular_values_in: Of the stack the input side was fitted to, descending; for "eigenlorax" the first is
+            √p ‖mean‖ of the p rows and only the rest descends.
         singular_values_out: The same for the output side.
         explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of
             `Σ ω²‖ΔW‖²`; the sum is the share that all K explain, the cumulative sum the curve.
@@ -68,8 +69,8 @@ def fit_bases(
         `FittedBases`; float64 if a factor is, else float32.
 
     Raises:
-        ValueError: If an argument is out of range, shapes differ, all updates are zero, a side's numerical rank is below
-            K, or the share cannot be reached with as many components as the smaller rank.
+        ValueError: If an argument is out of range, shapes differ, all updates are zero, a side's numerical rank
+            is below K, or the share cannot be reached with as many components as the smaller rank.
 
     Example:
         >>> import torch
@@ -147,9 +148,9 @@ def fit_hooi(
 ) -> FittedBases:
     """Bases of the largest `Σ ω²‖V_out ΔW V_inᵀ‖²`, that is of the least error of the projected updates.
 
-    Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000; JD-Full
-    of arXiv 2407.00066), started from the better of "hosvd" and "balanced", never worse than either. For a share, the
-    number of components is found by bisection.
+    Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000;
+    JD-Full of arXiv 2407.00066), started from the better of "hosvd" and "balanced", never worse than either. For
+    a share, the number of components is found by bisection.
 
     Args:
         factors: As for `fit_bases`, and so are the other arguments.
@@ -168,7 +169,7 @@ def fit_hooi(
     start = min(starts, key=lambda fitted: (len(fitted.components_in), -float(fitted.explained_variance_ratio.sum())))
     most = len(start.components_in)
     fitted = _refine(stacks, start, tol=tol)
-    if isinstance(n_components, int):
+    if n_components >= 1:  # a number of components, or the share of all of them
         return fitted
     fewest = 1
     while fewest < most:
@@ -191,9 +192,9 @@ def fit_eigenlorax(
 ) -> FittedBases:
     """Principal components of the raw rows of all lora_A and of all lora_Bᵀ, centred, with the mean's direction first.
 
-    Algorithm 1 of EigenLoRAx (arXiv 2502.04700), except that the subtracted mean is not lost: its direction is the first
-    component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how an update is split
-    into factors; kept for comparison.
+    Algorithm 1 of EigenLoRAx (arXiv 2502.04700), except that the subtracted mean is not lost: its direction is
+    the first component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how
+    an update is split into factors; kept for comparison.
 
     Args:
         factors: As for `fit_bases`, and so are the other arguments.
@@ -228,7 +229,9 @@ _ROWS: dict[str, Literal["balanced", "moments", "raw"]] = {
 def stack_rows(
     factors: Sequence[Factors], *, method: Method, weighting: Weighting = "equal"
 ) -> tuple[Float[Tensor, "p n"], Float[Tensor, "p m"]]:
-    """The rows whose leading right singular vectors are a method's bases ("hooi": its start; "eigenlorax": not centred).
+    """The rows whose leading right singular vectors are a method's bases.
+
+    For "hooi" those of its start, for "eigenlorax" not centred.
 
     Args:
         factors: As for `fit_bases`.
@@ -276,7 +279,10 @@ def explained_share_curve(
 def _fit_stacks(
     stacks: Stacks, *, n_components: int | float, tol: float, generator: Generator | None, centred: bool = False
 ) -> FittedBases:
-    """Components of both stacks, K of them or as many as a share needs; the bases of fewer are prefixes of those of more."""
+    """Components of both stacks, K of them or as many as a share needs.
+
+    The bases of fewer components are prefixes of those of more, so a share takes one curve a doubling of K.
+    """
     _check_not_zero(stacks)
     decompose = _centred_components if centred else leading_components
     is_share = isinstance(n_components, float)
@@ -402,8 +408,8 @@ def _centred_components(
 def _refine(stacks: Stacks, start: FittedBases, *, tol: float) -> FittedBases:
     """Alternate power steps on both sides until a sweep gains less than `tol` of the explained share.
 
-    With one side fixed the objective is `tr(V M Vᵀ)`, convex in V, so the step `V <- orthonormal rows of V M` never lowers
-    it; M is applied through the stacks.
+    With one side fixed the objective is `tr(V M Vᵀ)`, convex in V, so the step `V <- orthonormal rows of V M`
+    never lowers it; M is applied through the stacks.
     """
     components_in, components_out = start.components_in, start.components_out
     coefficients_in = stacks.rows_in @ components_in.mT
