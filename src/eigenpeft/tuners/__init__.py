@@ -1,0 +1,18 @@
+"""The PEFT methods; importing this package registers them with PEFT."""
+
+from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
+from eigenpeft.tuners.export import export_lora
+from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
+from eigenpeft.tuners.registration import register
+
+_LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+
+register(
+    "EIGENLORA",
+    config_cls=EigenLoraConfig,
+    model_cls=EigenLoraModel,
+    hotswap_keys=(*_LORA_KEYS, "core", "n_components", "subspace_sha256"),
+)
+register("MOSLORA", config_cls=MosLoraConfig, model_cls=MosLoraModel, hotswap_keys=_LORA_KEYS)
+
+__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "export_lora"]

@@ -1,0 +1,107 @@
+"""Configuration of EigenLoRA."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import LoraConfig
+
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.subspace import PrincipalSubspace
+from eigenpeft.tuners.basis_store import remember
+from eigenpeft.tuners.registration import peft_type
+from eigenpeft.tuners.restrictions import check_lora_options
+from eigenpeft.version import __version__
+
+CORES = ("low_rank", "mixer", "diagonal")
+
+
+@dataclass
+class EigenLoraConfig(LoraConfig):
+    """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ P V_in` (arXiv 2502.04700).
+
+    All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
+    scaling `s = lora_alpha / r` (or `/ sqrt(r)` with `use_rslora`) of the cores that have no rank of their own.
+
+    Raises:
+        AdapterConfigError: If a field has a value that the method does not define.
+        SubspaceNotFoundError: When a model is made and the subspace is nowhere; the message lists the places searched.
+
+    Examples:
+        >>> from eigenpeft import EigenLoraConfig
+        >>> EigenLoraConfig(subspace="my-subspace", r=8, core="mixer").core
+        'mixer'
+    """
+
+    subspace: str | PrincipalSubspace | None = field(
+        default=None,
+        metadata={
+            "help": "Path or Hub id of the subspace (or of a coefficient store), or the PrincipalSubspace itself."
+        },
+    )
+    subspace_revision: str | None = field(default=None, metadata={"help": "Hub revision of the subspace."})
+    subspace_sha256: str | None = field(
+        default=None,
+        metadata={"help": "Fingerprint that the subspace must have; set by itself when the adapter is made."},
+    )
+    n_components: int | None = field(
+        default=None, metadata={"help": "Use only the first n_components of each module; None uses all."}
+    )
+    core: Literal["low_rank", "mixer", "diagonal"] = field(
+        default="low_rank",
+        metadata={
+            "help": "Form of P (K, K). 'low_rank': C_out C_in with 2 K r parameters a module (EigenLoRAx); 'mixer': all K² "
+            "entries (LoRA-XS, MoSLoRA's mixer); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0."
+        },
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Warm start: folder or Hub id of a LoRA adapter, which is projected onto the subspace, or "
+            "'<folder or Hub id of a store>#<member>'. Cleared once done, so that reloading needs no source."
+        },
+    )
+    save_subspace: Literal["reference", "embed"] = field(
+        default="reference",
+        metadata={
+            "help": "'reference' saves coefficients only and names the subspace; 'embed' saves the components with them. A "
+            "subspace that was never saved is always embedded."
+        },
+    )
+    embedded_n_components: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Components of each module in the adapter's own file; set by itself when they are embedded."},
+    )
+    requires_package: str = field(
+        default="eigenpeft",
+        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
+    )
+    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = peft_type("EIGENLORA")
+        check_lora_options(self, method="EigenLoRA", unsupported=("target_parameters",))
+        for name, allowed in (("core", CORES), ("save_subspace", ("reference", "embed"))):
+            if getattr(self, name) not in allowed:
+                raise AdapterConfigError(
+                    f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}."
+                )
+        if self.n_components is not None and (not isinstance(self.n_components, int) or self.n_components < 1):
+            raise AdapterConfigError(
+                f"n_components={self.n_components!r} must be None or a whole number of at least 1."
+            )
+        if isinstance(self.subspace, PrincipalSubspace):
+            # Kept beside the fields: they must stay plain values that JSON and `asdict` can take.
+            self._subspace, fingerprint = self.subspace, remember(self.subspace)
+            if self.subspace_sha256 not in (None, fingerprint):
+                raise AdapterConfigError(
+                    f"subspace_sha256={self.subspace_sha256!r} is not the fingerprint {fingerprint!r} of the subspace passed; "
+                    "leave it out or pass the subspace that has it."
+                )
+            self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
+            self.subspace = self.subspace.origin
+
+    @property
+    def embeds_subspace(self) -> bool:
+        """Whether saving the adapter saves the components too."""
+        return self.save_subspace == "embed" or self.subspace is None

@@ -1,0 +1,52 @@
+"""Configuration of MoSLoRA."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import LoraConfig
+
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.registration import peft_type
+from eigenpeft.tuners.restrictions import check_lora_options
+from eigenpeft.version import __version__
+
+MIXER_STARTS = ("kaiming", "orthogonal", "identity")
+
+
+@dataclass
+class MosLoraConfig(LoraConfig):
+    """Mixture-of-subspaces LoRA: `ΔW = s·B·M·A` with a trained r x r mixer M (arXiv 2406.11909, equation 3).
+
+    All of `peft.LoraConfig`'s fields apply. It folds exactly into a plain LoRA (`B' = B M`) when merged or exported, so
+    what it changes is the course of training, not what can be expressed; compare with plain LoRA before choosing it.
+
+    Raises:
+        AdapterConfigError: If a field has a value that the method does not define.
+
+    Examples:
+        >>> from eigenpeft import MosLoraConfig
+        >>> MosLoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]).init_mixer
+        'kaiming'
+    """
+
+    init_mixer: Literal["kaiming", "orthogonal", "identity"] = field(
+        default="kaiming",
+        metadata={
+            "help": "Start of the mixer: 'kaiming' (uniform, a = sqrt 5), the paper's best with 'orthogonal'; 'identity' is "
+            "plain LoRA at the start. A zero mixer never learns and is not offered."
+        },
+    )
+    requires_package: str = field(
+        default="eigenpeft",
+        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
+    )
+    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = peft_type("MOSLORA")
+        if self.init_mixer not in MIXER_STARTS:
+            raise AdapterConfigError(
+                f"init_mixer={self.init_mixer!r} must be one of {', '.join(map(repr, MIXER_STARTS))}."
+            )
+        check_lora_options(self, method="MoSLoRA")

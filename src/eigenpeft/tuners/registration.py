@@ -1,0 +1,58 @@
+"""Make an outside method known to PEFT: the only code that touches PEFT's enum, registry and tables."""
+
+from collections.abc import Sequence
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import hotswap
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from eigenpeft.errors import EigenPeftError
+
+
+def peft_type(name: str) -> PeftType:
+    """The member `name` of PEFT's enum of methods, added when it is not there yet.
+
+    `register_peft_method` refuses names outside the enum, and transformers reads `.value` of the member, so that a plain
+    string will not do (PEFT issue 2273 and change 2282). Adding is idempotent.
+
+    Args:
+        name: Upper-case name.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)
+    # Before the maps know the name: EnumType refuses to set an attribute that is a member.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register(name: str, *, config_cls: type, model_cls: type, hotswap_keys: Sequence[str]) -> None:
+    """Register a method built on LoRA's layers; doing so again is harmless.
+
+    Args:
+        name: Upper-case name.
+        config_cls: Its configuration.
+        model_cls: Its tuner, a `LoraModel` with the prefix "lora_".
+        hotswap_keys: Config fields that must agree for two adapters to be swapped in place.
+
+    Raises:
+        EigenPeftError: If another package, or PEFT itself, has registered the name.
+    """
+    kind = peft_type(name)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    if known == (config_cls, model_cls):
+        return
+    if known != (None, None):
+        raise EigenPeftError(
+            f"PEFT already knows a method {name}: {known[0]!r}. eigenpeft does not replace it; use a version of eigenpeft and "
+            "PEFT that go together, or remove the other package."
+        )
+    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    hotswap.CONFIG_KEYS_TO_CHECK[kind] = list(hotswap_keys)
