@@ -17,6 +17,8 @@ _DENSE_LIMIT = 1500
 _OVERSAMPLING = 8
 # Squares of singular values ratios below this drown in float32 Rayleigh-Ritz values; float64 takes over.
 _SINGLE_PRECISION_RATIO = 1e-4
+# Rounding of bfloat16 passes ends their convergence here.
+_BFLOAT16_TOL, _BFLOAT16_PASSES = 1e-4, 8
 # Bytes of float64 copies of parts of the stack.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -172,8 +174,19 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
     block_size = min(n_components + _OVERSAMPLING, *rows.shape)
     noise = torch.randn(block_size, max(rows.shape), generator=generator, device=generator.device)
     start = _half_pass(rows, noise.to(rows.device, dtype), to_short_side=True)
+    n_rough = 0
+    if rows.dtype == torch.bfloat16 and _multiplies_bfloat16(rows.device):
+        # Passes at the rows' own precision find the subspace to 1e-5 of its energy; passes in float32 finish it.
+        rough = block_krylov(
+            lambda block: _apply_gram_bfloat16(rows, block),
+            start,
+            n_wanted=n_components,
+            tol=_BFLOAT16_TOL,
+            max_passes=_BFLOAT16_PASSES,
+        )
+        start, n_rough = rough.vectors, rough.n_passes
     found = block_krylov(lambda block: _apply_gram(rows, block), start, n_wanted=n_components, tol=tol / 100)
-    values, vectors, n_iterations = found.values, found.vectors, found.n_passes
+    values, vectors, n_iterations = found.values, found.vectors, n_rough + found.n_passes
     if len(values) and values[min(n_components, len(values)) - 1] < _SINGLE_PRECISION_RATIO * values[0]:
         basis = orthonormal_rows(found.basis.to(torch.float64))
         image = _apply_gram(rows, basis)
@@ -250,3 +263,17 @@ def _half_pass(rows: Float[Tensor, "p n"], block: Float[Tensor, "b long_or_short
 def _apply_gram(rows: Float[Tensor, "p n"], block: Float[Tensor, "b q"]) -> Float[Tensor, "b q"]:
     """`block @ G` for the smaller Gram matrix G of the stack, in the block's precision."""
     return _half_pass(rows, _half_pass(rows, block, to_short_side=False), to_short_side=True)
+
+
+def _apply_gram_bfloat16(rows: Float[Tensor, "p n"], block: Float[Tensor, "b q"]) -> Float[Tensor, "b q"]:
+    """`_apply_gram` of bfloat16 rows with bfloat16 products, which add up in float32."""
+    tall = rows if rows.shape[0] >= rows.shape[1] else rows.mT
+    return ((block.to(torch.bfloat16) @ tall.mT) @ tall).to(block.dtype)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones there; elsewhere they are emulated, and slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # no public question exists (torch 2.13)
+    return device.type == "cpu" and supported is not None and supported()

@@ -107,20 +107,55 @@ def balance(
         (tensor([[1.],
                 [0.]]), tensor([[1., 0.]]))
     """
+    turn = balancing(lora_B, lora_A)
+    balanced_B, balanced_A = lora_B.to(torch.float64) @ turn.out_side, turn.in_side @ lora_A.to(torch.float64)
+    # The largest entry of each row of A' is positive, so that equal matrices have equal factors.
+    peaks = balanced_A.gather(1, balanced_A.abs().argmax(dim=1, keepdim=True))
+    signs = torch.where(peaks[:, 0] < 0, -1.0, 1.0).to(torch.float64)
     dtype = _result_dtype(lora_B, lora_A)
-    left, right = lora_B.to(torch.float64), lora_A.to(torch.float64)
-    root_out, root_in = _gram_root(left, dtype=dtype), _gram_root(right.mT, dtype=dtype)
+    return (balanced_B * signs).to(dtype), (balanced_A * signs[:, None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class Balancing:
+    """What turns factors into balanced ones: `B' = B out_side`, `A' = in_side A`; without the signs `balance` fixes.
+
+    In float64, as the products with them should be: badly scaled factors make their entries cancel.
+
+    Attributes:
+        out_side: Factor of the left factor.
+        in_side: Factor of the right factor.
+        singular_values: Of the product, descending.
+    """
+
+    out_side: Float[Tensor, "r rank"]
+    in_side: Float[Tensor, "rank r"]
+    singular_values: Float[Tensor, "rank"]
+
+
+def balancing(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> Balancing:
+    """The r x r part of `balance`.
+
+    Args:
+        lora_B: Left factor.
+        lora_A: Right factor.
+
+    Returns:
+        `Balancing` of the product's numerical rank, 0 if it vanishes.
+    """
+    dtype = _result_dtype(lora_B, lora_A)
+    root_out = _gram_root(lora_B.to(torch.float64), dtype=dtype)
+    root_in = _gram_root(lora_A.to(torch.float64).mT, dtype=dtype)
     u, values, vh = torch.linalg.svd(root_out @ root_in.mT, full_matrices=False)
     # Factors that cancel (B A = 0, neither of them 0) leave rounding noise, which must not count as rank.
     floor = torch.finfo(dtype).eps * root_out.norm() * root_in.norm()
     rank = int((values[: numerical_rank(values.to(dtype))] > floor).sum())
     scale = values[:rank].rsqrt()
-    balanced_B = left @ (root_in.mT @ vh[:rank].mT * scale)
-    balanced_A = (scale[:, None] * u[:, :rank].mT @ root_out) @ right
-    # The largest entry of each row of A' is positive, so that equal matrices have equal factors.
-    peaks = balanced_A.gather(1, balanced_A.abs().argmax(dim=1, keepdim=True))
-    signs = torch.where(peaks[:, 0] < 0, -1.0, 1.0).to(torch.float64)
-    return (balanced_B * signs).to(dtype), (balanced_A * signs[:, None]).to(dtype)
+    return Balancing(
+        out_side=root_in.mT @ vh[:rank].mT * scale,
+        in_side=scale[:, None] * u[:, :rank].mT @ root_out,
+        singular_values=values[:rank],
+    )
 
 
 def truncate(

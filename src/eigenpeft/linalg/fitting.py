@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from eigenpeft.linalg.decompose import Decomposition, leading_components, numerical_rank
-from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
+from eigenpeft.linalg.alternating import refine
+from eigenpeft.linalg.centred import centred_components
+from eigenpeft.linalg.decompose import Decomposition, leading_components
 from eigenpeft.linalg.stacking import WEIGHTINGS as WEIGHTINGS
-from eigenpeft.linalg.stacking import Factors, Stacks, Weighting, stack_factors
+from eigenpeft.linalg.stacking import Factors, Stacks, Weighting, share_curve, stack_factors
 
 Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
 
-_MAX_SWEEPS = 100
 # A share is reached when it is missed by no more than the rounding of float32 data and the truncation of noise.
 _SHARE_SLACK = 1e-6
 # The first number of components that the search for a share tries.
@@ -168,13 +168,13 @@ def fit_hooi(
     # The fewest components, then the largest share: with a number of components all have as many.
     start = min(starts, key=lambda fitted: (len(fitted.components_in), -float(fitted.explained_variance_ratio.sum())))
     most = len(start.components_in)
-    fitted = _refine(stacks, start, tol=tol)
+    fitted = _refined(stacks, start, tol=tol)
     if n_components >= 1:  # a number of components, or the share of all of them
         return fitted
     fewest = 1
     while fewest < most:
         middle = (fewest + most) // 2
-        trial = _refine(stacks, _truncated(start, middle), tol=tol)
+        trial = _refined(stacks, _truncated(start, middle), tol=tol)
         if float(trial.explained_variance_ratio.sum()) >= n_components - _SHARE_SLACK:
             fitted, most = trial, middle
         else:
@@ -273,7 +273,7 @@ def explained_share_curve(
     """
     stacks = stack_factors(factors, rows="raw", weighting=weighting)
     _check_not_zero(stacks)
-    return _share_curve(stacks, components_in, components_out).to(components_in.dtype)
+    return share_curve(stacks, components_in, components_out).to(components_in.dtype)
 
 
 def _fit_stacks(
@@ -284,7 +284,7 @@ def _fit_stacks(
     The bases of fewer components are prefixes of those of more, so a share takes one curve a doubling of K.
     """
     _check_not_zero(stacks)
-    decompose = _centred_components if centred else leading_components
+    decompose = centred_components if centred else leading_components
     is_share = isinstance(n_components, float)
     if not (0.0 < n_components <= 1.0 if is_share else n_components >= 1):
         raise ValueError(f"n_components={n_components} must be a whole number >= 1, or a share in (0, 1].")
@@ -332,7 +332,7 @@ def _check_rank(stacks: Stacks, found_in: Decomposition, found_out: Decompositio
 
 def _bases(stacks: Stacks, found_in: Decomposition, found_out: Decomposition, k: int) -> FittedBases:
     components_in, components_out = found_in.components[:k], found_out.components[:k]
-    curve = _share_curve(stacks, components_in, components_out)
+    curve = share_curve(stacks, components_in, components_out)
     return FittedBases(
         components_in=components_in,
         components_out=components_out,
@@ -352,99 +352,6 @@ def _truncated(fitted: FittedBases, k: int) -> FittedBases:
     )
 
 
-def _cores(
-    stacks: Stacks, coefficients_in: Float[Tensor, "p k"], coefficients_out: Float[Tensor, "p k"]
-) -> list[Float[Tensor, "k k"]]:
-    """`V_out (ω ΔW_i) V_inᵀ` of every adapter, from the rows' coefficients, `middle` included on the output side."""
-    pairs = zip(coefficients_out.split(stacks.sizes), coefficients_in.split(stacks.sizes), strict=True)
-    return [part_out.mT @ part_in for part_out, part_in in pairs]
-
-
-def _share_curve(
-    stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
-) -> Float[Tensor, "k"]:
-    """Entry K - 1 is the squared norm of the leading K x K blocks of all cores: a prefix sum, whatever the Ks."""
-    dtype = stacks.rows_in.dtype
-    coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
-    coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
-    k = len(components_in)
-    energy = torch.zeros(k, k, dtype=torch.float64, device=components_in.device)
-    for core in _cores(stacks, coefficients_in, coefficients_out):
-        energy += core.square()
-    return energy.cumsum(0).cumsum(1).diagonal() / stacks.energy
-
-
-def _centred_components(
-    rows: Float[Tensor, "p n"], *, n_components: int, tol: float, generator: Generator | None
-) -> Decomposition:
-    """The mean's direction, then the principal components of the centred rows made orthogonal to it; at most K."""
-    mean = rows.mean(dim=0)
-    mean_value = torch.linalg.vector_norm(mean) * len(rows) ** 0.5
-    found = leading_components(rows - mean, n_components=n_components, tol=tol, generator=generator)
-    largest = torch.cat([mean_value[None], found.singular_values]).amax()
-    # Rank is judged against the uncentred stack: what centring leaves of equal rows is rounding noise.
-    rank = numerical_rank(torch.cat([largest[None], found.singular_values])) - 1
-    components, values = found.components[:rank], found.singular_values[:rank]
-    if numerical_rank(torch.stack([largest, mean_value])) == 2:
-        direction = mean / torch.linalg.vector_norm(mean)
-        # If the mean lies in the span of the leading components, one of them adds nothing to it and the others.
-        outside = 1.0 - (components.to(torch.float64) @ direction.to(torch.float64)).square().cumsum(0)
-        spanned = (outside < 1e-9).nonzero()
-        independent = torch.ones(rank, dtype=torch.bool, device=rows.device)
-        if len(spanned):
-            independent[spanned[0]] = False
-        components = torch.cat([direction[None], components[independent]])[:n_components]
-        values = torch.cat([mean_value[None], values[independent]])[:n_components]
-        components = torch.cat([components[:1], fix_signs(orthonormal_rows(components))[1:]])
-    return Decomposition(
-        components=fix_signs(components),
-        singular_values=values,
-        total_energy=found.total_energy + float(mean_value) ** 2,
-        n_iterations=found.n_iterations,
-        relative_residual=found.relative_residual,
-    )
-
-
-def _refine(stacks: Stacks, start: FittedBases, *, tol: float) -> FittedBases:
-    """Alternate power steps on both sides until a sweep gains less than `tol` of the explained share.
-
-    With one side fixed the objective is `tr(V M Vᵀ)`, convex in V, so the step `V <- orthonormal rows of V M`
-    never lowers it; M is applied through the stacks.
-    """
-    components_in, components_out = start.components_in, start.components_out
-    coefficients_in = stacks.rows_in @ components_in.mT
-    coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)
-    cores = _cores(stacks, coefficients_in, coefficients_out)
-    explained = sum(float(core.square().sum()) for core in cores)
-    for _ in range(_MAX_SWEEPS):
-        weights = torch.cat(
-            [part @ core.mT for part, core in zip(coefficients_in.split(stacks.sizes), cores, strict=True)]
-        )
-        components_out = orthonormal_rows((stacks.middle[:, None] * weights).mT @ stacks.rows_out)
-        coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)
-        cores = _cores(stacks, coefficients_in, coefficients_out)
-        weights = torch.cat(
-            [part @ core for part, core in zip(coefficients_out.split(stacks.sizes), cores, strict=True)]
-        )
-        components_in = orthonormal_rows(weights.mT @ stacks.rows_in)
-        coefficients_in = stacks.rows_in @ components_in.mT
-        cores = _cores(stacks, coefficients_in, coefficients_out)
-        previous, explained = explained, sum(float(core.square().sum()) for core in cores)
-        if explained - previous <= tol * explained:
-            break
-    found_in = _ordered(components_in, sum(core.mT @ core for core in cores))
-    found_out = _ordered(components_out, sum(core @ core.mT for core in cores))
-    return _bases(stacks, found_in, found_out, len(components_in))
-
-
-def _ordered(components: Float[Tensor, "k n"], moment: Float[Tensor, "k k"]) -> Decomposition:
-    """The same span, turned to the eigenvectors of the second moment within it."""
-    values, rotation = torch.linalg.eigh(moment.to(torch.float64))
-    turned = orthonormal_rows(rotation.flip(1).mT @ components.to(torch.float64)).to(components.dtype)
-    return Decomposition(
-        components=fix_signs(turned),
-        singular_values=values.flip(0).clamp(min=0.0).sqrt().to(components.dtype),
-        total_energy=float(moment.diagonal().sum()),
-        n_iterations=0,
-        relative_residual=0.0,
-    )
+def _refined(stacks: Stacks, start: FittedBases, *, tol: float) -> FittedBases:
+    found_in, found_out = refine(stacks, start.components_in, start.components_out, tol=tol)
+    return _bases(stacks, found_in, found_out, len(start.components_in))

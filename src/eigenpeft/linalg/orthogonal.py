@@ -96,8 +96,9 @@ def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[
 
     Example:
         >>> import torch
-        >>> principal_angles(torch.eye(3)[:2], torch.tensor([[1.0, 0.0, 1e-9]])).item()
-        1e-09
+        >>> angle = principal_angles(torch.eye(3)[:2], torch.tensor([[1.0, 0.0, 1e-9]]))
+        >>> f"{angle.item():.3e}"
+        '1.000e-09'
     """
     larger, smaller = (a, b) if len(a) >= len(b) else (b, a)
     q_larger = orthonormal_rows(larger.to(torch.float64))

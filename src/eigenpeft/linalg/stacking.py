@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.factored import balance, frobenius_norm
+from eigenpeft.linalg.factored import balancing, frobenius_norm
 
 Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
 """`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B."""
@@ -61,57 +61,108 @@ def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weightin
             f"factors of {len(factors)} adapters of shapes (out, in) {shapes} cannot be stacked; "
             "pass at least one adapter, all of one shape."
         )
-    rows_in, rows_out, middle, energy = [], [], [], 0.0
-    for lora_B, lora_A in factors:
-        stack_one = _raw_rows if rows == "raw" else _balanced_rows
-        stacked = stack_one(lora_B, lora_A, rows, weighting)
-        if stacked is not None:
-            rows_in.append(stacked.rows_in)
-            rows_out.append(stacked.rows_out)
-            middle.append(stacked.middle)
-            energy += stacked.energy
     dtype = torch.float64 if any(t.dtype == torch.float64 for pair in factors for t in pair) else torch.float32
-    (m, n), device = shapes[0], factors[0][1].device
+    (m, n), device, most = shapes[0], factors[0][1].device, sum(len(lora_A) for _, lora_A in factors)
+    # Written in place: these are the largest tensors there are, and parts to be joined would double the peak.
+    rows_in = torch.empty(most, n, dtype=dtype, device=device)
+    rows_out = torch.empty(most, m, dtype=dtype, device=device)
+    middle = torch.empty(most, dtype=dtype, device=device)
+    sizes, energy, start = [], 0.0, 0
+    write = _write_raw if rows == "raw" else _write_balanced
+    for lora_B, lora_A in factors:
+        part = slice(start, start + len(lora_A))
+        unit_norm, moments = weighting == "equal", rows == "moments"
+        size, norm = write(
+            lora_B, lora_A, rows_in[part], rows_out[part], middle[part], unit_norm=unit_norm, moments=moments
+        )
+        if size:
+            sizes.append(size)
+            energy += 1.0 if unit_norm else norm**2
+            start += size
     return Stacks(
-        rows_in=torch.cat([torch.empty(0, n, dtype=dtype, device=device), *rows_in]),
-        rows_out=torch.cat([torch.empty(0, m, dtype=dtype, device=device), *rows_out]),
-        middle=torch.cat([torch.empty(0, dtype=dtype, device=device), *middle]),
-        sizes=tuple(len(part) for part in middle),
-        energy=energy,
+        rows_in=rows_in[:start], rows_out=rows_out[:start], middle=middle[:start], sizes=tuple(sizes), energy=energy
     )
 
 
-def _balanced_rows(
-    lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"], rows: Rows, weighting: Weighting
-) -> Stacks | None:
-    balanced_B, balanced_A = balance(lora_B, lora_A)
-    if len(balanced_A) == 0:
-        return None
-    values = torch.linalg.vector_norm(balanced_A, dim=1).square()  # rows of S^{1/2} Vᵀ have norms S^{1/2}
+def cores(
+    stacks: Stacks, coefficients_in: Float[Tensor, "p k"], coefficients_out: Float[Tensor, "p k"]
+) -> list[Float[Tensor, "k k"]]:
+    """`V_out (ω ΔW_i) V_inᵀ` of every adapter.
+
+    Args:
+        stacks: Rows of the adapters.
+        coefficients_in: `rows_in V_inᵀ`.
+        coefficients_out: `diag(middle) rows_out V_outᵀ`.
+
+    Returns:
+        One matrix an adapter.
+    """
+    pairs = zip(coefficients_out.split(stacks.sizes), coefficients_in.split(stacks.sizes), strict=True)
+    return [part_out.mT @ part_in for part_out, part_in in pairs]
+
+
+def share_curve(
+    stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
+) -> Float[Tensor, "k"]:
+    """Share of the stacks' energy that the first 1, 2, ..., K components of both sides explain.
+
+    Entry K is the squared norm of the leading K x K blocks of all cores: a prefix sum, whatever the number of Ks.
+
+    Args:
+        stacks: Rows of the adapters.
+        components_in: Orthonormal rows in the input space.
+        components_out: Orthonormal rows in the output space.
+
+    Returns:
+        The cumulative share, float64.
+    """
+    dtype, k = stacks.rows_in.dtype, len(components_in)
+    coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
+    coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
+    energy = torch.zeros(k, k, dtype=torch.float64, device=stacks.rows_in.device)
+    for core in cores(stacks, coefficients_in, coefficients_out):
+        energy += core.square()
+    return energy.cumsum(0).cumsum(1).diagonal() / stacks.energy
+
+
+def _write_balanced(
+    lora_B: Float[Tensor, "m r"],
+    lora_A: Float[Tensor, "r n"],
+    rows_in: Float[Tensor, "r n"],
+    rows_out: Float[Tensor, "r m"],
+    middle: Float[Tensor, "r"],
+    *,
+    unit_norm: bool,
+    moments: bool,
+) -> tuple[int, float]:
+    """Fill the heads of one adapter's parts of the stacks; returns the number of rows and ‖ΔW‖."""
+    turn = balancing(lora_B, lora_A)
+    values, size = turn.singular_values, len(turn.singular_values)
     norm = torch.linalg.vector_norm(values)
-    weight = 1.0 / norm if weighting == "equal" else torch.ones_like(norm)
-    scale = (weight * torch.ones_like(values)).sqrt() if rows == "balanced" else weight * values.sqrt()
-    return Stacks(
-        rows_in=scale[:, None] * balanced_A,
-        rows_out=scale[:, None] * balanced_B.mT,
-        middle=weight / scale.square(),
-        sizes=(len(values),),
-        energy=float((weight * norm).to(torch.float64).square()),
-    )
+    weight = 1.0 / norm if unit_norm else torch.ones_like(norm)
+    # Balanced rows carry S^{1/2} already; second moments need S on both sides, and its inverse between them.
+    scale = weight * values.sqrt() if moments else weight.sqrt().expand(size)
+    rows_in[:size] = (scale[:, None] * turn.in_side) @ lora_A.to(torch.float64)
+    rows_out[:size] = (scale[:, None] * turn.out_side.mT) @ lora_B.to(torch.float64).mT
+    middle[:size] = weight / scale.square()
+    return size, float(norm)
 
 
-def _raw_rows(
-    lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"], rows: Rows, weighting: Weighting
-) -> Stacks | None:
-    norm = frobenius_norm(lora_B, lora_A)
+def _write_raw(
+    lora_B: Float[Tensor, "m r"],
+    lora_A: Float[Tensor, "r n"],
+    rows_in: Float[Tensor, "r n"],
+    rows_out: Float[Tensor, "r m"],
+    middle: Float[Tensor, "r"],
+    *,
+    unit_norm: bool,
+    moments: bool,
+) -> tuple[int, float]:
+    """`_write_balanced` for the factors as they are; `moments` has no meaning here."""
+    norm = float(frobenius_norm(lora_B, lora_A))
     if norm == 0.0:
-        return None
-    weight = 1.0 / norm if weighting == "equal" else torch.ones_like(norm)
-    dtype = torch.promote_types(torch.promote_types(lora_B.dtype, lora_A.dtype), torch.float32)
-    return Stacks(
-        rows_in=lora_A.to(dtype),
-        rows_out=lora_B.to(dtype).mT,
-        middle=weight.to(dtype).expand(len(lora_A)),
-        sizes=(len(lora_A),),
-        energy=float((weight * norm).square()),
-    )
+        return 0, 0.0
+    rows_in.copy_(lora_A)
+    rows_out.copy_(lora_B.mT)
+    middle.fill_(1.0 / norm if unit_norm else 1.0)
+    return len(lora_A), norm
