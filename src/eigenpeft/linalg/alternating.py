@@ -6,7 +6,7 @@ from torch import Tensor
 
 from eigenpeft.linalg.decompose import Decomposition
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
-from eigenpeft.linalg.stacking import Stacks
+from eigenpeft.linalg.stacking import Stacks, cores
 
 _MAX_SWEEPS = 100
 

@@ -25,7 +25,8 @@ def fix_signs(components: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     if components.numel() == 0:
         return components.clone()
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return components * torch.where(largest < 0, -1.0, 1.0).to(components.dtype)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(components.dtype)
+    return components * signs + 0.0  # no negative zeros: equal results should also look equal
 
 
 def orthonormal_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
