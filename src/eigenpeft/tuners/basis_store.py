@@ -13,7 +13,7 @@ from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
 
 SEARCH_PATH = "EIGENPEFT_SUBSPACE_PATH"
 _BASES = "lora_bases"
-_live: "WeakValueDictionary[str, PrincipalSubspace]" = WeakValueDictionary()
+_live: WeakValueDictionary[str, PrincipalSubspace] = WeakValueDictionary()
 
 
 class Basis(nn.Module):
@@ -113,22 +113,19 @@ def attach_basis(layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str) -
     return bases_of_layer[key]  # pyright: ignore[reportReturnType]
 
 
-def attach_empty_basis(
-    layer: LoraLayer, *, n_components: int, fingerprint: str, dtype: torch.dtype = torch.float32
-) -> Basis:
+def attach_empty_basis(layer: LoraLayer, *, n_components: int, fingerprint: str) -> Basis:
     """A basis of zeros for embedded components, which the adapter's own file is about to fill.
 
     Args:
         layer: LoRA layer of the module.
         n_components: As the adapter's config records it.
         fingerprint: Of the subspace the components were cut from.
-        dtype: Of the components.
     """
-    empty = torch.zeros(0, dtype=dtype)
+    empty = torch.zeros(0)
     shapes = (n_components, layer.in_features), (n_components, layer.out_features)
     return attach_basis(
         layer,
-        ModuleSubspace(*(torch.zeros(shape, dtype=dtype) for shape in shapes), empty, empty, empty),
+        ModuleSubspace(*(torch.zeros(shape) for shape in shapes), empty, empty, empty),
         fingerprint=fingerprint,
     )
 
@@ -155,7 +152,7 @@ def _bases(layer: LoraLayer) -> nn.ModuleDict:
 
 def _not_found(path_or_id: str | None, sha256: str | None, searched: list[str]) -> str:
     return (
-        f"The subspace {path_or_id or '(never saved)'!r} that the adapter refers to (sha256 {sha256 or 'any'}) was not found. "
-        f"Searched: {'; '.join(searched)}. Put a copy at that path, or name the folder that has it in {SEARCH_PATH}, or ask the "
-        'adapter\'s author to save it with save_subspace="embed".'
+        f"The subspace {path_or_id or '(never saved)'!r} that the adapter refers to (sha256 {sha256 or 'any'}) was not "
+        f"found. Searched: {'; '.join(searched)}. Put a copy at that path, or name the folder that has it in {SEARCH_PATH}, or ask "
+        'the adapter\'s author to save it with save_subspace="embed".'
     )

@@ -93,9 +93,7 @@ def _from_model(model: PeftModel, name: str) -> tuple[Updates, dict[str, Any], d
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
             lora_A, lora_B = (factors[name].weight.detach() for factors in (layer.lora_A, layer.lora_B))
             if lora_A.ndim != 2:
-                raise AdapterConfigError(
-                    f"{path!r} is a convolution; export_lora writes linear layers. Merge it instead."
-                )
+                raise AdapterConfigError(f"{path!r} is a convolution; export_lora writes linear layers. Merge it.")
             updates[path.removeprefix(_PREFIX)] = (lora_B, lora_A, float(layer.scaling[name]))
     if not updates:
         raise AdapterConfigError(f"{name!r} adapts no linear layer of the model; there is nothing to export.")

@@ -128,8 +128,8 @@ def initial_mixer(rank: int, *, init: str) -> Tensor:
 
 
 def _chain_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:
-    # Multiply-adds per feature of the wide side: chain T K, materialised K r + T r. Products narrower than 16 columns run
-    # as slowly as those of 16, so r counts as at least that.
+    # Multiply-adds per feature of the wide side: chain T K, materialised K r + T r. Products narrower than 16
+    # columns run as slowly as those of 16, so r counts as at least that.
     n_tokens = x.numel() // x.shape[-1]
     n_components, rank = sorted(coefficients.shape, reverse=True)
     rank = max(rank, 16)

@@ -12,8 +12,8 @@ from eigenpeft.errors import EigenPeftError
 def peft_type(name: str) -> PeftType:
     """The member `name` of PEFT's enum of methods, added when it is not there yet.
 
-    `register_peft_method` refuses names outside the enum, and transformers reads `.value` of the member, so that a plain
-    string will not do (PEFT issue 2273 and change 2282). Adding is idempotent.
+    `register_peft_method` refuses names outside the enum, and transformers reads `.value` of the member, so that a
+    plain string will not do (PEFT issue 2273 and change 2282). Adding is idempotent.
 
     Args:
         name: Upper-case name.
@@ -51,8 +51,8 @@ def register(name: str, *, config_cls: type, model_cls: type, hotswap_keys: Sequ
         return
     if known != (None, None):
         raise EigenPeftError(
-            f"PEFT already knows a method {name}: {known[0]!r}. eigenpeft does not replace it; use a version of eigenpeft and "
-            "PEFT that go together, or remove the other package."
+            f"PEFT already knows a method {name}: {known[0]!r}. eigenpeft does not replace it; use a version of eigenpeft "
+            "and PEFT that go together, or remove the other package."
         )
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")
     hotswap.CONFIG_KEYS_TO_CHECK[kind] = list(hotswap_keys)

@@ -42,8 +42,8 @@ def check_lora_options(config: LoraConfig, *, method: str, unsupported: tuple[st
     ]
     if config.init_lora_weights not in _STARTS:
         problems.append(
-            f"init_lora_weights={config.init_lora_weights!r} must be one of {', '.join(map(repr, _STARTS))}: starts that "
-            "change or depend on the base weights are not defined here"
+            f"init_lora_weights={config.init_lora_weights!r} must be one of {', '.join(map(repr, _STARTS))}: starts "
+            "that change or depend on the base weights are not defined here"
         )
     if not isinstance(config.r, int) or config.r < 1:
         problems.append(f"r={config.r!r} must be a whole number of at least 1")

@@ -49,8 +49,8 @@ class EigenLoraConfig(LoraConfig):
     core: Literal["low_rank", "mixer", "diagonal"] = field(
         default="low_rank",
         metadata={
-            "help": "Form of P (K, K). 'low_rank': C_out C_in with 2 K r parameters a module (EigenLoRAx); 'mixer': all K² "
-            "entries (LoRA-XS, MoSLoRA's mixer); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0."
+            "help": "Form of P (K, K). 'low_rank': C_out C_in with 2 K r parameters a module (EigenLoRAx); 'mixer': all "
+            "K² entries (LoRA-XS, MoSLoRA's mixer); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0."
         },
     )
     init_from: str | None = field(
@@ -63,8 +63,8 @@ class EigenLoraConfig(LoraConfig):
     save_subspace: Literal["reference", "embed"] = field(
         default="reference",
         metadata={
-            "help": "'reference' saves coefficients only and names the subspace; 'embed' saves the components with them. A "
-            "subspace that was never saved is always embedded."
+            "help": "'reference' saves coefficients only and names the subspace; 'embed' saves the components with them. "
+            "A subspace that was never saved is always embedded."
         },
     )
     embedded_n_components: dict[str, int] | None = field(
@@ -95,8 +95,8 @@ class EigenLoraConfig(LoraConfig):
             self._subspace, fingerprint = self.subspace, remember(self.subspace)
             if self.subspace_sha256 not in (None, fingerprint):
                 raise AdapterConfigError(
-                    f"subspace_sha256={self.subspace_sha256!r} is not the fingerprint {fingerprint!r} of the subspace passed; "
-                    "leave it out or pass the subspace that has it."
+                    f"subspace_sha256={self.subspace_sha256!r} is not the fingerprint {fingerprint!r} of the subspace "
+                    "passed; leave it out or pass the subspace that has it."
                 )
             self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
             self.subspace = self.subspace.origin

@@ -52,18 +52,18 @@ class EigenLoraModel(LoraModel):
         self,
         lora_config: EigenLoraConfig,
         adapter_name: str,
-        target: Any,
+        target,
         target_name: str,
-        parent: Any,
+        parent,
         current_key: str,
         **kwargs,
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = tuned_layer(parent, target_name)
-        if not isinstance(layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None, nn.Linear):
+        if not isinstance(dict(layer.lora_B).get(adapter_name), nn.Linear):
             raise AdapterConfigError(
-                f"EigenLoRA takes linear layers and Conv1D; {current_key!r} is a {type(layer.get_base_layer()).__name__}. "
-                "Leave it out with exclude_modules."
+                f"EigenLoRA takes linear layers and Conv1D; {current_key!r} is a {type(layer.get_base_layer()).__name__}"
+                ". Leave it out with exclude_modules."
             )
         self._swap(layer, lora_config, adapter_name, current_key)
         settle(layer, adapter_name, config=lora_config, active_adapters=self.active_adapters)
@@ -138,8 +138,8 @@ def _subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
     if subspace is None:
         if config.subspace is None and config.subspace_sha256 is None:
             raise AdapterConfigError(
-                "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the PrincipalSubspace that "
-                "SubspaceBuilder made."
+                "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the "
+                "PrincipalSubspace that SubspaceBuilder made."
             )
         subspace = resolve(config.subspace, revision=config.subspace_revision, sha256=config.subspace_sha256)
     config._subspace = subspace  # keeps it alive, and findable for the next adapter
@@ -157,8 +157,8 @@ def _matching_modules(model: nn.Module, subspace: PrincipalSubspace | None, conf
             wanted.add(plain)
     if not wanted:
         raise AdapterConfigError(
-            f"None of the subspace's {len(names)} modules, such as {names[0]!r}, is in the model ({type(model).__name__}). "
-            "Use a model of the base that the subspace was built for."
+            f"None of the subspace's {len(names)} modules, such as {names[0]!r}, is in the model "
+            f"({type(model).__name__}). Use a model of the base that the subspace was built for."
         )
     return wanted
 
@@ -171,14 +171,15 @@ def _basis_for(
         count = (config.embedded_n_components or {}).get(module)
         if count is None:
             raise AdapterConfigError(
-                f"The adapter embeds no components for {module!r}; it has them for {sorted(config.embedded_n_components or ())[:3]}."
+                f"The adapter embeds no components for {module!r}; it has them for "
+                f"{sorted(config.embedded_n_components or ())[:3]}."
             )
         return module, attach_empty_basis(layer, n_components=count, fingerprint=fingerprint)
     name = subspace.find(module)
     if name is None:
         raise AdapterConfigError(
-            f"{module!r} is targeted but not in the subspace of {len(subspace)} modules, such as {subspace.modules[0]!r}. Leave "
-            "target_modules out to adapt exactly the subspace's modules."
+            f"{module!r} is targeted but not in the subspace of {len(subspace)} modules, such as {subspace.modules[0]!r}. "
+            "Leave target_modules out to adapt exactly the subspace's modules."
         )
     bases = subspace[name]
     if (bases.out_features, bases.in_features) != (layer.out_features, layer.in_features):

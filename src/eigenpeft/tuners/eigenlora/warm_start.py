@@ -68,8 +68,8 @@ def read_warm_start(source: str, subspace: PrincipalSubspace) -> WarmStart:
         store = CoefficientStore.from_pretrained(place)
         if store.subspace.fingerprint != subspace.fingerprint:
             raise AdapterConfigError(
-                f"init_from={source!r}: that store's bases have fingerprint {store.subspace.fingerprint}, the adapter's have "
-                f"{subspace.fingerprint}. Pass the adapter itself to have it projected."
+                f"init_from={source!r}: that store's bases have fingerprint {store.subspace.fingerprint}, the adapter's "
+                f"have {subspace.fingerprint}. Pass the adapter itself to have it projected."
             )
         return WarmStart(source, dict(store[member]))
     with AdapterCollection.from_pretrained([source]) as collection:

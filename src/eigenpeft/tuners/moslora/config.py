@@ -32,8 +32,8 @@ class MosLoraConfig(LoraConfig):
     init_mixer: Literal["kaiming", "orthogonal", "identity"] = field(
         default="kaiming",
         metadata={
-            "help": "Start of the mixer: 'kaiming' (uniform, a = sqrt 5), the paper's best with 'orthogonal'; 'identity' is "
-            "plain LoRA at the start. A zero mixer never learns and is not offered."
+            "help": "Start of the mixer: 'kaiming' (uniform, a = sqrt 5), the paper's best with 'orthogonal'; 'identity' "
+            "is plain LoRA at the start. A zero mixer never learns and is not offered."
         },
     )
     requires_package: str = field(

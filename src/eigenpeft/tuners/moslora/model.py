@@ -1,7 +1,5 @@
 """MoSLoRA as a PEFT tuner: LoRA's layers with the B factor replaced by B times a mixer."""
 
-from typing import Any
-
 from peft.tuners.lora import LoraLayer, LoraModel
 
 from eigenpeft.errors import AdapterConfigError
@@ -17,9 +15,9 @@ class MosLoraModel(LoraModel):
         self,
         lora_config: MosLoraConfig,
         adapter_name: str,
-        target: Any,
+        target,
         target_name: str,
-        parent: Any,
+        parent,
         current_key: str,
         **kwargs,
     ) -> None:
@@ -30,11 +28,11 @@ class MosLoraModel(LoraModel):
 
     @staticmethod
     def _mix(layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
-        replaced = layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None
+        replaced = dict(layer.lora_B).get(adapter_name)
         if replaced is None or getattr(replaced, "groups", 1) != 1:
             raise AdapterConfigError(
-                f"MoSLoRA does not define a mixer for {module!r} ({type(layer.get_base_layer()).__name__}); it takes linear "
-                "layers, Conv1D and convolutions without groups. Leave it out with exclude_modules."
+                f"MoSLoRA does not define a mixer for {module!r} ({type(layer.get_base_layer()).__name__}); it takes "
+                "linear layers, Conv1D and convolutions without groups. Leave it out with exclude_modules."
             )
         mixer = initial_mixer(layer.r[adapter_name], init=config.init_mixer)
         layer.lora_B[adapter_name] = MixedFactor(replaced, mixer=mixer)
