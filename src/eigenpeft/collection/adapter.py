@@ -1,0 +1,151 @@
+"""One source adapter: its record, where its factors lie, and reading them one module at a time."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.weights import WeightsFile, file_sha256
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """Factors of one adapter on one module: ΔW = lora_B @ lora_A.
+
+    Attributes:
+        adapter: Name of the adapter.
+        lora_A: (r, in_features), float32.
+        lora_B: (out_features, r), float32, with the scaling (alpha / r, alpha / sqrt(r) for rsLoRA) folded in.
+    """
+
+    adapter: str
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+@dataclass(frozen=True)
+class SourceAdapter:
+    """What is known of one adapter without reading its tensors.
+
+    Attributes:
+        name: Label, unique in the collection.
+        source: What the user named: a folder or a Hub id.
+        revision: Commit of a Hub repository, None for local folders.
+        base_model: Base model that the config names.
+        rank: Largest rank of its modules.
+        lora_alpha: The config's alpha; single modules may differ by `alpha_pattern`.
+        use_rslora: Whether the scaling is alpha / sqrt(r).
+        task_type: PEFT's task type.
+        licence: From the front matter of its README.md.
+        modules: Canonical names of the modules it adapts, in natural order.
+        kept_aside: Keys of its tensors that are no part of an update: heads, saved modules, biases, embedding factors.
+        weights_path: Its weights file.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    base_model: str | None
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    task_type: str | None
+    licence: str | None
+    modules: tuple[str, ...]
+    kept_aside: tuple[str, ...]
+    weights_path: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the weights file; read when first asked for."""
+        return file_sha256(self.weights_path)
+
+    def record(self) -> dict[str, Any]:
+        """What is written into artifacts made from this adapter, as JSON-able values.
+
+        Of a local folder only its own name is told, because artifacts get published. Modules are counted, not listed.
+        """
+        record = asdict(self)
+        for name in ("weights_path", "modules", "kept_aside"):
+            del record[name]
+        return {
+            **record,
+            "source": self.source if self.revision else Path(self.weights_path).resolve().parent.name,
+            "sha256": self.sha256,
+            "n_modules": len(self.modules),
+            "kept_aside": list(self.kept_aside),
+        }
+
+
+@dataclass(frozen=True)
+class FactorLocation:
+    """Where the factors of one module lie in a weights file.
+
+    Attributes:
+        key_A: Key of lora_A.
+        key_B: Key of lora_B.
+        shape: (out_features, in_features).
+        scaling: s of s B A.
+    """
+
+    key_A: str
+    key_B: str
+    shape: tuple[int, int]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter whose header has been read and whose factors can be read one module at a time.
+
+    Attributes:
+        info: Its record.
+        weights: Its weights file.
+        locations: Canonical module name to its factors' place.
+        fan_in_fan_out: Whether its config says that base weights are stored transposed.
+        aligned: Names of modules in its own file to their names here, where these differ.
+    """
+
+    info: SourceAdapter
+    weights: WeightsFile
+    locations: Mapping[str, FactorLocation]
+    fan_in_fan_out: bool
+    aligned: Mapping[str, str] = field(default_factory=dict)
+
+    def renamed(self, names: Mapping[str, str]) -> "OpenAdapter":
+        """The same adapter with other names for some modules.
+
+        Args:
+            names: Old name to new name.
+        """
+        locations = {names.get(module, module): location for module, location in self.locations.items()}
+        modules = tuple(sorted(locations, key=natural_order))
+        aligned = {old: new for old, new in names.items() if old in self.locations}
+        return replace(self, info=replace(self.info, modules=modules), locations=locations, aligned=aligned)
+
+    def read(self, module: str) -> AdapterFactors:
+        """Read the factors of one module, fold the scaling and check that all numbers are finite.
+
+        Args:
+            module: Canonical name.
+
+        Raises:
+            ValueError: If the file cannot be read any more, or a factor holds NaN or infinity; the message is a clause
+                to put behind the adapter's name.
+        """
+        location = self.locations[module]
+        # Folded in float32, not in the stored dtype, where it could overflow or round.
+        lora_A = self.weights.read(location.key_A).float()
+        lora_B = self.weights.read(location.key_B).float() * location.scaling
+        for factor, values in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not values.isfinite().all():
+                n_bad = int((~values.isfinite()).sum())
+                raise ValueError(
+                    f"has {n_bad} of {values.numel()} numbers NaN or infinite in {factor} of {module!r}; it diverged or "
+                    "was damaged, leave it out"
+                )
+        return AdapterFactors(adapter=self.info.name, lora_A=lora_A, lora_B=lora_B)

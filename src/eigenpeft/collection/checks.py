@@ -1,0 +1,65 @@
+"""What adapters must have in common to be read together: the base model and the shapes of its modules."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from eigenpeft.collection.adapter import OpenAdapter
+from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.opening import some
+
+
+def problems_between(members: Sequence[OpenAdapter], *, allow_different_base_models: bool) -> list[str]:
+    """Sentences about adapters that do not fit together; empty when all do.
+
+    Args:
+        members: Opened adapters with aligned module names.
+        allow_different_base_models: Whether the configs may name different base models.
+    """
+    problems = [] if allow_different_base_models else _base_models(members)
+    return problems + _shapes(members)
+
+
+def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
+    by_base: dict[str, list[str]] = {}
+    for member in members:
+        # A config that names no base model contradicts nobody.
+        if member.info.base_model:
+            by_base.setdefault(member.info.base_model, []).append(member.info.name)
+    if len(by_base) < 2:
+        return []
+    listed = "; ".join(
+        f"{base!r} of {some(names)}" for base, names in sorted(by_base.items(), key=lambda item: -len(item[1]))
+    )
+    return [
+        f"The adapters name {len(by_base)} different base models: {listed}. Updates of different models cannot share a "
+        "subspace; if these are copies of one model, pass allow_different_base_models=True."
+    ]
+
+
+def _shapes(members: Sequence[OpenAdapter]) -> list[str]:
+    counts: dict[str, Counter[tuple[int, int]]] = {}
+    for member in members:
+        for module, location in member.locations.items():
+            counts.setdefault(module, Counter())[location.shape] += 1
+    usual = {module: shapes.most_common(1)[0] for module, shapes in counts.items()}
+    problems = []
+    for member in members:
+        unusual = sorted(
+            (module for module, location in member.locations.items() if location.shape != usual[module][0]),
+            key=natural_order,
+        )
+        if unusual:
+            module = unusual[0]
+            shape, n_others = usual[module]
+            problems.append(
+                f"Adapter {member.info.name!r} adapts {module!r} as {_times(member.locations[module].shape)} "
+                f"(out x in), where {n_others} of the {counts[module].total()} adapters with that module have "
+                f"{_times(shape)}"
+                + (f"; so with {len(unusual) - 1} more modules" if len(unusual) > 1 else "")
+                + ". It is of another base model; leave one kind out."
+            )
+    return problems
+
+
+def _times(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"

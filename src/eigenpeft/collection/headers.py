@@ -1,0 +1,54 @@
+"""Findings that need no tensor: what is kept aside, which modules some adapters lack, which names were aligned."""
+
+from collections.abc import Iterator, Sequence
+
+from eigenpeft.collection.adapter import OpenAdapter
+from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.opening import some
+
+
+def findings_of_headers(members: Sequence[OpenAdapter]) -> tuple[Finding, ...]:
+    """One finding for each group of adapters with the same oddity.
+
+    Args:
+        members: Opened adapters.
+    """
+    return (*_kept_aside(members), *_missing_modules(members), *_aligned_names(members))
+
+
+def _kept_aside(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
+    for keys, names in _groups([(member.info.kept_aside, member.info.name) for member in members]):
+        if keys:
+            message = (
+                f"{some(names)}: {len(keys)} tensors are no weight update of an adapted module and were left out, "
+                f"{some(keys)}."
+            )
+            yield Finding("kept_aside", names, message, float(len(keys)))
+
+
+def _missing_modules(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
+    modules = sorted({module for member in members for module in member.locations}, key=natural_order)
+    for present, names in _groups([(member.info.modules, member.info.name) for member in members]):
+        absent = [module for module in modules if module not in set(present)]
+        if absent:
+            message = f"{some(names)}: {len(absent)} of the {len(modules)} modules have no update, {some(absent)}."
+            yield Finding("missing_modules", names, message, float(len(absent)))
+
+
+def _aligned_names(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
+    for aligned, names in _groups([(tuple(member.aligned.items()), member.info.name) for member in members]):
+        if aligned:
+            old, new = aligned[0]
+            message = (
+                f"{some(names)}: {len(aligned)} modules are named otherwise than in the other adapters, {old!r} for "
+                f"{new!r}, and were taken for the same."
+            )
+            yield Finding("aligned_names", names, message, float(len(aligned)))
+
+
+def _groups(keyed: Sequence[tuple[tuple, str]]) -> list[tuple[tuple, tuple[str, ...]]]:
+    groups: dict[tuple, list[str]] = {}
+    for key, name in keyed:
+        groups.setdefault(key, []).append(name)
+    return [(key, tuple(names)) for key, names in groups.items()]

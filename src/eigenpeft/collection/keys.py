@@ -1,0 +1,92 @@
+"""Keys of adapter state dicts: which module and factor a tensor belongs to, and how module names are ordered."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Value = TypeVar("Value")
+
+_PREFIX = "base_model.model."
+# Wrappers of torch.compile, FSDP and activation checkpointing that end up in the keys of hand-made checkpoints.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+# Trained with the factors but no part of a matrix B A: biases, embedding factors; VeLoRA's is needed in training only.
+_ASIDE = re.compile(r"\.lora_(?:B(?:\.[^.]+)?\.bias|embedding_[AB](?:\.[^.]+)?|velora_\w+(?:\..+)?)$")
+_LORA = re.compile(r"\.lora_(?P<word>\w+)")
+
+
+@dataclass(frozen=True)
+class ParsedKey:
+    """What one tensor of an adapter file is.
+
+    Attributes:
+        kind: "factor" for lora_A and lora_B; "aside" for tensors that are no part of a weight update B A (heads, biases,
+            base weights, embedding factors); "foreign" for LoRA tensors of a method other than plain LoRA.
+        module: Canonical name of the adapted module, for factors.
+        factor: "A" or "B", for factors.
+        adapter: Name of the adapter inside the key (`.lora_A.default.weight`), if it has one.
+    """
+
+    kind: Literal["factor", "aside", "foreign"]
+    module: str = ""
+    factor: str = ""
+    adapter: str | None = None
+
+
+def parse_key(key: str) -> ParsedKey:
+    """Read the key of a tensor as PEFT writes it, with or without the adapter's name and the model's prefix.
+
+    Args:
+        key: For example "base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight".
+
+    Example:
+        >>> parse_key("base_model.model.h.0.attn.c_attn.lora_A.weight").module
+        'h.0.attn.c_attn'
+    """
+    if match := _FACTOR.fullmatch(key):
+        return ParsedKey("factor", canonical_module(match["module"]), match["factor"], match["adapter"])
+    if _LORA.search(key) and not _ASIDE.search(key):
+        return ParsedKey("foreign")
+    return ParsedKey("aside")
+
+
+def canonical_module(name: str) -> str:
+    """A module's name in the base model: no "base_model.model." in front, no wrappers of torch inside.
+
+    Args:
+        name: Key without its `.lora_A.weight` ending.
+    """
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    # DistributedDataParallel's "module." is only recognisable in front of PEFT's own prefix.
+    return name.removeprefix("module.").removeprefix(_PREFIX) if _PREFIX in name else name
+
+
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key that puts "layer.2" before "layer.10".
+
+    Args:
+        name: Module or folder name.
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)
+
+
+def pattern_value(patterns: Mapping[str, Value], module: str, *, default: Value) -> Value:
+    """Value of the first pattern that fits a module, by the rule of PEFT's `rank_pattern` and `alpha_pattern`.
+
+    A pattern is a regular expression for the whole name or for its end after a dot; the first one in the file's order
+    counts, not the longest.
+
+    Args:
+        patterns: Pattern to value.
+        module: Name of the module in the adapter's own model.
+        default: Value when none fits.
+
+    Raises:
+        re.error: If a pattern is no regular expression.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return patterns.get(module, default)

@@ -1,0 +1,237 @@
+"""Collections of LoRA adapters of one base model: opened by their headers, read one module at a time."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub.utils import tqdm
+
+from eigenpeft.collection.adapter import AdapterFactors, OpenAdapter, SourceAdapter
+from eigenpeft.collection.alignment import align_modules
+from eigenpeft.collection.checks import problems_between
+from eigenpeft.collection.diagnosis import Diagnosis, Finding
+from eigenpeft.collection.headers import findings_of_headers
+from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.opening import open_adapter, some
+from eigenpeft.collection.sources import locate
+from eigenpeft.errors import CollectionError
+
+__all__ = ["AdapterCollection", "AdapterFactors", "SourceAdapter"]
+
+
+class AdapterCollection:
+    """LoRA adapters of one base model, checked against each other, their tensors still on disk.
+
+    Ranks, alphas and adapted modules may differ. Modules have one name each, that of the module in the base model
+    ("transformer.h.0.attn.c_attn"). Made by `from_pretrained`; iterating gives the adapters' names.
+
+    Args:
+        members: Opened adapters with unique names and aligned module names.
+
+    Attributes:
+        adapters: Record of each adapter.
+        names: Their names.
+        modules: All modules that any of them adapts, in natural order.
+        shapes: Module name to (out_features, in_features).
+        base_model_name_or_path: The base model that (most of) the configs name.
+    """
+
+    def __init__(self, members: Sequence[OpenAdapter]):
+        self._members = {member.info.name: member for member in members}
+        self._of_module: dict[str, list[OpenAdapter]] = {}
+        for member in members:
+            for module in member.locations:
+                self._of_module.setdefault(module, []).append(member)
+        self.adapters = tuple(member.info for member in members)
+        self.names = tuple(self._members)
+        self.modules = tuple(sorted(self._of_module, key=natural_order))
+        self.shapes = {module: self._of_module[module][0].locations[module].shape for module in self.modules}
+        bases = Counter(info.base_model for info in self.adapters if info.base_model)
+        self.base_model_name_or_path = bases.most_common(1)[0][0] if bases else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        sources: str | Path | Sequence[str | Path],
+        *,
+        allow_different_base_models: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool | None = None,
+    ) -> "AdapterCollection":
+        """Open adapters by their configs and headers; no tensor is read yet.
+
+        Args:
+            sources: Folders of adapters, folders whose direct subfolders are adapters, and Hub ids ("owner/name" or
+                "owner/name@revision"), one or many, in any mix. What exists on disk is taken from disk. An adapter that
+                is named twice counts once. Adapters are named after their folder or repository; namesakes get their
+                parent's name in front.
+            allow_different_base_models: Take adapters whose configs name different base models (or local copies of one
+                model under different paths), as long as shapes fit.
+            token: Token for the Hub; default: the stored one.
+            cache_dir: Download cache; default: the Hub's.
+            local_files_only: Use downloaded files only; default: only where HF_HUB_OFFLINE is set.
+
+        Returns:
+            The collection. What is odd but no error is told by `diagnose`.
+
+        Raises:
+            CollectionError: One message with every problem of every adapter: no LoRA, a variant of LoRA whose update is
+                not s B A, missing or damaged files, a config that disagrees with the tensors, other base models, shapes
+                that conflict.
+
+        Example:
+            >>> collection = AdapterCollection.from_pretrained("adapters/")  # doctest: +SKIP
+            >>> collection.names, len(collection.modules)  # doctest: +SKIP
+            (('legal', 'medical', 'sports'), 36)
+        """
+        locations, problems = locate(sources, token=token, cache_dir=cache_dir, local_files_only=bool(local_files_only))
+        members: list[OpenAdapter] = []
+        for location in locations:
+            member, found = open_adapter(location)
+            problems += found
+            members += [] if member is None else [member]
+        names = align_modules(
+            [{module: location.shape for module, location in member.locations.items()} for member in members]
+        )
+        members = [member.renamed(names) for member in members]
+        problems += problems_between(members, allow_different_base_models=allow_different_base_models)
+        if not members and not problems:
+            problems = ["No adapters were named: pass at least one folder or Hub id."]
+        if problems:
+            raise CollectionError(problems)
+        return cls(members)
+
+    def factors(self, module: str) -> list[AdapterFactors]:
+        """Read one module's factors of all adapters that have it, scaling folded in; nothing else is read.
+
+        Args:
+            module: Name from `modules`.
+
+        Raises:
+            CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all
+                such adapters.
+        """
+        read, problems = [], []
+        for member in self._having(module):
+            try:
+                read.append(member.read(module))
+            except ValueError as error:
+                problems.append(f"Adapter {member.info.name!r} {error}.")
+        if problems:
+            raise CollectionError(problems)
+        return read
+
+    def members(self, module: str) -> tuple[str, ...]:
+        """Names of the adapters that adapt a module.
+
+        Args:
+            module: Name from `modules`.
+        """
+        return tuple(member.info.name for member in self._having(module))
+
+    def fan_in_fan_out(self, module: str) -> bool:
+        """Whether the base weight of a module is stored transposed (GPT-2's Conv1D), as the adapters' configs say.
+
+        The factors are lora_A (r, in_features) and lora_B (out_features, r) either way.
+
+        Args:
+            module: Name from `modules`.
+        """
+        return any(member.fan_in_fan_out for member in self._having(module))
+
+    def subset(self, names: Iterable[str]) -> "AdapterCollection":
+        """The same adapters, fewer of them; files already open are shared.
+
+        Args:
+            names: Names to keep, in the order wanted.
+
+        Raises:
+            CollectionError: If a name is unknown, or none is given.
+        """
+        names = list(dict.fromkeys(names))
+        self._check_names(names)
+        if not names:
+            raise CollectionError([f"No adapter would be left of the {len(self)}: name at least one to keep."])
+        return AdapterCollection([self._members[name] for name in names])
+
+    def without(self, *names: str) -> "AdapterCollection":
+        """The same adapters but some.
+
+        Args:
+            *names: Names to leave out.
+
+        Raises:
+            CollectionError: If a name is unknown, or none would be left.
+        """
+        self._check_names(names)
+        return self.subset(name for name in self.names if name not in names)
+
+    def diagnose(self, *, progress: bool = True) -> tuple[Finding, ...]:
+        """Look for what spoils a subspace without being an error; reads every adapter once, module by module.
+
+        `SubspaceBuilder` does the same while it fits, so that this is for looking first.
+
+        Args:
+            progress: Show a progress bar.
+
+        Returns:
+            Findings from the headers (tensors kept aside, missing modules, aligned names), then those from the tensors
+            (untrained, outlier_norm, same_start, near_duplicate; see `Diagnosis`).
+
+        Raises:
+            CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more.
+        """
+        diagnosis = Diagnosis()
+        for module in tqdm(self.modules, desc="Looking", unit="module", disable=not progress):
+            diagnosis.observe(module, self.factors(module))
+        return (*self.findings, *diagnosis.findings())
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the headers alone tell: tensors kept aside, modules missing from some adapters, names aligned."""
+        return findings_of_headers(tuple(self._members.values()))
+
+    def close(self) -> None:
+        """Let go of the files. Reading afterwards opens them again."""
+        for member in self._members.values():
+            member.weights.close()
+
+    def __enter__(self) -> "AdapterCollection":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __getitem__(self, name: str) -> SourceAdapter:
+        self._check_names([name])
+        return self._members[name].info
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterCollection(adapters={len(self)}, modules={len(self.modules)}, "
+            f"base_model={self.base_model_name_or_path!r})"
+        )
+
+    def _having(self, module: str) -> list[OpenAdapter]:
+        if module not in self._of_module:
+            raise KeyError(
+                f"{module!r} is not adapted by any of the {len(self)} adapters, which adapt {some(self.modules)}"
+            )
+        return self._of_module[module]
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self._members]
+        if unknown:
+            raise CollectionError(
+                [f"{some(unknown)} is not in the collection, which has {some(self.names, limit=20)}."]
+            )

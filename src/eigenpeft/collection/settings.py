@@ -1,0 +1,207 @@
+"""What an adapter's config and README say: what its update depends on, and which configs are not plain LoRA."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eigenpeft.collection.keys import pattern_value
+
+CONFIG_NAME = "adapter_config.json"
+
+# Fields of PEFT's LoraConfig whose update is not s B A on the original weight. `velora_config` changes only what is
+# stored for the backward pass, `init_lora_weights="mica"` only what is trained: both stay plain LoRA.
+REFUSED_FIELDS = {
+    "use_dora": "DoRA also rescales the merged weight, so its update is not s B A",
+    "use_qalora": "QA-LoRA pools the inputs, so its lora_A does not act on the module's inputs",
+    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
+    "monteclora_config": "Monteclora adds sampled perturbations to the factors",
+    "kasa_config": "KaSA truncates the base weight and puts a diagonal between the factors",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors",
+    "arrow_config": "Arrow routes between other adapters and has no update of its own",
+    "layer_replication": "its model repeats layers, so its module names are not those of the base model",
+    "target_parameters": "it adapts stacked parameters (experts), each with many updates instead of one",
+}
+PLAIN_INITIALISATIONS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+# Initialisations that move part of the base weight into the factors and leave an altered base behind.
+ALTERING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_KNOWN_USES = frozenset({"use_rslora", *(name for name in REFUSED_FIELDS if name.startswith("use_"))})
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The part of an adapter's config that its update depends on.
+
+    Attributes:
+        rank: Default rank r.
+        lora_alpha: Default alpha.
+        use_rslora: Whether the scaling is alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
+        rank_pattern: Ranks of modules that differ from the default.
+        alpha_pattern: Alphas of modules that differ from the default.
+        fan_in_fan_out: Whether the base weights are stored transposed (GPT-2's Conv1D).
+        base_model: Name or path of the base model, if the config says.
+        task_type: PEFT's task type, if the config says.
+    """
+
+    rank: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    fan_in_fan_out: bool
+    base_model: str | None
+    task_type: str | None
+
+    def rank_of(self, module: str) -> int:
+        """Rank the config gives a module.
+
+        Args:
+            module: Name in the adapter's own model.
+        """
+        return pattern_value(self.rank_pattern, module, default=self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """Scaling s of a module's update s B A: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+        Args:
+            module: Name in the adapter's own model.
+        """
+        rank = self.rank_of(module)
+        return pattern_value(self.alpha_pattern, module, default=self.lora_alpha) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
+
+
+def read_settings(folder: Path) -> tuple[LoraSettings | None, list[str]]:
+    """Read and check the config of one adapter.
+
+    Args:
+        folder: Folder of the adapter.
+
+    Returns:
+        The settings, None when there are problems; and the problems, each a clause to put behind the adapter's name.
+    """
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, [f"has no {CONFIG_NAME}; save it with PEFT's save_pretrained, or leave it out"]
+    except OSError as error:
+        return None, [f"its {CONFIG_NAME} cannot be read: {error.strerror or error}"]
+    except (ValueError, RecursionError) as error:
+        return None, [f"its {CONFIG_NAME} is not valid JSON ({error}); download it again, or leave the adapter out"]
+    if not isinstance(config, dict):
+        return None, [f"its {CONFIG_NAME} holds {type(config).__name__} instead of a JSON object"]
+    problems = _problems_of_method(config)
+    if problems:
+        return None, problems
+    problems = _problems_of_values(config)
+    return (None, problems) if problems else (_settings(config), [])
+
+
+def licence_of(folder: Path) -> str | None:
+    """Licence from the front matter of the adapter's README.md, if it says.
+
+    Args:
+        folder: Folder of the adapter.
+    """
+    try:
+        lines = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:100_000].splitlines()
+    except OSError:
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        key, _, value = line.partition(":")
+        if key == "license":
+            return value.strip().strip("\"'") or None
+    return None
+
+
+def _problems_of_method(config: dict[str, Any]) -> list[str]:
+    kind = str(config.get("peft_type")).upper()
+    if kind in ("EIGENLORA", "MOSLORA"):
+        return [f"is of peft_type {kind!r}; write it as a plain LoRA adapter first, with eigenpeft.export_lora"]
+    if kind != "LORA":
+        return [f"is of peft_type {config.get('peft_type')!r}; only 'LORA' has an update s B A to take apart"]
+    problems = [
+        f"has {name}={_short(config[name])}: {why}; leave it out"
+        for name, why in REFUSED_FIELDS.items()
+        if config.get(name)
+    ]
+    problems += [
+        f"has {name}=True, which is no variant of LoRA known here; leave it out"
+        for name, value in config.items()
+        if name.startswith("use_") and name not in _KNOWN_USES and value
+    ]
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(ALTERING_INITIALISATIONS):
+        problems.append(
+            f"has init_lora_weights={_short(config['init_lora_weights'])}, which alters the base weights, so that s B A "
+            "is no update of the original model; "
+            + (
+                "train it again with another initialisation, or leave it out"
+                if start == "loftq"
+                else "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        )
+    elif start not in PLAIN_INITIALISATIONS:
+        problems.append(
+            f"has init_lora_weights={_short(config['init_lora_weights'])}, which is not known to leave the base weights "
+            f"alone; known are {', '.join(sorted(PLAIN_INITIALISATIONS))}"
+        )
+    return problems
+
+
+def _problems_of_values(config: dict[str, Any]) -> list[str]:
+    problems = []
+    if not _is_rank(config.get("r")):
+        problems.append(f"has r={_short(config.get('r'))} in its config; it must be a whole number of at least 1")
+    if not _is_number(config.get("lora_alpha")):
+        problems.append(f"has lora_alpha={_short(config.get('lora_alpha'))} in its config; it must be a finite number")
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            problems.append(f"has {name}={_short(patterns)} in its config; it must map patterns to numbers")
+            continue
+        for pattern, value in patterns.items():
+            if not fits(value):
+                problems.append(f"has {name}[{pattern!r}]={_short(value)} in its config, which is no usable number")
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                problems.append(f"has {name} with {pattern!r}, which is no regular expression ({error})")
+    return problems
+
+
+def _settings(config: dict[str, Any]) -> LoraSettings:
+    return LoraSettings(
+        rank=config["r"],
+        lora_alpha=float(config["lora_alpha"]),
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        base_model=_text(config.get("base_model_name_or_path")),
+        task_type=_text(config.get("task_type")),
+    )
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

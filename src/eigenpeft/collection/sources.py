@@ -1,0 +1,148 @@
+"""What a user names (folders, parent folders, Hub ids) as folders on disk, each with a unique name."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.settings import CONFIG_NAME
+from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
+
+_HUB_FILES = (CONFIG_NAME, "adapter_model.*", "README.md")
+_HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?:@(?P<revision>\S+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Location:
+    """One adapter's folder.
+
+    Attributes:
+        name: Label, unique in its collection; never used as a path.
+        source: What was named: the folder, or the Hub id.
+        folder: Where its files lie.
+        revision: Commit of a Hub repository.
+    """
+
+    name: str
+    source: str
+    folder: Path
+    revision: str | None = None
+
+
+def locate(
+    sources: str | Path | Sequence[str | Path],
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[list[Location], list[str]]:
+    """Find the adapters that are meant; those on the Hub are downloaded (config, weights and README alone).
+
+    Args:
+        sources: Adapter folders, folders of adapter folders, Hub ids "owner/name" or "owner/name@revision", in any mix.
+            What exists on disk is taken from disk. A folder that is named twice counts once.
+        token: Token for the Hub.
+        cache_dir: Download cache; the Hub's default.
+        local_files_only: Use downloaded files only.
+
+    Returns:
+        The adapters in the order given, and one sentence for every source that cannot be had.
+    """
+    found: list[Location] = []
+    problems: list[str] = []
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        try:
+            if (path := Path(source).expanduser()).exists():
+                found += _local(path, source=str(source))
+            else:
+                found.append(
+                    _from_hub(str(source), token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+                )
+        except (ValueError, OSError) as error:
+            problems.append(f"{str(source)!r}: {error}")
+    return _with_unique_names(_without_repeats(found)), problems
+
+
+def _local(path: Path, *, source: str) -> list[Location]:
+    if not path.is_dir():
+        raise ValueError(f"is a file; name the folder that holds {CONFIG_NAME}, here {str(path.parent)!r}")
+    if _looks_like_adapter(path):
+        return [Location(_label(path.resolve().name), source, path)]
+    children = sorted(
+        (child for child in path.iterdir() if child.is_dir()), key=lambda child: natural_order(child.name)
+    )
+    found = [
+        Location(_label(child.name), str(Path(source) / child.name), child)
+        for child in children
+        if _looks_like_adapter(child) and not child.name.startswith(".")
+    ]
+    if not found:
+        raise ValueError(f"has no {CONFIG_NAME}, neither in itself nor in a folder directly below it")
+    return found
+
+
+def _looks_like_adapter(folder: Path) -> bool:
+    # Weights without a config count, so that the missing config is reported and not the adapter passed over.
+    return any((folder / name).is_file() for name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME))
+
+
+def _from_hub(
+    source: str, *, token: str | bool | None, cache_dir: str | Path | None, local_files_only: bool
+) -> Location:
+    match = _HUB_ID.fullmatch(source)
+    if match is None or source.startswith((".", "~")):
+        raise ValueError("is no folder here and no Hub id of the form 'owner/name' or 'owner/name@revision'")
+    try:
+        folder = snapshot_download(
+            f"{match['owner']}/{match['repo']}",
+            revision=match["revision"],
+            allow_patterns=list(_HUB_FILES),
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"is no folder here, and as a Hub id it cannot be had ({type(error).__name__}: {reason})"
+        ) from error
+    return Location(_label(match["repo"]), source, Path(folder), revision=Path(folder).name)
+
+
+def _label(name: str) -> str:
+    """A name as a label: printable, no separators, so that nothing downstream can take it for a path."""
+    kept = "".join(char if char.isprintable() and char not in "/\\:" else "_" for char in name)
+    return kept.strip(". ") or "adapter"
+
+
+def _without_repeats(found: Iterable[Location]) -> list[Location]:
+    kept: dict[Path, Location] = {}
+    for location in found:
+        kept.setdefault(location.folder.resolve(), location)
+    return list(kept.values())
+
+
+def _with_unique_names(found: Sequence[Location]) -> list[Location]:
+    """Namesakes get their parent's name in front ("run1--checkpoint-500"), and a number if that is not enough."""
+    counts = Counter(location.name for location in found)
+    taken = {name for name, count in counts.items() if count == 1}
+    unique = []
+    for location in found:
+        name = location.name
+        if counts[name] > 1:
+            name = stem = f"{_label(_parent(location))}--{name}"
+            number = 2
+            while name in taken:
+                name, number = f"{stem}-{number}", number + 1
+            taken.add(name)
+        unique.append(replace(location, name=name))
+    return unique
+
+
+def _parent(location: Location) -> str:
+    return location.source.partition("/")[0] if location.revision else location.folder.resolve().parent.name
