@@ -1,5 +1,22 @@
-"""Recycle LoRA adapters: principal subspaces, coefficient-only fine-tuning, exact export to plain LoRA."""
+"""Recycle LoRA adapters: principal subspaces, coefficient-only fine-tuning, exact export to plain LoRA.
 
+Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
+"""
+
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "AdapterCollection",
+    "CoefficientStore",
+    "EigenLoraConfig",
+    "EigenPeftError",
+    "MosLoraConfig",
+    "PrincipalSubspace",
+    "SubspaceBuilder",
+    "__version__",
+    "export_lora",
+]

@@ -34,6 +34,8 @@ class EigenLoraModel(LoraModel):
         subspace = _subspace_of(config)
         if config.target_modules is None:
             config.target_modules = _matching_modules(model, subspace, config)
+        if subspace is not None and subspace.info.fan_in_fan_out:
+            config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         self._subspace_in_use = subspace
         self._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
         try:
