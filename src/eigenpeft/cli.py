@@ -10,10 +10,11 @@ import typer
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
+from transformers.utils import logging as transformers_logging
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.run import run_demo
-from eigenpeft.demo.tables import demo_table
+from eigenpeft.demo.tables import demo_table, demo_verdict
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
@@ -188,11 +189,14 @@ def demo(
     Example: eigenpeft demo --out demo-output
     """
     _quiet(as_json)
-    result = run_demo(out, seeds=tuple(range(seeds)))
+    transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning each time
+    result = run_demo(out, seeds=tuple(range(seeds)), report=lambda line: errors.print(escape(line)))
     if as_json:
         _print_json(result.to_dict())
         return
     console.print(demo_table(result))
+    console.print(demo_verdict(result))
+    console.print(f"Wrote subspace, adapter, plain-lora and demo.png to {escape(result.out)}.")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def plot_spectra(subspace: PrincipalSubspace, path: str | Path) -> None:
     Raises:
         EigenPeftError: If matplotlib is not installed.
     """
-    figure, (share, side_in, side_out) = _figure(1, 3, width=13, height=4)
+    figure, (share, side_in, side_out) = new_figure(1, 3, width=13, height=4)
     for bases in subspace.values():
         n_principal = len(bases.explained_variance_ratio)
         steps = range(1, n_principal + 1)
@@ -58,10 +58,20 @@ def save_figure(figure: "Figure", path: str | Path) -> None:  # pyright: ignore[
         scratch.unlink(missing_ok=True)
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float):
+def new_figure(rows: int, columns: int, *, width: float, height: float):
+    """A figure and its axes, without pyplot's global state or a display.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
     if Figure is None or FigureCanvasAgg is None:
         raise EigenPeftError("Plots need matplotlib, which is not installed: pip install 'eigenpeft[plots]'.")
-    # The object interface, not pyplot: no global state and no display, wherever this runs.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)

@@ -1,6 +1,7 @@
 """Principal subspaces: the artifact, its builder, and stores of coefficients on it."""
 
 from eigenpeft.subspace.builder import SubspaceBuilder
+from eigenpeft.subspace.controls import random_subspace
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.store import CoefficientStore
@@ -12,4 +13,5 @@ __all__ = [
     "PrincipalSubspace",
     "SubspaceBuilder",
     "SubspaceInfo",
+    "random_subspace",
 ]

@@ -241,7 +241,7 @@ class SubspaceBuilder:
             method=self.method,
             weighting=self.weighting,
             tol=self.tol,
-            generator=_generator(self.seed, module, "solver"),
+            generator=seeded_generator(self.seed, module, "solver"),
         )
         return self._with_pseudo_components(module, fitted)
 
@@ -278,7 +278,7 @@ class SubspaceBuilder:
                 extra = random_complement(
                     components,
                     n_extra=self.n_pseudo_components,
-                    generator=_generator(self.seed, module, side),
+                    generator=seeded_generator(self.seed, module, side),
                 )
                 sides[side] = torch.cat([components, extra.to(components.dtype)])
         return ModuleSubspace(
@@ -294,8 +294,14 @@ def _pairs(factors: Sequence[AdapterFactors]) -> list[tuple[Tensor, Tensor]]:
     return [(adapter.lora_B, adapter.lora_A) for adapter in factors]
 
 
-def _generator(seed: int, module: str, purpose: str) -> torch.Generator:
-    # By name, not by position: a module's random numbers depend neither on the other modules nor on their order.
+def seeded_generator(seed: int, module: str, purpose: str) -> torch.Generator:
+    """A generator by module name, not by position: its numbers depend neither on other modules nor on their order.
+
+    Args:
+        seed: The user's.
+        module: Module name.
+        purpose: What the numbers are for, so that two uses never share them.
+    """
     digest = hashlib.sha256(f"{seed}|{module}|{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

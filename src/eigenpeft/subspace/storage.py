@@ -92,7 +92,9 @@ def write_artifact(
     """
     text = json.dumps({"format_version": kind.format_version, **config}, indent=2, allow_nan=False)
     with atomic_folder(directory, last=kind.config_name) as scratch:
-        owned = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        owned = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         try:
             save_file(owned, scratch / kind.tensors_name)
         except SafetensorError as error:  # a full disk arrives as this class, without an errno

@@ -1,0 +1,214 @@
+"""The demo from end to end: recycle, train beside controls, save, reload, export, compare, draw."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from torch import nn
+
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.demo.assets import shipped_adapters
+from eigenpeft.demo.methods import BATCH_SIZE, N_COMPONENTS, STEPS, Method, methods
+from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
+from eigenpeft.report.plots import new_figure, save_figure
+from eigenpeft.subspace import PrincipalSubspace, SubspaceBuilder
+from eigenpeft.tuners import export_lora
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the comparison.
+
+    Attributes:
+        method: Its name.
+        parameters: Trainable numbers, the classification head not counted (it is the same for all).
+        head_parameters: Trainable numbers of the head.
+        adapter_bytes: Size of the saved adapter file, the head's tensors taken off; None for the head alone.
+        accuracies: One a seed.
+        seconds: Mean training time.
+    """
+
+    method: str
+    parameters: int
+    head_parameters: int
+    adapter_bytes: int | None
+    accuracies: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Whether the trained, the reloaded and the exported model are one.
+
+    Attributes:
+        reload_difference: Largest |logit difference| after save and load.
+        export_difference: The same for the exported plain LoRA.
+        same_predictions: Whether all three predict the same class for every test row.
+        adapter_bytes: Size of the whole saved adapter file.
+        export_bytes: Size of the exported one.
+    """
+
+    reload_difference: float
+    export_difference: float
+    same_predictions: bool
+    adapter_bytes: int
+    export_bytes: int
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo found, and where it put it.
+
+    Attributes:
+        rows: The comparison.
+        checks: Save, reload, export.
+        n_train: Training rows of the new task.
+        n_test: Held-out rows.
+        n_adapters: Adapters recycled.
+        explained_share: Of the adapters' updates, by the subspace.
+        out: Folder with subspace, adapter, plain LoRA and picture.
+    """
+
+    rows: tuple[Row, ...]
+    checks: Checks
+    n_train: int
+    n_test: int
+    n_adapters: int
+    explained_share: float
+    out: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return asdict(self)
+
+
+def run_demo(
+    out: str | Path, *, seeds: Sequence[int] = (0,), steps: int = STEPS, report: Callable[[str], None] = lambda _: None
+) -> DemoResult:
+    """Run the demo.
+
+    Args:
+        out: Folder to write into: `subspace`, `adapter`, `plain-lora`, `demo.png`.
+        seeds: One training a method and seed.
+        steps: Optimiser steps of each training.
+        report: Called with one line about each step.
+
+    Raises:
+        EigenPeftError: If a part that the demo needs is not installed.
+    """
+    out = Path(out)
+    report("Reading the shipped adapters and building their principal subspace")
+    with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
+        subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
+        n_adapters = len(collection)
+    subspace.save_pretrained(out / "subspace")
+    task = load_task()
+    report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")
+    rows, kept = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        for method in methods(subspace):
+            report(
+                f"Training: {method.name} ({steps} steps, learning rate {method.learning_rate:g}, seeds {list(seeds)})"
+            )
+            results = [_train(task, method, seed=seed, steps=steps, scratch=scratch) for seed in seeds]
+            rows.append(_row(method, results, scratch=Path(scratch)))
+            if method.name == "EigenLoRA":
+                kept = results[-1]
+    assert kept is not None  # it is one of the methods
+    report("Saving, reloading and exporting the EigenLoRA adapter")
+    checks = _check(kept, task, out=out, seed=seeds[-1])
+    result = DemoResult(
+        rows=tuple(rows),
+        checks=checks,
+        n_train=len(task.train),
+        n_test=len(task.test),
+        n_adapters=n_adapters,
+        explained_share=subspace.explained_share,
+        out=str(out),
+    )
+    _draw(result, subspace, out / "demo.png")
+    return result
+
+
+def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -> Trained:
+    return train(
+        task,
+        lambda base: method.adapt(base, seed),
+        seed=seed,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=method.learning_rate,
+        scratch=scratch,
+    )
+
+
+def _row(method: Method, results: Sequence[Trained], *, scratch: Path) -> Row:
+    model = results[-1].model
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if "classifier" in name)
+    size = None
+    if isinstance(model, PeftModel):
+        model.save_pretrained(scratch / "adapter")
+        size = (scratch / "adapter" / "adapter_model.safetensors").stat().st_size - 4 * head
+    return Row(
+        method=method.name,
+        parameters=sum(trainable.values()) - head,
+        head_parameters=head,
+        adapter_bytes=size,
+        accuracies=tuple(result.accuracy for result in results),
+        seconds=fmean(result.seconds for result in results),
+    )
+
+
+def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
+    model = trained.model
+    assert isinstance(model, PeftModel)  # EigenLoRA is a PEFT method
+    model.save_pretrained(out / "adapter")
+    export_lora(model, out / "plain-lora")
+    logits = {"trained": trained.logits}
+    for name in ("adapter", "plain-lora"):
+        loaded: nn.Module = PeftModel.from_pretrained(fresh_base(task, seed=seed + 1), out / name)
+        logits[name] = predict(loaded, task)
+    predictions = [values.argmax(axis=1) for values in logits.values()]
+    return Checks(
+        reload_difference=float(np.abs(logits["adapter"] - logits["trained"]).max()),
+        export_difference=float(np.abs(logits["plain-lora"] - logits["trained"]).max()),
+        same_predictions=all(bool((values == predictions[0]).all()) for values in predictions),
+        adapter_bytes=(out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        export_bytes=(out / "plain-lora" / "adapter_model.safetensors").stat().st_size,
+    )
+
+
+def _draw(result: DemoResult, subspace: PrincipalSubspace, path: Path) -> None:
+    figure, (left, right) = new_figure(1, 2, width=11.5, height=4.4)
+    for row in result.rows:
+        mean = fmean(row.accuracies)
+        left.errorbar(
+            max(row.parameters, 1),
+            mean,
+            yerr=[[mean - min(row.accuracies)], [max(row.accuracies) - mean]],
+            marker="o",
+            capsize=3,
+            label=f"{row.method}: {mean:.3f}",
+        )
+    left.set_xscale("symlog", linthresh=1000)
+    left.set(
+        xlabel="trainable parameters (without head)",
+        ylabel="accuracy on banking77",
+        title="A task the adapters never saw",
+    )
+    left.legend(loc="lower right", fontsize=8)
+    left.grid(alpha=0.3)
+    for bases in subspace.values():
+        right.plot(
+            range(1, bases.n_components + 1), bases.explained_variance_ratio.cumsum(0), color="tab:blue", alpha=0.4
+        )
+    right.set(xlabel="components K", ylabel="share of Σ‖ΔW‖² explained", ylim=(0, 1.02))
+    right.set_title(f"What {result.n_adapters} adapters share (one line a module)")
+    right.grid(alpha=0.3)
+    save_figure(figure, path)

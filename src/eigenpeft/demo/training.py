@@ -1,0 +1,166 @@
+"""Train and evaluate one classifier of the demo with transformers' Trainer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from eigenpeft.demo.assets import banking77, base_model
+
+MAX_LENGTH = 48
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, tokenised.
+
+    Attributes:
+        train: Training rows.
+        test: Held-out rows.
+        collator: Pads batches.
+        n_labels: Number of classes.
+    """
+
+    train: Dataset
+    test: Dataset
+    collator: DataCollatorWithPadding
+    n_labels: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what it took.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        seconds: Of training alone.
+        logits: (n_test, n_labels).
+        accuracy: On the test rows.
+    """
+
+    model: nn.Module
+    seconds: float
+    logits: np.ndarray
+    accuracy: float
+
+
+def load_task() -> Task:
+    """The part of banking77 that ships, tokenised for the base model."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model())
+
+    def encode(batch: dict) -> dict:
+        return {**tokenizer(batch["text"], truncation=True, max_length=MAX_LENGTH), "labels": batch["label"]}
+
+    splits = {split: Dataset.from_list(banking77(split)) for split in ("train", "test")}
+    encoded = {
+        split: rows.map(encode, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
+    }
+    return Task(
+        train=encoded["train"],
+        test=encoded["test"],
+        collator=DataCollatorWithPadding(tokenizer),
+        n_labels=max(splits["train"]["label"]) + 1,
+    )
+
+
+def fresh_base(task: Task, *, seed: int) -> PreTrainedModel:
+    """The base model under a new head; the same seed gives the same head to every method.
+
+    Args:
+        task: Gives the number of labels.
+        seed: Of the head.
+    """
+    set_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=task.n_labels)
+
+
+def train(
+    task: Task,
+    adapt: Callable[[PreTrainedModel], nn.Module],
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    scratch: str,
+) -> Trained:
+    """Adapt a fresh base, train what is trainable, evaluate.
+
+    Args:
+        task: Data.
+        adapt: Makes the trainable model from the base.
+        seed: Of head, adapter and batches.
+        steps: Optimiser steps (AdamW, linear decay).
+        batch_size: Rows a step.
+        learning_rate: Peak.
+        scratch: Folder for the trainer's own files.
+    """
+    model = adapt(fresh_base(task, seed=seed))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=learning_rate,
+            warmup_steps=steps // 10,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            seed=seed,
+            data_seed=seed,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=task.train,
+        data_collator=task.collator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    logits = predict(model, task)
+    return Trained(model.eval(), seconds, logits, accuracy(logits, task))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, task: Task, *, batch_size: int = 64) -> np.ndarray:
+    """(n_test, n_labels) logits of a model on the test rows.
+
+    Args:
+        model: Any sequence classifier.
+        task: Data.
+        batch_size: Rows at a time.
+    """
+    model.eval()
+    parts = []
+    for start in range(0, len(task.test), batch_size):
+        batch = task.collator([task.test[i] for i in range(start, min(start + batch_size, len(task.test)))])
+        parts.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float().numpy())
+    return np.concatenate(parts)
+
+
+def accuracy(logits: np.ndarray, task: Task) -> float:
+    """Share of test rows whose largest logit is the label's.
+
+    Args:
+        logits: (n_test, n_labels).
+        task: Data.
+    """
+    # Not `evaluate.load("accuracy")`: it fetches its script from the Hub, and the demo must run offline.
+    return float((logits.argmax(axis=1) == np.asarray(task.test["labels"])).mean())
