@@ -27,6 +27,7 @@ def centred_components(
         `Decomposition` with min(K, numerical rank of the stack) components. The first singular value is √p ‖mean‖, the
         others are those of the centred stack; a mean of zero is left out.
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     mean = rows.mean(dim=0)
     mean_value = torch.linalg.vector_norm(mean) * len(rows) ** 0.5
     found = leading_components(rows - mean, n_components=n_components, tol=tol, generator=generator)

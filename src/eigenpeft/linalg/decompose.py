@@ -32,8 +32,8 @@ class Decomposition:
         singular_values: Of the stack, descending.
         total_energy: ‖rows‖_F², so that `singular_values**2 / total_energy` is each component's share.
         n_iterations: Passes over the rows; 1 for the dense method.
-        relative_residual: Estimated share of the leading components' energy that one more pass would add; 0 for the
-            dense method.
+        relative_residual: Estimated relative gain of each component's energy by one more pass, their mean; 0 for
+            the dense method.
     """
 
     components: Float[Tensor, "k n"]
@@ -94,8 +94,8 @@ def top_components(
     Args:
         rows: The stack; bfloat16 and float16 are computed in float32.
         n_components: K, from 1 to the numerical rank of the stack.
-        tol: The iteration stops when one more pass promises less than `tol / 100` of the components' energy; so 1e-4
-            misses about 1e-6 of it. Ignored by the dense method.
+        tol: The iteration stops when one more pass promises to raise each component's energy by less than
+            `tol / 100` of it, on average; so 1e-4 misses about 1e-6 of the energy. Ignored by the dense method.
         generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense
             method.
         method: "dense", "krylov", or "auto" to choose by size.
@@ -182,10 +182,17 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
             start,
             n_wanted=n_components,
             tol=_BFLOAT16_TOL,
+            rounding=torch.finfo(torch.bfloat16).eps,
             max_passes=_BFLOAT16_PASSES,
         )
         start, n_rough = rough.vectors, rough.n_passes
-    found = block_krylov(lambda block: _apply_gram(rows, block), start, n_wanted=n_components, tol=tol / 100)
+    found = block_krylov(
+        lambda block: _apply_gram(rows, block),
+        start,
+        n_wanted=n_components,
+        tol=tol / 100,
+        rounding=torch.finfo(dtype).eps,
+    )
     values, vectors, n_iterations = found.values, found.vectors, n_rough + found.n_passes
     if len(values) and values[min(n_components, len(values)) - 1] < _SINGLE_PRECISION_RATIO * values[0]:
         basis = orthonormal_rows(found.basis.to(torch.float64))
@@ -201,7 +208,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
         vectors[:n_components],
         total_energy=sum(float(part.square().sum()) for part in _chunks(rows, torch.float64)),
         n_iterations=n_iterations,
-        relative_residual=found.missing_share,
+        relative_residual=found.promised_gain,
     )
 
 

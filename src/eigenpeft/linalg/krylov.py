@@ -11,9 +11,9 @@ from torch import Tensor
 # orthogonalisation costs more than it saves beyond about eight. Eight blocks of 72 x 4096 float32 are 9 MB.
 _MAX_BLOCKS = 8
 _MAX_PASSES = 100
-# A direction of a new block is dropped when less than this is left of it, relative to the operator's norm in the first
-# round of orthogonalisation and to 1 in the second: what is left is rounding noise.
-_NOISE_FIRST, _NOISE_SECOND = 1e-7, 0.1
+# A unit direction of a new block is dropped when the second projection leaves less than this of it: rounding noise. No
+# such limit holds for the first projection, where what is small next to one huge eigenvalue may be all the others.
+_LEAST_LEFT = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class RitzPairs:
         values: Eigenvalue estimates, descending, float64.
         basis: Orthonormal rows: the whole Krylov basis the vectors were taken from.
         n_passes: Applications of the operator.
-        missing_share: Estimate of what one more pass would add to the sum of the wanted values, relative to it.
+        promised_gain: Estimate of what one more pass would add to each wanted value, relative to it; their mean.
     """
 
     vectors: Float[Tensor, "b d"]
     values: Float[Tensor, "b"]
     basis: Float[Tensor, "size d"]
     n_passes: int
-    missing_share: float
+    promised_gain: float
 
 
 def block_krylov(
@@ -41,6 +41,7 @@ def block_krylov(
     *,
     n_wanted: int,
     tol: float,
+    rounding: float,
     max_passes: int = _MAX_PASSES,
 ) -> RitzPairs:
     """Leading eigenpairs of a positive semi-definite operator by block Lanczos with thick restarts.
@@ -54,20 +55,21 @@ def block_krylov(
         apply: Maps rows Q (b, d) to Q C for the operator C (d, d).
         start: Rows that span the first block; need not be orthonormal. Their number is the block size.
         n_wanted: Number of leading pairs that must converge, at most b.
-        tol: Stop when one more pass promises to add at most this share to the sum of the wanted eigenvalues.
+        tol: Stop when one more pass promises to raise the wanted eigenvalues by at most this much of each, on average.
+        rounding: Relative error of `apply`, about the machine epsilon of its products: gains below it are not chased.
         max_passes: Stop after this many applications in any case.
 
     Returns:
         At most b leading pairs; fewer if the operator's rank is smaller.
     """
-    block = _orthonormalise(_orthonormalise(start, floor=0.0), floor=_NOISE_SECOND)
+    block = _orthonormalise(_orthonormalise(start), least=_LEAST_LEFT)
     b, d = start.shape
     capacity = max(min(_MAX_BLOCKS * b, d), 2 * b)
     basis = block.new_empty(capacity, d)
     projected = torch.zeros(capacity, capacity, dtype=torch.float64, device=block.device)
     size, n_passes = 0, 0
     values, rotation = projected[:0, 0], projected[:0, :0]
-    missing_share = 0.0
+    promised_gain = 0.0
     while len(block) and n_passes < max_passes:
         if size + len(block) > capacity:
             basis[:b] = rotation[:, :b].mT.to(basis.dtype) @ basis[:size]
@@ -87,30 +89,30 @@ def block_krylov(
 
         values, rotation = torch.linalg.eigh(projected[:size, :size])
         values, rotation = values.flip(0), rotation.flip(1)
-        missing_share = _promised_gain(values, rotation[new], image, projected[new, new].trace(), n_wanted)
-        if missing_share <= tol:
+        promised_gain = _promised_gain(values, rotation[new], image, projected[new, new].trace(), n_wanted, rounding)
+        if promised_gain <= tol:
             break
-        block = _orthonormalise(image, floor=_NOISE_FIRST * float(values[0]))
-        block = _orthonormalise(block - (block @ basis[:size].mT) @ basis[:size], floor=_NOISE_SECOND)
+        block = _orthonormalise(image)
+        block = _orthonormalise(block - (block @ basis[:size].mT) @ basis[:size], least=_LEAST_LEFT)
     kept = min(b, size)
     return RitzPairs(
         vectors=rotation[:, :kept].mT.to(basis.dtype) @ basis[:size],
         values=values[:kept].clamp(min=0.0),
         basis=basis[:size],
         n_passes=n_passes,
-        missing_share=0.0 if not len(block) else missing_share,
+        promised_gain=0.0 if not len(block) else promised_gain,
     )
 
 
-def _orthonormalise(rows: Float[Tensor, "b d"], *, floor: float) -> Float[Tensor, "c d"]:
-    """Orthonormal rows, leading first, without directions of norm at most `floor`.
+def _orthonormalise(rows: Float[Tensor, "b d"], *, least: float = 0.0) -> Float[Tensor, "c d"]:
+    """Orthonormal rows, leading first, without directions of norm at most `least`.
 
     By the eigenvectors of the float64 Gram matrix (SVQB; Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002): unlike a
     QR decomposition it shows which directions are noise, and sorts them by size, which keeps large ones out of small.
     """
     wide = rows.to(torch.float64)
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    kept = values > max(floor**2, 1e-15 * float(values.amax()) if len(values) else 0.0)
+    kept = values > max(least**2, 1e-15 * float(values.amax()) if len(values) else 0.0)
     values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
     return ((vectors * values.rsqrt()).mT @ wide).to(rows.dtype)
 
@@ -121,17 +123,21 @@ def _promised_gain(
     residual: Float[Tensor, "c d"],
     block_trace: Float[Tensor, ""],
     n_wanted: int,
+    rounding: float,
 ) -> float:
-    """Estimate, to second order, of what the next block adds to the sum of the wanted values, relative to that sum.
+    """Mean relative amount by which the next block raises the wanted values, to second order.
 
     The residual of Ritz pair k is `rho_k = ‖last_rows[:, k]ᵀ residual‖`. A new direction whose Rayleigh quotient is
     `mu` raises value k by `rho_k² / (value_k - mu)`, and never by more than `rho_k` (Weyl). The last block's mean
-    quotient stands for `mu`: a heuristic, within a factor of two on decaying and noisy spectra alike.
+    quotient stands for `mu`: a heuristic, within a factor of two on decaying and noisy spectra alike. Relative to each
+    value, so that one huge one does not declare the others found.
     """
     gram = residual.to(torch.float64)
     gram = gram @ gram.mT
-    wanted = last_rows[:, :n_wanted]
-    squared = (wanted * (gram @ wanted)).sum(dim=0).clamp(min=0.0)
-    gaps = (values[:n_wanted] - block_trace / len(residual)).clamp(min=torch.finfo(torch.float64).tiny)
-    total = float(values[:n_wanted].sum())
-    return float(torch.minimum(squared.sqrt(), squared / gaps).sum()) / total if total > 0.0 else 0.0
+    wanted, last = values[:n_wanted].clamp(min=0.0), last_rows[:, :n_wanted]
+    # Rounding of `apply = XᵀX` leaves √(value_1 value_k) times its relative error in residual k.
+    noise = (3.0 * rounding) ** 2 * values[0]
+    squared = ((last * (gram @ last)).sum(dim=0) - noise * wanted).clamp(min=0.0)
+    gaps = (wanted - block_trace / len(residual)).clamp(min=torch.finfo(torch.float64).tiny)
+    gains = torch.minimum(squared.sqrt(), squared / gaps)
+    return float((gains / wanted.clamp(min=max(float(noise), torch.finfo(torch.float64).tiny))).mean())

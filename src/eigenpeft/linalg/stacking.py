@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eigenpeft.linalg.factored import balancing, frobenius_norm
 
-Factors = tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]
-"""`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B."""
+Factors = tuple[Float[Tensor, "_m _r"], Float[Tensor, "_r _n"]]
+"""`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B. Ranks differ, so the axes are not compared."""
 
 Rows = Literal["balanced", "moments", "raw"]
 Weighting = Literal["equal", "energy"]

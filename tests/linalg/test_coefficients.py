@@ -1,0 +1,40 @@
+"""Coefficients on a pair of bases, and back."""
+
+import pytest
+import torch
+
+from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.linalg.factored import projection_residual
+from eigenpeft.linalg.orthogonal import orthonormal_rows
+
+
+@pytest.fixture
+def bases():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "components_out": orthonormal_rows(torch.randn(5, 18, generator=generator)),
+        "components_in": orthonormal_rows(torch.randn(7, 25, generator=generator)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_coefficients_are_those_of_the_projection(dtype, bases, random_factors, as_numpy):
+    lora_B, lora_A = random_factors(18, 25, 3, dtype=dtype)
+    coefficients = project(lora_B, lora_A, **bases)
+    assert [tuple(part.shape) for part in coefficients] == [(5, 3), (3, 7)]
+    rebuilt_B, rebuilt_A = map(as_numpy, reconstruct(*coefficients, **bases))
+    out, into = (as_numpy(bases[side]) for side in ("components_out", "components_in"))
+    product = as_numpy(lora_B) @ as_numpy(lora_A)
+    expected = out.T @ out @ product @ into.T @ into
+    torch.testing.assert_close(
+        torch.from_numpy(rebuilt_B @ rebuilt_A), torch.from_numpy(expected), atol=1e-5, rtol=1e-5
+    )
+    residual = projection_residual(lora_B, lora_A, bases["components_out"], bases["components_in"])
+    assert residual.item() == pytest.approx(((product - rebuilt_B @ rebuilt_A) ** 2).sum() ** 0.5, rel=1e-5)
+
+
+def test_projecting_twice_changes_nothing(bases, random_factors):
+    once = project(*random_factors(18, 25, 3), **bases)
+    twice = project(*reconstruct(*once, **bases), **bases)
+    for one, other in zip(once, twice, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
