@@ -57,13 +57,15 @@ def locate(
     problems: list[str] = []
     for source in [sources] if isinstance(sources, str | Path) else sources:
         try:
+            if source == "":
+                raise ValueError("an empty name; pass a folder or a Hub id")
             if (path := Path(source).expanduser()).exists():
                 found += _local(path, source=str(source))
             else:
                 found.append(
                     _from_hub(str(source), token=token, cache_dir=cache_dir, local_files_only=local_files_only)
                 )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user.
             problems.append(f"{str(source)!r}: {error}")
     return _with_unique_names(_without_repeats(found)), problems
 

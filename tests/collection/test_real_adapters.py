@@ -1,0 +1,33 @@
+"""Thirteen real GPT-2 adapters by nine authors: all are read together, and what is odd about them is found."""
+
+import pytest
+
+from eigenpeft.collection import AdapterCollection
+
+
+@pytest.fixture(scope="module")
+def collection(real_adapters_dir):
+    return AdapterCollection.from_pretrained(real_adapters_dir)
+
+
+def test_all_open_together(collection):
+    assert len(collection) == 13
+    assert len(collection.modules) == 36
+    assert collection.base_model_name_or_path == "gpt2"
+    assert collection.shapes["transformer.h.11.attn.c_attn"] == (2304, 768)
+    assert len(collection.members("transformer.h.0.attn.c_attn")) == 13
+    assert all(collection.fan_in_fan_out(module) for module in collection.modules)
+    assert {adapter.rank for adapter in collection.adapters} == {1, 8, 16}
+
+
+def test_what_is_odd_about_them(collection):
+    findings = collection.diagnose(progress=False)
+    found = {(finding.kind, finding.adapters) for finding in findings if finding.kind != "missing_modules"}
+    assert found == {
+        ("kept_aside", ("anirudh-ak", "b-ritter", "goutham", "hitoshi", "stathopoan", "thesotti")),
+        ("untrained", ("bhavesh",)),
+        ("outlier_norm", ("anirudh-ak",)),
+        ("outlier_norm", ("fegbewunmi",)),
+        ("same_start", ("parikshit_medical", "parikshit_sports")),
+    }
+    assert sum(finding.kind == "missing_modules" for finding in findings) == 2

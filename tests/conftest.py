@@ -1,0 +1,31 @@
+"""Settings of every test: no network, one thread; and where the real adapters lie."""
+
+import os
+from pathlib import Path
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real material that is not part of the repository; tests that need it are skipped without it."""
+    place = Path(os.environ.get("EIGENPEFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not place.is_dir():
+        pytest.skip(f"needs real data: {place} does not exist; set EIGENPEFT_TEST_DATA")
+    return place
+
+
+@pytest.fixture(scope="session")
+def real_adapters_dir(test_data: Path) -> Path:
+    """Thirteen real GPT-2 adapters, one folder each."""
+    place = test_data / "loras" / "gpt2"
+    if not place.is_dir():
+        pytest.skip(f"needs real adapters: {place} does not exist; set EIGENPEFT_TEST_DATA")
+    return place
