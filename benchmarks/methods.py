@@ -30,7 +30,9 @@ def regauged(pairs, generator):
     result = []
     for lora_B, lora_A in pairs:
         rank = len(lora_A)
-        left, right = (torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0] for _ in "lr")
+        left, right = (
+            torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0] for _ in "lr"
+        )
         scales = torch.logspace(0, torch.log10(torch.tensor(30.0)).item(), rank, dtype=torch.float64)
         gauge, inverse = (left * scales) @ right, (right.mT / scales) @ left.mT
         result.append(((lora_B.double() @ inverse).float(), (gauge @ lora_A.double()).float()))
@@ -72,8 +74,11 @@ def main():
                     row = {"weighting": weighting, "n_components": n_components, "method": method}
                     row |= measure(collection, regauge=arguments.regauge, **row)
                     rows.append(row)
-                    print(f"{weighting:8} K={n_components:<4} {method:11} {row['explained_share']:.4f} "
-                          f"(smallest {row['smallest']:.4f}) {row['seconds']:.2f} s", flush=True)
+                    print(
+                        f"{weighting:8} K={n_components:<4} {method:11} {row['explained_share']:.4f} "
+                        f"(smallest {row['smallest']:.4f}) {row['seconds']:.2f} s",
+                        flush=True,
+                    )
         record[f"{name}{' (re-gauged)' if arguments.regauge else ''}"] = {
             "adapters": list(collection.names),
             "rows": rows,

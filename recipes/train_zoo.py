@@ -69,7 +69,9 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
     set_seed(task["seed"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     splits = {split: load_split(task, split, data) for split in ("train", "dev")}
-    splits["train"] = splits["train"].shuffle(seed=task["seed"]).select(range(min(settings["max_train"], len(splits["train"]))))
+    splits["train"] = (
+        splits["train"].shuffle(seed=task["seed"]).select(range(min(settings["max_train"], len(splits["train"]))))
+    )
     splits["dev"] = splits["dev"].shuffle(seed=0).select(range(min(settings["max_dev"], len(splits["dev"]))))
     labels = sorted(set(splits["train"]["label"]))
 
@@ -78,7 +80,9 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
         encoded = tokenizer(batch["text"], pair, truncation=True, max_length=settings["max_length"])
         return {**encoded, "labels": [labels.index(label) for label in batch["label"]]}
 
-    encoded = {split: rows.map(encode, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()}
+    encoded = {
+        split: rows.map(encode, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
+    }
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
     lora = {key: settings[key] for key in ("r", "lora_alpha", "target_modules")}
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **lora))
@@ -102,7 +106,9 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
         train_dataset=encoded["train"],
         eval_dataset=encoded["dev"],
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda output: {"accuracy": float((np.argmax(output.predictions, -1) == output.label_ids).mean())},
+        compute_metrics=lambda output: {
+            "accuracy": float((np.argmax(output.predictions, -1) == output.label_ids).mean())
+        },
     )
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
@@ -129,7 +135,7 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    parser.add_argument("--data", type=Path, default=Path("."), help="folder that the tasks' files are in")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder that the tasks' files are in")
     parser.add_argument("--base", default=None, help="local path of the base model; default: base_model of the config")
     parser.add_argument("--out", type=Path, default=Path("zoo"))
     parser.add_argument("--tasks", nargs="*", help="only these")
@@ -150,7 +156,9 @@ def main() -> None:
             continue
         base = arguments.base or settings["base_model"]
         row = train_task(name, task, settings, base=base, data=arguments.data, out=arguments.out)
-        print(f"{name}: accuracy {row['accuracy']:.3f} (majority {row['majority']:.3f}) in {row['seconds']} s", flush=True)
+        print(
+            f"{name}: accuracy {row['accuracy']:.3f} (majority {row['majority']:.3f}) in {row['seconds']} s", flush=True
+        )
         record["adapters"].append(row)
         record["environment"] = {
             "torch": torch.__version__,

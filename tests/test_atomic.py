@@ -62,9 +62,10 @@ def test_a_place_that_cannot_be_written_is_one_error(parent):
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(ArtifactError, match="No space left on device.*free some space"), atomic_folder(
-        tmp_path / "out", last="config.json"
-    ) as scratch:
+    with (
+        pytest.raises(ArtifactError, match="No space left on device.*free some space"),
+        atomic_folder(tmp_path / "out", last="config.json") as scratch,
+    ):
         (scratch / "data").write_text("half")
         raise OSError(28, os.strerror(28))
     assert list(tmp_path.iterdir()) == []

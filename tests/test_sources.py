@@ -70,7 +70,9 @@ def graph() -> dict[str, set[str]]:
     return edges
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent != SOURCE or path.stem in LAYERS], ids=module_name)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent != SOURCE or path.stem in LAYERS], ids=module_name
+)
 def test_imports_go_down_the_layers(path):
     own = layer(module_name(path))
     for name, line, _ in imports(path):
@@ -117,7 +119,11 @@ def test_nothing_unpickles(path):
     text = path.read_text(encoding="utf-8")
     assert "import pickle" not in text
     for call in ast.walk(ast.parse(text)):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "torch.load":
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and ast.unparse(call.func) == "torch.load"
+        ):
             assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("weights_only") == "True"
 
 

@@ -52,6 +52,7 @@ def test_fast_decay_keeps_components_orthonormal_and_right(shape, method, with_s
     rows = with_spectrum(*shape, 10.0 ** (-np.arange(300) / 16))
     found = top_components(rows, n_components=72, method=method)
     check(found, rows, 72)
+    assert found.n_iterations <= 4  # rounding is not chased
     exact = np.linalg.svd(rows.double().numpy())[2][:72]
     assert principal_angles(found.components, torch.from_numpy(exact))[-1] < 0.05
     assert principal_angles(found.components[:40], torch.from_numpy(exact[:40]))[-1] < 1e-3

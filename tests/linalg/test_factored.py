@@ -90,6 +90,14 @@ def test_balance_depends_on_the_product_alone(dtype, eps, random_factors, regaug
         torch.testing.assert_close(one, other, atol=eps * one.abs().max().item(), rtol=0.0)
 
 
+def test_float64_factors_are_not_squared(random_factors, regauge):
+    """Gram matrices of a split of condition 1e6 would leave errors of 1e-4."""
+    pair = random_factors(40, 30, 6, dtype=torch.float64)
+    [turned] = regauge([pair], condition=1e6)
+    for one, other in zip(balance(*pair), balance(*turned), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=0.0)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_balance_levels_scales_that_differ_greatly(scale, random_factors, as_numpy):
     lora_B, lora_A = random_factors(20, 30, 4)

@@ -157,6 +157,15 @@ def test_a_share_takes_the_fewest_components_that_reach_it(share, method, weight
         assert float(fewer.explained_variance_ratio.sum()) < share
 
 
+def test_hooi_reaches_a_share_with_fewer_components(adapters):
+    factors = adapters(20, noise=2.0)
+    hosvd, hooi = (fit_bases(factors, n_components=0.4, method=method) for method in ("hosvd", "hooi"))
+    k = len(hooi.components_in)
+    assert k < len(hosvd.components_in)
+    fewer = fit_bases(factors, n_components=k - 1, method="hooi")
+    assert float(fewer.explained_variance_ratio.sum()) < 0.4 <= float(hooi.explained_variance_ratio.sum())
+
+
 @methods
 def test_a_share_of_1_takes_all_components(method, adapters):
     factors = adapters(4)

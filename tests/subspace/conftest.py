@@ -8,7 +8,10 @@ from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace, SubspaceInfo
 
 def random_bases(n_components, in_features, out_features, *, n_pseudo=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    sides = [torch.linalg.qr(torch.randn(width, n_components, generator=generator))[0].mT.contiguous() for width in (in_features, out_features)]
+    sides = [
+        torch.linalg.qr(torch.randn(width, n_components, generator=generator))[0].mT.contiguous()
+        for width in (in_features, out_features)
+    ]
     n_principal = n_components - n_pseudo
     spectrum = torch.linspace(2.0, 1.0, n_principal)
     return ModuleSubspace(

@@ -8,8 +8,7 @@ import torch
 from eigenpeft import PrincipalSubspace
 from eigenpeft.errors import ArtifactError, SubspaceError, SubspaceNotFoundError
 from eigenpeft.subspace import ModuleSubspace
-
-from .conftest import random_bases
+from tests.subspace.conftest import random_bases
 
 
 def test_save_and_load_are_exact(subspace, tmp_path):
@@ -20,7 +19,11 @@ def test_save_and_load_are_exact(subspace, tmp_path):
     assert loaded == subspace
     assert all(torch.equal(tensor, loaded.tensors()[name]) for name, tensor in subspace.tensors().items())
     assert loaded.origin == str(tmp_path / "s")
-    assert {path.name for path in (tmp_path / "s").iterdir()} == {"subspace_config.json", "subspace.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "subspace_config.json",
+        "subspace.safetensors",
+        "README.md",
+    }
 
 
 def test_saving_twice_gives_the_same_bytes(subspace, tmp_path):
@@ -166,7 +169,10 @@ def test_unknown_module_names_an_example(subspace):
 def test_card_is_complete_and_hostile_names_stay_in_their_cell(subspace, tmp_path):
     info = subspace.info.__class__(
         base_model_name_or_path="some/base",
-        sources=({"name": "../../x\n# owned | y", "source": "s", "licence": "cc-by-nc-4.0"}, {"name": "b", "licence": "mit"}),
+        sources=(
+            {"name": "../../x\n# owned | y", "source": "s", "licence": "cc-by-nc-4.0"},
+            {"name": "b", "licence": "mit"},
+        ),
     )
     card = PrincipalSubspace(dict(subspace), info=info).card()
     assert "| ../../x # owned \\| y | s |" in card

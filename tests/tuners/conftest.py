@@ -21,7 +21,13 @@ VOCABULARY = 50
 def tiny_llama(**changes):
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings |= {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 
@@ -51,9 +57,14 @@ def random_subspace(model, suffixes, *, n_components=12, seed=0):
             sides = (torch.randn(width, n_components, generator=generator) for width in (in_features, out_features))
             spectrum = torch.linspace(2, 1, n_components)
             modules[name] = ModuleSubspace(
-                *(torch.linalg.qr(side)[0].mT.contiguous() for side in sides), spectrum, spectrum, spectrum / 2 / spectrum.sum()
+                *(torch.linalg.qr(side)[0].mT.contiguous() for side in sides),
+                spectrum,
+                spectrum,
+                spectrum / 2 / spectrum.sum(),
             )
-    return PrincipalSubspace(modules, info=SubspaceInfo(base_model_name_or_path="tiny", fan_in_fan_out=tuple(transposed)))
+    return PrincipalSubspace(
+        modules, info=SubspaceInfo(base_model_name_or_path="tiny", fan_in_fan_out=tuple(transposed))
+    )
 
 
 MODELS = {

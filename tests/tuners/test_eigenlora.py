@@ -14,8 +14,7 @@ from peft.tuners.lora import LoraLayer
 from eigenpeft import EigenLoraConfig
 from eigenpeft.errors import AdapterConfigError, ArtifactError, SubspaceError, SubspaceNotFoundError
 from eigenpeft.tuners.factors import InputFactor, OutputFactor
-
-from .conftest import logits, random_subspace, tiny_bert, tiny_llama, train
+from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
 
 CORES = ("low_rank", "mixer", "diagonal")
 
@@ -29,7 +28,9 @@ def adapted(architecture, tmp_path, *, name="subspace", **settings):
 
 
 def factors(model, adapter="default"):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A}
+    return {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A
+    }
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -38,7 +39,9 @@ def test_starts_at_the_base_model_and_trains_coefficients_alone(architecture, tm
     model = adapted(architecture, tmp_path, core=core)
     torch.testing.assert_close(logits(model, tokens), base, atol=1e-6, rtol=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    bases_before = {name: layer.lora_A["default"]._basis.components_in.clone() for name, layer in factors(model).items()}
+    bases_before = {
+        name: layer.lora_A["default"]._basis.components_in.clone() for name, layer in factors(model).items()
+    }
     assert (train(model, tokens) - base).abs().max() > 1e-3
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -99,7 +102,9 @@ def test_loads_in_another_process(tmp_path, tokens, save_subspace):
     subspace = random_subspace(base, ["q_proj"])
     if save_subspace == "reference":
         subspace.save_pretrained(tmp_path / "subspace")
-    model = get_peft_model(base, EigenLoraConfig(subspace=subspace, r=4, task_type="CAUSAL_LM", save_subspace=save_subspace))
+    model = get_peft_model(
+        base, EigenLoraConfig(subspace=subspace, r=4, task_type="CAUSAL_LM", save_subspace=save_subspace)
+    )
     expected = train(model, tokens)
     model.save_pretrained(tmp_path / "adapter")
     torch.save((tokens, expected), tmp_path / "expected.pt")
@@ -136,7 +141,9 @@ def test_a_lost_subspace_is_one_error_that_says_where_it_looked(tmp_path, tokens
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "subspace").rename(tmp_path / "elsewhere")
     monkeypatch.setattr("eigenpeft.tuners.basis_store._live", {})
-    with pytest.raises(SubspaceNotFoundError, match="Searched: subspaces in memory; .*subspace.*EIGENPEFT_SUBSPACE_PATH"):
+    with pytest.raises(
+        SubspaceNotFoundError, match="Searched: subspaces in memory; .*subspace.*EIGENPEFT_SUBSPACE_PATH"
+    ):
         PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     monkeypatch.setenv("EIGENPEFT_SUBSPACE_PATH", str(tmp_path / "elsewhere"))
     with pytest.raises(SubspaceNotFoundError):
@@ -170,7 +177,13 @@ def test_adapters_share_one_copy_of_each_basis(architecture, tmp_path, tokens):
             for layer in factors(model).values()
         ]
 
-    for variant in (model, model.double(), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.bfloat16)):
+    for variant in (
+        model,
+        model.double(),
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        model.to(torch.bfloat16),
+    ):
         assert len(factors(variant)) >= 2
         assert all(len(pointers) == 2 for pointers in storages(variant))  # one storage, one module
         assert all(len(layer.lora_bases) == 1 for layer in factors(variant).values())
@@ -277,7 +290,9 @@ def test_truncated_subspace(architecture, tmp_path, tokens):
     assert {len(layer.lora_A["default"]._basis.components_in) for layer in factors(model).values()} == {5}
     expected = train(model, tokens)
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(architecture[0](), tmp_path / "adapter").eval(), tokens), expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(architecture[0](), tmp_path / "adapter").eval(), tokens), expected
+    )
 
 
 def test_patterns_and_layers(tmp_path):
@@ -291,7 +306,9 @@ def test_patterns_and_layers(tmp_path):
     )
     layers = factors(model)
     assert all(".layers.1." in name for name in layers)
-    assert {name.rsplit(".", 1)[1]: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()} == {
+    assert {
+        name.rsplit(".", 1)[1]: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()
+    } == {
         "q_proj": (4, 8.0),
         "v_proj": (2, 4.0),
     }
@@ -331,7 +348,11 @@ def test_dropout_acts_in_training_only(tmp_path, tokens):
         ({"layer_replication": [[0, 1]]}, AdapterConfigError, "layer_replication=.* is not supported"),
         ({"lora_bias": True}, AdapterConfigError, "lora_bias=True is not supported"),
         ({"subspace_sha256": "f" * 64}, AdapterConfigError, "is not the fingerprint"),
-        ({"target_modules": ["o_proj"]}, AdapterConfigError, "'model.layers.0.self_attn.o_proj' is targeted but not in the subspace"),
+        (
+            {"target_modules": ["o_proj"]},
+            AdapterConfigError,
+            "'model.layers.0.self_attn.o_proj' is targeted but not in the subspace",
+        ),
         ({"subspace": None}, AdapterConfigError, "EigenLoRA needs a subspace"),
         ({"subspace": "/nowhere/at/all"}, SubspaceNotFoundError, "'/nowhere/at/all' .* was not found"),
     ],

@@ -10,8 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.errors import AdapterConfigError, ArtifactError
-
-from .conftest import logits, random_subspace, tiny_bert, tiny_llama, train
+from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
 
 PLAIN = """
 import sys, torch
@@ -61,7 +60,9 @@ def test_export_loads_where_eigenpeft_is_never_imported(tmp_path, tokens):
     export_lora(model, tmp_path / "lora")
     torch.save((tokens, expected), tmp_path / "expected.pt")
     subprocess.run(
-        [sys.executable, "-c", PLAIN, tmp_path / "base", tmp_path / "lora", tmp_path / "expected.pt"], check=True, timeout=120
+        [sys.executable, "-c", PLAIN, tmp_path / "base", tmp_path / "lora", tmp_path / "expected.pt"],
+        check=True,
+        timeout=120,
     )
 
 

@@ -7,8 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from eigenpeft import MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
-
-from .conftest import is_conv1d, logits, tiny_llama, train
+from tests.tuners.conftest import is_conv1d, logits, tiny_llama, train
 
 
 def adapted(architecture, **settings):
@@ -30,7 +29,9 @@ def test_starts_at_the_base_model_trains_saves_and_merges(architecture, tmp_path
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.rsplit(".", 1)[1] for name in moved} == {"weight", "factor", "mixer"}
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(architecture[0](), tmp_path / "adapter").eval(), tokens), expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(architecture[0](), tmp_path / "adapter").eval(), tokens), expected
+    )
     torch.testing.assert_close(logits(model.merge_and_unload(), tokens), expected, atol=1e-6, rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eigenpeft.collection.keys import natural_order
@@ -18,8 +19,8 @@ class AdapterFactors:
 
     Attributes:
         adapter: Name of the adapter.
-        lora_A: (r, in_features), float32.
-        lora_B: (out_features, r), float32, with the scaling (alpha / r, alpha / sqrt(r) for rsLoRA) folded in.
+        lora_A: (r, in_features), float32, or float64 where the file has it.
+        lora_B: (out_features, r), likewise, with the scaling (alpha / r, alpha / sqrt(r) for rsLoRA) folded in.
     """
 
     adapter: str
@@ -139,8 +140,8 @@ class OpenAdapter:
         """
         location = self.locations[module]
         # Folded in float32, not in the stored dtype, where it could overflow or round.
-        lora_A = self.weights.read(location.key_A).float()
-        lora_B = self.weights.read(location.key_B).float() * location.scaling
+        lora_A = _at_least_float32(self.weights.read(location.key_A))
+        lora_B = _at_least_float32(self.weights.read(location.key_B)) * location.scaling
         for factor, values in (("lora_A", lora_A), ("lora_B", lora_B)):
             if not values.isfinite().all():
                 n_bad = int((~values.isfinite()).sum())
@@ -149,3 +150,7 @@ class OpenAdapter:
                     "was damaged, leave it out"
                 )
         return AdapterFactors(adapter=self.info.name, lora_A=lora_A, lora_B=lora_B)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

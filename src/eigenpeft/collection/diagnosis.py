@@ -156,6 +156,7 @@ class _PairMeans:
         if missing:
             self._sums = torch.nn.functional.pad(self._sums, (0, missing, 0, missing))
             self._counts = torch.nn.functional.pad(self._counts, (0, missing, 0, missing))
+        rows = rows.float()
         lengths = rows.norm(dim=1, keepdim=True)
         present = (lengths > 0).float()
         units = rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 Value = TypeVar("Value")
@@ -34,6 +35,8 @@ class ParsedKey:
     adapter: str | None = None
 
 
+# Adapters of one collection have the same keys, so that parsing 500 of them costs little more than one.
+@lru_cache(maxsize=1 << 16)
 def parse_key(key: str) -> ParsedKey:
     """Read the key of a tensor as PEFT writes it, with or without the adapter's name and the model's prefix.
 
@@ -62,6 +65,7 @@ def canonical_module(name: str) -> str:
     return name.removeprefix("module.").removeprefix(_PREFIX) if _PREFIX in name else name
 
 
+@lru_cache(maxsize=1 << 16)
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sort key that puts "layer.2" before "layer.10".
 

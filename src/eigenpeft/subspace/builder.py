@@ -130,7 +130,7 @@ class SubspaceBuilder:
         if problems:
             raise SubspaceError(_summarise(problems, n_modules=len(collection.modules)))
         self._seen = [collection]
-        self.findings_ = diagnosis.findings()
+        self.findings_ = (*collection.findings, *diagnosis.findings())
         self.subspace_ = PrincipalSubspace(
             modules,
             info=SubspaceInfo(
@@ -183,7 +183,7 @@ class SubspaceBuilder:
                 problems.append(f"{name}: {error}")
         if problems:
             raise SubspaceError(_summarise(problems, n_modules=len(names)))
-        self._seen, self.findings_ = seen, diagnosis.findings()
+        self._seen, self.findings_ = seen, (*collection.findings, *diagnosis.findings())
         self.subspace_ = PrincipalSubspace(
             modules,
             info=replace(
