@@ -14,7 +14,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def shipped_adapters_dir() -> Path:
+    """Three real GPT-2 adapters that ship with the tests, their first layer alone."""
+    return Path(__file__).parent / "data" / "gpt2_adapters"
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
     """Folder of real material that is not part of the repository; tests that need it are skipped without it."""
     place = Path(os.environ.get("EIGENPEFT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not place.is_dir():
@@ -23,9 +29,9 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_adapters_dir(test_data: Path) -> Path:
+def real_adapters_dir(real_data_dir: Path) -> Path:
     """Thirteen real GPT-2 adapters, one folder each."""
-    place = test_data / "loras" / "gpt2"
+    place = real_data_dir / "loras" / "gpt2"
     if not place.is_dir():
         pytest.skip(f"needs real adapters: {place} does not exist; set EIGENPEFT_TEST_DATA")
     return place

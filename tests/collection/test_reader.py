@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.weights import SafetensorsFile
 from eigenpeft.errors import CollectionError
+from tests.collection.conftest import COMMIT
 from tests.factories import MODULES, make_collection, random_factors, write_adapter
 
 QUERY = "layer.0.query"
@@ -53,14 +54,26 @@ def test_patterns_of_rank_and_alpha(tmp_path):
     assert_updates(AdapterCollection.from_pretrained(tmp_path), {"one": updates})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_factors_are_float32_and_folded_after_the_cast(tmp_path, dtype):
-    # 60000 * 4 is beyond float16.
-    factors = {QUERY: (torch.full((12, 2), 60000.0).to(dtype), torch.ones(2, 20, dtype=dtype))}
-    write_adapter(tmp_path, factors, lora_alpha=8)
-    (read,) = AdapterCollection.from_pretrained(tmp_path).factors(QUERY)
-    assert read.lora_A.dtype == read.lora_B.dtype == torch.float32
-    torch.testing.assert_close(read.lora_B, 4 * factors[QUERY][0].float())
+@pytest.mark.parametrize(
+    ("dtype_B", "dtype_A", "expected"),
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_factors_are_folded_in_float32_or_better(tmp_path, dtype_B, dtype_A, expected):
+    # 4 * 60000 is beyond float16.
+    factors = {QUERY: (torch.full((12, 2), 60000.0).to(dtype_B), torch.ones(2, 20, dtype=dtype_A))}
+    write_adapter(tmp_path / "one", factors, lora_alpha=8)
+    write_adapter(tmp_path / "two", {QUERY: tuple(factor.float() for factor in factors[QUERY])}, lora_alpha=8)
+    collection = AdapterCollection.from_pretrained(tmp_path)
+    one, two = collection.factors(QUERY)
+    assert {one.lora_A.dtype, one.lora_B.dtype, two.lora_A.dtype, two.lora_B.dtype} == {expected}
+    torch.testing.assert_close(one.lora_B, 4 * factors[QUERY][0].to(expected))
+    assert {"same_start", "near_duplicate"} == {finding.kind for finding in collection.diagnose(progress=False)}
 
 
 def test_opening_and_one_module_read_no_more_than_that(three, monkeypatch):
@@ -87,6 +100,17 @@ def test_records_are_json_and_tell_no_local_folder(three):
     assert record["source"] == "adapter-1"
     assert record["sha256"] == adapter.sha256
     assert len({info.sha256 for info in collection.adapters}) == 3
+
+
+def test_folders_and_hub_ids_in_any_mix(three, hub):
+    cache = hub("owner/lora", revision="v1")
+    write_adapter(three.folder.parent / "single", random_factors())
+    sources = ["owner/lora@v1", three.folder, str(three.folder.parent / "single")]
+    collection = AdapterCollection.from_pretrained(sources, cache_dir=cache, local_files_only=True)
+    assert collection.names == ("lora", *three.names, "single")
+    assert len(collection.factors(QUERY)) == 5
+    record = collection["lora"].record()
+    assert (record["source"], record["revision"]) == ("owner/lora@v1", COMMIT)
 
 
 def test_modules_missing_from_some(tmp_path):

@@ -1,8 +1,28 @@
-"""Thirteen real GPT-2 adapters by nine authors: all are read together, and what is odd about them is found."""
+"""Real GPT-2 adapters, three that ship and thirteen that may be at hand: read together, and what is odd is found."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from eigenpeft.collection import AdapterCollection
+
+
+def test_shipped_adapters(shipped_adapters_dir):
+    collection = AdapterCollection.from_pretrained(shipped_adapters_dir)
+    assert collection.names == ("legal", "medical", "sports")
+    assert {adapter.licence for adapter in collection.adapters} == {"mit"}
+    assert collection.shapes == {
+        "transformer.h.0.attn.c_attn": (2304, 768),
+        "transformer.h.0.attn.c_proj": (768, 768),
+        "transformer.h.0.mlp.c_proj": (768, 3072),
+    }
+    for module in collection.modules:
+        for read in collection.factors(module):
+            stored = load_file(shipped_adapters_dir / read.adapter / "adapter_model.safetensors")
+            torch.testing.assert_close(read.lora_A, stored[f"base_model.model.{module}.lora_A.weight"])
+            torch.testing.assert_close(read.lora_B, 16 / 8 * stored[f"base_model.model.{module}.lora_B.weight"])
+    findings = collection.diagnose(progress=False)
+    assert [(finding.kind, finding.adapters) for finding in findings] == [("same_start", ("medical", "sports"))]
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from eigenpeft.collection.sources import locate
+from tests.collection.conftest import COMMIT
 from tests.factories import random_factors, write_adapter
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
@@ -16,21 +15,6 @@ def adapter(tmp_path):
         return write_adapter(tmp_path / place, random_factors())
 
     return make
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A download cache as huggingface_hub lays it out, with one repository and its branch "main"."""
-    cache = tmp_path / "hub"
-
-    def add(repo, *, revision="main", commit=COMMIT):
-        folder = cache / f"models--{repo.replace('/', '--')}"
-        write_adapter(folder / "snapshots" / commit, random_factors())
-        (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "refs" / revision).write_text(commit)
-        return cache
-
-    return add
 
 
 def names(sources, **options):

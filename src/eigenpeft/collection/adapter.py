@@ -19,7 +19,7 @@ class AdapterFactors:
 
     Attributes:
         adapter: Name of the adapter.
-        lora_A: (r, in_features), float32, or float64 where the file has it.
+        lora_A: (r, in_features), float32, or float64 where a file of the module has it.
         lora_B: (out_features, r), likewise, with the scaling (alpha / r, alpha / sqrt(r) for rsLoRA) folded in.
     """
 
@@ -139,9 +139,10 @@ class OpenAdapter:
                 to put behind the adapter's name.
         """
         location = self.locations[module]
-        # Folded in float32, not in the stored dtype, where it could overflow or round.
-        lora_A = _at_least_float32(self.weights.read(location.key_A))
-        lora_B = _at_least_float32(self.weights.read(location.key_B)) * location.scaling
+        lora_A, lora_B = self.weights.read(location.key_A), self.weights.read(location.key_B)
+        dtype = torch.float64 if torch.float64 in (lora_A.dtype, lora_B.dtype) else torch.float32
+        # Folded after the cast: in float16 the product could overflow or round.
+        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype) * location.scaling
         for factor, values in (("lora_A", lora_A), ("lora_B", lora_B)):
             if not values.isfinite().all():
                 n_bad = int((~values.isfinite()).sum())
@@ -150,7 +151,3 @@ class OpenAdapter:
                     "was damaged, leave it out"
                 )
         return AdapterFactors(adapter=self.info.name, lora_A=lora_A, lora_B=lora_B)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -156,7 +156,6 @@ class _PairMeans:
         if missing:
             self._sums = torch.nn.functional.pad(self._sums, (0, missing, 0, missing))
             self._counts = torch.nn.functional.pad(self._counts, (0, missing, 0, missing))
-        rows = rows.float()
         lengths = rows.norm(dim=1, keepdim=True)
         present = (lengths > 0).float()
         units = rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)
@@ -189,16 +188,18 @@ def _by_rank(factors: Sequence[AdapterFactors]) -> list[list[AdapterFactors]]:
 
 
 def _start(read: AdapterFactors) -> Tensor:
-    entries = read.lora_A.flatten()
+    entries = read.lora_A.float().flatten()
     return entries[:: max(1, math.ceil(len(entries) / _ENTRIES_COMPARED))]
 
 
 def _sketches(factors: Sequence[AdapterFactors]) -> Tensor:
     """Rows whose cosines estimate those of the ΔW: entries of L ΔW R, with the same random L and R for all adapters."""
-    generator = torch.Generator().manual_seed(0)
-    left = _projection(len(factors[0].lora_B), generator)  # (64, out_features)
-    right = _projection(factors[0].lora_A.shape[1], generator)  # (64, in_features)
-    return torch.stack([((left @ read.lora_B) @ (read.lora_A @ right.mT)).flatten() for read in factors])
+    generator, dtype = torch.Generator().manual_seed(0), factors[0].lora_A.dtype
+    left = _projection(len(factors[0].lora_B), generator).to(dtype)  # (64, out_features)
+    right = _projection(factors[0].lora_A.shape[1], generator).to(dtype)  # (64, in_features)
+    return torch.stack(
+        [((left @ read.lora_B.float()) @ (read.lora_A.float() @ right.mT)).flatten() for read in factors]
+    )
 
 
 def _projection(width: int, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
@@ -81,9 +82,16 @@ class AdapterCollection:
                 that conflict.
 
         Example:
-            >>> collection = AdapterCollection.from_pretrained("adapters/")  # doctest: +SKIP
-            >>> collection.names, len(collection.modules)  # doctest: +SKIP
-            (('legal', 'medical', 'sports'), 36)
+            >>> from peft import LoraConfig, get_peft_model
+            >>> from torch import nn
+            >>> for name in ("legal", "sports"):
+            ...     model = nn.Sequential(nn.Linear(8, 4))
+            ...     get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).save_pretrained(f"adapters/{name}")
+            >>> collection = AdapterCollection.from_pretrained("adapters")
+            >>> collection.names, collection.shapes
+            (('legal', 'sports'), {'0': (4, 8)})
+            >>> [tuple(read.lora_B.shape) for read in collection.factors("0")]
+            [(4, 2), (4, 2)]
         """
         locations, problems = locate(sources, token=token, cache_dir=cache_dir, local_files_only=bool(local_files_only))
         members: list[OpenAdapter] = []
@@ -108,6 +116,9 @@ class AdapterCollection:
         Args:
             module: Name from `modules`.
 
+        Returns:
+            One pair an adapter, all of one dtype: float64 if a file has that, else float32.
+
         Raises:
             CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all
                 such adapters.
@@ -120,6 +131,8 @@ class AdapterCollection:
                 problems.append(f"Adapter {member.info.name!r} {error}.")
         if problems:
             raise CollectionError(problems)
+        if len({factors.lora_A.dtype for factors in read}) > 1:  # so that the factors of a module can be stacked
+            return [replace(each, lora_A=each.lora_A.double(), lora_B=each.lora_B.double()) for each in read]
         return read
 
     def members(self, module: str) -> tuple[str, ...]:
