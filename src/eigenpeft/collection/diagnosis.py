@@ -194,9 +194,9 @@ def _start(read: AdapterFactors) -> Tensor:
 
 def _sketches(factors: Sequence[AdapterFactors]) -> Tensor:
     """Rows whose cosines estimate those of the ΔW: entries of L ΔW R, with the same random L and R for all adapters."""
-    generator, dtype = torch.Generator().manual_seed(0), factors[0].lora_A.dtype
-    left = _projection(len(factors[0].lora_B), generator).to(dtype)  # (64, out_features)
-    right = _projection(factors[0].lora_A.shape[1], generator).to(dtype)  # (64, in_features)
+    generator = torch.Generator().manual_seed(0)
+    left = _projection(len(factors[0].lora_B), generator)  # (64, out_features)
+    right = _projection(factors[0].lora_A.shape[1], generator)  # (64, in_features)
     return torch.stack(
         [((left @ read.lora_B.float()) @ (read.lora_A.float() @ right.mT)).flatten() for read in factors]
     )
