@@ -119,6 +119,23 @@ def test_one_huge_adapter_does_not_drown_the_rest(with_spectrum):
     assert np.sum((rows.double().numpy() @ components.T) ** 2) > 0.999 * captured
 
 
+def test_what_rounding_hides_is_not_chased(with_spectrum):
+    """Next to 1e5 float32 passes cannot order values around 1: the iteration must end, not run to its last pass."""
+    rows = with_spectrum(600, 500, np.concatenate([[1e5], np.linspace(1.0, 0.2, 499)]))
+    found = leading_components(rows, n_components=20, method="krylov")
+    assert found.n_iterations < 20
+    check(found, rows, 1)  # the others are below the numerical rank
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_bfloat16_passes_are_those_in_float32_but_for_rounding(shape, with_spectrum):
+    rows = with_spectrum(*shape, SPECTRA["power"](200), dtype=torch.bfloat16)
+    block = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    exact, rounded = decompose._apply_gram(rows, block), decompose._apply_gram_bfloat16(rows, block)
+    assert rounded.dtype == torch.float32
+    assert 1e-6 < (rounded - exact).norm() / exact.norm() < 1e-2
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
 def test_bfloat16_rows_are_decomposed_as_float32(fast, shape, with_spectrum, monkeypatch):

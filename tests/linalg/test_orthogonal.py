@@ -65,6 +65,13 @@ def test_random_complement_completes(k, n_extra, n, dtype, as_numpy):
     np.testing.assert_allclose(both @ both.T, np.eye(k + n_extra), atol=1e-12 if dtype == torch.float64 else 1e-6)
 
 
+def test_random_complement_of_components_that_were_rounded():
+    """Float32 components used in float64: a projection on them as they are would leave 1e-7 along them."""
+    components = orthonormal_rows(normal(200, 400)).float().double()
+    extra = random_complement(components, n_extra=150, generator=torch.Generator().manual_seed(0))
+    assert (extra @ components.mT).abs().amax() < 1e-11
+
+
 def test_random_complement_follows_its_generator():
     components = orthonormal_rows(normal(3, 20))
     first, again, other = (

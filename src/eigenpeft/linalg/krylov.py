@@ -135,8 +135,8 @@ def _promised_gain(
     gram = residual.to(torch.float64)
     gram = gram @ gram.mT
     wanted, last = values[:n_wanted].clamp(min=0.0), last_rows[:, :n_wanted]
-    # Rounding of `apply = XᵀX` leaves √(value_1 value_k) times its relative error in residual k.
-    noise = (3.0 * rounding) ** 2 * values[0]
+    # Rounding of `apply = XᵀX` leaves √(value_1 value_k) times its relative error in residual k, with a margin here.
+    noise = (5.0 * rounding) ** 2 * values[0]
     squared = ((last * (gram @ last)).sum(dim=0) - noise * wanted).clamp(min=0.0)
     gaps = (wanted - block_trace / len(residual)).clamp(min=torch.finfo(torch.float64).tiny)
     gains = torch.minimum(squared.sqrt(), squared / gaps)

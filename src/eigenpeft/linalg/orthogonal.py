@@ -74,10 +74,9 @@ def random_complement(
             f"n_extra={n_extra} directions cannot be added to {k} components of length {n}; pass 0 to {n - k}."
         )
     noise = torch.randn(n_extra, n, generator=generator, device=generator.device, dtype=torch.float64)
-    basis = components.to(torch.float64)
-    extra = noise.to(components.device)
-    for _ in range(2):  # the second round removes what the rounding of the first left along the components
-        extra = orthonormal_rows(extra - (extra @ basis.mT) @ basis)
+    noise = noise.to(components.device)
+    basis = orthonormal_rows(components.to(torch.float64))  # components in float32 are orthonormal to 1e-7 only
+    extra = orthonormal_rows(noise - (noise @ basis.mT) @ basis)
     return extra.to(torch.promote_types(components.dtype, torch.float32))
 
 
