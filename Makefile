@@ -35,7 +35,7 @@ test-fast: setup ## Run the tests that take no real model
 quality: setup ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: setup ## Mend format and lint
 	$(BIN)/ruff format .

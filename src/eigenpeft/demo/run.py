@@ -153,7 +153,7 @@ def _row(method: Method, results: Sequence[Trained], *, scratch: Path) -> Row:
     head = sum(count for name, count in trainable.items() if "classifier" in name)
     size = None
     if isinstance(model, PeftModel):
-        model.save_pretrained(scratch / "adapter")
+        model.save_pretrained(str(scratch / "adapter"))
         size = (scratch / "adapter" / "adapter_model.safetensors").stat().st_size - 4 * head
     return Row(
         method=method.name,
@@ -168,7 +168,7 @@ def _row(method: Method, results: Sequence[Trained], *, scratch: Path) -> Row:
 def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
     model = trained.model
     assert isinstance(model, PeftModel)  # EigenLoRA is a PEFT method
-    model.save_pretrained(out / "adapter")
+    model.save_pretrained(str(out / "adapter"))
     export_lora(model, out / "plain-lora")
     logits = {"trained": trained.logits}
     for name in ("adapter", "plain-lora"):

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -18,6 +17,8 @@ from eigenpeft.linalg.fitting import (
     METHODS,
     WEIGHTINGS,
     FittedBases,
+    Method,
+    Weighting,
     explained_share_curve,
     fit_bases,
     stack_rows,
@@ -72,15 +73,15 @@ class SubspaceBuilder:
         self,
         n_components: int | float | Mapping[str, int | float] = 32,
         *,
-        method: Literal["balanced", "hosvd", "hooi", "eigenlorax"] = "balanced",
-        weighting: Literal["equal", "energy"] = "equal",
+        method: Method = "balanced",
+        weighting: Weighting = "equal",
         n_pseudo_components: int = 0,
         seed: int = 0,
         tol: float = 1e-4,
     ):
         self.n_components = n_components
-        self.method = method
-        self.weighting = weighting
+        self.method: Method = method
+        self.weighting: Weighting = weighting
         self.n_pseudo_components = n_pseudo_components
         self.seed = seed
         self.tol = tol

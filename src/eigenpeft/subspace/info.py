@@ -48,7 +48,7 @@ class SubspaceInfo:
             values: Parsed JSON.
         """
         known = {entry.name for entry in fields(cls)}
-        kept = {
+        kept: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
         }
         return cls(**kept)

@@ -86,11 +86,11 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
                 f"{unknown[0]!r}. Build the subspace from a collection that adapts them, or leave out the adapters "
                 "that do."
             )
-        read_as = {name: module for module, name in found.items()}
+        read_as = {name: module for module, name in found.items() if name is not None}
         offsets = torch.zeros(len(subspace), len(collection) + 1, dtype=torch.int64)
         errors = torch.full((len(subspace), len(collection)), float("nan"), dtype=torch.float64)
         rows: dict[str, Tensor] = {}
-        for i, module in enumerate(tqdm(subspace, desc="Projecting", unit="module")):
+        for i, module in enumerate(tqdm(subspace.modules, desc="Projecting", unit="module")):
             factors = {read.adapter: read for read in collection.factors(read_as[module])} if module in read_as else {}
             no_rows = torch.zeros(0, subspace[module].n_components)
             rows_in, rows_out = [no_rows], [no_rows]

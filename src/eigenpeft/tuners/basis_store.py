@@ -121,13 +121,9 @@ def attach_empty_basis(layer: LoraLayer, *, n_components: int, fingerprint: str)
         n_components: As the adapter's config records it.
         fingerprint: Of the subspace the components were cut from.
     """
+    inside, outside = (torch.zeros(n_components, width or 0) for width in (layer.in_features, layer.out_features))
     empty = torch.zeros(0)
-    shapes = (n_components, layer.in_features), (n_components, layer.out_features)
-    return attach_basis(
-        layer,
-        ModuleSubspace(*(torch.zeros(shape) for shape in shapes), empty, empty, empty),
-        fingerprint=fingerprint,
-    )
+    return attach_basis(layer, ModuleSubspace(inside, outside, empty, empty, empty), fingerprint=fingerprint)
 
 
 def drop_unused_bases(layer: LoraLayer) -> None:
@@ -137,7 +133,7 @@ def drop_unused_bases(layer: LoraLayer) -> None:
         layer: LoRA layer.
     """
     used = {
-        id(getattr(factor, "_basis", None)) for factors in (layer.lora_A, layer.lora_B) for factor in factors.values()
+        id(getattr(factor, "basis", None)) for factors in (layer.lora_A, layer.lora_B) for factor in factors.values()
     }
     bases = _bases(layer)
     for key in [key for key, basis in bases.items() if id(basis) not in used]:
@@ -145,9 +141,10 @@ def drop_unused_bases(layer: LoraLayer) -> None:
 
 
 def _bases(layer: LoraLayer) -> nn.ModuleDict:
-    if _BASES not in layer._modules:
+    assert isinstance(layer, nn.Module)  # LoraLayer is the mixin of the modules that PEFT makes
+    if not hasattr(layer, _BASES):
         layer.add_module(_BASES, nn.ModuleDict())
-    return layer._modules[_BASES]  # pyright: ignore[reportReturnType]
+    return layer.get_submodule(_BASES)  # pyright: ignore[reportReturnType]
 
 
 def _not_found(path_or_id: str | None, sha256: str | None, searched: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Any of our adapters as an ordinary LoRA adapter that needs no eigenpeft to load."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _from_model(model: PeftModel, name: str) -> tuple[Updates, dict[str, Any], d
     updates = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            lora_A, lora_B = (factors[name].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+            lora_A, lora_B = (_weight(factors[name]) for factors in (layer.lora_A, layer.lora_B))
             if lora_A.ndim != 2:
                 raise AdapterConfigError(f"{path!r} is a convolution; export_lora writes linear layers. Merge it.")
             updates[path.removeprefix(_PREFIX)] = (lora_B, lora_A, float(layer.scaling[name]))
@@ -108,10 +109,10 @@ def _write(out_dir: Path, updates: Updates, fields: dict[str, Any], others: dict
     ranks = {module: len(lora_A) for module, (_, lora_A, _) in updates.items()}
     alphas = {module: scaling * ranks[module] for module, (_, _, scaling) in updates.items()}
     # The commonest rank and alpha are the config's; modules that differ are listed.
-    r, alpha = (max(set(values), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (PEFT divides it by r; it need not be whole)
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (need not be whole: PEFT only divides it by r)
         target_modules=sorted(updates),
         rank_pattern={_exactly(module): value for module, value in ranks.items() if value != r},
         alpha_pattern={_exactly(module): value for module, value in alphas.items() if value != alpha},
@@ -125,6 +126,10 @@ def _write(out_dir: Path, updates: Updates, fields: dict[str, Any], others: dict
     with atomic_folder(out_dir, last=_CONFIG) as scratch, torch.no_grad():
         save_file(tensors, scratch / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
+
+
+def _weight(factor: Any) -> Tensor:
+    return factor.weight.detach()
 
 
 def _exactly(module: str) -> str:

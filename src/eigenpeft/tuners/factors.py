@@ -1,8 +1,10 @@
 """Factor modules that stand in for LoRA's `lora_A` / `lora_B`: modules whose weight is computed."""
 
 import math
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,23 +23,28 @@ class InputFactor(nn.Module):
 
     def __init__(self, basis: Basis, *, coefficients: Tensor | None):
         super().__init__()
-        object.__setattr__(self, "_basis", basis)  # unregistered: the LoRA layer owns it
+        self._owned_elsewhere = (basis,)  # in a tuple, so that it is no submodule: the LoRA layer owns it
         self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
         self.bias = None
         self.in_features = basis.components_in.shape[1]
         self.out_features = len(basis.components_in) if coefficients is None else len(coefficients)
 
     @property
+    def basis(self) -> Basis:
+        """The shared components."""
+        return self._owned_elsewhere[0]
+
+    @property
     def weight(self) -> Tensor:
         """(r, in_features), as LoRA's own `lora_A.weight`."""
-        components = self._basis.components_in
+        components = self.basis.components_in
         if self.coefficients is None:
             return components
         return self.coefficients @ components.to(self.coefficients.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
-        components = self._basis.components_in.to(x.dtype)
+        components = self.basis.components_in.to(x.dtype)
         if self.coefficients is None:
             return F.linear(x, components)
         if _chain_is_cheaper(x, self.coefficients):
@@ -55,23 +62,28 @@ class OutputFactor(nn.Module):
 
     def __init__(self, basis: Basis, *, coefficients: Tensor):
         super().__init__()
-        object.__setattr__(self, "_basis", basis)
+        self._owned_elsewhere = (basis,)
         self.coefficients = nn.Parameter(coefficients)
         self.bias = None
         self.in_features = coefficients.shape[-1]
         self.out_features = basis.components_out.shape[1]
 
     @property
+    def basis(self) -> Basis:
+        """The shared components."""
+        return self._owned_elsewhere[0]
+
+    @property
     def weight(self) -> Tensor:
         """(out_features, r), as LoRA's own `lora_B.weight`."""
-        components = self._basis.components_out.to(self.coefficients.dtype)
+        components = self.basis.components_out.to(self.coefficients.dtype)
         if self.coefficients.ndim == 1:
             return components.mT * self.coefficients
         return components.mT @ self.coefficients
 
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r)."""
-        components = self._basis.components_out.to(h.dtype)
+        components = self.basis.components_out.to(h.dtype)
         coefficients = self.coefficients.to(h.dtype)
         if coefficients.ndim == 1:
             return (h * coefficients) @ components
@@ -90,11 +102,11 @@ class MixedFactor(nn.Module):
         mixer: (r, r).
     """
 
-    def __init__(self, replaced: nn.Module, *, mixer: Tensor):
+    def __init__(self, replaced: Any, *, mixer: Tensor):
         super().__init__()
         self.factor = nn.Parameter(replaced.weight.detach())
         self.mixer = nn.Parameter(mixer)
-        self.bias = replaced.bias
+        self.bias: Tensor | None = replaced.bias
         self.in_features = mixer.shape[1]
         self.out_features = len(self.factor)
 
@@ -108,8 +120,20 @@ class MixedFactor(nn.Module):
         spatial = self.factor.ndim - 2
         if spatial == 0:
             return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), self.bias)
-        convolution = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
         return convolution(h, self.weight.to(h.dtype), self.bias)
+
+
+def input_factor(layer: LoraLayer, adapter_name: str) -> InputFactor:
+    """The input factor of one of our adapters on a layer.
+
+    Args:
+        layer: LoRA layer.
+        adapter_name: Adapter with EigenLoRA factors there.
+    """
+    factor = layer.lora_A[adapter_name]
+    assert isinstance(factor, InputFactor)  # EigenLoraModel put it there
+    return factor
 
 
 def initial_mixer(rank: int, *, init: str) -> Tensor:

@@ -23,8 +23,8 @@ def peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
+    member._sort_order_ = len(PeftType._member_names_)  # pyright: ignore[reportAttributeAccessIssue]
     # Before the maps know the name: EnumType refuses to set an attribute that is a member.
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)

@@ -1,7 +1,7 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -12,7 +12,7 @@ from eigenpeft.subspace import PrincipalSubspace
 from eigenpeft.tuners.basis_store import Basis, attach_basis, attach_empty_basis, drop_unused_bases, recall, resolve
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
-from eigenpeft.tuners.factors import InputFactor, OutputFactor
+from eigenpeft.tuners.factors import InputFactor, OutputFactor, input_factor
 from eigenpeft.tuners.swapping import settle, tuned_layer
 
 _EMBEDDED = {"lora_A": "components_in", "lora_B": "components_out"}
@@ -30,10 +30,10 @@ class EigenLoraModel(LoraModel):
             *args: PEFT's own.
             **kwargs: PEFT's own.
         """
-        config = self.peft_config[adapter_name]
+        config = cast(EigenLoraConfig, self.peft_config[adapter_name])
         subspace = _subspace_of(config)
         if config.target_modules is None:
-            config.target_modules = _matching_modules(model, subspace, config)
+            config.target_modules = _matching_modules(model, subspace, config)  # pyright: ignore[reportAttributeAccessIssue]
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         self._subspace_in_use = subspace
@@ -45,7 +45,7 @@ class EigenLoraModel(LoraModel):
         config.init_from = None
         if config.embeds_subspace:
             config.embedded_n_components = {
-                name: len(layer.lora_A[adapter_name]._basis.components_in)
+                name: len(input_factor(layer, adapter_name).basis.components_in)
                 for name, layer in model.named_modules()
                 if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
             }
@@ -98,7 +98,7 @@ class EigenLoraModel(LoraModel):
         if config.embeds_subspace:
             for name, layer in model.named_modules():
                 if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-                    basis = layer.lora_A[adapter_name]._basis
+                    basis = input_factor(layer, adapter_name).basis
                     for factor, side in _EMBEDDED.items():
                         selected[f"{name}.{factor}.components"] = getattr(basis, side)
         return selected
@@ -143,7 +143,8 @@ def _subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
                 "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the "
                 "PrincipalSubspace that SubspaceBuilder made."
             )
-        subspace = resolve(config.subspace, revision=config.subspace_revision, sha256=config.subspace_sha256)
+        place = config.subspace if isinstance(config.subspace, str) else None
+        subspace = resolve(place, revision=config.subspace_revision, sha256=config.subspace_sha256)
     config._subspace = subspace  # keeps it alive, and findable for the next adapter
     config.subspace_sha256 = subspace.fingerprint
     return subspace
@@ -198,7 +199,7 @@ def _fill_embedded(model: nn.Module, adapter_name: str, embedded: dict[str, Tens
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
             continue
-        basis = layer.lora_A[adapter_name]._basis
+        basis = input_factor(layer, adapter_name).basis
         for factor, side in _EMBEDDED.items():
             key = f"{name}.{factor}.components"
             saved = embedded.get(key, embedded.get(f"base_model.model.{key}"))
