@@ -239,7 +239,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, tokens):
     gradients = []
     for checkpointing in (False, True):
         model = adapted((tiny_llama, ("q_proj", "v_proj")), tmp_path, name=f"s{checkpointing}", lora_dropout=0.0)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter)
         if checkpointing:
