@@ -89,7 +89,8 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 tokens, expected = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
-    assert torch.equal(model(input_ids=tokens).logits, expected)
+    # Another process may sum in another order (threads), so the last bits may differ.
+    torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-6)
 """
 
 

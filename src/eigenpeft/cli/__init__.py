@@ -1,0 +1,7 @@
+"""The `eigenpeft` command: importing this package gives it all its commands."""
+
+from eigenpeft.cli import artifacts as artifacts
+from eigenpeft.cli import demo as demo
+from eigenpeft.cli.app import app, main
+
+__all__ = ["app", "main"]

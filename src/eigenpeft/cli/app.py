@@ -1,0 +1,94 @@
+"""The `eigenpeft` command itself: the app that the commands join, its consoles, and how errors leave it."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.markup import escape
+
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.version import __version__
+
+app = typer.Typer(
+    name="eigenpeft",
+    help="Recycle LoRA adapters: build a subspace from many, train new tasks in it, export plain LoRA.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Adapters = Annotated[
+    list[str],
+    typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids (owner/name@revision), in any mix."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
+AllowDifferentBaseModels = Annotated[
+    bool, typer.Option(help="Take adapters whose configs name other base models, as long as shapes fit.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is being done.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: every foreseen error is one message on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except (EigenPeftError, OSError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        errors.print(f"[red]Error:[/red] {escape(str(message))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def number_or_share(text: str) -> int | float:
+    """A number of components, or a share of them.
+
+    Args:
+        text: As typed.
+
+    Raises:
+        EigenPeftError: If it is neither.
+    """
+    try:
+        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise EigenPeftError(
+            f"--n-components {text!r} must be a whole number such as 32, or a share such as 0.9."
+        ) from None
+
+
+def quiet(as_json: bool) -> None:
+    """No progress bars where the output is JSON.
+
+    Args:
+        as_json: Whether it is.
+    """
+    if as_json:
+        disable_progress_bars()
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout, as it is: rich would wrap and colour what another program is to parse.
+
+    Args:
+        value: JSON-able.
+    """
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
