@@ -22,7 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 import eigenpeft
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
-from eigenpeft.demo.methods import BATCH_SIZE, LEARNING_RATES, N_COMPONENTS, STEPS, methods
+from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, LEARNING_RATES, N_COMPONENTS, STEPS, methods
 from eigenpeft.demo.training import Task, load_task, train
 from eigenpeft.subspace import SubspaceBuilder
 
@@ -76,6 +76,7 @@ def main():
                     steps=arguments.steps,
                     batch_size=BATCH_SIZE,
                     learning_rate=learning_rate,
+                    head_learning_rate=learning_rate if method.name == "head only" else HEAD_LEARNING_RATE,
                     scratch=scratch,
                 )
             row |= {"accuracy": round(trained.accuracy, 4), "seconds": round(trained.seconds, 1)}

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,20 +59,28 @@ def main() -> None:
         sys.exit(1)
 
 
-def number_or_share(text: str) -> int | float:
-    """A number of components, or a share of them.
+def components(values: Sequence[str]) -> int | float | dict[str, int | float]:
+    """What `--n-components` asks for: one number or share for all modules, or `PATTERN=NUMBER` once or more.
 
     Args:
-        text: As typed.
+        values: As typed.
 
     Raises:
-        EigenPeftError: If it is neither.
+        EigenPeftError: If a value is neither.
     """
+    if len(values) == 1 and "=" not in values[0]:
+        return _number_or_share(values[0])
+    pairs = [value.rpartition("=") for value in values]
+    return {pattern or "*": _number_or_share(value) for pattern, _, value in pairs}
+
+
+def _number_or_share(text: str) -> int | float:
     try:
         return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise EigenPeftError(
-            f"--n-components {text!r} must be a whole number such as 32, or a share such as 0.9."
+            f"--n-components {text!r} must be a whole number such as 32, a share such as 0.9, or either of them for the "
+            "modules of a pattern, such as '*.query=32'."
         ) from None
 
 

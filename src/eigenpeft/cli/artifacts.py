@@ -12,8 +12,8 @@ from eigenpeft.cli.app import (
     Json,
     Out,
     app,
+    components,
     console,
-    number_or_share,
     print_json,
     quiet,
 )
@@ -30,8 +30,13 @@ def build(
     adapters: Adapters,
     out: Out,
     n_components: Annotated[
-        str, typer.Option("--n-components", "-k", help="Components a module: a number, or a share such as 0.9.")
-    ] = "32",
+        list[str] | None,
+        typer.Option(
+            "--n-components",
+            "-k",
+            help="Components a module: a number (default 32), a share such as 0.9, or 'PATTERN=NUMBER', repeated.",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="balanced, hosvd, hooi or eigenlorax.")] = "balanced",
     weighting: Annotated[str, typer.Option(help="equal or energy.")] = "equal",
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
@@ -50,7 +55,7 @@ def build(
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
         builder = SubspaceBuilder(
-            number_or_share(n_components),
+            components(n_components or ["32"]),
             method=method,  # pyright: ignore[reportArgumentType] (checked by fit)
             weighting=weighting,  # pyright: ignore[reportArgumentType]
             n_pseudo_components=n_pseudo_components,

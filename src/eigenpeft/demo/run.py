@@ -13,7 +13,7 @@ from torch import nn
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
-from eigenpeft.demo.methods import BATCH_SIZE, N_COMPONENTS, STEPS, Method, methods
+from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods
 from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
 from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.subspace import PrincipalSubspace, SubspaceBuilder
@@ -143,6 +143,7 @@ def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -
         steps=steps,
         batch_size=BATCH_SIZE,
         learning_rate=method.learning_rate,
+        head_learning_rate=HEAD_LEARNING_RATE,
         scratch=scratch,
     )
 

@@ -96,9 +96,12 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    head_learning_rate: float,
     scratch: str,
 ) -> Trained:
     """Adapt a fresh base, train what is trainable, evaluate.
+
+    The head has a learning rate of its own, the same for every method, so that what differs is the adapter.
 
     Args:
         task: Data.
@@ -106,7 +109,8 @@ def train(
         seed: Of head, adapter and batches.
         steps: Optimiser steps (AdamW, linear decay).
         batch_size: Rows a step.
-        learning_rate: Peak.
+        learning_rate: Peak, of the adapter.
+        head_learning_rate: Peak, of the head.
         scratch: Folder for the trainer's own files.
     """
     model = adapt(fresh_base(task, seed=seed))
@@ -129,6 +133,7 @@ def train(
         ),
         train_dataset=task.train,
         data_collator=task.collator,
+        optimizers=(_optimizer(model, learning_rate, head_learning_rate), None),
     )
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
@@ -136,6 +141,14 @@ def train(
     seconds = time.perf_counter() - start
     logits = predict(model, task)
     return Trained(model.eval(), seconds, logits, accuracy(logits, task))
+
+
+def _optimizer(model: nn.Module, learning_rate: float, head_learning_rate: float) -> torch.optim.Optimizer:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trainable.items() if "classifier" in name]
+    adapter = [p for name, p in trainable.items() if "classifier" not in name]
+    groups = [{"params": head, "lr": head_learning_rate}, {"params": adapter, "lr": learning_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
 
 
 @torch.no_grad()
