@@ -1,0 +1,100 @@
+"""Warm starts: the new adapter begins at the old one's projection, whatever the core, rank and scaling."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder
+from eigenpeft.errors import AdapterConfigError, CollectionError
+from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
+
+
+@pytest.fixture
+def trained(architecture, tokens, tmp_path):
+    """Two trained LoRA adapters of ranks 4 and 2 on disk, and the subspace that holds both of them whole."""
+    for name, rank in (("first", 4), ("second", 2)):
+        config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=list(architecture[1]), task_type="CAUSAL_LM")
+        config.fan_in_fan_out = is_conv1d(architecture)
+        model = get_peft_model(architecture[0](), config)
+        train(model, tokens, lr=0.1)
+        model.save_pretrained(tmp_path / name)
+    collection = AdapterCollection.from_pretrained([tmp_path / "first", tmp_path / "second"])
+    subspace = SubspaceBuilder(6).fit(collection).subspace_
+    subspace.save_pretrained(tmp_path / "subspace")
+    CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+    return tmp_path
+
+
+def updates(model):
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def load(architecture, folder):
+    return PeftModel.from_pretrained(architecture[0](), folder)
+
+
+@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 7), ("mixer", 4)])
+@pytest.mark.parametrize("source", ["first", "store#first"])
+def test_starts_where_the_adapter_is(architecture, trained, core, r, source):
+    config = EigenLoraConfig(
+        subspace=str(trained / "subspace"),
+        r=r,
+        lora_alpha=10,
+        core=core,
+        task_type="CAUSAL_LM",
+        init_from=str(trained / source),
+    )
+    model = get_peft_model(architecture[0](), config)
+    for name, update in updates(load(architecture, trained / "first")).items():
+        torch.testing.assert_close(updates(model)[name], update, rtol=1e-4, atol=1e-5)
+    assert config.init_from is None  # done: reloading needs no source
+
+
+def test_a_smaller_rank_starts_at_the_best_approximation(architecture, trained):
+    config = EigenLoraConfig(subspace=str(trained / "subspace"), r=2, init_from=str(trained / "first"))
+    started = updates(get_peft_model(architecture[0](), config))
+    for name, update in updates(load(architecture, trained / "first")).items():
+        values = torch.linalg.svdvals(update.double())
+        least = values[2:].square().sum().sqrt()
+        error = (update - started[name]).double().norm()
+        assert error <= least * (1 + 1e-3) + 1e-6 * values[0]
+
+
+def test_a_diagonal_core_starts_at_the_diagonal(architecture, trained):
+    subspace = str(trained / "subspace")
+    mixer = get_peft_model(
+        architecture[0](), EigenLoraConfig(subspace=subspace, r=4, core="mixer", init_from=str(trained / "first"))
+    )
+    diagonal = get_peft_model(
+        architecture[0](), EigenLoraConfig(subspace=subspace, r=4, core="diagonal", init_from=str(trained / "first"))
+    )
+    by_name = dict(diagonal.named_modules())
+    for name, layer in mixer.named_modules():
+        if isinstance(layer, LoraLayer):
+            whole = layer.lora_B["default"].coefficients
+            torch.testing.assert_close(by_name[name].lora_B["default"].coefficients, whole.diagonal())
+
+
+def test_sources_that_cannot_serve(architecture, trained):
+    foreign = random_subspace(architecture[0](), architecture[1], n_components=5, seed=9)
+    for source, subspace, error, message in (
+        ("store#first", foreign, AdapterConfigError, "fingerprint"),
+        ("store#nobody", str(trained / "subspace"), Exception, "nobody"),
+        ("nowhere", str(trained / "subspace"), CollectionError, "nowhere"),
+    ):
+        with pytest.raises(error, match=message):
+            get_peft_model(architecture[0](), EigenLoraConfig(subspace=subspace, r=4, init_from=str(trained / source)))
+
+
+def test_an_adapter_of_other_modules_is_refused(tmp_path, tokens):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["o_proj"]))
+    train(model, tokens)
+    model.save_pretrained(tmp_path / "other")
+    subspace = random_subspace(tiny_gpt2(), ["c_attn"])
+    with pytest.raises(AdapterConfigError, match="none of its modules"):
+        get_peft_model(tiny_gpt2(), EigenLoraConfig(subspace=subspace, r=2, init_from=str(tmp_path / "other")))
