@@ -1,0 +1,74 @@
+"""Summaries hold the artifact's own numbers as plain data; tables and figures show all of them."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from eigenpeft import AdapterCollection, CoefficientStore, SubspaceBuilder
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.report import plots
+from eigenpeft.report.summaries import condition, store_summary, subspace_summary
+from eigenpeft.report.tables import adapter_table, findings_text, module_table
+from tests.factories import make_collection
+
+
+@pytest.fixture
+def builder(tmp_path):
+    made = make_collection(tmp_path / "adapters", noise=0.1)
+    return SubspaceBuilder(5, n_pseudo_components=2).fit(AdapterCollection.from_pretrained(made.folder))
+
+
+def shown(renderable):
+    console = Console(width=200, record=True)
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_subspace_summary_is_plain_and_right(builder):
+    summary = subspace_summary(builder.subspace_, findings=builder.findings_)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    for name, bases in builder.subspace_.items():
+        row = summary["modules"][name]
+        assert row["shape"] == [bases.out_features, bases.in_features]
+        assert row["n_components"] == 7
+        assert row["explained_share"] == pytest.approx(float(bases.explained_variance_ratio.sum()))
+    text = shown(module_table(summary))
+    assert all(name in text for name in builder.subspace_)
+
+
+def test_store_summary_is_the_mean_and_the_largest(builder, tmp_path):
+    store = CoefficientStore.from_collection(
+        builder.subspace_, AdapterCollection.from_pretrained(tmp_path / "adapters")
+    )
+    summary = store_summary(store)
+    errors = [row["adapter-0"] for row in store.relative_errors.values()]
+    assert summary["adapters"]["adapter-0"]["mean_error"] == pytest.approx(sum(errors) / len(errors))
+    assert summary["adapters"]["adapter-0"]["largest_error"] == max(errors)
+    assert f"{max(errors):.3g}"[:4] in shown(adapter_table(summary))
+
+
+def test_condition():
+    assert condition(torch.tensor([4.0, 2.0, 0.5])) == 8.0
+    assert condition(torch.zeros(0)) is None
+
+
+def test_hostile_names_are_shown_as_they_are(tmp_path):
+    made = make_collection(tmp_path / "adapters", n_adapters=1)
+    (made.folder / "adapter-0").rename(made.folder / "[red]x")
+    builder = SubspaceBuilder(2).fit(AdapterCollection.from_pretrained(made.folder))
+    store = CoefficientStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(made.folder))
+    assert "[red]x" in shown(adapter_table(store_summary(store)))
+    assert findings_text(()) is not None
+
+
+def test_spectra_are_drawn_whole_or_not_at_all(builder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plots.plot_spectra(builder.subspace_, tmp_path / "deep" / "spectra.png")
+    assert (tmp_path / "deep" / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["spectra.png"]
+    monkeypatch.setattr(plots, "Figure", None)
+    with pytest.raises(EigenPeftError, match=r"pip install 'eigenpeft\[plots\]'"):
+        plots.plot_spectra(builder.subspace_, tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
