@@ -39,7 +39,7 @@ class Method:
 
 # The grid that benchmarks/learning_rates.py tries for every method alike.
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-HEAD_LEARNING_RATE = 1e-1
+HEAD_LEARNING_RATE = 3e-1
 
 
 def methods(subspace: PrincipalSubspace) -> list[Method]:
