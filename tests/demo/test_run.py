@@ -65,6 +65,8 @@ def test_runs_whole(tmp_path):
     lines = []
     result = run_demo(tmp_path, steps=2, report=lines.append)
     assert len(lines) >= 7
+    ours = next(row for row in result.rows if row.method == "EigenLoRA")
+    assert all(row.gap == pytest.approx(ours.accuracies[0] - row.accuracies[0]) for row in result.rows)
     assert [row.method for row in result.rows][:3] == ["head only", "random subspace", "EigenLoRA"]
     assert result.checks.same_predictions
     assert result.checks.reload_difference == 0.0

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,8 @@ class Row:
         head_parameters: Trainable numbers of the head.
         adapter_bytes: Size of the saved adapter file, the head's tensors taken off; None for the head alone.
         accuracies: One a seed.
+        gap: EigenLoRA's accuracy minus this one's, mean over the seeds.
+        gap_error: Twice the standard error of the gap over the test rows, which both were judged on.
         seconds: Mean training time.
     """
 
@@ -38,6 +40,8 @@ class Row:
     head_parameters: int
     adapter_bytes: int | None
     accuracies: tuple[float, ...]
+    gap: float
+    gap_error: float
     seconds: float
 
 
@@ -109,7 +113,8 @@ def run_demo(
     subspace.save_pretrained(out / "subspace")
     task = load_task()
     report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")
-    rows, kept = [], None
+    rows, right = [], {}
+    kept = None
     with tempfile.TemporaryDirectory() as scratch:
         for method in methods(subspace):
             report(
@@ -117,13 +122,14 @@ def run_demo(
             )
             results = [_train(task, method, seed=seed, steps=steps, scratch=scratch) for seed in seeds]
             rows.append(_row(method, results, scratch=Path(scratch)))
+            right[method.name] = np.mean([result.logits.argmax(1) == task.test["labels"] for result in results], axis=0)
             if method.name == "EigenLoRA":
                 kept = results[-1]
     assert kept is not None  # it is one of the methods
     report("Saving, reloading and exporting the EigenLoRA adapter")
     checks = _check(kept, task, out=out, seed=seeds[-1])
     result = DemoResult(
-        rows=tuple(rows),
+        rows=tuple(_compared(row, right["EigenLoRA"] - right[row.method]) for row in rows),
         checks=checks,
         n_train=len(task.train),
         n_test=len(task.test),
@@ -162,8 +168,16 @@ def _row(method: Method, results: Sequence[Trained], *, scratch: Path) -> Row:
         head_parameters=head,
         adapter_bytes=size,
         accuracies=tuple(result.accuracy for result in results),
+        gap=0.0,
+        gap_error=0.0,
         seconds=fmean(result.seconds for result in results),
     )
+
+
+def _compared(row: Row, difference: np.ndarray) -> Row:
+    """The row with its gap; `difference` (n_test,) is EigenLoRA's score of each test row minus the method's."""
+    error = 2 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+    return replace(row, gap=float(difference.mean()), gap_error=error)
 
 
 def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
