@@ -4,7 +4,13 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from eigenpeft.linalg.preference_users import fit_user_weights, laplace_covariance, next_pair, pad_by_user
+from eigenpeft.linalg.preference_users import (
+    fit_all_user_weights,
+    fit_user_weights,
+    laplace_covariance,
+    next_pair,
+    pad_by_user,
+)
 
 
 def normal(*shape, seed=0):
@@ -121,3 +127,17 @@ def test_the_next_pair_teaches_more_than_a_random_one():
             final = fit_user_weights(z, torch.ones(1, 6, dtype=torch.bool), concentration=concentration)
             errors.append(float((final[0] - weights).abs().sum()))
     assert sum(chosen_errors) < 0.9 * sum(random_errors)
+
+
+@pytest.mark.parametrize("block_numbers", [1, 60, 10**9])
+def test_blocks_change_nothing(block_numbers):
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randint(30, (200,), generator=generator)
+    basis_margins, concentration = 3 * normal(200, 4), torch.full((4,), 0.25)
+    found = fit_all_user_weights(
+        basis_margins, users, n_users=32, concentration=concentration, block_numbers=block_numbers
+    )
+    padded = pad_by_user(basis_margins, users, n_users=32)
+    torch.testing.assert_close(
+        found, fit_user_weights(padded.margins, padded.present, concentration=concentration), atol=1e-5, rtol=1e-5
+    )

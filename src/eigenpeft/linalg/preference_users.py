@@ -85,6 +85,48 @@ def fit_user_weights(
     return weights
 
 
+def fit_all_user_weights(
+    basis_margins: Float[Tensor, "n n_basis"],
+    users: Int[Tensor, "n"],
+    *,
+    n_users: int,
+    concentration: Float[Tensor, "n_basis"],
+    block_numbers: int = 4_000_000,
+) -> Float[Tensor, "n_users n_basis"]:
+    """`fit_user_weights` of any number of users: in blocks of bounded memory, histories of like size together.
+
+    Args:
+        basis_margins: Margins of each basis row, one row a pair, in any order.
+        users: User of each pair, 0 to n_users - 1.
+        n_users: Number of users.
+        concentration: Dirichlet pseudo-counts of the population.
+        block_numbers: Numbers a padded block may hold; one user's history always fits.
+
+    Returns:
+        Weights, float64.
+    """
+    n_basis = basis_margins.shape[1]
+    counts, order = torch.bincount(users, minlength=n_users).sort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(n_users, device=users.device)
+    places, by_place = place[users].sort(stable=True)
+    basis_margins = basis_margins[by_place]
+    ends = [0, *counts.cumsum(0).tolist()]
+    sizes = counts.tolist()
+    weights = torch.zeros(n_users, n_basis, dtype=torch.float64, device=basis_margins.device)
+    start = 0
+    while start < n_users:
+        stop = start + 1
+        # Sizes ascend, so the last user of a block is its widest.
+        while stop < n_users and (stop + 1 - start) * sizes[stop] * n_basis <= block_numbers:
+            stop += 1
+        pairs = slice(ends[start], ends[stop])
+        padded = pad_by_user(basis_margins[pairs], places[pairs] - start, n_users=stop - start)
+        weights[order[start:stop]] = fit_user_weights(padded.margins, padded.present, concentration=concentration)
+        start = stop
+    return weights
+
+
 def laplace_covariance(
     weights: Float[Tensor, "n_users n_basis"],
     margins: Float[Tensor, "n_users n_pairs n_basis"],
