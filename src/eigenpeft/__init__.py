@@ -5,6 +5,7 @@ Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.version import __version__
@@ -14,6 +15,7 @@ __all__ = [
     "CoefficientStore",
     "EigenLoraConfig",
     "EigenPeftError",
+    "LowRankRewardModel",
     "MosLoraConfig",
     "PrincipalSubspace",
     "SubspaceBuilder",

@@ -37,3 +37,15 @@ class ArtifactError(EigenPeftError, OSError):
 
 class AdapterConfigError(EigenPeftError, ValueError):
     """An adapter configuration that asks for something the method cannot do."""
+
+
+class RewardModelError(EigenPeftError, ValueError):
+    """Preferences, features or a request on a low-rank reward model that cannot be served as asked."""
+
+
+class UnknownUserError(RewardModelError, KeyError):
+    """A user without weights in the table; the message says how to get the population's reward instead."""
+
+    def __str__(self) -> str:
+        """The message itself; KeyError would quote it."""
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,67 @@
+"""The model card of a low-rank reward model: complete without editing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one a row of the basis; every server of
+classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
+_WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
+
+
+def reward_card(
+    info: Mapping[str, Any], *, n_basis: int, n_features: int, n_users: int, population: list[float], backbone: bool
+) -> str:
+    """Text of README.md.
+
+    Args:
+        info: What the fit recorded: base model, pairs, seed, held-out results.
+        n_basis: Rows of the basis.
+        n_features: Width of the features.
+        n_users: Users in the table.
+        population: Weights of a user without history.
+        backbone: Whether the classifier is in the folder.
+    """
+    data = ModelCardData(
+        base_model=info.get("base_model"),
+        library_name="eigenpeft",
+        pipeline_tag="text-classification" if backbone else None,
+        tags=["eigenpeft", "reward-model", "personalisation", "lore"],
+    )
+    facts = "".join(
+        f"| {key.replace('_', ' ')} | {value} |\n" for key, value in info.items() if not isinstance(value, dict | list)
+    )
+    told = str(
+        info.get("verdict") or "Not evaluated against its controls; run `eigenpeft lore evaluate` before relying on it."
+    )
+    body = f"""# Low-rank reward model: {n_basis} basis rewards, {n_users} users
+
+The reward of user u is `w_u @ (reward_basis @ features)` with `w_u` on the simplex (LoRe, arXiv 2504.14439). A user without
+history has the population's weights {[round(weight, 3) for weight in population]}.
+{(_WITH_BACKBONE if backbone else _WITHOUT_BACKBONE).format(n_basis=n_basis, n_features=n_features)}
+
+{told}
+
+## How to load it
+
+```python
+import eigenpeft  # pip install eigenpeft
+
+model = eigenpeft.LowRankRewardModel.from_pretrained("<this repository or its local path>")
+model.reward_head()  # (n_features,), the population's; reward_head("a user") is that user's
+```
+
+The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that file's users with
+`delete_user` before publishing what is not meant to be public.
+
+## Facts
+
+| | |
+|---|---|
+| n basis | {n_basis} |
+| n features | {n_features} |
+| users | {n_users} |
+{facts}
+"""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

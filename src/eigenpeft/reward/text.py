@@ -1,0 +1,128 @@
+"""From text to rewards with a backbone: joining prompts and completions, batches, one user each."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenpeft.errors import RewardModelError
+
+Text = str | list[dict[str, Any]]
+
+
+class TextReward:
+    """A reward function in TRL's sense: `(prompts, completions, <user column>, ...) -> list of floats`.
+
+    Args:
+        backbone: Sequence classifier whose logits are the basis rewards.
+        processing_class: Its tokenizer.
+        weights: Gives (n, n_basis) weights for n user ids.
+        user_column: Name of the keyword that brings the user ids.
+        batch_size: Texts at a time.
+        max_length: Longest text in tokens; None for the tokenizer's limit.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        processing_class: Any,
+        weights: Callable[[Sequence[Any]], Tensor],
+        *,
+        user_column: str,
+        batch_size: int,
+        max_length: int | None,
+    ):
+        if processing_class is None:
+            raise RewardModelError("Rewards of texts need the backbone's tokenizer: pass processing_class=.")
+        self.__name__ = f"lore_{user_column}"  # TRL logs rewards under this name
+        self._backbone, self._processing_class, self._weights = backbone, processing_class, weights
+        self._user_column, self._batch_size, self._max_length = user_column, batch_size, max_length
+
+    def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        """Reward of each completion to the user of its prompt.
+
+        Args:
+            prompts: Texts, or conversations.
+            completions: Likewise.
+            **columns: The other columns, the user column among them.
+
+        Raises:
+            RewardModelError: If the user column is missing.
+        """
+        if self._user_column not in columns:
+            raise RewardModelError(
+                f"The reward function got no column {self._user_column!r}, only {sorted(columns)}: add it to the training "
+                "set, or name another with user_column=."
+            )
+        texts = [
+            join(prompt, completion, self._processing_class)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        by_basis = classify(
+            self._backbone, self._processing_class, texts, batch_size=self._batch_size, max_length=self._max_length
+        )
+        return (by_basis * self._weights(columns[self._user_column])).sum(dim=1).tolist()
+
+
+def join(prompt: Text, completion: Text, processing_class: Any) -> str:
+    """One text of a prompt and its completion: put together, or through the chat template.
+
+    Args:
+        prompt: Text or conversation; empty for none.
+        completion: Of the same kind.
+        processing_class: Tokenizer, whose template is used for conversations.
+    """
+    if isinstance(completion, str) and isinstance(prompt, str):
+        return prompt + completion
+    if isinstance(completion, str) or isinstance(prompt, str) and prompt:
+        raise RewardModelError("A prompt and its completion must both be text, or both be lists of messages.")
+    return processing_class.apply_chat_template([*(prompt or []), *completion], tokenize=False)
+
+
+@torch.no_grad()
+def classify(
+    model: Any,
+    processing_class: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    max_length: int | None = None,
+) -> Tensor:
+    """Logits of texts, batched by like length, in the order given.
+
+    Args:
+        model: Sequence classifier.
+        processing_class: Its tokenizer; without a padding token it pads with the end token.
+        texts: Texts.
+        batch_size: Texts at a time.
+        max_length: Longest text in tokens; longer ones lose their beginning, as the last token is what is read. None
+            for the tokenizer's limit.
+
+    Returns:
+        (n, num_labels) float32 on the CPU.
+    """
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = processing_class.pad_token_id
+    was_training = model.training
+    model.eval()
+    side = processing_class.truncation_side
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "classifier"):
+        processing_class.truncation_side = "left"
+    try:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        result: Tensor | None = None
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = processing_class(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            ).to(model.device)
+            logits = model(**batch).logits.float().cpu()
+            result = torch.zeros(len(texts), logits.shape[1]) if result is None else result
+            result[rows] = logits
+    finally:
+        processing_class.truncation_side = side
+        model.train(was_training)
+    return torch.zeros(0, model.config.num_labels) if result is None else result
