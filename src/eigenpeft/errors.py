@@ -37,3 +37,7 @@ class ArtifactError(EigenPeftError, OSError):
 
 class AdapterConfigError(EigenPeftError, ValueError):
     """An adapter configuration that asks for something the method cannot do."""
+
+
+class LostProcessError(EigenPeftError, RuntimeError):
+    """Another process of a launch ended before its work was done."""
