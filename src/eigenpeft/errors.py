@@ -49,3 +49,7 @@ class UnknownUserError(RewardModelError, KeyError):
     def __str__(self) -> str:
         """The message itself; KeyError would quote it."""
         return str(self.args[0]) if self.args else ""
+
+
+class LostProcessError(EigenPeftError, RuntimeError):
+    """Another process of a launch ended before its work was done."""

@@ -52,7 +52,7 @@ def test_fast_decay_keeps_components_orthonormal_and_right(shape, method, with_s
     rows = with_spectrum(*shape, 10.0 ** (-np.arange(300) / 16))
     found = top_components(rows, n_components=72, method=method)
     check(found, rows, 72)
-    assert found.n_iterations <= 4  # rounding is not chased
+    assert found.n_iterations <= 6  # rounding is not chased; two of them may be rough ones in bfloat16
     exact = np.linalg.svd(rows.double().numpy())[2][:72]
     assert principal_angles(found.components, torch.from_numpy(exact))[-1] < 0.05
     assert principal_angles(found.components[:40], torch.from_numpy(exact[:40]))[-1] < 1e-3
@@ -150,9 +150,9 @@ def test_large_stacks_are_iterated_on_in_chunks(with_spectrum, monkeypatch):
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             rows = with_spectrum(*shape, SPECTRA["fast"](90), dtype=dtype)
-            found = top_components(rows, n_components=8)
+            found = top_components(rows, n_components=3)
             assert found.n_iterations > 1  # that is, not the dense method
-            check(found, rows, 8)
+            check(found, rows, 3)
             dense = top_components(rows, n_components=60)
             assert dense.n_iterations == 1  # most of the space: the iteration would not be cheaper
             if dtype == torch.float32:

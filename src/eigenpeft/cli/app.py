@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 
-from eigenpeft.errors import EigenPeftError
+from eigenpeft.errors import CollectionError, EigenPeftError, SubspaceError
+from eigenpeft.subspace.distributed import Team, share_threads
 from eigenpeft.version import __version__
 
 app = typer.Typer(
@@ -54,9 +56,20 @@ def main() -> None:
     try:
         app()
     except (EigenPeftError, OSError, KeyError) as error:
+        # What is wrong with the input all processes of a launch find; what happens to one alone that one must tell.
+        if console.quiet and isinstance(error, (CollectionError, SubspaceError)):
+            sys.exit(1)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         errors.print(f"[red]Error:[/red] {escape(str(message))}", soft_wrap=True)
         sys.exit(1)
+
+
+def join_team() -> Team:
+    """The processes of this launch; sees to it that one of them speaks and that each has its share of the cores."""
+    share_threads()
+    team = Team.of_this_launch()
+    console.quiet = not team.is_main
+    return team
 
 
 def components(values: Sequence[str]) -> int | float | dict[str, int | float]:
@@ -82,6 +95,21 @@ def _number_or_share(text: str) -> int | float:
             f"--n-components {text!r} must be a whole number such as 32, a share such as 0.9, or either of them for the "
             "modules of a pattern, such as '*.query=32'."
         ) from None
+
+
+def number_of_bytes(text: str) -> int:
+    """A size such as "500MB", "1.5GB" or "200000000".
+
+    Args:
+        text: As typed; units are powers of 1000, upper or lower case.
+
+    Raises:
+        EigenPeftError: If it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if match is None or float(match[1]) == 0:
+        raise EigenPeftError(f"{text!r} is not a size in bytes; write it like 500MB, 1.5GB or 200000000.")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 
 def quiet(as_json: bool) -> None:

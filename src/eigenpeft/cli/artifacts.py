@@ -14,6 +14,8 @@ from eigenpeft.cli.app import (
     app,
     components,
     console,
+    join_team,
+    number_of_bytes,
     print_json,
     quiet,
 )
@@ -42,13 +44,24 @@ def build(
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Name of an adapter to leave out; may be repeated.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Memory for one module's tensors, such as 500MB; more adapters are merged in one pass."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for finished modules while building; default: OUT.work.")
+    ] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
     """Build a principal subspace from LoRA adapters of one base model.
 
     Example: eigenpeft build adapters/ --n-components 32 --out subspace
+
+    An interrupted build goes on when the same command is run again. Many processes share the modules among them:
+    torchrun --nproc-per-node 2 -m eigenpeft build adapters/ --out subspace
     """
+    team = join_team()
     quiet(as_json)
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
@@ -60,7 +73,10 @@ def build(
             weighting=weighting,  # pyright: ignore[reportArgumentType]
             n_pseudo_components=n_pseudo_components,
             seed=seed,
-        ).fit(kept)
+            memory_limit=None if memory_limit is None else number_of_bytes(memory_limit),
+        ).fit(kept, work_dir=work_dir or out.with_name(f"{out.name}.work"))
+    if not team.is_main:
+        return
     builder.subspace_.save_pretrained(out)
     summary = subspace_summary(builder.subspace_, findings=builder.findings_)
     if as_json:
@@ -74,6 +90,11 @@ def build(
         f"Explained share {summary['explained_share']:.3f} (mean over modules, of the adapters it was built from; it "
         "does not say that a new task will train well in it)."
     )
+    if builder.subspace_.info.missed_energy_bound is not None:
+        console.print(
+            f"Merged in one pass within --memory-limit: the components miss at most "
+            f"{builder.subspace_.info.missed_energy_bound:.2%} of a stack's energy against the best ones."
+        )
     console.print(f"Wrote {escape(str(out))} ({summary['bytes'] / 1e6:.2f} MB, sha256 {summary['sha256'][:12]}).")
 
 

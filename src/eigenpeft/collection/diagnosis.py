@@ -1,8 +1,9 @@
 """What spoils a subspace without being an error: untrained, diverged and repeated adapters, shared random starts."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 import torch
@@ -87,16 +88,45 @@ class Diagnosis:
             factors: What `AdapterCollection.factors` gives for it.
         """
         del module  # The rules ask how often adapters were compared, not where.
-        for read in factors:
-            norm = float(frobenius_norm(read.lora_B, read.lora_A))
-            self._squares[read.adapter] = self._squares.get(read.adapter, 0.0) + norm**2
-        if all(self._times_compared.get(read.adapter, 0) >= MODULES_COMPARED for read in factors):
-            return
+        names = [read.adapter for read in factors]
+        self.observe_norms(names, [float(frobenius_norm(read.lora_B, read.lora_A)) for read in factors])
+        if self.compares(names):
+            self.compare(factors)
+
+    def observe_norms(self, names: Sequence[str], norms: Sequence[float]) -> None:
+        """The part of `observe` that needs no factors, for somebody who knows the norms.
+
+        Args:
+            names: Adapters that have the module.
+            norms: Their ‖ΔW‖ on it.
+        """
+        for name, norm in zip(names, norms, strict=True):
+            self._squares[name] = self._squares.get(name, 0.0) + norm**2
+
+    def compares(self, names: Sequence[str]) -> bool:
+        """Whether the pairwise rules want to see a module that these adapters have.
+
+        Args:
+            names: Adapters that have the module.
+        """
+        return any(self._times_compared.get(name, 0) < MODULES_COMPARED for name in names)
+
+    def compare(self, factors: Iterable[AdapterFactors]) -> None:
+        """The part of `observe` for the pairwise rules; for modules that `compares` asks for.
+
+        Args:
+            factors: Those of all adapters that have the module; looked at once, one after another.
+        """
+        starts: dict[int, dict[str, Tensor]] = {}
+        sketches: dict[str, Tensor] = {}
         for read in factors:
             self._times_compared[read.adapter] = self._times_compared.get(read.adapter, 0) + 1
-        for alike in _by_rank(factors):
-            self._starts.add([read.adapter for read in alike], torch.stack([_start(read) for read in alike]))
-        self._updates.add([read.adapter for read in factors], _sketches(factors))
+            starts.setdefault(len(read.lora_A), {})[read.adapter] = _start(read)
+            sketches[read.adapter] = _sketch(read)
+        for rows in [*starts.values(), sketches]:
+            comparison = self._updates if rows is sketches else self._starts
+            if rows:
+                comparison.add(list(rows), torch.stack(list(rows.values())))
 
     def findings(self) -> tuple[Finding, ...]:
         """All findings so far, in a fixed order: untrained, outlier_norm, same_start, near_duplicate."""
@@ -180,26 +210,22 @@ class _PairMeans:
             yield members, sum(close) / len(close)
 
 
-def _by_rank(factors: Sequence[AdapterFactors]) -> list[list[AdapterFactors]]:
-    groups: dict[int, list[AdapterFactors]] = {}
-    for read in factors:
-        groups.setdefault(len(read.lora_A), []).append(read)
-    return list(groups.values())
-
-
 def _start(read: AdapterFactors) -> Tensor:
     entries = read.lora_A.float().flatten()
-    return entries[:: max(1, math.ceil(len(entries) / _ENTRIES_COMPARED))]
+    # A copy: a view would keep the whole factor in memory.
+    return entries[:: max(1, math.ceil(len(entries) / _ENTRIES_COMPARED))].clone()
 
 
-def _sketches(factors: Sequence[AdapterFactors]) -> Tensor:
-    """Rows whose cosines estimate those of the ΔW: entries of L ΔW R, with the same random L and R for all adapters."""
+def _sketch(read: AdapterFactors) -> Tensor:
+    """A row whose cosine with others' estimates that of the ΔW: entries of L ΔW R, with the same random L and R for all."""
+    left, right = _projections(len(read.lora_B), read.lora_A.shape[1])  # (64, out_features), (64, in_features)
+    return ((left @ read.lora_B.float()) @ (read.lora_A.float() @ right.mT)).flatten()
+
+
+@lru_cache(maxsize=2)
+def _projections(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    left = _projection(len(factors[0].lora_B), generator)  # (64, out_features)
-    right = _projection(factors[0].lora_A.shape[1], generator)  # (64, in_features)
-    return torch.stack(
-        [((left @ read.lora_B.float()) @ (read.lora_A.float() @ right.mT)).flatten() for read in factors]
-    )
+    return _projection(out_features, generator), _projection(in_features, generator)
 
 
 def _projection(width: int, generator: torch.Generator) -> Tensor:

@@ -110,11 +110,12 @@ class AdapterCollection:
             raise CollectionError(problems)
         return cls(members)
 
-    def factors(self, module: str) -> list[AdapterFactors]:
+    def factors(self, module: str, *, names: Iterable[str] | None = None) -> list[AdapterFactors]:
         """Read one module's factors of all adapters that have it, scaling folded in; nothing else is read.
 
         Args:
             module: Name from `modules`.
+            names: Read these adapters alone; those that lack the module are passed over. Defaults to all.
 
         Returns:
             One pair an adapter, all of one dtype: float64 if a file has that, else float32.
@@ -124,7 +125,10 @@ class AdapterCollection:
                 such adapters.
         """
         read, problems = [], []
+        wanted = None if names is None else set(names)
         for member in self._having(module):
+            if wanted is not None and member.info.name not in wanted:
+                continue
             try:
                 read.append(member.read(module))
             except ValueError as error:
@@ -142,6 +146,17 @@ class AdapterCollection:
             module: Name from `modules`.
         """
         return tuple(member.info.name for member in self._having(module))
+
+    def ranks(self, module: str) -> dict[str, int]:
+        """Rank of each adapter that adapts a module, from the headers.
+
+        Args:
+            module: Name from `modules`.
+        """
+        return {
+            member.info.name: member.weights.shapes[member.locations[module].key_A][0]
+            for member in self._having(module)
+        }
 
     def fan_in_fan_out(self, module: str) -> bool:
         """Whether the base weight of a module is stored transposed (GPT-2's Conv1D), as the adapters' configs say.

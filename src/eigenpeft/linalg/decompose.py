@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from eigenpeft.linalg.krylov import block_krylov
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
 
-# Up to this length of the smaller side all eigenvectors cost less than a few passes with a block of them.
-_DENSE_LIMIT = 1500
+# Up to this length of the smaller side all its eigenvectors, to the last digit, cost too little to look for less.
+_DENSE_LIMIT = 512
 # Directions the iteration carries beyond the wanted ones: the first unwanted ones then decide how fast it converges.
 _OVERSAMPLING = 8
 # Squares of singular values ratios below this drown in float32 Rayleigh-Ritz values; float64 takes over.
@@ -87,7 +87,7 @@ def top_components(
 ) -> Decomposition:
     """The K leading right singular vectors of a stack of rows, not centred.
 
-    With q = min(p, n): up to q = 1500 the eigenvectors of the smaller Gram matrix, in float64; above, adaptive block
+    With q = min(p, n): up to q = 512 the eigenvectors of the smaller Gram matrix, in float64; above, adaptive block
     Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2) with a stop on the estimated gain. Neither forms
     an n x n matrix when n is the larger side.
 
@@ -151,8 +151,8 @@ def leading_components(
         raise ValueError(f"method={method!r} is unknown; pass 'auto', 'dense' or 'krylov'.")
     q = min(rows.shape)
     if method == "auto":
-        # A block that fills a quarter of the space is no cheaper than all of it.
-        dense = q <= _DENSE_LIMIT or 4 * (n_components + _OVERSAMPLING) >= q
+        # A block that fills an eighth of the space is no cheaper than all of it where the spectrum is nearly flat.
+        dense = q <= _DENSE_LIMIT or 8 * (n_components + _OVERSAMPLING) >= q
         method = "dense" if dense else "krylov"
     if method == "dense":
         return _dense(rows, min(n_components, q))
@@ -175,17 +175,22 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
     noise = torch.randn(block_size, max(rows.shape), generator=generator, device=generator.device)
     start = _half_pass(rows, noise.to(rows.device, dtype), to_short_side=True)
     n_rough = 0
-    if rows.dtype == torch.bfloat16 and _multiplies_bfloat16(rows.device):
-        # Passes at the rows' own precision find the subspace to 1e-5 of its energy; passes in float32 finish it.
+    if rows.dtype != torch.float64 and _multiplies_bfloat16(rows.device):
+        # Passes in bfloat16 cost a third and find a decaying spectrum's subspace to 1e-4 of its energy (a nearly flat
+        # one's to 1e-2); passes in float32 finish it. The rounded copy is half as large as float32 rows.
+        rounded = rows.to(torch.bfloat16)
         rough = block_krylov(
-            lambda block: _apply_gram_bfloat16(rows, block),
+            lambda block: _apply_gram_bfloat16(rounded, block),
             start,
             n_wanted=n_components,
             tol=_BFLOAT16_TOL,
             rounding=torch.finfo(torch.bfloat16).eps,
             max_passes=_BFLOAT16_PASSES,
         )
-        start, n_rough = rough.vectors, rough.n_passes
+        n_rough = rough.n_passes
+        if len(rough.vectors) == block_size:  # else bfloat16 saw a smaller rank than there may be
+            start = rough.vectors
+        del rounded
     found = block_krylov(
         lambda block: _apply_gram(rows, block),
         start,
@@ -206,7 +211,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
         rows,
         values[:n_components],
         vectors[:n_components],
-        total_energy=sum(float(part.square().sum()) for part in _chunks(rows, torch.float64)),
+        total_energy=_energy(rows),
         n_iterations=n_iterations,
         relative_residual=found.promised_gain,
     )
@@ -244,6 +249,12 @@ def _chunks(rows: Float[Tensor, "p n"], dtype: torch.dtype) -> Iterator[Tensor]:
         return
     for part in rows.split(max(1, _CHUNK_BYTES // (8 * max(1, rows.shape[1])))):
         yield part.to(dtype)
+
+
+def _energy(rows: Float[Tensor, "p n"]) -> float:
+    """‖rows‖_F², added up in float64 over rows whose own norms are float32's."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(torch.float64).square().sum())
 
 
 def _small_gram(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q q"]:

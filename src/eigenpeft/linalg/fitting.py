@@ -34,6 +34,7 @@ class FittedBases:
         singular_values_out: The same for the output side.
         explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of
             `Σ ω²‖ΔW‖²`; the sum is the share that all K explain, the cumulative sum the curve.
+        norms: ‖ΔW‖ of every adapter, in the order given; they come with the stacking.
     """
 
     components_in: Float[Tensor, "k n"]
@@ -41,6 +42,7 @@ class FittedBases:
     singular_values_in: Float[Tensor, "k"]
     singular_values_out: Float[Tensor, "k"]
     explained_variance_ratio: Float[Tensor, "k"]
+    norms: tuple[float, ...]
 
 
 def fit_bases(
@@ -339,6 +341,7 @@ def _bases(stacks: Stacks, found_in: Decomposition, found_out: Decomposition, k:
         singular_values_in=found_in.singular_values[:k],
         singular_values_out=found_out.singular_values[:k],
         explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)).to(components_in.dtype),
+        norms=stacks.norms,
     )
 
 
@@ -349,6 +352,7 @@ def _truncated(fitted: FittedBases, k: int) -> FittedBases:
         singular_values_in=fitted.singular_values_in[:k],
         singular_values_out=fitted.singular_values_out[:k],
         explained_variance_ratio=fitted.explained_variance_ratio[:k],
+        norms=fitted.norms,
     )
 
 

@@ -1,4 +1,4 @@
-"""Merging a decomposition with new rows, without the rows it was made from."""
+"""Merging a decomposition with new rows, without the rows it was made from: once, or over and over in one pass."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.decompose import top_components
+from eigenpeft.linalg.decompose import leading_components, top_components
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,92 @@ def merge_components(
         components=found.components,
         singular_values=found.singular_values,
         discarded_energy=max(found.total_energy - kept_energy, 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """The leading components of rows seen one part at a time, and what each part's truncation threw away.
+
+    With S = `diag(singular_values) components`, the Gram matrix of all rows seen is SᵀS + Σ_t E_t: one positive
+    semi-definite E_t a part, of trace e_t and of largest eigenvalue λ_t.
+
+    Attributes:
+        components: Orthonormal rows, leading first.
+        singular_values: Of the sketch, descending.
+        total_energy: ‖rows‖_F² of all rows seen.
+        discarded_energy: Σ e_t.
+        discarded_peak: Σ λ_t.
+    """
+
+    components: Float[Tensor, "k n"]
+    singular_values: Float[Tensor, "k"]
+    total_energy: float
+    discarded_energy: float
+    discarded_peak: float
+
+    def missed_energy_bound(self, n_components: int) -> float:
+        """Most energy that the first K components can capture less of than the best K directions of all rows.
+
+        For any K orthonormal directions V, `tr V (Σ E_t) Vᵀ` is at most Σ e_t and at most K Σ λ_t, and among the
+        directions of the sketch its own first K are the best; so the smaller of the two bounds what is missed.
+
+        Args:
+            n_components: K, at most the number of components of the sketch.
+        """
+        return min(self.discarded_energy, n_components * self.discarded_peak)
+
+
+def empty_sketch(n_features: int, *, dtype: torch.dtype, device: torch.device) -> Sketch:
+    """The sketch of no rows.
+
+    Args:
+        n_features: Length of the rows to come.
+        dtype: float32 or float64.
+        device: Where they will be.
+    """
+    return Sketch(
+        components=torch.zeros(0, n_features, dtype=dtype, device=device),
+        singular_values=torch.zeros(0, dtype=dtype, device=device),
+        total_energy=0.0,
+        discarded_energy=0.0,
+        discarded_peak=0.0,
+    )
+
+
+def extend_sketch(sketch: Sketch, rows: Float[Tensor, "p n"], *, size: int) -> Sketch:
+    """A sketch that has seen more rows: those of the old one and the new ones, decomposed and cut to `size` components.
+
+    One step of merge-and-truncate (Levy and Lindenbaum, IEEE Trans. Image Processing 9, 2000). Its size bounds the
+    memory; twice the number of components wanted keeps what is missed small where the spectrum decays.
+
+    Args:
+        sketch: What was seen before.
+        rows: New rows, perhaps none.
+        size: Components to keep, at least 1.
+
+    Returns:
+        `Sketch` with at most `size` components, up to the tolerance of the iterative solver.
+
+    Example:
+        >>> import torch
+        >>> sketch = empty_sketch(3, dtype=torch.float32, device=torch.device("cpu"))
+        >>> sketch = extend_sketch(sketch, torch.diag(torch.tensor([3.0, 2.0, 1.0])), size=2)
+        >>> sketch.singular_values, sketch.total_energy, sketch.missed_energy_bound(1)
+        (tensor([3., 2.]), 14.0, 1.0)
+    """
+    if not len(rows):
+        return sketch
+    merged = torch.cat([sketch.singular_values[:, None] * sketch.components, rows.to(sketch.components.dtype)])
+    found = leading_components(merged, n_components=size + 1)  # one more tells the largest of the discarded ones
+    energies = found.singular_values.to(torch.float64).square()
+    discarded = max(found.total_energy - float(energies[:size].sum()), 0.0)
+    peak = float(energies[size]) if len(energies) > size else 0.0
+    old_energy = float(sketch.singular_values.to(torch.float64).square().sum())
+    return Sketch(
+        components=found.components[:size],
+        singular_values=found.singular_values[:size],
+        total_energy=sketch.total_energy + found.total_energy - old_energy,
+        discarded_energy=sketch.discarded_energy + discarded,
+        discarded_peak=sketch.discarded_peak + min(peak, discarded),
     )

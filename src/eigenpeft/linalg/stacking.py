@@ -28,6 +28,7 @@ class Stacks:
         middle: What stands between a row of each side.
         sizes: Number of rows of each adapter.
         energy: `Σ ω_i² ‖ΔW_i‖²`.
+        norms: ‖ΔW_i‖ of every adapter given, those whose update is zero included.
     """
 
     rows_in: Float[Tensor, "p n"]
@@ -35,6 +36,7 @@ class Stacks:
     middle: Float[Tensor, "p"]
     sizes: tuple[int, ...]
     energy: float
+    norms: tuple[float, ...]
 
 
 def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weighting) -> Stacks:
@@ -67,7 +69,7 @@ def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weightin
     rows_in = torch.empty(most, n, dtype=dtype, device=device)
     rows_out = torch.empty(most, m, dtype=dtype, device=device)
     middle = torch.empty(most, dtype=dtype, device=device)
-    sizes, energy, start = [], 0.0, 0
+    sizes, norms, energy, start = [], [], 0.0, 0
     write = _write_raw if rows == "raw" else _write_balanced
     for lora_B, lora_A in factors:
         part = slice(start, start + len(lora_A))
@@ -75,12 +77,18 @@ def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weightin
         size, norm = write(
             lora_B, lora_A, rows_in[part], rows_out[part], middle[part], unit_norm=unit_norm, moments=moments
         )
+        norms.append(norm)
         if size:
             sizes.append(size)
             energy += 1.0 if unit_norm else norm**2
             start += size
     return Stacks(
-        rows_in=rows_in[:start], rows_out=rows_out[:start], middle=middle[:start], sizes=tuple(sizes), energy=energy
+        rows_in=rows_in[:start],
+        rows_out=rows_out[:start],
+        middle=middle[:start],
+        sizes=tuple(sizes),
+        energy=energy,
+        norms=tuple(norms),
     )
 
 

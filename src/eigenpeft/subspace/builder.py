@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection, AdapterFactors
-from eigenpeft.errors import SubspaceError
+from eigenpeft.errors import CollectionError, SubspaceError
+from eigenpeft.linalg.chunked import fit_chunks
 from eigenpeft.linalg.fitting import (
     METHODS,
     WEIGHTINGS,
@@ -25,21 +28,27 @@ from eigenpeft.linalg.fitting import (
 )
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
+from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.shards import FittedModule, Shards
+from eigenpeft.subspace.streaming import chunk_adapters
+from eigenpeft.version import __version__
 
 logger = logging.getLogger(__name__)
 
 # Methods whose bases are the leading singular vectors of one growing stack of rows, so that a new adapter's rows can be
 # merged without reading the old ones. HOOI refines against all adapters at once; EigenLoRAx moves its mean.
 _MERGEABLE = ("balanced", "hosvd")
+# Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
+_SHARE_GUESS = 64
 
 
 class SubspaceBuilder:
     """Fits a `PrincipalSubspace` to the adapters of an `AdapterCollection`.
 
     Modules are fitted one after another and only one module's factors are in memory. The same adapters and seed give
-    the same subspace, sign included, whatever the order of the modules.
+    the same subspace, sign included, whatever the order of the modules and the number of processes.
 
     Args:
         n_components: Components K of every module and side: a number; or a share in (0, 1], which takes for each module
@@ -54,6 +63,10 @@ class SubspaceBuilder:
             augmentation for collections of few adapters).
         seed: Seed of the random directions and of the iterative solver's start.
         tol: Tolerance of the iterative solver, the relative error of what it captures.
+        memory_limit: Bytes that the tensors of one module may take while it is fitted; None (default) for no limit. Where
+            the factors of all adapters do not fit, they are read in chunks and merged in a single pass that keeps 2 K
+            directions ("balanced" and "hosvd", K a number). `subspace_.info.missed_energy_bound` tells what that cost
+            at most.
 
     Attributes:
         subspace_: The fitted `PrincipalSubspace`.
@@ -78,6 +91,7 @@ class SubspaceBuilder:
         n_pseudo_components: int = 0,
         seed: int = 0,
         tol: float = 1e-4,
+        memory_limit: int | None = None,
     ):
         self.n_components = n_components
         self.method: Method = method
@@ -85,6 +99,7 @@ class SubspaceBuilder:
         self.n_pseudo_components = n_pseudo_components
         self.seed = seed
         self.tol = tol
+        self.memory_limit = memory_limit
         self._seen: list[AdapterCollection] = []
 
     @classmethod
@@ -105,35 +120,41 @@ class SubspaceBuilder:
         builder.subspace_, builder.findings_ = subspace, ()
         return builder
 
-    def fit(self, collection: AdapterCollection) -> "SubspaceBuilder":
+    def fit(self, collection: AdapterCollection, *, work_dir: str | Path | None = None) -> "SubspaceBuilder":
         """Fit to the adapters of `collection`, forgetting what was fitted before.
 
         Args:
             collection: At least one adapter with an update that is not zero.
+            work_dir: Folder for finished modules, removed at the end. With it an interrupted fit goes on where it stopped
+                when it is called again, and the processes of a `torchrun` or `accelerate launch` share the modules
+                among them (the folder must be one that all of them see). Without it nothing is written, and every
+                process of a launch would do all the work. The result is the same in each case.
 
         Returns:
-            The builder itself, with `subspace_` and `findings_` set.
+            The builder itself, with `subspace_` and `findings_` set, in every process.
 
         Raises:
-            SubspaceError: If an argument is out of range, or a module has fewer independent directions than
-                `n_components`; one message names all such modules.
+            SubspaceError: If an argument is out of range, a module has fewer independent directions than `n_components`
+                (one message names all such modules), or the work folder is another build's.
             CollectionError: If a tensor cannot be read or is not finite.
+            LostProcessError: If another process of the launch ended.
         """
         self._check_arguments()
-        diagnosis, modules, problems = Diagnosis(), {}, []
-        for module in tqdm(collection.modules, desc="Fitting", unit="module"):
-            factors = collection.factors(module)
-            diagnosis.observe(module, factors)
-            try:
-                modules[module] = self._fit_module(module, factors)
-            except ValueError as error:
-                problems.append(f"{module}: {error}")
-        if problems:
-            raise SubspaceError(_summarise(problems, n_modules=len(collection.modules)))
+        team = Team() if work_dir is None else Team.of_this_launch()
+        shards = None if work_dir is None else Shards(work_dir, self._plan(collection))
+        fitted = self._fit_modules(collection, team, shards)
+        # Adapters are hashed for the record: the other half of the reading, shared out as well.
+        records = team.gather(
+            [(i, adapter.record()) for i, adapter in enumerate(collection.adapters) if i % team.size == team.rank],
+            doing="hashing the adapters",
+        )
+        if shards is not None and team.is_main:  # the gathering above waited until everybody had loaded all modules
+            shards.remove()
         self._seen = [collection]
-        self.findings_ = (*collection.findings, *diagnosis.findings())
+        self.findings_ = (*collection.findings, *_diagnose(collection, fitted))
+        bounds = [module.missed_bound for module in fitted.values()]
         self.subspace_ = PrincipalSubspace(
-            modules,
+            {name: module.bases for name, module in fitted.items()},
             info=SubspaceInfo(
                 base_model_name_or_path=collection.base_model_name_or_path,
                 method=self.method,
@@ -141,9 +162,10 @@ class SubspaceBuilder:
                 n_components=dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
                 n_pseudo_components=self.n_pseudo_components,
                 seed=self.seed,
-                sources=tuple(adapter.record() for adapter in collection.adapters),
+                sources=tuple(record for _, record in sorted(records, key=lambda entry: entry[0])),
                 measured_on=collection.names,
                 fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
+                missed_energy_bound=max(bounds) if any(bounds) else None,
             ),
         )
         return self
@@ -179,7 +201,7 @@ class SubspaceBuilder:
                 if name in old:
                     modules[name] = self._update_module(name, factors, measured_on=[*sum(known, []), *factors])
                 else:
-                    modules[name] = self._fit_module(name, factors)
+                    modules[name] = self._with_pseudo_components(name, self._fit_factors(name, factors))
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
@@ -212,6 +234,10 @@ class SubspaceBuilder:
             raise SubspaceError(
                 f"n_pseudo_components={self.n_pseudo_components!r} must be a whole number of at least 0."
             )
+        if self.memory_limit is not None and (not isinstance(self.memory_limit, int) or self.memory_limit < 1):
+            raise SubspaceError(
+                f"memory_limit={self.memory_limit!r} must be a number of bytes, such as 500_000_000, or None for no limit."
+            )
 
     def _check_addition(self, collection: AdapterCollection) -> None:
         if self.method not in _MERGEABLE:
@@ -235,8 +261,96 @@ class SubspaceBuilder:
             f"no pattern of n_components fits it; the patterns are {list(self.n_components)}. Add one, such as '*'."
         )
 
-    def _fit_module(self, module: str, factors: Sequence[AdapterFactors]) -> ModuleSubspace:
-        fitted = fit_bases(
+    def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
+        """Everything a finished module depends on; files by size and time, since hashing them all takes its time."""
+        files = [Path(adapter.weights_path).stat() for adapter in collection.adapters]
+        names = ("n_components", "method", "weighting", "n_pseudo_components", "seed", "tol", "memory_limit")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "n_components": dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
+            "adapters": [
+                [name, file.st_size, file.st_mtime_ns] for name, file in zip(collection.names, files, strict=True)
+            ],
+            "modules": list(collection.modules),
+            "versions": {"eigenpeft": __version__, "torch": torch.__version__},
+        }
+
+    def _fit_modules(self, collection: AdapterCollection, team: Team, shards: Shards | None) -> dict[str, FittedModule]:
+        """All modules, fitted by this process or, with a work folder, by any process of the team, now or earlier."""
+        costs = {
+            module: module_cost(sum(collection.ranks(module).values()), collection.shapes[module])
+            for module in collection.modules
+            if shards is None or module not in shards
+        }
+        if len(costs) < len(collection.modules) and team.is_main:
+            n_modules = len(collection.modules)
+            logger.info("%d of %d modules were finished before", n_modules - len(costs), n_modules)
+        # Everybody has looked at what is left to do before anybody finishes a module.
+        team.gather([], doing="starting")
+        fitted: dict[str, FittedModule] = {}
+        problems: list[tuple[str, str | CollectionError]] = []
+        for module in tqdm(team.part(costs), desc="Fitting", unit="module", disable=not team.is_main):
+            try:
+                result = self._fit_module(module, collection)
+            except CollectionError as error:
+                problems.append((module, error))
+                break
+            except ValueError as error:
+                problems.append((module, f"{module}: {error}"))
+                continue
+            if shards is None:
+                fitted[module] = result
+            elif not problems:
+                shards.save(module, result)
+        problems = team.gather(problems, doing="fitting modules")
+        if problems:
+            if shards is not None and team.is_main:
+                shards.remove()  # of no use: what is wrong must be changed, and then it is another build
+            unreadable = [error for _, error in problems if isinstance(error, CollectionError)]
+            if unreadable:
+                raise CollectionError([line for error in unreadable for line in error.problems])
+            order = {module: i for i, module in enumerate(collection.modules)}
+            lines = [str(line) for _, line in sorted(problems, key=lambda problem: order[problem[0]])]
+            raise SubspaceError(_summarise(lines, n_modules=len(collection.modules)))
+        if shards is None:
+            return fitted
+        return {module: shards.load(module) for module in collection.modules}
+
+    def _fit_module(self, module: str, collection: AdapterCollection) -> FittedModule:
+        n_components = self._n_components_of(module)
+        chunks = self._chunks(module, collection, n_components)
+        if chunks is not None:
+            streamed = fit_chunks(
+                lambda: (_pairs(collection.factors(module, names=names)) for names in chunks),
+                n_components=int(n_components),
+                method=self.method,  # pyright: ignore[reportArgumentType] (_chunks has seen to it)
+                weighting=self.weighting,
+            )
+            bound = max(streamed.missed_bound_in, streamed.missed_bound_out)
+            bases = self._with_pseudo_components(module, streamed.bases)
+            return FittedModule(bases, norms=streamed.bases.norms, missed_bound=bound)
+        fitted = self._fit_factors(module, collection.factors(module))
+        return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
+
+    def _chunks(self, module: str, collection: AdapterCollection, n_components: int | float) -> list[list[str]] | None:
+        if self.memory_limit is None:
+            return None
+        chunks = chunk_adapters(
+            collection.ranks(module),
+            collection.shapes[module],
+            n_components=n_components if isinstance(n_components, int) else _SHARE_GUESS,
+            memory_limit=self.memory_limit,
+        )
+        if chunks is not None and (self.method not in _MERGEABLE or not isinstance(n_components, int)):
+            raise ValueError(
+                f"its adapters do not fit into memory_limit={self.memory_limit} bytes together, and a single pass needs "
+                f"method {' or '.join(map(repr, _MERGEABLE))} and a whole number of components, not "
+                f"method={self.method!r} and n_components={n_components!r}; raise the limit or change these"
+            )
+        return chunks
+
+    def _fit_factors(self, module: str, factors: Sequence[AdapterFactors]) -> FittedBases:
+        return fit_bases(
             _pairs(factors),
             n_components=self._n_components_of(module),
             method=self.method,
@@ -244,7 +358,6 @@ class SubspaceBuilder:
             tol=self.tol,
             generator=seeded_generator(self.seed, module, "solver"),
         )
-        return self._with_pseudo_components(module, fitted)
 
     def _update_module(
         self, module: str, factors: Sequence[AdapterFactors], *, measured_on: Sequence[AdapterFactors]
@@ -269,6 +382,7 @@ class SubspaceBuilder:
             singular_values_in=merged[0].singular_values,
             singular_values_out=merged[1].singular_values,
             explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)),
+            norms=(),
         )
         return self._with_pseudo_components(module, fitted)
 
@@ -289,6 +403,18 @@ class SubspaceBuilder:
             singular_values_out=fitted.singular_values_out.float(),
             explained_variance_ratio=fitted.explained_variance_ratio.float(),
         )
+
+
+def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
+    """`AdapterCollection.diagnose` with the norms that fitting found: only a few modules are read again, to be compared."""
+    diagnosis = Diagnosis()
+    for module, result in fitted.items():
+        names = collection.members(module)
+        diagnosis.observe_norms(names, result.norms)
+        if diagnosis.compares(names):
+            # One adapter at a time: this must not take more memory than the fit.
+            diagnosis.compare(read for name in names for read in collection.factors(module, names=[name]))
+    return diagnosis.findings()
 
 
 def _pairs(factors: Sequence[AdapterFactors]) -> list[tuple[Tensor, Tensor]]:

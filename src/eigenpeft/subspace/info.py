@@ -22,6 +22,8 @@ class SubspaceInfo:
         measured_on: Names of the adapters that `explained_variance_ratio` was measured on: all of them after `fit`, the
             added ones alone when a subspace that was loaded from disk is updated.
         fan_in_fan_out: Modules whose base weight is stored transposed (GPT-2's Conv1D).
+        missed_energy_bound: Where a memory limit made the build read a module's adapters in chunks: the share of a stack's
+            energy that its components miss, against the best ones, at most; the largest over modules and sides.
         eigenpeft_version: Version that built it.
     """
 
@@ -34,6 +36,7 @@ class SubspaceInfo:
     sources: tuple[dict[str, Any], ...] = ()
     measured_on: tuple[str, ...] = ()
     fan_in_fan_out: tuple[str, ...] = ()
+    missed_energy_bound: float | None = None
     eigenpeft_version: str = field(default=__version__)
 
     def to_dict(self) -> dict[str, Any]:
