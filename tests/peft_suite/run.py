@@ -95,7 +95,7 @@ def _run(method: str, core: str, package: Path, environment: dict[str, str], arg
     label = f"{method}-{core}" if method == "eigenlora" else method
     result = package.parent / f"result-{label}.json"
     whole = not arguments.select and tuple(arguments.files) == FILES
-    if method == "lora" and arguments.method != "lora" and whole and result.is_file():
+    if method == "lora" and arguments.method != "lora" and result.is_file():
         return json.loads(result.read_text())
     settings = {
         "EIGENPEFT_SUITE_METHOD": method,

@@ -59,6 +59,18 @@ def factor_dicts(layer: LoraLayer) -> tuple[Any, Any]:
     return layer.lora_A, layer.lora_B
 
 
+def replace_factor(factors: Any, adapter_name: str, factor: nn.Module) -> None:
+    """Put a factor module where LoRA made its own, which may be a bare parameter.
+
+    Args:
+        factors: One of `factor_dicts`.
+        adapter_name: Adapter.
+        factor: Ours.
+    """
+    del factors[adapter_name]  # torch refuses a module where a parameter is
+    factors[adapter_name] = factor
+
+
 def weight_shape(layer: LoraLayer) -> tuple[int, int]:
     """(out_features, in_features) of the update; a convolution's input side is its flattened kernel.
 

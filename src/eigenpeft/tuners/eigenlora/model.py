@@ -1,8 +1,9 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
+from dataclasses import replace
 from typing import Any, cast
 
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from eigenpeft.tuners.basis_store import drop_unused_bases
@@ -14,13 +15,14 @@ from eigenpeft.tuners.eigenlora.bases import (
     matching_modules,
     subspace_of,
 )
+from eigenpeft.tuners.eigenlora.combining import can_combine, combine
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
-from eigenpeft.tuners.swapping import settle, tuned_layers
+from eigenpeft.tuners.factor_model import FactorModel
 
 
-class EigenLoraModel(LoraModel):
+class EigenLoraModel(FactorModel):
     """Tuner behind `EigenLoraConfig`; made by `get_peft_model`."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -48,21 +50,6 @@ class EigenLoraModel(LoraModel):
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
-    def _create_and_replace(
-        self,
-        lora_config: EigenLoraConfig,
-        adapter_name: str,
-        target,
-        target_name: str,
-        parent,
-        current_key: str,
-        **kwargs,
-    ) -> None:
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        for module, layer in tuned_layers(parent, target_name, current_key):
-            self._swap(layer, lora_config, adapter_name, module)
-            settle(layer, adapter_name, config=lora_config, active_adapters=self.active_adapters)
-
     def _swap(self, layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
         name, basis = basis_for(layer, self._subspace_in_use, config, module)
         coefficients = start(layer, adapter_name, basis=basis, config=config, module=module)
@@ -71,6 +58,45 @@ class EigenLoraModel(LoraModel):
                 name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
             )
         place(layer, adapter_name, basis=basis, coefficients=coefficients, core=config.core)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Any = "svd",
+        svd_rank: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Combine adapters into a new one: in coefficient space, exactly, where that can be; else into a plain LoRA.
+
+        Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "mixer" and
+        "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself. Other
+        combinations work entry by entry on LoRA's factors, and what they make leaves the subspace.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One a name; negative ones subtract.
+            adapter_name: Name of the new adapter.
+            combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
+            svd_rank: PEFT's own: rank of the new adapter with "svd"; None takes the largest of the sources.
+            **kwargs: PEFT's own.
+        """
+        if adapter_name in self.peft_config:
+            return
+        checked = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        if not can_combine(self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]):
+            super().add_weighted_adapter(
+                adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs
+            )
+            return
+        combination, rank, target_modules = checked
+        settings = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]], target_modules=target_modules, **settings
+        )
+        self.inject_adapter(self.model, adapter_name)
+        combine(self.model, adapters, weights, adapter_name, combination=combination)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the bases that no other adapter uses.

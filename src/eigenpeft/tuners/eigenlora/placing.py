@@ -15,7 +15,7 @@ from eigenpeft.tuners.eigenlora.start import initial_coefficients, initial_embed
 from eigenpeft.tuners.embedding_factors import EmbeddingInputFactor, EmbeddingOutputFactor
 from eigenpeft.tuners.expert_factors import ExpertDiagonalFactor, RepeatedInputFactor
 from eigenpeft.tuners.factors import InputFactor, OutputFactor
-from eigenpeft.tuners.swapping import factor_dicts
+from eigenpeft.tuners.swapping import factor_dicts, replace_factor
 
 Start = tuple[Tensor | None, Tensor]
 
@@ -90,7 +90,8 @@ def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, coefficients: St
         )
     else:
         pair = InputFactor(basis, coefficients=inside), OutputFactor(basis, coefficients=outside)
-    inputs[adapter_name], outputs[adapter_name] = pair
+    for factors, factor in zip((inputs, outputs), pair, strict=True):
+        replace_factor(factors, adapter_name, factor)
 
 
 def _expert_pair(basis: Basis, coefficients: Start, *, n_experts: int, core: str) -> tuple[InputFactor, OutputFactor]:

@@ -2,36 +2,26 @@
 
 from typing import Any
 
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 
 from eigenpeft.tuners.convolution_factors import MixedConvolutionFactor, is_convolution
 from eigenpeft.tuners.embedding_factors import MixedEmbeddingFactor
 from eigenpeft.tuners.expert_factors import MixedExpertFactor
+from eigenpeft.tuners.factor_model import FactorModel
 from eigenpeft.tuners.factors import MixedFactor
 from eigenpeft.tuners.moslora.config import MosLoraConfig
 from eigenpeft.tuners.moslora.start import initial_mixer
-from eigenpeft.tuners.swapping import factor_dicts, settle, tuned_layers
+from eigenpeft.tuners.swapping import factor_dicts, replace_factor
 
 
-class MosLoraModel(LoraModel):
+class MosLoraModel(FactorModel):
     """Tuner behind `MosLoraConfig`; made by `get_peft_model`."""
 
-    def _create_and_replace(
-        self,
-        lora_config: MosLoraConfig,
-        adapter_name: str,
-        target,
-        target_name: str,
-        parent,
-        current_key: str,
-        **kwargs,
-    ) -> None:
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        for _, layer in tuned_layers(parent, target_name, current_key):
-            factors = factor_dicts(layer)[1]
-            factors[adapter_name] = mixed_factor(layer, factors[adapter_name], adapter_name, config=lora_config)
-            settle(layer, adapter_name, config=lora_config, active_adapters=self.active_adapters)
+    def _swap(self, layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
+        factors = factor_dicts(layer)[1]
+        mixed = mixed_factor(layer, factors[adapter_name], adapter_name, config=config)
+        replace_factor(factors, adapter_name, mixed)
 
 
 def mixed_factor(layer: LoraLayer, replaced: Any, adapter_name: str, *, config: MosLoraConfig) -> MixedFactor:
