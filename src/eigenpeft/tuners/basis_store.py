@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -113,15 +114,16 @@ def attach_basis(layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str) -
     return bases_of_layer[key]  # pyright: ignore[reportReturnType]
 
 
-def attach_empty_basis(layer: LoraLayer, *, n_components: int, fingerprint: str) -> Basis:
+def attach_empty_basis(layer: LoraLayer, *, shape: tuple[int, int], n_components: int, fingerprint: str) -> Basis:
     """A basis of zeros for embedded components, which the adapter's own file is about to fill.
 
     Args:
         layer: LoRA layer of the module.
+        shape: (out_features, in_features) of the update.
         n_components: As the adapter's config records it.
         fingerprint: Of the subspace the components were cut from.
     """
-    inside, outside = (torch.zeros(n_components, width or 0) for width in (layer.in_features, layer.out_features))
+    outside, inside = (torch.zeros(n_components, width) for width in shape)
     empty = torch.zeros(0)
     return attach_basis(layer, ModuleSubspace(inside, outside, empty, empty, empty), fingerprint=fingerprint)
 
@@ -132,9 +134,8 @@ def drop_unused_bases(layer: LoraLayer) -> None:
     Args:
         layer: LoRA layer.
     """
-    used = {
-        id(getattr(factor, "basis", None)) for factors in (layer.lora_A, layer.lora_B) for factor in factors.values()
-    }
+    places: list[Any] = [layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B]
+    used = {id(getattr(factor, "basis", None)) for factors in places for factor in factors.values()}
     bases = _bases(layer)
     for key in [key for key, basis in bases.items() if id(basis) not in used]:
         del bases[key]

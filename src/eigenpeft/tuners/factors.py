@@ -1,10 +1,8 @@
 """Factor modules that stand in for LoRA's `lora_A` / `lora_B`: modules whose weight is computed."""
 
-import math
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,7 +93,7 @@ class OutputFactor(nn.Module):
 class MixedFactor(nn.Module):
     """`B M`, (out_features, r): LoRA's B behind a trainable r x r mixer (MoSLoRA, arXiv 2406.11909, equation 3).
 
-    Stands in for the linear layer, or the 1x1 convolution, that LoRA made for B.
+    Stands in for the linear layer that LoRA made for B; other layers have subclasses.
 
     Args:
         replaced: LoRA's own module; its weight becomes the trainable B.
@@ -112,43 +110,12 @@ class MixedFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, r), with trailing ones for convolutions, as LoRA's own `lora_B.weight`."""
-        return torch.einsum("os...,sr->or...", self.factor, self.mixer.to(self.factor.dtype))
+        """(out_features, r), as LoRA's own `lora_B.weight`."""
+        return self.factor @ self.mixer.to(self.factor.dtype)
 
     def forward(self, h: Tensor) -> Tensor:
-        """`B M h` for h (..., r), or (batch, r, *spatial) for convolutions."""
-        spatial = self.factor.ndim - 2
-        if spatial == 0:
-            return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), self.bias)
-        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
-        return convolution(h, self.weight.to(h.dtype), self.bias)
-
-
-def input_factor(layer: LoraLayer, adapter_name: str) -> InputFactor:
-    """The input factor of one of our adapters on a layer.
-
-    Args:
-        layer: LoRA layer.
-        adapter_name: Adapter with EigenLoRA factors there.
-    """
-    factor = layer.lora_A[adapter_name]
-    assert isinstance(factor, InputFactor)  # EigenLoraModel put it there
-    return factor
-
-
-def initial_mixer(rank: int, *, init: str) -> Tensor:
-    """The start of MoSLoRA's mixer, from torch's global generator as PEFT's own starts are.
-
-    Args:
-        rank: Its size r.
-        init: "kaiming" (uniform, a = √5), "orthogonal", or "identity" (plain LoRA).
-    """
-    mixer = torch.empty(rank, rank)
-    if init == "identity":
-        return torch.eye(rank)
-    if init == "orthogonal":
-        return nn.init.orthogonal_(mixer)
-    return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5))
+        """`B M h` for h (..., r)."""
+        return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), self.bias)
 
 
 def _chain_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:

@@ -20,7 +20,6 @@ _UNSUPPORTED = (
     "corda_config",
     "eva_config",
     "lora_ga_config",
-    "ensure_weight_tying",
 )
 
 

@@ -1,21 +1,27 @@
-"""Settle a factor module that was put in the place of LoRA's own: device, dtype, trainability, DoRA's magnitude."""
+"""Where LoRA keeps the factors of each kind of layer, and how a factor put in their place is settled."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.convolution_factors import is_convolution
 
 
-def tuned_layer(parent: nn.Module, target_name: str) -> LoraLayer:
-    """The LoRA layer that PEFT has just put in place of a module.
+def tuned_layers(parent: nn.Module, target_name: str, key: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The LoRA layers that PEFT has just made or extended for one target, by the name of the weight each adapts.
+
+    One, but for multi-head attention, whose output projection has a layer of its own inside.
 
     Args:
-        parent: Module that holds it.
+        parent: Module that holds the target.
         target_name: Its attribute there.
+        key: Name of the target in the model.
 
     Raises:
         AdapterConfigError: If it is no LoRA layer that our methods know.
@@ -25,7 +31,55 @@ def tuned_layer(parent: nn.Module, target_name: str) -> LoraLayer:
         raise AdapterConfigError(
             f"{target_name!r} became a {type(layer).__name__}, which is not one of PEFT's LoRA layers; exclude it."
         )
-    return layer
+    yield weight_name(key, layer), layer
+    if isinstance(layer, MultiheadAttention):
+        projection: Any = layer.get_base_layer().out_proj
+        yield f"{key}.out_proj", projection
+
+
+def weight_name(path: str, layer: LoraLayer) -> str:
+    """The base model's own name of the weight that a layer adapts.
+
+    Args:
+        path: Where the layer is in the adapted model.
+        layer: LoRA layer.
+    """
+    name = path.replace(".base_layer", "")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def factor_dicts(layer: LoraLayer) -> tuple[Any, Any]:
+    """The dictionaries, by adapter, that hold a layer's A and B.
+
+    Args:
+        layer: LoRA layer.
+    """
+    if isinstance(layer, Embedding):
+        return layer.lora_embedding_A, layer.lora_embedding_B
+    return layer.lora_A, layer.lora_B
+
+
+def replace_factor(factors: Any, adapter_name: str, factor: nn.Module) -> None:
+    """Put a factor module where LoRA made its own, which may be a bare parameter.
+
+    Args:
+        factors: One of `factor_dicts`.
+        adapter_name: Adapter.
+        factor: Ours.
+    """
+    del factors[adapter_name]  # torch refuses a module where a parameter is
+    factors[adapter_name] = factor
+
+
+def weight_shape(layer: LoraLayer) -> tuple[int, int]:
+    """(out_features, in_features) of the update; a convolution's input side is its flattened kernel.
+
+    Args:
+        layer: LoRA layer.
+    """
+    base: Any = layer.get_base_layer()
+    window = math.prod(base.kernel_size) if is_convolution(base) else 1
+    return layer.out_features or 0, (layer.in_features or 0) * window
 
 
 def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_adapters: Sequence[str]) -> None:
@@ -43,5 +97,5 @@ def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_ad
         variant.init(layer, adapter_name=adapter_name, config=config)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
     if adapter_name not in active_adapters:
-        for factors in (layer.lora_A, layer.lora_B):
+        for factors in factor_dicts(layer):
             factors[adapter_name].requires_grad_(False)

@@ -80,7 +80,7 @@ class EigenLoraConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
-        check_lora_options(self, method="EigenLoRA", unsupported=("target_parameters",))
+        check_lora_options(self, method="EigenLoRA")
         for name, allowed in (("core", CORES), ("save_subspace", ("reference", "embed"))):
             if getattr(self, name) not in allowed:
                 raise AdapterConfigError(

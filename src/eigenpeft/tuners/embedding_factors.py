@@ -1,0 +1,84 @@
+"""Factor modules of embeddings: they stand where LoRA keeps bare matrices, so they behave as matrices too."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenpeft.tuners.factors import InputFactor, MixedFactor, OutputFactor
+
+
+class _ActsAsMatrix(nn.Module):
+    """What LoRA's embedding layer asks of `lora_embedding_A` and `lora_embedding_B`: the matrix is `weight`."""
+
+    weight: Any
+
+    @property
+    def T(self) -> Tensor:
+        """The matrix transposed."""
+        return self.weight.mT
+
+    def t(self) -> Tensor:
+        """The matrix transposed."""
+        return self.weight.mT
+
+    @property
+    def data(self) -> Tensor:
+        """The matrix without its history."""
+        return self.weight.detach()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the matrix."""
+        return self.weight.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Of the trained tensors."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the trained tensors."""
+        return next(self.parameters()).dtype
+
+    def float(self) -> Any:
+        """A float32 copy of the matrix, as a tensor's `float` gives; the module is not changed."""
+        return self.weight.float()
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.weight @ (other.weight if isinstance(other, _ActsAsMatrix) else other)
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        return other @ self.weight
+
+
+class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
+    """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column a token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the components."""
+        return self.basis.components_in.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.weight.dtype
+
+
+class EmbeddingOutputFactor(_ActsAsMatrix, OutputFactor):
+    """`B = V_outᵀ C_out`, (embedding_dim, r)."""
+
+
+class MixedEmbeddingFactor(_ActsAsMatrix, MixedFactor):
+    """`B M`, (embedding_dim, r): an embedding's B behind a mixer.
+
+    Args:
+        factor: (embedding_dim, r), LoRA's own.
+        mixer: (r, r).
+    """
+
+    def __init__(self, factor: Tensor, *, mixer: Tensor):
+        super().__init__(SimpleNamespace(weight=factor, bias=None), mixer=mixer)

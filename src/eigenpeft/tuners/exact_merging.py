@@ -1,0 +1,90 @@
+"""LoRA layers that give back their base weight bit for bit when an adapter is unmerged."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+
+
+class _ExactUnmerge:
+    """Keeps the weight that `merge` is about to change, and restores it in `unmerge`.
+
+    LoRA subtracts ΔW again, which leaves rounding errors of the weight's dtype: `(W + ΔW) - ΔW` is not W. The price is a
+    copy of each merged weight for as long as it is merged; `merge_and_unload` holds one layer's at a time.
+    """
+
+    _weight_before_merge: Tensor | None = None
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As LoRA's, keeping the weight first.
+
+        Args:
+            safe_merge: PEFT's own: refuse to merge what is not finite.
+            adapter_names: PEFT's own: None merges the active adapters.
+        """
+        before = None if self.merged else _adapted_weight(self).detach().clone()
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # pyright: ignore[reportAttributeAccessIssue]
+        if before is not None and self.merged:
+            self._weight_before_merge = before
+
+    def unmerge(self: Any) -> None:
+        """As LoRA's, then exactly the weight kept, unless somebody else has changed it in the meantime."""
+        before, self._weight_before_merge = self._weight_before_merge, None
+        merged = _adapted_weight(self).detach().clone() if before is not None else None
+        super().unmerge()  # pyright: ignore[reportAttributeAccessIssue]
+        if before is not None and merged is not None:
+            weight = _adapted_weight(self).detach()
+            before = before.to(device=weight.device, dtype=weight.dtype)
+            if before.shape == weight.shape and _is_rounding(weight - before, largest=(before, merged)):
+                weight.copy_(before)
+
+    def _get_name(self) -> str:
+        return type(self).__mro__[2].__name__  # LoRA's own name, in representations
+
+
+class ExactLinear(_ExactUnmerge, lora.Linear):
+    """LoRA's linear layer."""
+
+
+class ExactEmbedding(_ExactUnmerge, lora.Embedding):
+    """LoRA's embedding."""
+
+
+class ExactConv1d(_ExactUnmerge, lora.Conv1d):
+    """LoRA's convolution over sequences."""
+
+
+class ExactConv2d(_ExactUnmerge, lora.Conv2d):
+    """LoRA's convolution over images."""
+
+
+class ExactConv3d(_ExactUnmerge, lora.Conv3d):
+    """LoRA's convolution over volumes."""
+
+
+class ExactParamWrapper(_ExactUnmerge, lora.ParamWrapper):
+    """LoRA's wrapper of a bare parameter."""
+
+
+_EXACT = {kind.__mro__[2]: kind for kind in _ExactUnmerge.__subclasses__()}
+
+
+def make_exact(layer: nn.Module) -> nn.Module:
+    """Give a layer that PEFT has just made the exact `unmerge`; quantised and other kinds are left as they are.
+
+    Args:
+        layer: LoRA layer.
+    """
+    if type(layer) in _EXACT:
+        layer.__class__ = _EXACT[type(layer)]
+    return layer
+
+
+def _adapted_weight(layer: Any) -> Tensor:
+    return layer.get_param() if isinstance(layer, lora.ParamWrapper) else layer.get_base_layer().weight
+
+
+def _is_rounding(difference: Tensor, *, largest: tuple[Tensor, Tensor]) -> bool:
+    scale = max(float(tensor.abs().max()) if tensor.numel() else 0.0 for tensor in largest)
+    return bool(difference.abs().max() <= 8 * torch.finfo(difference.dtype).eps * scale) if difference.numel() else True

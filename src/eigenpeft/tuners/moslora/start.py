@@ -1,0 +1,24 @@
+"""How MoSLoRA's mixer starts."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def initial_mixer(rank: int, *, init: str, n_blocks: int | None = None) -> Tensor:
+    """The start of a mixer, (r, r), from torch's global generator as PEFT's own starts are.
+
+    Args:
+        rank: Its size r.
+        init: "kaiming" (uniform, a = √5), "orthogonal", or "identity" (plain LoRA).
+        n_blocks: Make that many, (n_blocks, r, r), for layers whose channels or experts do not mix.
+    """
+    if n_blocks is not None:
+        return torch.stack([initial_mixer(rank, init=init) for _ in range(n_blocks)])
+    if init == "identity":
+        return torch.eye(rank)
+    mixer = torch.empty(rank, rank)
+    if init == "orthogonal":
+        return nn.init.orthogonal_(mixer)
+    return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5))

@@ -1,0 +1,119 @@
+"""pytest plug-in: PEFT's own tests see one of our configurations wherever they name LoraConfig."""
+
+import functools
+import inspect
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+import eigenpeft
+from eigenpeft.tuners.eigenlora.model import EigenLoraModel
+from tests.peft_suite.random_subspaces import random_subspace
+
+METHOD = os.environ["EIGENPEFT_SUITE_METHOD"]
+CORE = os.environ.get("EIGENPEFT_SUITE_CORE", "")
+TEMPLATE = peft.LoraConfig
+OURS: Any = {"lora": TEMPLATE, "eigenlora": eigenpeft.EigenLoraConfig, "moslora": eigenpeft.MosLoraConfig}[METHOD]
+_alive = []  # the subspaces, which adapters refer to by fingerprint
+_results: dict[str, dict[str, str]] = {}
+
+
+class _Everything(defaultdict):
+    """Says that every hub model was fetched before, so that PEFT's tests stay offline."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    # The tests' modules bind the name when they are imported; PEFT itself keeps its own class.
+    peft.LoraConfig = OURS
+    if METHOD == "eigenlora":
+        _give_subspaces()
+
+
+def _give_subspaces() -> None:
+    OURS.__init__ = functools.partialmethod(OURS.__init__, core=CORE)
+    inject = EigenLoraModel.inject_adapter
+
+    def inject_with_subspace(self, model, adapter_name, *args, **kwargs):
+        config = self.peft_config[adapter_name]
+        if config.subspace_sha256 is None:
+            if config.target_modules is None and not config.target_parameters:
+                self._prepare_adapter_config(config, self.get_model_config(model))
+            subspace = random_subspace(model, parameters=bool(config.target_parameters))
+            _alive.append(subspace)
+            config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.basis_store.remember(subspace)
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    EigenLoraModel.inject_adapter = inject_with_subspace
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
+    utilities = __import__(f"{module_path.parent.name}.testing_utils", fromlist=["testing_utils"])
+    utilities._HUB_MODEL_ACCESSES = _Everything(int)
+    utilities.load_dataset_english_quotes = _quotes
+
+
+def _quotes() -> DatasetDict:
+    quotes = [f"quote number {number} is short" for number in range(32)]
+    return DatasetDict({"train": Dataset.from_dict({"quote": quotes})})
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    peft.LoraConfig = TEMPLATE  # what the tests import inside their functions is PEFT's own again
+    chosen, others = [], []
+    for item in items:
+        (chosen if _concerns_lora(item) else others).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
+
+
+def _concerns_lora(item: Any) -> bool:
+    """Whether a row of the parametrisation, or the test's own text, names the configuration that we stand in for."""
+    parameters = getattr(item, "callspec", None)
+    values = list(_flat(parameters.params.values())) if parameters else []
+    classes = {value if inspect.isclass(value) else type(value) for value in values}
+    configs = {kind for kind in classes if issubclass(kind, peft.PeftConfig)}
+    if configs:
+        return OURS in configs
+    text = inspect.getsource(item.function)
+    setup = "".join(
+        inspect.getsource(function)
+        for name, function in inspect.getmembers(item.cls, inspect.isfunction)
+        if not name.startswith("test_") and item.cls.__module__ == function.__module__
+    )
+    return "LoraConfig(" in text.replace("AdaLoraConfig(", "") or "LoraConfig(" in setup or "get_config" in text
+
+
+def _flat(values: Any) -> Any:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.partition("peft_tests/")[2].replace(OURS.__name__, "LoraConfig")  # the same name for every method
+    if report.when == "call" or report.outcome != "passed":
+        if report.outcome == "skipped":
+            expected = hasattr(report, "wasxfail")
+            reason = report.wasxfail if expected else report.longrepr[2]
+        else:
+            reason = str(report.longrepr or "").strip().splitlines()
+            reason = next((line[2:] for line in reversed(reason) if line.startswith("E ")), "")
+        if report.when != "teardown" or report.outcome == "failed":
+            _results[name] = {"outcome": report.outcome, "reason": str(reason).strip()[:300]}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    Path(os.environ["EIGENPEFT_SUITE_RESULT"]).write_text(json.dumps(_results))
