@@ -91,16 +91,19 @@ def test_export_truncates(run, adapters, tmp_path, rank):
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == rank
 
 
-def test_an_interruption_leaves_nothing(run, adapters, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_only_what_it_resumes_from(run, adapters, tmp_path, monkeypatch):
     class Interrupted(SubspaceBuilder):
-        def fit(self, collection):
-            super().fit(collection)
+        def fit(self, *arguments, **options):
+            super().fit(*arguments, **options)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(artifacts, "SubspaceBuilder", Interrupted)
     result = run("build", adapters.folder, "-k", 5, "-o", tmp_path / "out" / "subspace")
     assert result.code == 130
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"subspace.work"}
+    monkeypatch.undo()
+    assert run("build", adapters.folder, "-k", 5, "-o", tmp_path / "out" / "subspace").code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"subspace"}
 
 
 @pytest.mark.slow

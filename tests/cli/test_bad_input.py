@@ -184,7 +184,7 @@ def test_a_file_in_the_way(run, adapters, tmp_path):
 
 def test_a_place_that_cannot_be_written(run, adapters, tmp_path):
     (tmp_path / "file").write_text("")  # root may write to read-only folders, but nobody below a file
-    assert_refused(run("build", adapters.folder, "-k", 5, "-o", tmp_path / "file" / "subspace"), "Cannot write")
+    assert_refused(run("build", adapters.folder, "-k", 5, "-o", tmp_path / "file" / "subspace"), "Not a directory")
 
 
 def test_a_full_disk_leaves_what_was_there(run, adapters, subspace, tmp_path, monkeypatch):
