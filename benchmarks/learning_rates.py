@@ -1,4 +1,4 @@
-"""Which learning rate suits each method of the demo? The same grid for every method, judged on rows that the demo trains on.
+"""Which learning rate suits each method of the demo? As many for each, judged on rows that the demo trains on.
 
 Command:  python benchmarks/learning_rates.py [--methods "head only" EigenLoRA] [--threads 2]
 Hardware: 2 CPU cores; about half an hour. Started again, it goes on where it stopped.
@@ -22,11 +22,19 @@ from huggingface_hub.utils import disable_progress_bars
 import eigenpeft
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
-from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, LEARNING_RATES, N_COMPONENTS, STEPS, methods
+from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, methods
 from eigenpeft.demo.training import Task, load_task, train
 from eigenpeft.subspace import SubspaceBuilder
 
 RESULTS = Path(__file__).parent / "results" / "learning_rates.json"
+# The head first: its best rate is HEAD_LEARNING_RATE of all methods. Widened until the best is no end of the grid.
+LEARNING_RATES = {
+    "head only": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "random subspace": (1e-3, 3e-3, 1e-2, 3e-2),
+    "EigenLoRA": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA, equal parameters": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LoRA, equal rank": (3e-4, 1e-3, 3e-3, 1e-2),
+}
 SEED = 100
 N_HELD_OUT = 5
 
@@ -48,7 +56,7 @@ def tuning_task() -> Task:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=None, help="only these")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=LEARNING_RATES)
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=None, help="instead of the grids")
     parser.add_argument("--adapters", type=Path, default=shipped_adapters())
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
@@ -63,7 +71,7 @@ def main():
     task = tuning_task()
     record = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"rows": []}
     for method in methods(subspace):
-        for learning_rate in arguments.learning_rates:
+        for learning_rate in arguments.learning_rates or LEARNING_RATES[method.name]:
             row = {"method": method.name, "learning_rate": learning_rate, "steps": arguments.steps, "seed": SEED}
             done = any(row.items() <= other.items() for other in record["rows"])
             if done or (arguments.methods and method.name not in arguments.methods):
