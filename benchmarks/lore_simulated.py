@@ -9,7 +9,8 @@ The published procedure is re-implemented from the paper's description (arXiv 25
 `e(x) V softmax(w_u) / 100`, mean -log σ of each user summed over users, joint Adam at 0.5 for 1,000 full-batch steps;
 new users: V fixed, Adam at 0.1 for 500 steps. It is vectorised over users here, which the authors' code is not. It has
 no reference head and no prior; LoRe with priors gets the reference head, as one would have it. All settings of ours are
-fixed in advance (n_basis=5, shared_scale=2, deviation_scale=2, strength=1) except in the rows called "auto", which
+fixed in advance (n_basis=5, shared_scale=2, deviation_scale=2,
+concentration=1, strength=1) except in the rows called "auto", which
 choose everything by held-out comparisons and whose time includes that. Keeping leading directions helps by construction
 where the true rewards lie in them; the rows with "signal in all directions" do without that help.
 """
@@ -34,7 +35,7 @@ from eigenpeft.reward import LoReFitter, LowRankRewardModel
 from eigenpeft.reward.simulation import SimulatedUsers
 
 RESULTS = Path(__file__).parent / "results" / "lore_simulated.json"
-FIXED = {"shared_scale": 2.0, "deviation_scale": 2.0, "strength": 1.0}
+FIXED = {"shared_scale": 2.0, "deviation_scale": 2.0, "concentration": 1.0, "strength": 1.0}
 
 
 def published_fit(differences, rows, n_users, n_basis, *, steps, seed):

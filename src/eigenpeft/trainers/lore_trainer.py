@@ -16,7 +16,7 @@ from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.reward.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
 from eigenpeft.trainers.lore_config import LoReConfig
-from eigenpeft.trainers.user_mixing import USER_LOGITS, attach_users, population_of, user_logits
+from eigenpeft.trainers.user_mixing import USER_LOGITS, UserMixing, bare_copy, population_of, user_logits
 
 
 class LoReTrainer(RewardTrainer):
@@ -65,7 +65,7 @@ class LoReTrainer(RewardTrainer):
             processing_class = AutoTokenizer.from_pretrained(source)
         model = _basis_model(model, args)
         self._user_ids, self._counts = names, counts
-        self._detach_users = attach_users(model, n_users=len(names), n_basis=args.n_basis)
+        self._mixing = UserMixing(model, n_users=len(names), n_basis=args.n_basis)
         head_name, _ = score_head(model)
         if args.freeze_backbone:
             for name, parameter in model.named_parameters():
@@ -126,7 +126,7 @@ class LoReTrainer(RewardTrainer):
         classifier = self._classifier()
         mode = "train" if self.model.training else "eval"
         with torch.no_grad():
-            by_basis = outputs["basis_logits"]
+            by_basis = self._mixing.basis_logits
             chosen, rejected = torch.chunk(by_basis @ population_of(classifier).to(by_basis), chunks=2)
             of_population = self._mean((chosen > rejected).float().mean())
             self._metrics[mode]["population_accuracy"].append(of_population)
@@ -138,15 +138,27 @@ class LoReTrainer(RewardTrainer):
             loss = loss - self.args.concentration / self.args.n_basis * (shares * logs.sum(dim=1)).mean()
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with the metrics of each of several evaluation sets under its own name.
+
+        Args:
+            logs: What is logged; the metrics are added to it.
+            start_time: As the Trainer passes it.
+        """
+        runtime = next((key for key in logs if key.startswith("eval_") and key.endswith("_runtime")), "eval_runtime")
+        if runtime != "eval_runtime":  # TRL calls them eval_accuracy, whichever set they are of
+            prefix = runtime.removesuffix("_runtime")
+            metrics = self._metrics["eval"]
+            logs.update({f"{prefix}_{key}": sum(values) / len(values) for key, values in metrics.items()})
+            metrics.clear()
+        super().log(logs, start_time)
+
     def reward_model(self) -> LowRankRewardModel:
         """The trained model with its users, adapters merged: save it, export a user, reward texts with it."""
         model = self.accelerator.unwrap_model(self.model)
         classifier = self._classifier()
         weights = simplex(user_logits(classifier).detach().float().cpu())
-        merged = copy.deepcopy(model)
-        if hasattr(merged, "merge_and_unload"):
-            merged = merged.merge_and_unload()
-        _bare(merged)
+        merged = bare_copy(model)
         basis = score_head(merged)[1].weight.detach().float().cpu()
         made = LowRankRewardModel(
             basis,
@@ -213,11 +225,3 @@ def _basis_model(model: Any, args: LoReConfig) -> Any:
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(args.n_basis, weight.shape[1], generator=generator)
     return with_head(model, weight + weight.norm() / weight.shape[1] ** 0.5 * noise).train(model.training)
-
-
-def _bare(model: Any) -> None:
-    """Take users and hooks off a copy, so that it is a stock classifier again."""
-    delattr(model, USER_LOGITS)
-    model._forward_hooks.clear()
-    model._forward_pre_hooks.clear()
-    model._forward_pre_hooks_with_kwargs.clear()
