@@ -104,7 +104,7 @@ def main():
     results |= {"people": len(ratings), "jokes": len(jokes), "ratings": sum(map(len, ratings.values()))}
     for kind in arguments.kinds:
         features = torch.eye(len(jokes)) if kind == "identity" else embed(jokes)
-        by_person, n_pairs = (True, 12) if kind == "identity" else (False, 4)
+        by_person, n_pairs = (True, 24) if kind == "identity" else (False, 8)
         for split in arguments.splits:
             found = evaluate(ratings, features, by_person=by_person, n_pairs=n_pairs, split=split)
             results.setdefault(kind, {})[str(split)] = found
