@@ -140,6 +140,20 @@ def test_a_scalar_reward_model_is_the_start_of_every_row(llama, tokenizer, data,
     assert not hasattr(scalar, "lore_user_logits")
 
 
+def test_a_model_by_name_with_a_head_or_without(llama, tokenizer, data, tmp_path):
+    scalar = llama()
+    scalar.save_pretrained(tmp_path / "scalar")
+    scalar.model.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "scalar")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    for name, is_start in (("scalar", True), ("bare", False)):
+        trainer = LoReTrainer(str(tmp_path / name), config(tmp_path, n_basis=3), train_dataset=data(range(4), 5))
+        model = trainer.reward_model()
+        assert torch.equal(model.backbone.model.embed_tokens.weight, scalar.model.embed_tokens.weight)
+        similar = torch.nn.functional.cosine_similarity(model.reward_basis, scalar.score.weight).min() > 0.4
+        assert similar == is_start
+
+
 def test_users_have_a_learning_rate_of_their_own(llama, tokenizer, data, tmp_path):
     trainer = LoReTrainer(
         llama(),

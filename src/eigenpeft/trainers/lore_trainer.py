@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
@@ -209,7 +209,11 @@ def _basis_model(model: Any, args: LoReConfig) -> Any:
         options = dict(args.model_init_kwargs or {})
         options.setdefault("dtype", torch.float32)
         options.setdefault("trust_remote_code", args.trust_remote_code)
-        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=args.n_basis, **options)
+        known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        config = AutoConfig.from_pretrained(model, **known)
+        if not any("ForSequenceClassification" in name for name in config.architectures or ()):
+            options["num_labels"] = args.n_basis  # a backbone without a head gets a new one
+        model = AutoModelForSequenceClassification.from_pretrained(model, **options)
         args.model_init_kwargs = None  # used up: RewardTrainer would warn that it ignores them
     if hasattr(model, "peft_config"):
         raise RewardModelError("The model is PEFT-wrapped already; pass the plain model and peft_config=.")
