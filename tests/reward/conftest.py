@@ -61,6 +61,7 @@ def tiny_bert(num_labels=1, seed=0):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.2,
         num_labels=num_labels,
     )
     return AutoModelForSequenceClassification.from_config(config).eval()

@@ -11,7 +11,7 @@ from eigenpeft.reward import LoReFitter
 from eigenpeft.reward.pairs import difference_chunks
 from eigenpeft.reward.simulation import SimulatedUsers
 
-FIXED = {"n_basis": 3, "shared_scale": 2.0, "deviation_scale": 2.0, "strength": 1.0}
+FIXED = {"n_basis": 3, "shared_scale": 2.0, "deviation_scale": 2.0, "concentration": 1.0, "strength": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_size_is_chosen_by_held_out_comparisons(train, users):
     fitter = LoReFitter(n_basis=(1, 3), deviation_scale=2.0).fit(
         train.chosen, train.rejected, user_ids=train.user_ids, prompt_ids=range(len(train.chosen))
     )
-    assert [candidate.setting.n_basis for candidate in fitter.candidates_] == [1, 3]
+    assert [candidate.setting.n_basis for candidate in fitter.candidates_] == [1, 3, 3, 3]
     assert fitter.model_.n_basis == 3
     assert fitter.model_.info["strength"] in (0.3, 1.0, 3.0)
     assert fitter.candidates_[1].score < fitter.candidates_[0].score
@@ -146,9 +146,9 @@ def test_contradictory_answers_leave_the_reference():
 
 
 def test_prune_drops_rows_nobody_uses(train):
-    model = LoReFitter(n_basis=8, deviation_scale=2.0, strength=1.0, prune=0.999, shared_scale=2.0).fit(
-        train.chosen, train.rejected, user_ids=train.user_ids
-    )
+    model = LoReFitter(
+        n_basis=8, deviation_scale=2.0, strength=1.0, prune=0.999, shared_scale=2.0, concentration=1.0
+    ).fit(train.chosen, train.rejected, user_ids=train.user_ids)
     assert 1 <= model.model_.n_basis < 8
     assert torch.allclose(model.model_.user_weights(["user-0"]).sum(), torch.tensor(1.0))
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 AUTO_N_BASIS = (1, 2, 3, 5, 8)
 AUTO_SHARED_SCALE = (0.5, 1.0, 2.0, 4.0, 8.0)
 AUTO_DEVIATION_SCALE = (0.5, 1.0, 2.0, 4.0)
+AUTO_CONCENTRATION = (1.0, 5.0, 20.0)
 AUTO_STRENGTH = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -38,7 +40,8 @@ class LoReFitter:
             0.5, 1, 2, 4 and 8 on a fit of one row.
         deviation_scale: The same for what each row adds to the shared direction, or several to choose from; "auto"
             tries 0.5, 1, 2 and 4.
-        concentration: Dirichlet pseudo-counts of each user's weights during the fit.
+        concentration: Dirichlet pseudo-counts of each user's weights during the fit; "auto" takes 1 while the others
+            are chosen, then tries 5 and 20.
         strength: Sum of the population's concentration for new users; "auto" chooses it by held-out comparisons.
         n_components: Keep only this many leading directions of the differences; None keeps all. What makes features
             larger than memory, or very wide ones, feasible. The reference head is kept whole.
@@ -73,7 +76,7 @@ class LoReFitter:
         *,
         shared_scale: float | Literal["auto"] = "auto",
         deviation_scale: float | Sequence[float] | Literal["auto"] = "auto",
-        concentration: float = 1.0,
+        concentration: float | Literal["auto"] = "auto",
         strength: float | Literal["auto"] = "auto",
         n_components: int | None = None,
         standardise: bool = True,
@@ -183,11 +186,10 @@ class LoReFitter:
 
     def _check(self) -> None:
         positive = {
-            "concentration": self.concentration,
             "n_restarts": self.n_restarts,
             "max_iter": self.max_iter,
         }
-        for name in ("strength", "shared_scale"):
+        for name in ("strength", "shared_scale", "concentration"):
             if getattr(self, name) != "auto":
                 positive[name] = getattr(self, name)
         for name, value in positive.items():
@@ -225,6 +227,7 @@ class LoReFitter:
         """The setting and the strength of the population: as given, or by held-out comparisons."""
         self.candidates_ = []
         sizes, scales = self._sizes(n_users), self._scales()
+        counts = AUTO_CONCENTRATION if self.concentration == "auto" else (float(self.concentration),)
         strengths = AUTO_STRENGTH if self.strength == "auto" else (float(self.strength),)
         split = split_comparisons(rows, n_users, prompt_ids=prompt_ids, holdout=self.holdout, seed=self.seed)
 
@@ -235,26 +238,33 @@ class LoReFitter:
             ]
 
         if self.shared_scale == "auto":
-            self.candidates_ = tried([Setting(1, shared, scales[0]) for shared in AUTO_SHARED_SCALE])
+            self.candidates_ = tried([Setting(1, shared, scales[0], counts[0]) for shared in AUTO_SHARED_SCALE])
             best = min(self.candidates_, key=lambda one: one.score if len(one.losses) else 0.0)
             shared_scale = best.setting.shared_scale
             self.candidates_ = [best] if 1 in sizes else []
         else:
             shared_scale = float(self.shared_scale)
-            self.candidates_ = tried([Setting(1, shared_scale, scales[0])]) if 1 in sizes and len(sizes) > 1 else []
-        settings = [Setting(size, shared_scale, scale) for size in sizes if size > 1 for scale in scales]
-        if len(self.candidates_) + len(settings) > 1 or (settings and self.strength == "auto"):
-            self.candidates_ += tried(settings)
-            best = choose(self.candidates_)
-            return best.setting, best.strength
-        return settings[0] if settings else Setting(1, shared_scale, scales[0]), strengths[0]
+            self.candidates_ = (
+                tried([Setting(1, shared_scale, scales[0], counts[0])]) if 1 in sizes and len(sizes) > 1 else []
+            )
+        settings = [Setting(size, shared_scale, scale, counts[0]) for size in sizes if size > 1 for scale in scales]
+        open_too = bool(settings) and (self.strength == "auto" or len(counts) > 1)
+        if not open_too and len(self.candidates_) + len(settings) < 2:
+            return settings[0] if settings else Setting(1, shared_scale, scales[0], counts[0]), strengths[0]
+        self.candidates_ += tried(settings)
+        best = choose(self.candidates_)
+        if best.setting.n_basis > 1:
+            more = tried([replace(best.setting, concentration=count) for count in counts[1:]])
+            self.candidates_ += more
+            best = min([best, *more], key=lambda one: one.score if len(one.losses) else 0.0)
+        return best.setting, best.strength
 
     def _prior(self, preparation: Preparation, setting: Setting) -> JointPrior:
         # A direction drawn from the prior makes margins of the given standard deviation on these differences.
         return JointPrior(
             preparation.total_variance / setting.shared_scale**2,
             preparation.total_variance / setting.deviation_scale**2,
-            self.concentration,
+            setting.concentration,
         )
 
     def _fit_joint(self, setting: Setting, pairs: PreparedPairs, rows: Tensor, n_users: int) -> JointFit:

@@ -25,11 +25,13 @@ class Setting:
         n_basis: Rows of the basis.
         shared_scale: Prior scale of the shared direction.
         deviation_scale: Prior scale of what differs between users.
+        concentration: Dirichlet pseudo-counts of each user's weights.
     """
 
     n_basis: int
     shared_scale: float
     deviation_scale: float
+    concentration: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class Candidate:
 
     Attributes:
         setting: The setting.
-        strength: Sum of the concentration that served the unseen users best.
+        strength: Sum of the concentration that served the held-out comparisons best.
         seen_nll: Mean negative log-likelihood of held-out comparisons of users the fit saw.
         seen_accuracy: Share of them in the right order.
         unseen_nll: The same for users it did not see, their weights fitted to the other half of their comparisons.
@@ -128,42 +130,36 @@ def judge(
         pairs: All comparisons.
         rows: (n,) user of each.
         split: (n,) part of each.
-        strengths: Concentrations' sums to choose from on the unseen users.
+        strengths: Sums of the population's concentration to choose from, at least one.
     """
     n_users = int(rows.max()) + 1
     train = split == TRAIN
     known, compact = rows[train].unique(return_inverse=True)
     found = fit(setting, pairs.select(train), compact, len(known))
     by_basis = pairs.offsets[:, None] + pairs.differences @ found.deviations.mT
-    fitted = simplex(found.user_logits)
-    population = fitted.mean(dim=0)
-    weights = population.repeat(n_users, 1)
-    weights[known] = fitted
-    seen, shots, queries = split == SEEN, split == SHOTS, split == QUERIES
-    seen_losses, seen_accuracy = _score(by_basis[seen], weights[rows[seen]])
-    unseen = []
-    for strength in strengths if len(population) > 1 and bool(queries.any()) else strengths[:1]:
-        of_users = fit_all_user_weights(
-            by_basis[shots], rows[shots], n_users=n_users, concentration=population * strength
+    population = simplex(found.user_logits).mean(dim=0)
+    seen, queries, history = split == SEEN, split == QUERIES, train | (split == SHOTS)
+    best = None
+    for strength in strengths if len(population) > 1 else strengths[:1]:
+        # As the finished model has them: the users' weights given the basis, under the population's prior.
+        weights = fit_all_user_weights(
+            by_basis[history], rows[history], n_users=n_users, concentration=population * strength
         ).float()
-        unseen.append((*_score(by_basis[queries], of_users[rows[queries]]), strength))
-    losses, accuracy, strength = min(unseen, key=lambda result: float(result[0].sum()))
-    return Candidate(
-        setting,
-        strength,
-        float(seen_losses.mean()),
-        seen_accuracy,
-        float(losses.mean()),
-        accuracy,
-        torch.cat([seen_losses, losses]),
-    )
+        parts = [_score(by_basis[mask], weights[rows[mask]]) for mask in (seen, queries)]
+        losses = torch.cat([part[0] for part in parts])
+        if best is None or float(losses.sum()) < float(best.losses.sum()):
+            numbers = [value for loss, accuracy in parts for value in (float(loss.mean()), accuracy)]
+            best = Candidate(setting, strength, *numbers, losses)
+    assert best is not None
+    return best
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The best candidate of the smallest basis that is not worse than the best of all by more than a standard error.
+    """The best candidate of the smallest basis that is not clearly worse than the best of all.
 
-    The one-standard-error rule of Breiman et al. (Classification and Regression Trees, 1984, section 3.4.3), on paired
-    differences: a larger basis has to earn its rows.
+    A larger basis has to earn its rows: the one-standard-error rule of Breiman et al. (Classification and Regression
+    Trees, 1984, section 3.4.3), on paired differences. One shared head is given two standard errors, as many candidates
+    compete against it and the best of them is so by chance too.
 
     Args:
         candidates: At least one; those without held-out comparisons come last.
@@ -176,7 +172,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
     for candidate in scored:
         worse = candidate.losses - best.losses
         error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
-        if float(worse.mean()) <= error:
+        if float(worse.mean()) <= (2 if candidate.setting.n_basis == 1 else 1) * error:
             good.append(candidate)
     smallest = min(candidate.setting.n_basis for candidate in good)
     return min((one for one in scored if one.setting.n_basis == smallest), key=lambda one: one.score)

@@ -1,0 +1,107 @@
+"""The lore commands, from files to files."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from eigenpeft import LowRankRewardModel
+from eigenpeft.cli import app
+from eigenpeft.reward.simulation import SimulatedUsers
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["lore", *map(str, arguments)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def features(tmp_path):
+    pairs = SimulatedUsers(30, 8, 2, shared=0.1, seed=0).pairs(30, seed=1)
+    Dataset.from_dict(
+        {"chosen": pairs.chosen.tolist(), "rejected": pairs.rejected.tolist(), "user_id": pairs.user_ids}
+    ).to_parquet(tmp_path / "pairs.parquet")
+    return tmp_path / "pairs.parquet"
+
+
+@pytest.fixture
+def text(tmp_path, backbone, tokenizer):
+    backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    words = ["cats", "dogs", "no", "yes", "help", "please"]
+    rows = [
+        {
+            "prompt": f"a joke {words[i % 6]} ",
+            "chosen": words[i % 5],
+            "rejected": words[5 - i % 4 % 5],
+            "user_id": i % 3,
+        }
+        for i in range(24)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "ada.jsonl").write_text("\n".join(json.dumps({**row, "user_id": "ada"}) for row in rows[:4]))
+    return tmp_path
+
+
+def test_fit_features_then_add_a_user(features, tmp_path):
+    out = tmp_path / "rewards"
+    fitted = run("fit", features, "--out", out, "--n-basis", 2)
+    assert "2 basis rewards, 30 users" in " ".join(fitted.stdout.split())
+    added = json.loads(run("add-user", out, "user-3", features, "--json").stdout)
+    assert added["n_pairs"] == 30
+    assert added["users"] == 30
+    assert sum(added["weights"]) == pytest.approx(1)
+    assert len(LowRankRewardModel.from_pretrained(out).users) == 30
+
+
+def test_evaluate_says_whether_it_pays(features):
+    found = json.loads(run("evaluate", features, "--n-basis", 2, "--json").stdout)
+    assert "ersonalisation" in found["verdict"]
+    shown = " ".join(run("evaluate", features, "--n-basis", 2).stdout.split())
+    assert "95 % by bootstrap of users" in shown
+    assert found["verdict"][:30] in shown
+
+
+def test_from_text_to_a_users_own_classifier(text):
+    fitted = json.loads(
+        run(
+            "fit", text / "text.jsonl", "--model", text / "backbone", "--n-basis", 2, "--out", text / "m", "--json"
+        ).stdout
+    )
+    assert fitted["n_users"] == 3
+    assert json.loads(run("add-user", text / "m", "ada", text / "ada.jsonl", "--json").stdout)["n_pairs"] == 4
+    run("export", text / "m", "--user", "ada", "--out", text / "ada")
+    stock = AutoModelForSequenceClassification.from_pretrained(text / "ada")
+    model = LowRankRewardModel.from_pretrained(text / "m")
+    head = next(m for m in reversed(list(stock.modules())) if isinstance(m, torch.nn.Linear) and m.out_features == 1)
+    torch.testing.assert_close(head.weight[0], model.reward_head("ada"), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["fit", "missing.jsonl", "--out", "x"], "There is no file or folder"),
+        (["fit", "{text}/text.jsonl", "--out", "x"], "are text: name a reward model"),
+        (["fit", "{text}/text.jsonl", "--out", "x", "--user-column", "who"], r"has no column \['who'\]"),
+        (
+            ["fit", "{text}/text.jsonl", "--out", "x", "--n-basis", "many", "--model", "{text}/backbone"],
+            "must be a whole",
+        ),
+        (["fit", "{text}/notes.txt", "--out", "x"], "must end in"),
+    ],
+)
+def test_errors(text, arguments, match):
+    (text / "notes.txt").write_text("no comparisons")
+    with pytest.raises(Exception, match=match):
+        run(*(str(argument).format(text=text) for argument in arguments))
+
+
+def test_a_user_without_comparisons(features, tmp_path):
+    run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 1)
+    with pytest.raises(Exception, match="has no comparisons of 'eve'"):
+        run("add-user", tmp_path / "rewards", "eve", features)

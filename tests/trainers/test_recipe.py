@@ -1,0 +1,26 @@
+"""The recipe runs from its YAML to a reward model on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from eigenpeft import LowRankRewardModel
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_recipe_writes_a_reward_model(llama, tokenizer, data, tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data(range(10), 8).to_json(tmp_path / "data.jsonl")
+    command = [
+        *(sys.executable, ROOT / "recipes" / "lore.py", "--config", ROOT / "recipes" / "lore.yaml"),
+        *("--data", tmp_path / "data.jsonl", "--model", tmp_path / "model", "--out", tmp_path / "rewards"),
+        *("--max_steps", "3", "--bf16", "false", "--use_cpu", "true"),
+    ]
+    subprocess.run(list(map(str, command)), check=True, timeout=240, cwd=ROOT)
+    model = LowRankRewardModel.from_pretrained(tmp_path / "rewards")
+    assert len(model.users) == 8
+    assert model.backbone is not None
+    assert "eval_new_users_accuracy" in json.loads((tmp_path / "rewards" / "metrics.json").read_text())
