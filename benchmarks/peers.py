@@ -236,13 +236,15 @@ def markdown(record):
         "rebuild every adapter. vlora's factors get their own `lora_alpha` back by hand here (see below). eigenpeft at the",
         "largest K that fits into the peer's bytes: `balanced` is its default, `hooi` its method of least error.",
         "",
-        "| collection | peer | K | MB (of the adapters' own size) | peer's error | eigenpeft, same K (MB) | same bytes (K) | same bytes, hooi |",
+        "| collection | peer | K | MB (of the adapters' own size) | peer's error | eigenpeft, same K (MB) | same bytes (K) "
+        "| same bytes, hooi |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         same, held, hooi = row["ours_same_K"], row["ours_same_bytes_balanced"], row["ours_same_bytes_hooi"]
         lines.append(
-            f"| {row['collection']} | {row['peer']} | {row['K']} | {row['bytes'] / 1e6:.3f} ({row['share_of_plain_lora_bytes']:.0%}) | {row['error_dW']:.4f} "
+            f"| {row['collection']} | {row['peer']} | {row['K']} "
+            f"| {row['bytes'] / 1e6:.3f} ({row['share_of_plain_lora_bytes']:.0%}) | {row['error_dW']:.4f} "
             f"| {same['error_dW']:.4f} ({same['bytes'] / 1e6:.3f}) | {held['error_dW']:.4f} ({held['K']}) "
             f"| {hooi['error_dW']:.4f} |"
         )
