@@ -81,13 +81,13 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
     most = factors.n_rows if isinstance(factors, FactorStream) else sum(len(lora_A) for _, lora_A in factors)
     # Written in place: these are the largest tensors there are, and parts to be joined would double the peak.
     rows_in, rows_out, middle = torch.empty(0), torch.empty(0), torch.empty(0)
-    sizes, norms, shapes, energy, start, n_adapters = [], [], set(), 0.0, 0, 0
+    sizes, norms, shapes, energy, start = [], [], [], 0.0, 0
     write = _write_raw if rows == "raw" else _write_balanced
-    for n_adapters, (lora_B, lora_A) in enumerate(factors, start=1):
+    for lora_B, lora_A in factors:
         m, n = len(lora_B), lora_A.shape[1]
         dtype = torch.float64 if torch.float64 in (lora_A.dtype, lora_B.dtype) else torch.float32
-        shapes.add((m, n))
-        if len(shapes) > 1:
+        shapes.append((m, n))
+        if shapes[-1] != shapes[0]:
             continue  # only to name all shapes
         if not norms:
             rows_in, rows_out, middle = (
@@ -105,9 +105,9 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
             sizes.append(size)
             energy += 1.0 if unit_norm else norm**2
             start += size
-    if len(shapes) != 1:
+    if len(set(shapes)) != 1:
         raise ValueError(
-            f"factors of {n_adapters} adapters of shapes (out, in) {sorted(shapes)} cannot be stacked; "
+            f"factors of {len(shapes)} adapters of shapes (out, in) {sorted(set(shapes))} cannot be stacked; "
             "pass at least one adapter, all of one shape."
         )
     return Stacks(
