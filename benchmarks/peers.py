@@ -184,9 +184,11 @@ def regauged(folder, adapters):
 def compare(name, adapters, python, *, peer_ks):
     """One collection of equal ranks: every peer at several K, eigenpeft at the same K and at the same bytes."""
     truth, rows = read(adapters), []
+    plain = sum(4 * (lora_B.numel() + lora_A.numel()) for lora_B, lora_A in truth.values())
     for peer in PEERS:
         for k in peer_ks[peer]:
             row = {"collection": name, "peer": peer, "K": k, **run_peer(python, peer, k, adapters, truth)}
+            row["share_of_plain_lora_bytes"] = row["bytes"] / plain
             row["ours_same_K"] = run_ours(k, truth, "balanced")
             for method in ("balanced", "hooi"):
                 row[f"ours_same_bytes_{method}"] = at_bytes(row["bytes"], truth, method)
@@ -234,13 +236,15 @@ def markdown(record):
         "rebuild every adapter. vlora's factors get their own `lora_alpha` back by hand here (see below). eigenpeft at the",
         "largest K that fits into the peer's bytes: `balanced` is its default, `hooi` its method of least error.",
         "",
-        "| collection | peer | K | MB | peer's error | eigenpeft, same K (MB) | same bytes (K) | same bytes, hooi |",
+        "| collection | peer | K | MB (of the adapters' own size) | peer's error | eigenpeft, same K (MB) | same bytes (K) "
+        "| same bytes, hooi |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         same, held, hooi = row["ours_same_K"], row["ours_same_bytes_balanced"], row["ours_same_bytes_hooi"]
         lines.append(
-            f"| {row['collection']} | {row['peer']} | {row['K']} | {row['bytes'] / 1e6:.3f} | {row['error_dW']:.4f} "
+            f"| {row['collection']} | {row['peer']} | {row['K']} "
+            f"| {row['bytes'] / 1e6:.3f} ({row['share_of_plain_lora_bytes']:.0%}) | {row['error_dW']:.4f} "
             f"| {same['error_dW']:.4f} ({same['bytes'] / 1e6:.3f}) | {held['error_dW']:.4f} ({held['K']}) "
             f"| {hooi['error_dW']:.4f} |"
         )

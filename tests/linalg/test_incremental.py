@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenpeft.linalg.decompose import top_components
-from eigenpeft.linalg.incremental import merge_components
+from eigenpeft.linalg.incremental import empty_sketch, extend_sketch, merge_components
 from eigenpeft.linalg.orthogonal import principal_angles
 
 
@@ -45,3 +45,39 @@ def test_more_components_than_the_merged_rank_are_refused(with_spectrum):
     old = top_components(with_spectrum(6, 15, np.ones(6)), n_components=4)
     with pytest.raises(ValueError, match="n_components=9 exceeds the numerical rank 6 of the 6 x 15 stack"):
         merge_components(old.components, old.singular_values, torch.eye(15)[:2], n_components=9)
+
+
+def sketch_of(rows, *, size, n_parts):
+    sketch = empty_sketch(rows.shape[1], dtype=torch.float32, device=torch.device("cpu"))
+    for part in rows.tensor_split(n_parts):
+        sketch = extend_sketch(sketch, part, size=size)
+    return sketch
+
+
+@pytest.mark.parametrize("decay", [0.2, 1.0, 2.0])
+@pytest.mark.parametrize("n_parts", [1, 3, 10])
+def test_a_sketch_misses_no_more_than_its_bound(n_parts, decay, with_spectrum):
+    rows = with_spectrum(120, 80, 1.0 / (1 + np.arange(80)) ** decay)
+    sketch = sketch_of(rows, size=16, n_parts=n_parts)
+    exact = np.linalg.svd(rows.double().numpy(), compute_uv=False) ** 2
+    assert sketch.total_energy == pytest.approx(exact.sum(), rel=1e-5)
+    for k in (1, 8, 16):
+        captured = np.linalg.norm(rows.double().numpy() @ sketch.components[:k].double().numpy().T) ** 2
+        missed = exact[:k].sum() - captured
+        assert -1e-5 <= missed <= sketch.missed_energy_bound(k) + 1e-5
+    # The bound says something: it is far below everything that was thrown away where the spectrum decays.
+    if decay == 2.0:
+        assert sketch.missed_energy_bound(8) < 0.02 * sketch.total_energy
+
+
+def test_a_sketch_as_large_as_the_rank_is_exact(with_spectrum):
+    rows = with_spectrum(60, 40, np.linspace(2, 1, 12))
+    sketch = sketch_of(rows, size=12, n_parts=4)
+    batch = top_components(rows, n_components=12)
+    assert principal_angles(sketch.components, batch.components).amax() < 1e-5
+    assert sketch.missed_energy_bound(12) < 1e-5 * sketch.total_energy
+
+
+def test_no_rows_leave_a_sketch_as_it_is(with_spectrum):
+    sketch = sketch_of(with_spectrum(20, 10, np.ones(10)), size=3, n_parts=1)
+    assert extend_sketch(sketch, torch.empty(0, 10), size=3) is sketch

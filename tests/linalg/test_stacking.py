@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenpeft.linalg.orthogonal import orthonormal_rows
-from eigenpeft.linalg.stacking import share_curve, stack_factors
+from eigenpeft.linalg.stacking import FactorStream, share_curve, stack_factors
 
 ROWS = ["balanced", "moments", "raw"]
 
@@ -84,3 +84,31 @@ def test_what_cannot_be_stacked_is_refused(adapters, unannotated):
     other = (torch.ones(9, 2), torch.ones(2, 56))
     with pytest.raises(ValueError, match=r"of 3 adapters of shapes \(out, in\) \[\(9, 56\), \(40, 56\)\]"):
         stack_factors([*factors, other], rows="balanced", weighting="equal")
+
+
+@pytest.mark.parametrize("rows", ["balanced", "moments", "raw"])
+def test_a_stream_is_read_once_and_stacks_the_same(adapters, rows):
+    factors, n_reads = adapters(4), []
+
+    def read():
+        for pair in factors:
+            n_reads.append(1)
+            yield pair
+
+    stream = FactorStream(n_rows=sum(len(lora_A) for _, lora_A in factors), read=read)
+    streamed, stacked = (stack_factors(given, rows=rows, weighting="equal") for given in (stream, factors))
+    assert len(n_reads) == len(factors)
+    for name in ("rows_in", "rows_out", "middle"):
+        torch.testing.assert_close(getattr(streamed, name), getattr(stacked, name), rtol=0, atol=0)
+    assert streamed.norms == stacked.norms
+    norms = [float((lora_B.double() @ lora_A.double()).norm()) for lora_B, lora_A in factors]
+    assert stacked.norms == pytest.approx(norms, rel=1e-5)
+
+
+def test_one_float64_adapter_of_a_stream_makes_all_rows_float64(adapters):
+    factors = adapters(3)
+    factors[1] = tuple(tensor.double() for tensor in factors[1])
+    stream = FactorStream(n_rows=sum(len(lora_A) for _, lora_A in factors), read=lambda: iter(factors))
+    stacks = stack_factors(stream, rows="raw", weighting="energy")
+    assert stacks.rows_in.dtype == torch.float64
+    torch.testing.assert_close(stacks.rows_in, torch.cat([lora_A.double() for _, lora_A in factors]), rtol=0, atol=0)

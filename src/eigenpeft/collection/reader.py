@@ -124,20 +124,34 @@ class AdapterCollection:
             CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all
                 such adapters.
         """
-        read, problems = [], []
+        read = list(self.each_factors(module, names=names))
+        if len({factors.lora_A.dtype for factors in read}) > 1:  # so that the factors of a module can be stacked
+            return [replace(each, lora_A=each.lora_A.double(), lora_B=each.lora_B.double()) for each in read]
+        return read
+
+    def each_factors(self, module: str, *, names: Iterable[str] | None = None) -> Iterator[AdapterFactors]:
+        """`factors` one adapter after another, each read when it is asked for; dtypes are those of each file.
+
+        Args:
+            module: Name from `modules`.
+            names: As for `factors`.
+
+        Raises:
+            CollectionError: As `factors`, after the last adapter that can be read.
+        """
+        problems = []
         wanted = None if names is None else set(names)
         for member in self._having(module):
             if wanted is not None and member.info.name not in wanted:
                 continue
             try:
-                read.append(member.read(module))
+                read = member.read(module)
             except ValueError as error:
                 problems.append(f"Adapter {member.info.name!r} {error}.")
+                continue
+            yield read
         if problems:
             raise CollectionError(problems)
-        if len({factors.lora_A.dtype for factors in read}) > 1:  # so that the factors of a module can be stacked
-            return [replace(each, lora_A=each.lora_A.double(), lora_B=each.lora_B.double()) for each in read]
-        return read
 
     def members(self, module: str) -> tuple[str, ...]:
         """Names of the adapters that adapt a module.

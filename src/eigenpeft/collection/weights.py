@@ -1,6 +1,7 @@
 """One weights file of an adapter: tensor shapes from its header, single tensors on request, and no code from a pickle."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,14 @@ from torch import Tensor
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 # weights_only could be escaped before torch 2.6 (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
@@ -75,7 +83,11 @@ def file_sha256(path: str | Path) -> str:
 
 
 class SafetensorsFile:
-    """A `.safetensors` file, memory-mapped; see `WeightsFile`.
+    """A `.safetensors` file; see `WeightsFile`.
+
+    The header is read and checked once, by safetensors; tensors are then read from their places in the file, which is open
+    only meanwhile. A mapping kept open would count every page ever read as memory of the process, and opening it again
+    for each tensor would parse the header again each time (0.6 ms for a 7B model's adapter).
 
     Args:
         path: The file.
@@ -83,24 +95,20 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._handle: Any = None
-        handle = self._open()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        not_float = []
-        for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-            header = handle.get_slice(key)
-            self.shapes[key] = tuple(header.get_shape())
-            if header.get_dtype() not in _FLOATS:
-                not_float.append(key)
-        self.not_float = frozenset(not_float)
-
-    def _open(self) -> Any:
-        if self._handle is None:
-            try:
-                self._handle = safe_open(self.path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(_unreadable(self.path, error)) from error
-        return self._handle
+        self._places: dict[str, tuple[str, int, int]] = {}
+        try:
+            with safe_open(path, framework="pt", device="cpu") as checked, path.open("rb") as file:
+                header_size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_size))
+                for key in checked.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    entry = header[key]
+                    start, stop = entry["data_offsets"]
+                    self.shapes[key] = tuple(entry["shape"])
+                    self._places[key] = entry["dtype"], 8 + header_size + start, stop - start
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(_unreadable(path, error)) from error
+        self.not_float = frozenset(key for key, (dtype, _, _) in self._places.items() if dtype not in _FLOATS)
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor in its stored dtype.
@@ -111,19 +119,22 @@ class SafetensorsFile:
         Raises:
             ValueError: If it cannot be read any more.
         """
+        dtype, start, size = self._places[key]
+        data = bytearray(size)
         try:
-            # A copy, because what safetensors returns is the mapped file itself.
-            return self._open().get_tensor(key).clone()
-        except (SafetensorError, OSError) as error:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                n_read = file.readinto(data)
+        except OSError as error:
             raise ValueError(_unreadable(self.path, error)) from error
+        if n_read != size:
+            raise ValueError(_unreadable(self.path, f"{key!r} ends after {n_read} of {size} bytes"))
+        if not size:
+            return torch.empty(self.shapes[key], dtype=_FLOATS[dtype])
+        return torch.frombuffer(data, dtype=_FLOATS[dtype]).view(self.shapes[key])
 
     def close(self) -> None:
-        """Let go of the file; the next read opens it again."""
-        self._handle = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the mapping, which another process makes for itself."""
-        return {**self.__dict__, "_handle": None}
+        """Nothing is open between two reads."""
 
 
 class BinFile:

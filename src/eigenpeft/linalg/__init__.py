@@ -30,13 +30,14 @@ from eigenpeft.linalg.fitting import (
 )
 from eigenpeft.linalg.incremental import Merged, merge_components
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows, principal_angles, random_complement
-from eigenpeft.linalg.stacking import WEIGHTINGS, Factors
+from eigenpeft.linalg.stacking import WEIGHTINGS, Factors, FactorStream
 
 __all__ = [
     "METHODS",
     "WEIGHTINGS",
     "Decomposition",
     "FactoredSvd",
+    "FactorStream",
     "Factors",
     "FittedBases",
     "Merged",

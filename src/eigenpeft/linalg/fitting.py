@@ -1,6 +1,6 @@
 """From the factors of many adapters of one weight to a pair of bases: balanced, hosvd, hooi, eigenlorax."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from eigenpeft.linalg.alternating import refine
 from eigenpeft.linalg.centred import centred_components
 from eigenpeft.linalg.decompose import Decomposition, leading_components
 from eigenpeft.linalg.stacking import WEIGHTINGS as WEIGHTINGS
-from eigenpeft.linalg.stacking import Factors, Stacks, Weighting, share_curve, stack_factors
+from eigenpeft.linalg.stacking import ManyFactors, Stacks, Weighting, share_curve, stack_factors
 
 Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
 
@@ -46,7 +46,7 @@ class FittedBases:
 
 
 def fit_bases(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     *,
     n_components: int | float,
     method: Method = "balanced",
@@ -58,7 +58,7 @@ def fit_bases(
 
     Args:
         factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each adapter, the scaling folded into lora_B; ranks may differ.
-            Adapters whose update is zero are left out.
+            Adapters whose update is zero are left out. A `FactorStream` reads them as they are needed ("hooi": 3 times).
         n_components: An int K takes exactly K components on both sides. A float in (0, 1] takes the fewest components
             whose explained share of `Σ ω²‖ΔW‖²` reaches it.
         method: "balanced" (default), "hosvd", "hooi" or "eigenlorax"; see the function of that name.
@@ -88,7 +88,7 @@ def fit_bases(
 
 
 def fit_balanced(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     *,
     n_components: int | float,
     weighting: Weighting = "equal",
@@ -114,7 +114,7 @@ def fit_balanced(
 
 
 def fit_hosvd(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     *,
     n_components: int | float,
     weighting: Weighting = "equal",
@@ -141,7 +141,7 @@ def fit_hosvd(
 
 
 def fit_hooi(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     *,
     n_components: int | float,
     weighting: Weighting = "equal",
@@ -185,7 +185,7 @@ def fit_hooi(
 
 
 def fit_eigenlorax(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     *,
     n_components: int | float,
     weighting: Weighting = "equal",
@@ -229,7 +229,7 @@ _ROWS: dict[str, Literal["balanced", "moments", "raw"]] = {
 
 
 def stack_rows(
-    factors: Sequence[Factors], *, method: Method, weighting: Weighting = "equal"
+    factors: ManyFactors, *, method: Method, weighting: Weighting = "equal"
 ) -> tuple[Float[Tensor, "p n"], Float[Tensor, "p m"]]:
     """The rows whose leading right singular vectors are a method's bases.
 
@@ -253,7 +253,7 @@ def stack_rows(
 
 
 def explained_share_curve(
-    factors: Sequence[Factors],
+    factors: ManyFactors,
     components_in: Float[Tensor, "k n"],
     components_out: Float[Tensor, "k m"],
     *,

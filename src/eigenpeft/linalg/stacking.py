@@ -1,6 +1,6 @@
 """The rows that each method decomposes, stacked from the factors of many adapters of one weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,27 @@ from eigenpeft.linalg.factored import balancing, frobenius_norm
 
 Factors = tuple[Float[Tensor, "_m _r"], Float[Tensor, "_r _n"]]
 """`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B. Ranks differ, so the axes are not compared."""
+
+
+@dataclass(frozen=True)
+class FactorStream:
+    """Factors of many adapters of one weight that are read one after another and not kept.
+
+    Attributes:
+        n_rows: Σ r over the adapters.
+        read: Starts reading from the first adapter; may be called again.
+    """
+
+    n_rows: int
+    read: Callable[[], Iterator[Factors]]
+
+    def __iter__(self) -> Iterator[Factors]:
+        """The adapters' factors, in order."""
+        return self.read()
+
+
+ManyFactors = Sequence[Factors] | FactorStream
+"""The factors of all adapters of one weight, in memory or read as they are needed."""
 
 Rows = Literal["balanced", "moments", "raw"]
 Weighting = Literal["equal", "energy"]
@@ -39,11 +60,11 @@ class Stacks:
     norms: tuple[float, ...]
 
 
-def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weighting) -> Stacks:
+def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> Stacks:
     """Stack the rows of all adapters whose update is not zero.
 
     Args:
-        factors: `(lora_B, lora_A)` of each adapter; ranks may differ.
+        factors: `(lora_B, lora_A)` of each adapter; ranks may differ. Looked at once, one after another.
         rows: "balanced": rows of `S^{1/2} Vᵀ` and `S^{1/2} Uᵀ` of each weighted `ΔW = U S Vᵀ`. "moments": of `S Vᵀ` and
             `S Uᵀ`, whose Gram matrices are `ΔWᵀΔW` and `ΔWΔWᵀ`. "raw": of lora_A and lora_Bᵀ as they are, the weight in
             `middle`.
@@ -57,21 +78,23 @@ def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weightin
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r} is unknown; pass 'equal' or 'energy'.")
-    shapes = sorted({(lora_B.shape[0], lora_A.shape[1]) for lora_B, lora_A in factors})
-    if len(shapes) != 1:
-        raise ValueError(
-            f"factors of {len(factors)} adapters of shapes (out, in) {shapes} cannot be stacked; "
-            "pass at least one adapter, all of one shape."
-        )
-    dtype = torch.float64 if any(t.dtype == torch.float64 for pair in factors for t in pair) else torch.float32
-    (m, n), device, most = shapes[0], factors[0][1].device, sum(len(lora_A) for _, lora_A in factors)
+    most = factors.n_rows if isinstance(factors, FactorStream) else sum(len(lora_A) for _, lora_A in factors)
     # Written in place: these are the largest tensors there are, and parts to be joined would double the peak.
-    rows_in = torch.empty(most, n, dtype=dtype, device=device)
-    rows_out = torch.empty(most, m, dtype=dtype, device=device)
-    middle = torch.empty(most, dtype=dtype, device=device)
-    sizes, norms, energy, start = [], [], 0.0, 0
+    rows_in, rows_out, middle = torch.empty(0), torch.empty(0), torch.empty(0)
+    sizes, norms, shapes, energy, start = [], [], [], 0.0, 0
     write = _write_raw if rows == "raw" else _write_balanced
     for lora_B, lora_A in factors:
+        m, n = len(lora_B), lora_A.shape[1]
+        dtype = torch.float64 if torch.float64 in (lora_A.dtype, lora_B.dtype) else torch.float32
+        shapes.append((m, n))
+        if shapes[-1] != shapes[0]:
+            continue  # only to name all shapes
+        if not norms:
+            rows_in, rows_out, middle = (
+                torch.empty(shape, dtype=dtype, device=lora_A.device) for shape in ((most, n), (most, m), (most,))
+            )
+        elif dtype == torch.float64 and rows_in.dtype != dtype:
+            rows_in, rows_out, middle = (tensor.to(dtype) for tensor in (rows_in, rows_out, middle))
         part = slice(start, start + len(lora_A))
         unit_norm, moments = weighting == "equal", rows == "moments"
         size, norm = write(
@@ -82,6 +105,11 @@ def stack_factors(factors: Sequence[Factors], *, rows: Rows, weighting: Weightin
             sizes.append(size)
             energy += 1.0 if unit_norm else norm**2
             start += size
+    if len(set(shapes)) != 1:
+        raise ValueError(
+            f"factors of {len(shapes)} adapters of shapes (out, in) {sorted(set(shapes))} cannot be stacked; "
+            "pass at least one adapter, all of one shape."
+        )
     return Stacks(
         rows_in=rows_in[:start],
         rows_out=rows_out[:start],

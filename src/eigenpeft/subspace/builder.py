@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,7 @@ from eigenpeft.linalg.fitting import (
 )
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
+from eigenpeft.linalg.stacking import FactorStream, ManyFactors
 from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
@@ -201,7 +202,7 @@ class SubspaceBuilder:
                 if name in old:
                     modules[name] = self._update_module(name, factors, measured_on=[*sum(known, []), *factors])
                 else:
-                    modules[name] = self._with_pseudo_components(name, self._fit_factors(name, factors))
+                    modules[name] = self._with_pseudo_components(name, self._fit_factors(name, _pairs(factors)))
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
@@ -329,7 +330,11 @@ class SubspaceBuilder:
             bound = max(streamed.missed_bound_in, streamed.missed_bound_out)
             bases = self._with_pseudo_components(module, streamed.bases)
             return FittedModule(bases, norms=streamed.bases.norms, missed_bound=bound)
-        fitted = self._fit_factors(module, collection.factors(module))
+        # Read while they are stacked: all factors and all rows together would take twice the memory.
+        stream = FactorStream(
+            n_rows=sum(collection.ranks(module).values()), read=lambda: _each_pair(collection, module)
+        )
+        fitted = self._fit_factors(module, stream)
         return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
 
     def _chunks(self, module: str, collection: AdapterCollection, n_components: int | float) -> list[list[str]] | None:
@@ -349,9 +354,9 @@ class SubspaceBuilder:
             )
         return chunks
 
-    def _fit_factors(self, module: str, factors: Sequence[AdapterFactors]) -> FittedBases:
+    def _fit_factors(self, module: str, factors: ManyFactors) -> FittedBases:
         return fit_bases(
-            _pairs(factors),
+            factors,
             n_components=self._n_components_of(module),
             method=self.method,
             weighting=self.weighting,
@@ -413,12 +418,17 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
         diagnosis.observe_norms(names, result.norms)
         if diagnosis.compares(names):
             # One adapter at a time: this must not take more memory than the fit.
-            diagnosis.compare(read for name in names for read in collection.factors(module, names=[name]))
+            diagnosis.compare(collection.each_factors(module))
     return diagnosis.findings()
 
 
 def _pairs(factors: Sequence[AdapterFactors]) -> list[tuple[Tensor, Tensor]]:
     return [(adapter.lora_B, adapter.lora_A) for adapter in factors]
+
+
+def _each_pair(collection: AdapterCollection, module: str) -> Iterator[tuple[Tensor, Tensor]]:
+    for adapter in collection.each_factors(module):
+        yield adapter.lora_B, adapter.lora_A
 
 
 def seeded_generator(seed: int, module: str, purpose: str) -> torch.Generator:

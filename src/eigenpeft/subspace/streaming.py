@@ -10,15 +10,15 @@ _BLOCKS, _OVERSAMPLING = 9, 9
 
 
 def bytes_at_once(n_rows: int, shape: tuple[int, int], *, n_components: int) -> int:
-    """Largest size of the tensors that fitting a module holds when all its factors are in memory.
+    """Largest size of the tensors that fitting a module holds when it stacks all adapters' rows.
 
     Args:
         n_rows: Σ r over its adapters.
         shape: (out_features, in_features).
         n_components: Components wanted.
     """
-    factors = stacks = _FLOAT * n_rows * sum(shape)
-    return factors + stacks + _solver_bytes(n_rows, max(shape), n_components)
+    stacks = _FLOAT * n_rows * sum(shape)  # one adapter's factors beside them are little
+    return stacks + _solver_bytes(n_rows, max(shape), n_components)
 
 
 def bytes_of_chunk(n_rows: int, shape: tuple[int, int], *, n_components: int) -> int:
