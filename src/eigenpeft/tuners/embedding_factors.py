@@ -43,6 +43,11 @@ class _ActsAsMatrix(nn.Module):
         """Of the trained tensors."""
         return next(self.parameters()).dtype
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the matrix is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def float(self) -> Any:
         """A float32 copy of the matrix, as a tensor's `float` gives; the module is not changed."""
         return self.weight.float()

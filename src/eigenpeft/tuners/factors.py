@@ -40,6 +40,10 @@ class InputFactor(nn.Module):
             return components
         return self.coefficients @ components.to(self.coefficients.dtype)
 
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
         components = self.basis.components_in.to(x.dtype)
@@ -79,6 +83,10 @@ class OutputFactor(nn.Module):
             return components.mT * self.coefficients
         return components.mT @ self.coefficients
 
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r)."""
         components = self.basis.components_out.to(h.dtype)
@@ -112,6 +120,10 @@ class MixedFactor(nn.Module):
     def weight(self) -> Tensor:
         """(out_features, r), as LoRA's own `lora_B.weight`."""
         return self.factor @ self.mixer.to(self.factor.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, h: Tensor) -> Tensor:
         """`B M h` for h (..., r)."""
