@@ -123,7 +123,9 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    name = report.nodeid.partition("peft_tests/")[2].replace(OURS.__name__, "LoraConfig")  # the same name for every method
+    name = report.nodeid.partition("peft_tests/")[2].replace(
+        OURS.__name__, "LoraConfig"
+    )  # the same name for every method
     if report.when == "call" or report.outcome != "passed":
         if report.outcome == "skipped":
             expected = hasattr(report, "wasxfail")

@@ -50,11 +50,17 @@ def main() -> None:
         environment = _environment(work)
         subprocess.run([sys.executable, "-c", _WRITE_CACHE, str(work / "home" / "hub")], env=environment, check=True)
         baseline = _run("lora", "", package, environment, arguments)
-        results = baseline if arguments.method == "lora" else _run(arguments.method, arguments.core, package, environment, arguments)
+        results = (
+            baseline
+            if arguments.method == "lora"
+            else _run(arguments.method, arguments.core, package, environment, arguments)
+        )
     _report(arguments, results, baseline)
 
 
-_WRITE_CACHE = "import sys, pathlib; from tests.peft_suite.tiny_models import write_cache; write_cache(pathlib.Path(sys.argv[1]))"
+_WRITE_CACHE = (
+    "import sys, pathlib; from tests.peft_suite.tiny_models import write_cache; write_cache(pathlib.Path(sys.argv[1]))"
+)
 
 
 def _arguments() -> argparse.Namespace:
@@ -108,7 +114,14 @@ def _run(method: str, core: str, package: Path, environment: dict[str, str], arg
     command += [str(package / f"{name}.py") for name in arguments.files]
     log = package.parent / f"log-{label}.txt"
     with log.open("w") as stream:
-        subprocess.run(command, env=environment | settings, cwd=package.parent, stdout=stream, stderr=subprocess.STDOUT, check=False)
+        subprocess.run(
+            command,
+            env=environment | settings,
+            cwd=package.parent,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     print(f"{label}: {log.read_text().strip().splitlines()[-1]}")
     return json.loads(Path(settings["EIGENPEFT_SUITE_RESULT"]).read_text())
 

@@ -83,7 +83,8 @@ class MixedEmbeddingFactor(_ActsAsMatrix, MixedFactor):
     Args:
         factor: (embedding_dim, r), LoRA's own.
         mixer: (r, r).
+        train_mixer: Whether it is trained.
     """
 
-    def __init__(self, factor: Tensor, *, mixer: Tensor):
-        super().__init__(SimpleNamespace(weight=factor, bias=None), mixer=mixer)
+    def __init__(self, factor: Tensor, *, mixer: Tensor, train_mixer: bool = True):
+        super().__init__(SimpleNamespace(weight=factor, bias=None), mixer=mixer, train_mixer=train_mixer)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,12 +105,18 @@ class MixedFactor(nn.Module):
     Args:
         replaced: LoRA's own module; its weight becomes the trainable B.
         mixer: (r, r).
+        train_mixer: Whether it is a parameter; otherwise it is a buffer, saved but never trained.
     """
 
-    def __init__(self, replaced: Any, *, mixer: Tensor):
+    mixer: Tensor
+
+    def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
         super().__init__()
         self.factor = nn.Parameter(replaced.weight.detach())
-        self.mixer = nn.Parameter(mixer)
+        if train_mixer:
+            self.mixer = nn.Parameter(mixer)
+        else:
+            self.register_buffer("mixer", mixer)
         self.bias: Tensor | None = replaced.bias
         self.in_features = mixer.shape[1]
         self.out_features = len(self.factor)

@@ -42,9 +42,7 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
 
 
 @torch.no_grad()
-def combine(
-    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str, *, combination: str
-) -> None:
+def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str, *, combination: str) -> None:
     """Fill the coefficients of a new adapter, whose scaling is 1.
 
     Args:

@@ -86,9 +86,7 @@ class EigenLoraModel(FactorModel):
             return
         checked = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         if not can_combine(self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]):
-            super().add_weighted_adapter(
-                adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs
-            )
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs)
             return
         combination, rank, target_modules = checked
         settings = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
