@@ -128,6 +128,7 @@ def test_saves_and_loads(kind, method, tmp_path):
 @pytest.mark.parametrize(("kind", "method"), [case for case in CASES if case[0] not in UNMERGEABLE])
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")  # PEFT's attention, of its output projection
+@pytest.mark.filterwarnings("ignore:Already unmerged")
 def test_folds_exactly_and_merges(kind, method, safe_merge):
     _, x, model = adapted(kind, method, init=False)
     expected = model(x)

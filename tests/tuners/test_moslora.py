@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from eigenpeft import MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
-from tests.tuners.conftest import is_conv1d, logits, tiny_llama, train
+from tests.tuners.conftest import is_conv1d, logits, train
 
 
 def adapted(architecture, **settings):
