@@ -39,9 +39,7 @@ def updates(model, name):
 @pytest.mark.parametrize("combination", ["cat", "svd"])
 def test_weighted_sum_is_exact(method, combination):
     model = two_adapters(method)
-    rank = {"svd_rank": 24} if combination == "svd" else {}
-    if method in ("mixer", "diagonal"):
-        rank = {}
+    rank = {"svd_rank": 8} if combination == "svd" and method in ("moslora", "low_rank") else {}
     model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", combination, **rank)
     first, second, both = (updates(model, name) for name in ("default", "second", "sum"))
     for path, update in both.items():
@@ -88,6 +86,7 @@ def test_ranks_that_differ_cannot_be_summed_linearly():
 
 
 @pytest.mark.parametrize("method", ["moslora", "low_rank", "mixer"])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_tied_weights_share_what_is_trained(method, tmp_path, tokens):
     def make():
         return tiny_llama(tie_word_embeddings=True)
@@ -99,6 +98,8 @@ def test_tied_weights_share_what_is_trained(method, tmp_path, tokens):
         subspace = subspace_of_all(make(), parameters=False)
         config = EigenLoraConfig(subspace=subspace, core=method, **common)
     model = get_peft_model(make(), config)
+    bases = [module.components_in for module in model.modules() if hasattr(module, "components_in")]
+    assert all(basis.abs().max() > 0 for basis in bases)  # PEFT zeroes the factors of the tied layer in place
     expected = train(model, tokens, lr=0.05)
     embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
     torch.testing.assert_close(embedding.get_delta_weight("default"), head.get_delta_weight("default"))

@@ -63,6 +63,11 @@ class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
     """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column a token."""
 
     @property
+    def T(self) -> Tensor:
+        """(num_embeddings, r), to look tokens up in; the components themselves, not copied, when there is no C_in."""
+        return self.basis.components_in.mT if self.coefficients is None else self.weight.mT
+
+    @property
     def device(self) -> torch.device:
         """Of the components."""
         return self.basis.components_in.device

@@ -36,7 +36,7 @@ class InputFactor(nn.Module):
         """(r, in_features), as LoRA's own `lora_A.weight`."""
         components = self.basis.components_in
         if self.coefficients is None:
-            return components
+            return components.clone()  # PEFT writes into weights; the components are everybody's
         return self.coefficients @ components.to(self.coefficients.dtype)
 
     def extra_repr(self) -> str:
