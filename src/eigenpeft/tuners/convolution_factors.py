@@ -89,10 +89,11 @@ class MixedConvolutionFactor(MixedFactor):
     Args:
         replaced: LoRA's own convolution; its weight becomes the trainable B.
         mixer: (r, r), or (groups, r / groups, r / groups).
+        train_mixer: Whether it is trained.
     """
 
-    def __init__(self, replaced: Any, *, mixer: Tensor):
-        super().__init__(replaced, mixer=mixer)
+    def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
+        super().__init__(replaced, mixer=mixer, train_mixer=train_mixer)
         self._settings = settings_of(replaced)
 
     @property

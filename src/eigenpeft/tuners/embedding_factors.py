@@ -43,6 +43,11 @@ class _ActsAsMatrix(nn.Module):
         """Of the trained tensors."""
         return next(self.parameters()).dtype
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the matrix is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def float(self) -> Any:
         """A float32 copy of the matrix, as a tensor's `float` gives; the module is not changed."""
         return self.weight.float()
@@ -56,6 +61,11 @@ class _ActsAsMatrix(nn.Module):
 
 class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
     """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column a token."""
+
+    @property
+    def T(self) -> Tensor:
+        """(num_embeddings, r), to look tokens up in; the components themselves, not copied, when there is no C_in."""
+        return self.basis.components_in.mT if self.coefficients is None else self.weight.mT
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +88,8 @@ class MixedEmbeddingFactor(_ActsAsMatrix, MixedFactor):
     Args:
         factor: (embedding_dim, r), LoRA's own.
         mixer: (r, r).
+        train_mixer: Whether it is trained.
     """
 
-    def __init__(self, factor: Tensor, *, mixer: Tensor):
-        super().__init__(SimpleNamespace(weight=factor, bias=None), mixer=mixer)
+    def __init__(self, factor: Tensor, *, mixer: Tensor, train_mixer: bool = True):
+        super().__init__(SimpleNamespace(weight=factor, bias=None), mixer=mixer, train_mixer=train_mixer)

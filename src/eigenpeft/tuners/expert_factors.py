@@ -4,7 +4,6 @@ LoRA keeps one pair of factors a parameter: A (n_experts * r, in_features), expe
 r * n_experts), in which the expert is the faster index.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,10 +57,11 @@ class MixedExpertFactor(MixedFactor):
     Args:
         replaced: LoRA's own linear layer; its weight becomes the trainable B.
         mixer: (n_experts, r, r).
+        train_mixer: Whether it is trained.
     """
 
-    def __init__(self, replaced: Any, *, mixer: Tensor):
-        super().__init__(SimpleNamespace(weight=replaced.weight, bias=replaced.bias), mixer=mixer)
+    def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
+        super().__init__(replaced, mixer=mixer, train_mixer=train_mixer)
         self.in_features = replaced.weight.shape[1]
 
     @property

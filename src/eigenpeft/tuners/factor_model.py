@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.exact_merging import make_exact
 from eigenpeft.tuners.swapping import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.tied_factors import TransposedFactor
@@ -38,6 +39,11 @@ class FactorModel(LoraModel):
         if adapter_name in self._plain:
             return
         for module, layer in tuned_layers(parent, target_name, current_key):
+            if adapter_name not in factor_dicts(layer)[1]:
+                raise AdapterConfigError(
+                    f"{module!r} became a {type(layer).__name__} without LoRA's factors, which {type(self).__name__} could "
+                    "replace; leave it out with exclude_modules."
+                )
             if not self._tie(layer, lora_config, adapter_name, target_name):
                 self._swap(layer, lora_config, adapter_name, module)
             settle(layer, adapter_name, config=lora_config, active_adapters=self.active_adapters)

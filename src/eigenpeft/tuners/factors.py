@@ -36,8 +36,12 @@ class InputFactor(nn.Module):
         """(r, in_features), as LoRA's own `lora_A.weight`."""
         components = self.basis.components_in
         if self.coefficients is None:
-            return components
+            return components.clone()  # PEFT writes into weights; the components are everybody's
         return self.coefficients @ components.to(self.coefficients.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
@@ -78,6 +82,10 @@ class OutputFactor(nn.Module):
             return components.mT * self.coefficients
         return components.mT @ self.coefficients
 
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r)."""
         components = self.basis.components_out.to(h.dtype)
@@ -97,12 +105,18 @@ class MixedFactor(nn.Module):
     Args:
         replaced: LoRA's own module; its weight becomes the trainable B.
         mixer: (r, r).
+        train_mixer: Whether it is a parameter; otherwise it is a buffer, saved but never trained.
     """
 
-    def __init__(self, replaced: Any, *, mixer: Tensor):
+    mixer: Tensor
+
+    def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
         super().__init__()
         self.factor = nn.Parameter(replaced.weight.detach())
-        self.mixer = nn.Parameter(mixer)
+        if train_mixer:
+            self.mixer = nn.Parameter(mixer)
+        else:
+            self.register_buffer("mixer", mixer)
         self.bias: Tensor | None = replaced.bias
         self.in_features = mixer.shape[1]
         self.out_features = len(self.factor)
@@ -111,6 +125,10 @@ class MixedFactor(nn.Module):
     def weight(self) -> Tensor:
         """(out_features, r), as LoRA's own `lora_B.weight`."""
         return self.factor @ self.mixer.to(self.factor.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, h: Tensor) -> Tensor:
         """`B M h` for h (..., r)."""

@@ -21,7 +21,7 @@ def tuned_layers(parent: nn.Module, target_name: str, key: str) -> Iterator[tupl
     Args:
         parent: Module that holds the target.
         target_name: Its attribute there.
-        key: Name of the target in the model.
+        key: Name of the target in the model; of the parameter, for bare parameters.
 
     Raises:
         AdapterConfigError: If it is no LoRA layer that our methods know.
@@ -31,7 +31,7 @@ def tuned_layers(parent: nn.Module, target_name: str, key: str) -> Iterator[tupl
         raise AdapterConfigError(
             f"{target_name!r} became a {type(layer).__name__}, which is not one of PEFT's LoRA layers; exclude it."
         )
-    yield weight_name(key, layer), layer
+    yield key, layer
     if isinstance(layer, MultiheadAttention):
         projection: Any = layer.get_base_layer().out_proj
         yield f"{key}.out_proj", projection

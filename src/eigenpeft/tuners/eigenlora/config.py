@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import LoraConfig
-
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
+from eigenpeft.tuners.adapter_card import ExplainedConfig
 from eigenpeft.tuners.basis_store import remember
 from eigenpeft.tuners.registration import peft_type
 from eigenpeft.tuners.restrictions import check_lora_options
@@ -16,7 +15,7 @@ CORES = ("low_rank", "mixer", "diagonal")
 
 
 @dataclass
-class EigenLoraConfig(LoraConfig):
+class EigenLoraConfig(ExplainedConfig):
     """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ P V_in` (arXiv 2502.04700).
 
     All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
@@ -31,6 +30,8 @@ class EigenLoraConfig(LoraConfig):
         >>> EigenLoraConfig(subspace="my-subspace", r=8, core="mixer").core
         'mixer'
     """
+
+    method_name = "EigenLoRA"
 
     subspace: str | PrincipalSubspace | None = field(
         default=None,

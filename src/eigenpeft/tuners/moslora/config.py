@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import LoraConfig
-
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.adapter_card import ExplainedConfig
 from eigenpeft.tuners.registration import peft_type
 from eigenpeft.tuners.restrictions import check_lora_options
 from eigenpeft.version import __version__
@@ -14,7 +13,7 @@ MIXER_STARTS = ("kaiming", "orthogonal", "identity")
 
 
 @dataclass
-class MosLoraConfig(LoraConfig):
+class MosLoraConfig(ExplainedConfig):
     """Mixture-of-subspaces LoRA: `ΔW = s·B·M·A` with a trained r x r mixer M (arXiv 2406.11909, equation 3).
 
     All of `peft.LoraConfig`'s fields apply. It folds exactly into a plain LoRA (`B' = B M`) when merged or exported, so
@@ -29,11 +28,26 @@ class MosLoraConfig(LoraConfig):
         'kaiming'
     """
 
+    method_name = "MoSLoRA"
+
     init_mixer: Literal["kaiming", "orthogonal", "identity"] = field(
         default="kaiming",
         metadata={
             "help": "Start of the mixer: 'kaiming' (uniform, a = sqrt 5), the paper's best with 'orthogonal'; 'identity' "
             "is plain LoRA at the start. A zero mixer never learns and is not offered."
+        },
+    )
+    train_mixer: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the mixer. False keeps it as it starts, a control: with an orthogonal one this trains as LoRA does."
+        },
+    )
+    fold: bool = field(
+        default=False,
+        metadata={
+            "help": "Start a plain LoRA from the folded start of MoSLoRA (A' = M A, no mixer afterwards): the control that "
+            "tells what the mixer's training adds to its start. Linear layers, Conv1D, embeddings, convolutions without groups."
         },
     )
     requires_package: str = field(

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
+from torch import Tensor
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.convolution_factors import MixedConvolutionFactor, is_convolution
 from eigenpeft.tuners.embedding_factors import MixedEmbeddingFactor
 from eigenpeft.tuners.expert_factors import MixedExpertFactor
@@ -19,29 +22,61 @@ class MosLoraModel(FactorModel):
     """Tuner behind `MosLoraConfig`; made by `get_peft_model`."""
 
     def _swap(self, layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
-        factors = factor_dicts(layer)[1]
-        mixed = mixed_factor(layer, factors[adapter_name], adapter_name, config=config)
-        replace_factor(factors, adapter_name, mixed)
+        inputs, outputs = factor_dicts(layer)
+        n_blocks = _n_blocks(layer, outputs[adapter_name])
+        mixer = initial_mixer(
+            layer.r[adapter_name] // (n_blocks if is_convolution(layer.get_base_layer()) else 1),
+            init=config.init_mixer,
+            n_blocks=n_blocks if n_blocks > 1 else None,
+        )
+        if config.fold:
+            if n_blocks > 1:
+                raise AdapterConfigError(
+                    f"fold=True is not defined for {module!r}, whose mixer has {n_blocks} blocks; leave it out with "
+                    "exclude_modules."
+                )
+            fold_start(layer, inputs[adapter_name], outputs[adapter_name], mixer=mixer)
+        else:
+            mixed = mixed_factor(layer, outputs[adapter_name], mixer=mixer, train_mixer=config.train_mixer)
+            replace_factor(outputs, adapter_name, mixed)
 
 
-def mixed_factor(layer: LoraLayer, replaced: Any, adapter_name: str, *, config: MosLoraConfig) -> MixedFactor:
+def _n_blocks(layer: LoraLayer, replaced: Any) -> int:
+    """In how many blocks the channels that a mixer mixes fall: groups of a convolution, experts of a parameter."""
+    if isinstance(layer, ParamWrapper):
+        return layer.num_experts
+    return replaced.groups if is_convolution(layer.get_base_layer()) else 1
+
+
+def mixed_factor(layer: LoraLayer, replaced: Any, *, mixer: Tensor, train_mixer: bool) -> MixedFactor:
     """The factor `B M` that takes the place of a layer's B.
 
     Args:
         layer: LoRA layer.
         replaced: Its B: a linear layer, a convolution, or an embedding's bare matrix.
-        adapter_name: Adapter that it belongs to.
-        config: Its configuration.
+        mixer: Its start.
+        train_mixer: Whether it is trained.
     """
-    rank = layer.r[adapter_name]
     if isinstance(layer, Embedding):
-        return MixedEmbeddingFactor(replaced, mixer=initial_mixer(rank, init=config.init_mixer))
+        return MixedEmbeddingFactor(replaced, mixer=mixer, train_mixer=train_mixer)
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
-        mixers = initial_mixer(rank, init=config.init_mixer, n_blocks=layer.num_experts)
-        return MixedExpertFactor(replaced, mixer=mixers)
+        return MixedExpertFactor(replaced, mixer=mixer, train_mixer=train_mixer)
     if is_convolution(layer.get_base_layer()):
-        groups = replaced.groups
-        n_blocks = groups if groups > 1 else None
-        mixer = initial_mixer(rank // groups, init=config.init_mixer, n_blocks=n_blocks)
-        return MixedConvolutionFactor(replaced, mixer=mixer)
-    return MixedFactor(replaced, mixer=initial_mixer(rank, init=config.init_mixer))
+        return MixedConvolutionFactor(replaced, mixer=mixer, train_mixer=train_mixer)
+    return MixedFactor(replaced, mixer=mixer, train_mixer=train_mixer)
+
+
+@torch.no_grad()
+def fold_start(layer: LoraLayer, lora_A: Any, lora_B: Any, *, mixer: Tensor) -> None:
+    """Multiply the mixer's start into the factor that is not zero, so that a plain LoRA starts as MoSLoRA would.
+
+    Args:
+        layer: LoRA layer.
+        lora_A: Its A.
+        lora_B: Its B, the side that is not zero for embeddings.
+        mixer: (r, r).
+    """
+    if isinstance(layer, Embedding):
+        lora_B.copy_(lora_B @ mixer.to(lora_B))
+    else:
+        lora_A.weight.copy_(torch.einsum("sr,r...->s...", mixer.to(lora_A.weight), lora_A.weight))

@@ -1,0 +1,65 @@
+"""What an adapter's README tells a reader who opens it without this package."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+HEADING = "## Loading this adapter"
+_NOTE = """{heading}
+
+This is a{article} {method} adapter, which PEFT knows only with the package `eigenpeft`:
+
+```bash
+pip install eigenpeft
+```
+
+```python
+import eigenpeft  # makes the method {kind} known to PEFT
+from peft import {loader}
+
+model = {call}
+```
+
+`eigenpeft.export_lora(model, "plain-lora")` turns it into a plain LoRA adapter, which needs nothing but PEFT.
+"""
+
+
+class ExplainedConfig(LoraConfig):
+    """A configuration that, saved beside an adapter, leaves a README saying how to load it."""
+
+    method_name = "PEFT"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and add the section on loading to README.md, once.
+
+        Args:
+            save_directory: Folder of the adapter.
+            **kwargs: PEFT's own.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        explain_loading(Path(save_directory), config=self, method=self.method_name)
+
+
+def explain_loading(folder: Path, *, config: LoraConfig, method: str) -> None:
+    """Append the section on loading to the folder's README.md, unless it is there.
+
+    Args:
+        folder: Folder of the adapter.
+        config: Its configuration.
+        method: What its readers call the method.
+    """
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if HEADING in text:
+        return
+    automatic = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification"}
+    loader = automatic.get(str(getattr(config.task_type, "value", config.task_type)), "PeftModel")
+    where = '"<path or Hub id of this adapter>"'
+    call = f"{loader}.from_pretrained({where if loader != 'PeftModel' else 'base_model, ' + where})"
+    article = "n" if method[0] in "AEIOU" else ""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    note = _NOTE.format(heading=HEADING, article=article, method=method, kind=kind, loader=loader, call=call)
+    scratch = path.with_name(".README.md.partial")
+    scratch.write_text(f"{text.rstrip()}\n\n{note}".lstrip(), encoding="utf-8")
+    scratch.replace(path)

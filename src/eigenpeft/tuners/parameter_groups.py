@@ -1,0 +1,45 @@
+"""Parameter groups with learning rates of their own for mixers and coefficients."""
+
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, mixer_lr: float | None = None, coefficients_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser: MoSLoRA's mixers, EigenLoRA's coefficients, and whatever else is trained.
+
+    Coefficients multiply components of unit norm, so that they bear, and mostly need, a larger rate than LoRA's factors;
+    the MoSLoRA paper trains the mixer at the common rate.
+
+    Args:
+        model: Model with adapters; only parameters that require gradients are taken.
+        lr: Learning rate of everything else (factors, heads, biases).
+        mixer_lr: Of MoSLoRA's mixers; None takes `lr`.
+        coefficients_lr: Of EigenLoRA's coefficients; None takes `lr`.
+
+    Returns:
+        Groups with "params", "lr" and "name" ("mixer", "coefficients", "other"); empty ones are left out.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from eigenpeft import MosLoraConfig
+        >>> from eigenpeft.tuners.parameter_groups import parameter_groups
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), MosLoraConfig(r=2, target_modules=["0"]))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, mixer_lr=1e-3))
+        >>> {group["name"]: (group["lr"], len(group["params"])) for group in optimizer.param_groups}
+        {'mixer': (0.001, 1), 'other': (0.0001, 2)}
+    """
+    rates = {"mixer": mixer_lr, "coefficients": coefficients_lr, "other": lr}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ending = name.rpartition(".")[2]
+            members[ending if ending in rates else "other"].append(parameter)
+    return [
+        {"name": name, "params": parameters, "lr": lr if (rate := rates[name]) is None else rate}
+        for name, parameters in members.items()
+        if parameters
+    ]
