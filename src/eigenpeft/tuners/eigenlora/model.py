@@ -11,6 +11,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
 from eigenpeft.tuners.basis_store import Basis, attach_basis, attach_empty_basis, drop_unused_bases, recall, resolve
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.factors import InputFactor, OutputFactor, input_factor
 from eigenpeft.tuners.swapping import settle, tuned_layer
@@ -68,6 +69,7 @@ class EigenLoraModel(LoraModel):
                 ". Leave it out with exclude_modules."
             )
         self._swap(layer, lora_config, adapter_name, current_key)
+        adopt(layer, adapter_name)
         settle(layer, adapter_name, config=lora_config, active_adapters=self.active_adapters)
 
     def _swap(self, layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
