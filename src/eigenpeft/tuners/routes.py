@@ -8,7 +8,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from eigenpeft.linalg.low_rank_update import Route, choose_route, low_rank_update, low_rank_update_grad
+from eigenpeft.linalg.low_rank_update import (
+    Route,
+    choose_route,
+    low_rank_update,
+    low_rank_update_grad,
+    low_rank_updates,
+)
 
 
 def add_update(
@@ -60,16 +66,57 @@ def add_update(
     return output.view(y.shape)
 
 
-def owns_output(layer: nn.Module) -> bool:
+def add_updates(
+    y: Tensor,
+    x: Tensor,
+    tasks: Tensor,
+    *,
+    components_in: Tensor,
+    coefficients_in: Tensor,
+    coefficients_out: Tensor,
+    components_out: Tensor,
+    in_place: bool = False,
+) -> Tensor:
+    """`add_update` for a batch whose sequences belong to different tasks.
+
+    Args:
+        y: Output of the base layer, (batch, ..., out_features).
+        x: Its input, (batch, ..., in_features).
+        tasks: (batch,), row of the coefficients that each sequence takes.
+        components_in: V_in, (n_components, in_features).
+        coefficients_in: C_in of each task, (n_tasks, r, n_components).
+        coefficients_out: C_out of each task, (n_tasks, n_components, r), scaling included.
+        components_out: V_out, (n_components, out_features).
+        in_place: Without gradients, write over y, which nothing else may be using (`owns_output`).
+
+    Returns:
+        The sum, of y's shape, in the dtype of the computation.
+    """
+    dtype = _compute_dtype(x)
+    wide_y, wide_x = (side.to(dtype).reshape(len(side), -1, side.shape[-1]) for side in (y, x))
+    return low_rank_updates(
+        wide_y,
+        wide_x,
+        tasks,
+        components_in=components_in.to(dtype),
+        coefficients_in=coefficients_in.to(dtype),
+        coefficients_out=coefficients_out.to(dtype),
+        components_out=components_out.to(dtype),
+        in_place=in_place and not torch.is_grad_enabled(),
+    ).view(y.shape)
+
+
+def owns_output(layer: nn.Module, *, n_hooks: int = 0) -> bool:
     """Whether the output that `layer` has just returned can be written over: nothing else can have seen it.
 
     Linear layers and Conv1D make it anew; hooks may have kept it, and a compiler makes its own arrangements.
 
     Args:
         layer: Base layer.
+        n_hooks: How many of its hooks are the caller's own.
     """
-    hooks = layer._forward_hooks or torch_module._global_forward_hooks
-    return type(layer) in (nn.Linear, Conv1D) and not hooks and not torch.compiler.is_compiling()
+    seen = len(layer._forward_hooks) > n_hooks or torch_module._global_forward_hooks
+    return type(layer) in (nn.Linear, Conv1D) and not seen and not torch.compiler.is_compiling()
 
 
 class _LowRankUpdate(torch.autograd.Function):

@@ -1,19 +1,20 @@
 """LoRA's linear layer with the whole update of an EigenLoRA adapter taken as one operation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import Linear, LoraLayer
-from torch import Tensor
+from torch import Tensor, nn, tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from eigenpeft.tuners.factors import InputFactor, OutputFactor
-from eigenpeft.tuners.routes import add_update, owns_output
+from eigenpeft.tuners.routes import add_update, add_updates, owns_output
 
 
 class EigenLinear(Linear):
     """`peft.tuners.lora.Linear` whose active adapters have coefficients on components.
 
-    Everything but the forward pass is PEFT's. DoRA, disabled, merged and mixed adapters go PEFT's way, through the factor
-    modules.
+    Everything but the forward pass is PEFT's. DoRA, disabled and merged adapters go PEFT's way, through the factor modules.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,6 +45,42 @@ class EigenLinear(Linear):
                 in_place=in_place,
             )
         return y.to(dtype)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
+        # PEFT's loop over the adapters of a batch, as batched products when they share their components.
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
+        if not names or not self._can_be_stacked(names) or any(value is not None for value in kwargs.values()):
+            return super()._mixed_batch_forward(x, *args, adapter_names=list(adapter_names), **kwargs)
+        y = self.base_layer(x, *args)
+        inside: Any = [self.lora_A[name] for name in names]
+        outside: Any = [self.lora_B[name] for name in names]
+        rows = {name: row for row, name in enumerate(names)}
+        coefficients_in = pad_sequence([factor.coefficients for factor in inside], batch_first=True)
+        scaling = coefficients_in.new_tensor([float(self.scaling[name]) for name in names])
+        coefficients_out = pad_sequence([factor.coefficients.mT for factor in outside], batch_first=True).mT
+        # One more task of zeros, for rows of the base model and of adapters that lack this layer.
+        padding = (0, 0, 0, 0, 0, 1)
+        sum_ = add_updates(
+            y,
+            self._cast_input_dtype(x, coefficients_in.dtype),
+            tensor([rows.get(name, len(names)) for name in adapter_names], device=x.device),
+            components_in=inside[0].basis.components_in,
+            coefficients_in=nn.functional.pad(coefficients_in, padding),
+            coefficients_out=nn.functional.pad(coefficients_out * scaling[:, None, None], padding),
+            components_out=outside[0].basis.components_out,
+            in_place=owns_output(self.base_layer),
+        )
+        return sum_.to(y.dtype)
+
+    def _can_be_stacked(self, names: Sequence[str]) -> bool:
+        factors: Any = [self.lora_A[name] for name in names]
+        has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
+        return (
+            not has_dropout
+            and not any(name in self.lora_variant for name in names)
+            and all(factor.coefficients is not None for factor in factors)
+            and all(factor.basis is factors[0].basis for factor in factors)
+        )
 
 
 def adopt(layer: LoraLayer, adapter_name: str) -> None:
