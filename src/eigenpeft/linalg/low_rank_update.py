@@ -178,7 +178,7 @@ def low_rank_updates(
 
     Short sequences stay on the components: one product with V_in for the whole batch, a gather of coefficients, two
     batched products of width K and r, one product with V_out. From `S > 1.75 r K / (K - r)` tokens on, it pays to form
-    the factors of each task; 1 is where the multiply-adds are equal, 1.75 where the times were.
+    the factors of each sequence; 1 is where the multiply-adds are equal, 1.75 where the times were.
 
     Args:
         y: What is updated, S tokens a sequence.
@@ -194,14 +194,14 @@ def low_rank_updates(
         The sum.
     """
     (_, length, out_features), (rank, n_components) = y.shape, coefficients_in.shape[1:]
+    inside, outside = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)
     if length * (n_components - rank) > FORM_FACTORS_FROM * rank * n_components:
-        distinct, inverse = torch.unique(tasks, return_inverse=True)
-        lora_A = (coefficients_in[distinct].flatten(0, 1) @ components_in).view(len(distinct), rank, -1)
-        lora_B = (coefficients_out[distinct].mT.flatten(0, 1) @ components_out).view(len(distinct), rank, -1)
-        hidden = x @ lora_A[inverse].mT
-        return y.baddbmm_(hidden, lora_B[inverse]) if in_place else torch.baddbmm(y, hidden, lora_B[inverse])
+        lora_A = (inside.flatten(0, 1) @ components_in).unflatten(0, (-1, rank))
+        lora_B = (outside.mT.flatten(0, 1) @ components_out).unflatten(0, (-1, rank))
+        hidden = x @ lora_A.mT
+        return y.baddbmm_(hidden, lora_B) if in_place else torch.baddbmm(y, hidden, lora_B)
     projected = linear(x, components_in)
-    core = projected @ coefficients_in[tasks].mT @ coefficients_out[tasks].mT
+    core = projected @ inside.mT @ outside.mT
     product, flat = (core.flatten(0, 1), components_out), y.view(-1, out_features) if in_place else y.flatten(0, 1)
     return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
 
