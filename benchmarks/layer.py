@@ -265,7 +265,7 @@ def main():
             f"({row['time_vs_lora']:.2f}x), kept {row['kept_vs_lora']:.0%}"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "layer": rows, "training_step": whole}
+    record = {"environment": environment(), "rounds": rounds, "layer": rows, "training_step": whole}
     (arguments.out / "layer.json").write_text(json.dumps(record, indent=1) + "\n")
     chart(rows, arguments.out / "layer.png")
 

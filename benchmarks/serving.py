@@ -242,7 +242,7 @@ def main():
         f"({memory['lora_vs_bank']:.0f} times less); loading {memory['loading']}"
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "layer": rows, "decoding_step": whole, "memory": memory}
+    record = {"environment": environment(), "rounds": rounds, "layer": rows, "decoding_step": whole, "memory": memory}
     (arguments.out / "serving.json").write_text(json.dumps(record, indent=1) + "\n")
     chart(rows, arguments.out / "serving.png")
 

@@ -6,7 +6,7 @@ Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
 from eigenpeft.version import __version__
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MosLoraConfig",
     "PrincipalSubspace",
     "SubspaceBuilder",
+    "TaskBank",
     "__version__",
     "export_lora",
 ]

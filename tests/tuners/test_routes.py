@@ -193,6 +193,17 @@ def test_compiled_training_step_in_one_graph(tokens, core, no_shape_checks):
         torch.testing.assert_close(value, wanted)
 
 
+def test_distributed_data_parallel(tokens, tmp_path):
+    expected = loss_and_gradients(adapted(), tokens)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(adapted())
+        for value, wanted in zip(loss_and_gradients(parallel, tokens), expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_per_example_gradients_of_torch_func(no_shape_checks):
     fixed = matrices(dtype=torch.float32)
     inside, outside = fixed.pop("coefficients_in"), fixed.pop("coefficients_out")

@@ -138,8 +138,7 @@ def low_rank_update_grad(
     Returns:
         `(grad_x or None, grad_coefficients_in or None, grad_coefficients_out)`.
     """
-    on_factor = route.input_on_factor or coefficients_in is None
-    hidden = kept if on_factor else linear(kept, coefficients_in)
+    hidden = kept if route.input_on_factor or coefficients_in is None else linear(kept, coefficients_in)
     if route.output_grad_on_factor:
         grad_coefficients_out = linear(components_out, hidden.mT @ grad)
         grad_hidden = linear(grad, coefficients_out.mT @ components_out)

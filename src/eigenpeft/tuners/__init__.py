@@ -4,6 +4,7 @@ from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.export import export_lora
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.registration import register
+from eigenpeft.tuners.serving import TaskBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 
@@ -15,4 +16,4 @@ register(
 )
 register("MOSLORA", config_cls=MosLoraConfig, model_cls=MosLoraModel, hotswap_keys=_LORA_KEYS)
 
-__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "export_lora"]
+__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "TaskBank", "export_lora"]

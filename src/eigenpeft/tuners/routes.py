@@ -138,7 +138,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, x, *matrices, ctx.route = inputs
+        x, matrices, ctx.route = inputs[1], inputs[2:6], inputs[6]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if ctx.route.input_on_factor else None, output[1], *matrices)
