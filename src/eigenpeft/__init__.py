@@ -7,7 +7,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
 from eigenpeft.version import __version__
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "MosLoraConfig",
     "PrincipalSubspace",
     "SubspaceBuilder",
+    "TaskBank",
     "__version__",
     "export_lora",
 ]

@@ -1,5 +1,6 @@
 """Tiny real architectures from configs, and a subspace of random orthonormal bases for any of them."""
 
+import jaxtyping
 import pytest
 import torch
 from transformers import (
@@ -82,6 +83,12 @@ def architecture(request):
 def is_conv1d(architecture):
     """Whether the base weights are stored transposed, which LoRA's own config has to be told."""
     return architecture[0] is tiny_gpt2
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch):
+    """Turns off the checks of shapes that the tests put around eigenpeft.linalg, which torch.compile cannot trace."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

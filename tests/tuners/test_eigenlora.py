@@ -256,7 +256,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("core", CORES)
-def test_torch_compile(tmp_path, tokens, core):
+def test_torch_compile(tmp_path, tokens, core, no_shape_checks):
     model = adapted((tiny_llama, ("q_proj", "v_proj")), tmp_path, core=core)
     expected = train(model, tokens)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

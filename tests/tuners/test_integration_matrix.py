@@ -152,7 +152,7 @@ def test_spawned_processes(architecture, trained, method, tokens):  # 16, 17
 
 
 @pytest.mark.slow
-def test_compiles_in_one_graph(trained, tokens):  # 18
+def test_compiles_in_one_graph(trained, tokens, no_shape_checks):  # 18
     model, expected = trained
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     same(compiled, tokens, expected)

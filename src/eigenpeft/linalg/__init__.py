@@ -29,6 +29,13 @@ from eigenpeft.linalg.fitting import (
     stack_rows,
 )
 from eigenpeft.linalg.incremental import Merged, merge_components
+from eigenpeft.linalg.low_rank_update import (
+    Route,
+    choose_route,
+    low_rank_update,
+    low_rank_update_grad,
+    low_rank_updates,
+)
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows, principal_angles, random_complement
 from eigenpeft.linalg.stacking import WEIGHTINGS, Factors, FactorStream
 
@@ -41,7 +48,9 @@ __all__ = [
     "Factors",
     "FittedBases",
     "Merged",
+    "Route",
     "balance",
+    "choose_route",
     "explained_share_curve",
     "factored_svd",
     "fit_balanced",
@@ -54,6 +63,9 @@ __all__ = [
     "full_spectrum",
     "inner_product",
     "leading_components",
+    "low_rank_update",
+    "low_rank_update_grad",
+    "low_rank_updates",
     "merge_components",
     "numerical_rank",
     "orthonormal_rows",

@@ -160,6 +160,28 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
             coefficients_in=_read_rows(self._rows, f"{module}.coefficients_in", start, stop),
         )
 
+    def padded(self, module: str) -> tuple[Tensor, Tensor]:
+        """Coefficients of all adapters on one module, in one read, padded with zeros to the greatest rank r.
+
+        Args:
+            module: Module of the subspace.
+
+        Returns:
+            Coefficients of the input side, (n_members, r, n_components), and of the output side, (n_members,
+            n_components, r), scaling included; zeros where an adapter has a smaller rank or lacks the module.
+        """
+        offsets = self._row_offsets[self._module_index[module]]
+        ranks = offsets.diff()
+        slots = torch.arange(int(ranks.max()) if len(ranks) else 0)
+        taken = slots < ranks[:, None]
+        sides = []
+        for side in ("in", "out"):
+            rows = _read_rows(self._rows, f"{module}.coefficients_{side}", None, None)
+            padded = rows.new_zeros(*taken.shape, rows.shape[1])
+            padded[taken] = rows
+            sides.append(padded)
+        return sides[0], sides[1].mT.contiguous()
+
     def factors(self, name: str, module: str) -> tuple[Tensor, Tensor] | None:
         """LoRA factors `(lora_B (out_features, r), lora_A (r, in_features))` of one adapter, scaling in lora_B.
 

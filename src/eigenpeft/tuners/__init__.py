@@ -4,6 +4,7 @@ from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.export import export_lora
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.registration import register
+from eigenpeft.tuners.serving import TaskBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 
@@ -20,4 +21,4 @@ register(
     hotswap_keys=(*_LORA_KEYS, "r", "rank_pattern", "fold", "train_mixer"),
 )
 
-__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "export_lora"]
+__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "TaskBank", "export_lora"]

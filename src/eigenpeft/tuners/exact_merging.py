@@ -40,7 +40,8 @@ class _ExactUnmerge:
                 weight.copy_(before)
 
     def _get_name(self) -> str:
-        return type(self).__mro__[2].__name__  # LoRA's own name, in representations
+        # LoRA's own name, in representations.
+        return next(kind.__name__ for kind in type(self).__mro__ if kind.__module__.startswith("peft."))
 
 
 class ExactLinear(_ExactUnmerge, lora.Linear):

@@ -17,6 +17,7 @@ from eigenpeft.tuners.eigenlora.bases import (
 )
 from eigenpeft.tuners.eigenlora.combining import can_combine, combine
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.factor_model import FactorModel
@@ -58,6 +59,7 @@ class EigenLoraModel(FactorModel):
                 name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
             )
         place(layer, adapter_name, basis=basis, coefficients=coefficients, core=config.core)
+        adopt(layer, adapter_name)
 
     def add_weighted_adapter(
         self,

@@ -1,0 +1,209 @@
+"""The update `y + x V_inᵀ Pᵀ V_out` of a linear map, forwards and backwards, by the cheapest order of products."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+MIN_WIDTH = 16
+"""Matrix products narrower than this take as long as this wide."""
+MAX_KEPT_RATIO = 4
+"""Up to this K / r the components of the input are kept for the backward pass, never the input itself."""
+FORM_FACTORS_FROM = 1.75
+"""Factors of each task are formed from this multiple of the sequence length at which the multiply-adds are equal."""
+
+
+class Route(NamedTuple):
+    """For each of the four products with a wide matrix: on the factors A, B (width r), or on the components (width K)?
+
+    Attributes:
+        input_on_factor: `h = x Aᵀ`, which keeps x for the backward pass, instead of `p = x V_inᵀ`, which keeps p.
+        output_on_factor: `y + h Bᵀ` instead of `y + (h C_outᵀ) V_out`.
+        output_grad_on_factor: `gᵀ h` and `g B` instead of `g V_outᵀ`.
+        input_grad_on_factor: `∂x = ∂h A` instead of `(∂h C_in) V_in`.
+    """
+
+    input_on_factor: bool
+    output_on_factor: bool
+    output_grad_on_factor: bool
+    input_grad_on_factor: bool
+
+
+CHAIN = Route(False, False, False, False)
+COMPONENTS_KEPT = Route(False, True, True, True)
+INPUT_KEPT = Route(True, True, True, True)
+
+
+def choose_route(n_tokens: int, *, n_components: int, rank: int | None) -> Route:
+    """The route with the fewest multiply-adds, subject to keeping little for the backward pass.
+
+    Per feature of the wide side, with T tokens and r counted as at least `MIN_WIDTH`, a product on the components takes
+    `T K`; on a factor it takes `T r` and `K r` to form the factor. The gradient at the output needs two products on the
+    factor where one on the components does, and so does the input (one forwards, one backwards).
+
+    Up to `K = 4 r` the input is always projected on the components: `T K` numbers are kept instead of `T n`, which costs
+    at most a few per cent of the layer.
+
+    Args:
+        n_tokens: T, rows of x.
+        n_components: K.
+        rank: r; None for cores without one (a full or diagonal matrix on the components), which are chains.
+
+    Returns:
+        The route.
+
+    Examples:
+        >>> choose_route(4, n_components=32, rank=16) == CHAIN
+        True
+        >>> choose_route(4096, n_components=64, rank=16) == COMPONENTS_KEPT
+        True
+        >>> choose_route(4096, n_components=256, rank=16) == INPUT_KEPT
+        True
+    """
+    if rank is None:
+        return CHAIN
+    on_components = n_tokens * n_components
+    on_factor = n_tokens * max(rank, MIN_WIDTH) + n_components * rank
+    once, twice = on_components > on_factor, on_components > 2 * on_factor
+    return Route(twice and n_components > MAX_KEPT_RATIO * max(rank, MIN_WIDTH), once, twice, once)
+
+
+def low_rank_update(
+    y: Float[Tensor, "t m"],
+    x: Float[Tensor, "t n"],
+    components_in: Float[Tensor, "k n"],
+    coefficients_in: Float[Tensor, "r k"] | None,
+    coefficients_out: Float[Tensor, "k r"] | Float[Tensor, " k"],
+    components_out: Float[Tensor, "k m"],
+    *,
+    route: Route,
+    in_place: bool = False,
+) -> tuple[Float[Tensor, "t m"], Float[Tensor, "t w"]]:
+    """`y + x V_inᵀ C_inᵀ C_outᵀ V_out` and what the backward pass needs (EigenLoRAx, arXiv 2502.04700, equation 4).
+
+    Args:
+        y: What is updated.
+        x: Input.
+        components_in: V_in.
+        coefficients_in: C_in; None for the identity.
+        coefficients_out: C_out, any scaling included; or the diagonal of a square one.
+        components_out: V_out.
+        route: Order of the products; all give the same up to rounding.
+        in_place: Write the sum over y.
+
+    Returns:
+        The sum, and what to keep for the backward pass: `x V_inᵀ`, or, with x itself, `x Aᵀ`.
+    """
+    if route.input_on_factor:
+        assert coefficients_in is not None
+        hidden = linear(x, coefficients_in @ components_in)
+        kept = hidden
+    else:
+        kept = linear(x, components_in)
+        hidden = kept if coefficients_in is None else linear(kept, coefficients_in)
+    if route.output_on_factor:
+        product = hidden, coefficients_out.mT @ components_out
+    else:
+        product = _times_core(hidden, coefficients_out), components_out
+    return (y.addmm_(*product) if in_place else torch.addmm(y, *product)), kept
+
+
+def low_rank_update_grad(
+    grad: Float[Tensor, "t m"],
+    x: Float[Tensor, "t n"] | None,
+    kept: Float[Tensor, "t w"],
+    components_in: Float[Tensor, "k n"],
+    coefficients_in: Float[Tensor, "r k"] | None,
+    coefficients_out: Float[Tensor, "k r"] | Float[Tensor, " k"],
+    components_out: Float[Tensor, "k m"],
+    *,
+    route: Route,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Gradients of `low_rank_update` at x, C_in and C_out.
+
+    Args:
+        grad: Gradient g at the sum.
+        x: Input; None unless the route takes the input on the factor.
+        kept: As `low_rank_update` returned it.
+        components_in: V_in.
+        coefficients_in: C_in; None for the identity.
+        coefficients_out: C_out, or its diagonal.
+        components_out: V_out.
+        route: The same as forwards.
+        needs_x: Whether the gradient at x is wanted.
+
+    Returns:
+        `(grad_x or None, grad_coefficients_in or None, grad_coefficients_out)`.
+    """
+    hidden = kept if route.input_on_factor or coefficients_in is None else linear(kept, coefficients_in)
+    if route.output_grad_on_factor:
+        grad_coefficients_out = linear(components_out, hidden.mT @ grad)
+        grad_hidden = linear(grad, coefficients_out.mT @ components_out)
+    else:
+        grad_core = linear(grad, components_out)
+        if coefficients_out.ndim == 1:
+            grad_coefficients_out, grad_hidden = (grad_core * hidden).sum(0), grad_core * coefficients_out
+        else:
+            grad_coefficients_out, grad_hidden = grad_core.mT @ hidden, grad_core @ coefficients_out
+    grad_coefficients_in = None
+    if coefficients_in is not None:
+        grad_coefficients_in = linear(grad_hidden.mT @ x, components_in) if x is not None else grad_hidden.mT @ kept
+    if not needs_x:
+        return None, grad_coefficients_in, grad_coefficients_out
+    if coefficients_in is None:
+        grad_x = grad_hidden @ components_in
+    elif route.input_grad_on_factor:
+        grad_x = grad_hidden @ (coefficients_in @ components_in)
+    else:
+        grad_x = (grad_hidden @ coefficients_in) @ components_in
+    return grad_x, grad_coefficients_in, grad_coefficients_out
+
+
+def low_rank_updates(
+    y: Float[Tensor, "b s m"],
+    x: Float[Tensor, "b s n"],
+    tasks: Int[Tensor, " b"],
+    *,
+    components_in: Float[Tensor, "k n"],
+    coefficients_in: Float[Tensor, "u r k"],
+    coefficients_out: Float[Tensor, "u k r"],
+    components_out: Float[Tensor, "k m"],
+    in_place: bool = False,
+) -> Float[Tensor, "b s m"]:
+    """`low_rank_update` with coefficients of its own for each sequence of a batch, without a loop.
+
+    Short sequences stay on the components: one product with V_in for the whole batch, a gather of coefficients, two
+    batched products of width K and r, one product with V_out. From `S > 1.75 r K / (K - r)` tokens on, it pays to form
+    the factors of each sequence; 1 is where the multiply-adds are equal, 1.75 where the times were.
+
+    Args:
+        y: What is updated, S tokens a sequence.
+        x: Input.
+        tasks: Row of the coefficients that each sequence takes.
+        components_in: V_in.
+        coefficients_in: C_in of each task.
+        coefficients_out: C_out of each task, any scaling included.
+        components_out: V_out.
+        in_place: Write the sum over y, which must be contiguous.
+
+    Returns:
+        The sum.
+    """
+    (_, length, out_features), (rank, n_components) = y.shape, coefficients_in.shape[1:]
+    inside, outside = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)
+    if length * (n_components - rank) > FORM_FACTORS_FROM * rank * n_components:
+        lora_A = (inside.flatten(0, 1) @ components_in).unflatten(0, (-1, rank))
+        lora_B = (outside.mT.flatten(0, 1) @ components_out).unflatten(0, (-1, rank))
+        hidden = x @ lora_A.mT
+        return y.baddbmm_(hidden, lora_B) if in_place else torch.baddbmm(y, hidden, lora_B)
+    projected = linear(x, components_in)
+    core = projected @ inside.mT @ outside.mT
+    product, flat = (core.flatten(0, 1), components_out), y.view(-1, out_features) if in_place else y.flatten(0, 1)
+    return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
+
+
+def _times_core(hidden: Tensor, coefficients_out: Tensor) -> Tensor:
+    return hidden * coefficients_out if coefficients_out.ndim == 1 else linear(hidden, coefficients_out)

@@ -1,0 +1,106 @@
+"""LoRA's linear layer with the whole update of an EigenLoRA adapter taken as one operation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn, tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from eigenpeft.tuners.exact_merging import ExactLinear
+from eigenpeft.tuners.factors import InputFactor, OutputFactor
+from eigenpeft.tuners.routes import add_update, add_updates, owns_output
+
+
+class EigenLinear(ExactLinear):
+    """`peft.tuners.lora.Linear` whose active adapters have coefficients on components.
+
+    Everything but the forward pass is PEFT's. DoRA, disabled and merged adapters, and plain LoRA's
+    that share the layer, go PEFT's way, through the factor modules.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the base layer plus the active adapters' updates.
+
+        Args:
+            x: (..., in_features).
+            *args: The base layer's own.
+            **kwargs: PEFT's and the base layer's own.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if kwargs or self.disable_adapters or self.merged or not self._are_ours(names):
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x, *args)
+        dtype, in_place = y.dtype, owns_output(self.base_layer)
+        for name in names:
+            inside: Any = self.lora_A[name]
+            outside: Any = self.lora_B[name]
+            x = self._cast_input_dtype(x, outside.coefficients.dtype)
+            y = add_update(
+                y,
+                self.lora_dropout[name](x),
+                components_in=inside.basis.components_in,
+                coefficients_in=inside.coefficients,
+                coefficients_out=outside.coefficients,
+                components_out=outside.basis.components_out,
+                scaling=self.scaling[name],
+                in_place=in_place,
+            )
+        return y.to(dtype)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
+        # PEFT's loop over the adapters of a batch, as batched products when they share their components.
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
+        if not names or not self._can_be_stacked(names) or any(value is not None for value in kwargs.values()):
+            return super()._mixed_batch_forward(x, *args, adapter_names=list(adapter_names), **kwargs)
+        y = self.base_layer(x, *args)
+        inside: Any = [self.lora_A[name] for name in names]
+        outside: Any = [self.lora_B[name] for name in names]
+        rows = {name: row for row, name in enumerate(names)}
+        coefficients_in = pad_sequence([factor.coefficients for factor in inside], batch_first=True)
+        scaling = coefficients_in.new_tensor([float(self.scaling[name]) for name in names])
+        coefficients_out = pad_sequence([factor.coefficients.mT for factor in outside], batch_first=True).mT
+        # One more task of zeros, for rows of the base model and of adapters that lack this layer.
+        padding = (0, 0, 0, 0, 0, 1)
+        sum_ = add_updates(
+            y,
+            self._cast_input_dtype(x, coefficients_in.dtype),
+            tensor([rows.get(name, len(names)) for name in adapter_names], device=x.device),
+            components_in=inside[0].basis.components_in,
+            coefficients_in=nn.functional.pad(coefficients_in, padding),
+            coefficients_out=nn.functional.pad(coefficients_out * scaling[:, None, None], padding),
+            components_out=outside[0].basis.components_out,
+            in_place=owns_output(self.base_layer),
+        )
+        return sum_.to(y.dtype)
+
+    def _are_ours(self, names: Sequence[str]) -> bool:
+        for name in names:
+            ours = isinstance(self.lora_A[name], InputFactor) and isinstance(self.lora_B[name], OutputFactor)
+            if not ours or name in self.lora_variant:
+                return False
+        return True
+
+    def _can_be_stacked(self, names: Sequence[str]) -> bool:
+        factors: Any = [self.lora_A[name] for name in names]
+        has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
+        return (
+            not has_dropout
+            and self._are_ours(names)
+            and all(factor.coefficients is not None for factor in factors)
+            and all(factor.basis is factors[0].basis for factor in factors)
+        )
+
+
+def adopt(layer: LoraLayer, adapter_name: str) -> None:
+    """Make PEFT's linear layer ours once its factors are; layers of other kinds (quantised, ...) stay as they are.
+
+    Args:
+        layer: LoRA layer.
+        adapter_name: Adapter whose factors were just put in.
+    """
+    if type(layer) is not ExactLinear:
+        return
+    factors = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(factors[0], InputFactor) and isinstance(factors[1], OutputFactor):
+        layer.__class__ = EigenLinear  # same fields, another forward pass: as if PEFT had made it
