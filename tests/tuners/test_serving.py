@@ -7,8 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder
+from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.errors import SubspaceError
+from eigenpeft.subspace import ModuleSubspace
 from eigenpeft.tuners.eigenlora.layer import EigenLinear
 from eigenpeft.tuners.serving import TaskBank
 from tests.factories import make_collection, write_adapter
@@ -126,6 +127,19 @@ def test_names_must_be_unique(store):
         TaskBank(store.subspace, names=["a", "a"], coefficients={})
     with pytest.raises(KeyError, match="'nobody' is not in the store"):
         TaskBank.from_store(store, names=["nobody"])
+
+
+def test_both_sides_may_be_one_tensor():
+    basis = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)))[0].mT
+    spectrum = torch.ones(4)
+    module = "model.layers.0.self_attn.q_proj"
+    subspace = PrincipalSubspace({module: ModuleSubspace(basis, basis, spectrum, spectrum, spectrum / 4)})
+    bank = TaskBank(subspace, names=["a"], coefficients={module: (torch.ones(1, 2, 4), torch.ones(1, 4, 2))})
+    model, tokens = tiny_llama(), batch(1, 3)
+    with bank.attached(model), bank.tasks(["a"]):
+        served = logits(model, tokens)
+    model.model.layers[0].self_attn.q_proj.weight.data += basis.mT @ torch.full((4, 4), 2.0) @ basis
+    torch.testing.assert_close(served, logits(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 def test_some_members_in_another_order(made, store):

@@ -145,7 +145,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kept: None) -> tuple[Tensor | None, ...]:
         needs_y, needs_x, _, needs_in, needs_out, *_ = ctx.needs_input_grad
         if grad is None or not (needs_x or needs_in or needs_out):
             return (grad, *(None,) * 6)

@@ -234,8 +234,16 @@ class _StackedUpdate(nn.Module):
             self.register_buffer(name, tensor.to(dtype or tensor.dtype), persistent=False)
 
     def forward(self, y: Tensor, x: Tensor, rows: Tensor, *, in_place: bool) -> Tensor:
-        tensors: dict[str, Any] = dict(self.named_buffers())
-        return add_updates(y, x, rows, **tensors, in_place=in_place).to(y.dtype)
+        return add_updates(
+            y,
+            x,
+            rows,
+            components_in=self.components_in,
+            coefficients_in=self.coefficients_in,
+            coefficients_out=self.coefficients_out,
+            components_out=self.components_out,
+            in_place=in_place,
+        ).to(y.dtype)
 
 
 class _Hook:
