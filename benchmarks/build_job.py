@@ -220,7 +220,7 @@ def main():
         "limit": bound,
         "runs": runs,
         "memory_limit_300MB": streamed,
-        "same_bytes": len({run["sha256"] for run in runs}) == 1,
+        "same_bytes": len({run["sha256"] for run in runs}) == 1 if len(runs) > 1 else None,
         "environment": {
             "eigenpeft": eigenpeft.__version__,
             "torch": torch.__version__,
