@@ -45,7 +45,10 @@ docs: setup ## Run every code block of README and docs
 	$(BIN)/python -m pytest tests/test_docs.py
 
 benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
-	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/build_job.py --layers 4 --streamed
+	$(PYTHON) -m venv .peers && .peers/bin/python -m pip install --quiet torch==2.13.0 vlora-dev==1.0.0 lorashare==0.1.3
+	$(BIN)/python benchmarks/peers.py --peers-python .peers/bin/python
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache

@@ -21,6 +21,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -178,7 +179,7 @@ def build(folder, out, *, n_processes, extra=()):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/eigenpeft-build-job"))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "eigenpeft-build-job")
     parser.add_argument("--n-adapters", type=int, default=500)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -219,7 +220,7 @@ def main():
         "limit": bound,
         "runs": runs,
         "memory_limit_300MB": streamed,
-        "same_bytes": len({run["sha256"] for run in runs}) == 1,
+        "same_bytes": len({run["sha256"] for run in runs}) == 1 if len(runs) > 1 else None,
         "environment": {
             "eigenpeft": eigenpeft.__version__,
             "torch": torch.__version__,

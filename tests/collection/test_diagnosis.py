@@ -38,6 +38,27 @@ def test_independent_adapters_raise_nothing(n, modules):
     assert kinds(healthy(n, modules=modules)) == []
 
 
+def test_in_parts_it_finds_the_same():
+    """With norms known beforehand and factors looked at once, as `SubspaceBuilder` does it."""
+    adapters = healthy(4)
+    adapters["zero"] = scaled(random_factors(modules=WIDE, seed=9), 0.0)
+    adapters["twin"] = scaled(adapters["a1"], 1.01)
+    adapters["huge"] = scaled(random_factors(modules=WIDE, seed=8), 1000.0)
+    parts, n_compared = Diagnosis(), 0
+    for module in WIDE:
+        read = [AdapterFactors(name, lora_A=own[module][1], lora_B=own[module][0]) for name, own in adapters.items()]
+        parts.observe_norms(
+            list(adapters), [float((each.lora_B.double() @ each.lora_A.double()).norm()) for each in read]
+        )
+        if parts.compares(list(adapters)):
+            n_compared += 1
+            parts.compare(iter(read))
+    assert n_compared == 4 < len(WIDE)
+    whole = diagnose(adapters)[0]
+    assert [(f.kind, f.adapters) for f in parts.findings()] == [(f.kind, f.adapters) for f in whole]
+    assert {f.kind for f in whole} == {"untrained", "outlier_norm", "same_start", "near_duplicate"}
+
+
 def test_nothing_observed():
     assert Diagnosis().findings() == ()
 

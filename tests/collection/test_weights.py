@@ -1,10 +1,12 @@
 """Weights files: lazy, both formats, and what damaged or hostile ones say."""
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from eigenpeft.collection import weights
 from eigenpeft.collection.weights import file_sha256, open_weights
@@ -45,6 +47,49 @@ def test_a_file_that_vanished_is_an_error_with_its_name(folder):
     opened.path.unlink()
     with pytest.raises(ValueError, match=rf"{opened.path.name} that is truncated or damaged"):
         opened.read(KEY)
+
+
+def test_a_file_that_became_shorter_is_an_error_not_a_short_tensor(tmp_path):
+    opened = open_weights(write_adapter(tmp_path, random_factors()))
+    content = opened.path.read_bytes()
+    opened.path.write_bytes(content[:-4])
+    messages = []
+    for key, shape in opened.shapes.items():
+        try:
+            assert opened.read(key).shape == shape
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) == 1  # the one whose last number is gone
+    assert re.search(r"truncated or damaged \('.*' ends after \d+ of \d+ bytes\)", messages[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path, dtype):
+    stored = {
+        "a": torch.randn(3, 5).to(dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
+        "scalar": torch.ones((), dtype=dtype),
+        "a.b/c": torch.randn(2, 1, 4).to(dtype),
+    }
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    opened = open_weights(tmp_path)
+    for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        read = opened.read(key)
+        assert read.dtype == dtype
+        assert read.shape == tensor.shape
+        assert torch.equal(read.float(), tensor.float())
+
+
+def test_nothing_stays_open_between_two_reads(tmp_path):
+    fds = Path("/proc/self/fd")
+    if not fds.exists():
+        pytest.skip("counts open files in /proc")
+    opened = open_weights(write_adapter(tmp_path, random_factors()))
+    opened.read(KEY)
+    assert str(opened.path.resolve()) not in Path("/proc/self/maps").read_text()
+    assert not [fd for fd in fds.iterdir() if fd.exists() and fd.resolve() == opened.path.resolve()]
 
 
 def test_safetensors_is_preferred(tmp_path):

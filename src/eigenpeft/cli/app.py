@@ -3,9 +3,12 @@
 import json
 import logging
 import re
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +16,12 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 
-from eigenpeft.errors import CollectionError, EigenPeftError, SubspaceError
+from eigenpeft.errors import CollectionError, EigenPeftError, LostProcessError, SubspaceError
 from eigenpeft.subspace.distributed import Team, share_threads
 from eigenpeft.version import __version__
+
+# A launcher stops all processes 0.1 s after the first one fails; so long the silent ones let the main one print.
+_TIME_TO_SPEAK = 1.0
 
 app = typer.Typer(
     name="eigenpeft",
@@ -57,7 +63,8 @@ def main() -> None:
         app()
     except (EigenPeftError, OSError, KeyError) as error:
         # What is wrong with the input all processes of a launch find; what happens to one alone that one must tell.
-        if console.quiet and isinstance(error, (CollectionError, SubspaceError)):
+        if console.quiet and isinstance(error, CollectionError | SubspaceError):
+            time.sleep(_TIME_TO_SPEAK)
             sys.exit(1)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         errors.print(f"[red]Error:[/red] {escape(str(message))}", soft_wrap=True)
@@ -69,7 +76,17 @@ def join_team() -> Team:
     share_threads()
     team = Team.of_this_launch()
     console.quiet = not team.is_main
+    if team.size > 1:
+        signal.signal(signal.SIGTERM, _stopped_by_launcher)
     return team
+
+
+def _stopped_by_launcher(signum: int, frame: FrameType | None) -> None:
+    """A launcher that finds one process dead stops the others: say so, and what to do, instead of just ending."""
+    raise LostProcessError(
+        "Stopped by the launcher, as when another process was killed or ran out of memory. What was finished is kept: run "
+        "the same command again and it goes on from there."
+    )
 
 
 def components(values: Sequence[str]) -> int | float | dict[str, int | float]:

@@ -33,7 +33,7 @@ from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.shards import FittedModule, Shards
-from eigenpeft.subspace.streaming import chunk_adapters
+from eigenpeft.subspace.streaming import bytes_at_once, chunk_adapters
 from eigenpeft.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -338,21 +338,17 @@ class SubspaceBuilder:
         return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
 
     def _chunks(self, module: str, collection: AdapterCollection, n_components: int | float) -> list[list[str]] | None:
-        if self.memory_limit is None:
+        ranks, shape = collection.ranks(module), collection.shapes[module]
+        k = n_components if isinstance(n_components, int) else _SHARE_GUESS
+        if self.memory_limit is None or bytes_at_once(sum(ranks.values()), shape, n_components=k) <= self.memory_limit:
             return None
-        chunks = chunk_adapters(
-            collection.ranks(module),
-            collection.shapes[module],
-            n_components=n_components if isinstance(n_components, int) else _SHARE_GUESS,
-            memory_limit=self.memory_limit,
-        )
-        if chunks is not None and (self.method not in _MERGEABLE or not isinstance(n_components, int)):
+        if self.method not in _MERGEABLE or not isinstance(n_components, int):
             raise ValueError(
                 f"its adapters do not fit into memory_limit={self.memory_limit} bytes together, and a single pass needs "
                 f"method {' or '.join(map(repr, _MERGEABLE))} and a whole number of components, not "
                 f"method={self.method!r} and n_components={n_components!r}; raise the limit or change these"
             )
-        return chunks
+        return chunk_adapters(ranks, shape, n_components=k, memory_limit=self.memory_limit)
 
     def _fit_factors(self, module: str, factors: ManyFactors) -> FittedBases:
         return fit_bases(

@@ -39,8 +39,8 @@ def bytes_of_chunk(n_rows: int, shape: tuple[int, int], *, n_components: int) ->
 
 def chunk_adapters(
     ranks: Mapping[str, int], shape: tuple[int, int], *, n_components: int, memory_limit: int
-) -> list[list[str]] | None:
-    """Chunks of adapters whose fit stays within the limit, in order; None if all fit at once.
+) -> list[list[str]]:
+    """Chunks of adapters whose single pass stays within the limit, in order.
 
     Args:
         ranks: Rank of each adapter that has the module.
@@ -51,8 +51,6 @@ def chunk_adapters(
     Raises:
         ValueError: If not even one adapter fits.
     """
-    if bytes_at_once(sum(ranks.values()), shape, n_components=n_components) <= memory_limit:
-        return None
     least = bytes_of_chunk(max(ranks.values()), shape, n_components=n_components)
     if least > memory_limit:
         raise ValueError(
