@@ -55,7 +55,8 @@ def main() -> None:
             if arguments.method == "lora"
             else _run(arguments.method, arguments.core, package, environment, arguments)
         )
-    _report(arguments, results, baseline)
+    if _report(arguments, results, baseline):
+        raise SystemExit(1)
 
 
 _WRITE_CACHE = (
@@ -126,7 +127,8 @@ def _run(method: str, core: str, package: Path, environment: dict[str, str], arg
     return json.loads(Path(settings["EIGENPEFT_SUITE_RESULT"]).read_text())
 
 
-def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> None:
+def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> int:
+    """Print and save the comparison; returns how many tests fail that LoRA passes."""
     counts, lora = (dict(Counter(result["outcome"] for result in each.values())) for each in (results, baseline))
     worse = {
         name: result["reason"]
@@ -154,6 +156,7 @@ def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> Non
         path = Path(arguments.summary)
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps(known | {label: entry}, indent=1, sort_keys=True) + "\n")
+    return len(failing)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,17 @@ def test_saves_and_loads(kind, method, tmp_path):
         torch.testing.assert_close(loaded(x), expected, **tolerance)
 
 
+@pytest.mark.parametrize(("kind", "method"), [c for c in CASES if c[0] not in ("experts", "attention")])
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_dora_saves_and_loads(kind, method, tmp_path):
+    base, x, model = adapted(kind, method, init=False, use_dora=True)
+    assert torch.equal(model(x), expected := model(x))
+    model.save_pretrained(tmp_path)
+    for settings in ({}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **settings).eval()
+        torch.testing.assert_close(loaded(x), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "method"), [case for case in CASES if case[0] not in UNMERGEABLE])
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")  # PEFT's attention, of its output projection

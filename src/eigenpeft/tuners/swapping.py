@@ -93,9 +93,15 @@ def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_ad
     """
     layer._move_adapter_to_device_of_base_layer(adapter_name)
     variant: Any = layer.lora_variant.get(adapter_name)
-    if variant is not None:  # DoRA measured its magnitude with the factors that are gone
+    # DoRA measured its magnitude with the factors that are gone; on the meta device it waits for its file instead.
+    if variant is not None and not any(_is_meta(factors[adapter_name]) for factors in factor_dicts(layer)):
         variant.init(layer, adapter_name=adapter_name, config=config)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
     if adapter_name not in active_adapters:
         for factors in factor_dicts(layer):
             factors[adapter_name].requires_grad_(False)
+
+
+def _is_meta(factor: Any) -> bool:
+    tensors = factor.parameters() if isinstance(factor, nn.Module) else [factor]
+    return any(tensor.device.type == "meta" for tensor in tensors)
