@@ -47,7 +47,9 @@ def test_planted_users_show_in_every_row(found):
         "LoRe",
         "oracle",
     }
-    assert found.gain[NEW].mean == pytest.approx(accuracy["LoRe"] - accuracy["shared head"])
+    assert found.gain_over_shared[NEW].mean == pytest.approx(accuracy["LoRe"] - accuracy["shared head"])
+    assert found.gain_over_population[NEW].mean == pytest.approx(accuracy["LoRe"] - accuracy["LoRe, population"])
+    assert found.gain[NEW].mean == min(found.gain_over_shared[NEW].mean, found.gain_over_population[NEW].mean)
     assert found.n_basis == 3
 
 

@@ -293,17 +293,18 @@ def _accuracy_table(found: LoReEvaluation) -> Table:
         table.add_column(quadrant, justify="right")
     for method, shares in found.accuracy.items():
         table.add_row(method, *(f"{share.mean:.3f} \\[{share.low:.3f}, {share.high:.3f}]" for share in shares.values()))
-    table.add_row(
-        "gain over the shared head",
-        *(f"{share.mean:+.3f} \\[{share.low:+.3f}, {share.high:+.3f}]" for share in found.gain.values()),
-        style="bold",
-    )
+    for name, gains in (
+        ("gain over the shared head", found.gain_over_shared),
+        ("gain over its population", found.gain_over_population),
+    ):
+        cells = (f"{share.mean:+.3f} \\[{share.low:+.3f}, {share.high:+.3f}]" for share in gains.values())
+        table.add_row(name, *cells, style="bold")
     return table
 
 
 def _few_shot_table(found: LoReEvaluation) -> Table:
     table = Table(title="New users by number of comparisons, on new prompts")
-    for title in ("comparisons", "shared head", "LoRe", "gain"):
+    for title in ("comparisons", "shared head", "LoRe", "gain over its population"):
         table.add_column(title, justify="right")
     for n, gain in found.few_shot_gain.items():
         table.add_row(

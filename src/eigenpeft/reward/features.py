@@ -88,10 +88,11 @@ def embed_preferences(
         if place.is_dir():
             continue
         rows = dataset.select(range(number * part_size, min((number + 1) * part_size, len(dataset))))
+        examples: list[Any] = list(rows)
         texts = [
             join(row.get("prompt") or ("" if isinstance(row[side], str) else []), row[side], processing_class)
             for side in ("chosen", "rejected")
-            for row in rows
+            for row in examples
         ]
         features = embed_texts(model, processing_class, texts, batch_size=batch_size, max_length=max_length).numpy()
         columns = Features(

@@ -148,8 +148,10 @@ def judge(
         parts = [_score(by_basis[mask], weights[rows[mask]]) for mask in (seen, queries)]
         losses = torch.cat([part[0] for part in parts])
         if best is None or float(losses.sum()) < float(best.losses.sum()):
-            numbers = [value for loss, accuracy in parts for value in (float(loss.mean()), accuracy)]
-            best = Candidate(setting, strength, *numbers, losses)
+            (seen_loss, seen_accuracy), (new_loss, new_accuracy) = parts
+            best = Candidate(
+                setting, strength, float(seen_loss.mean()), seen_accuracy, float(new_loss.mean()), new_accuracy, losses
+            )
     assert best is not None
     return best
 

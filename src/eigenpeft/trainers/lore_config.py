@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from trl import RewardConfig
+from trl.trainer.reward_config import RewardConfig
 
 
 @dataclass

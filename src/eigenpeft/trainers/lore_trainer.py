@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
 from eigenpeft.linalg.preference import simplex
@@ -44,6 +44,7 @@ class LoReTrainer(RewardTrainer):
 
     _tag_names = ["trl", "lore", "eigenpeft"]
     _name = "LoRe"
+    args: LoReConfig
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class LoReTrainer(RewardTrainer):
             args=args,
             data_collator=DataCollatorForUserPreference(
                 pad_token_id=processing_class.pad_token_id,
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=cast(int | None, args.pad_to_multiple_of),  # resolved by the config
                 user_rows={name: row for row, name in enumerate(names)},
                 user_column=args.user_column,
             ),
@@ -124,7 +125,7 @@ class LoReTrainer(RewardTrainer):
         rows = inputs["user_rows"]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         classifier = self._classifier()
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if model.training else "eval"
         with torch.no_grad():
             by_basis = self._mixing.basis_logits
             chosen, rejected = torch.chunk(by_basis @ population_of(classifier).to(by_basis), chunks=2)
@@ -181,7 +182,7 @@ class LoReTrainer(RewardTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _mean(self, value: Tensor) -> float:
-        return self.accelerator.gather_for_metrics(value).mean().item()
+        return cast(Tensor, self.accelerator.gather_for_metrics(value)).mean().item()
 
 
 def _users_of(dataset: Any, column: str, user_ids: Sequence[str | int] | None) -> tuple[list[str], list[float]]:
@@ -206,7 +207,7 @@ def _users_of(dataset: Any, column: str, user_ids: Sequence[str | int] | None) -
 def _basis_model(model: Any, args: LoReConfig) -> Any:
     """A classifier with n_basis labels; the rows of a one-label head start as that head and noise that tells them apart."""
     if isinstance(model, str):
-        options = dict(args.model_init_kwargs or {})
+        options: dict[str, Any] = dict(cast(dict[str, Any], args.model_init_kwargs or {}))
         options.setdefault("dtype", torch.float32)
         options.setdefault("trust_remote_code", args.trust_remote_code)
         known = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
