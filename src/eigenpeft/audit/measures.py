@@ -1,0 +1,121 @@
+"""The numbers of one module: spectra, explained and held-out shares, of real and of random adapters."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenpeft.collection.adapter import AdapterFactors
+from eigenpeft.linalg.decompose import leading_components
+from eigenpeft.linalg.leave_one_out import HeldOut, cosines, held_out_curves
+from eigenpeft.linalg.nulls import effective_rank, matched_null
+from eigenpeft.linalg.stacking import Factors, Stacks, share_curve, stack_factors
+
+
+@dataclass(frozen=True)
+class Shares:
+    """One draw of adapters, real or random; K components, n adapters.
+
+    Attributes:
+        explained: (K,), of all adapters together, in a subspace fitted to them.
+        held_out: (n, K) shares, each adapter left out with its group.
+        held_out_alone: The same, each left out alone.
+        effective_ranks: Of the input and the output side.
+    """
+
+    explained: Tensor
+    held_out: HeldOut
+    held_out_alone: HeldOut
+    effective_ranks: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ModuleMeasures:
+    """One module.
+
+    Attributes:
+        shape: (out_features, in_features).
+        adapters: Those with an update there.
+        real: Of the adapters.
+        nulls: Of random adapters with the same singular values, one a draw.
+        seed_nulls: The same, adapters of one group sharing their input directions; empty where no group has two.
+        similarity: (n, n) cosines of ΔW.
+    """
+
+    shape: tuple[int, int]
+    adapters: tuple[str, ...]
+    real: Shares
+    nulls: tuple[Shares, ...]
+    seed_nulls: tuple[Shares, ...]
+    similarity: Tensor
+
+
+def measure(
+    factors: Sequence[AdapterFactors],
+    *,
+    n_components: int,
+    groups: dict[str, Hashable],
+    n_nulls: int,
+    generator: torch.Generator,
+) -> ModuleMeasures | None:
+    """Measure one module; None where fewer than two adapters have an update.
+
+    Args:
+        factors: As the collection reads them.
+        n_components: Largest K.
+        groups: Adapter to the label of its group.
+        n_nulls: Draws of each null.
+        generator: Source of the draws.
+    """
+    trained = [each for each in factors if bool(each.lora_B.any()) and bool(each.lora_A.any())]
+    if len(trained) < 2:
+        return None
+    pairs: list[Factors] = [(each.lora_B, each.lora_A) for each in trained]
+    labels = [groups[each.adapter] for each in trained]
+    stacks = _stacked(pairs)
+    if len(stacks.sizes) != len(trained):
+        return None  # factors that cancel: no update although neither is zero
+    grouped = len(set(labels)) < len(labels)
+
+    def draw(common_start: Sequence[Hashable] | None) -> Shares:
+        null = matched_null(pairs, generator=generator, common_start=common_start)
+        return _shares(_stacked(null), n_components, labels)
+
+    return ModuleMeasures(
+        shape=(len(trained[0].lora_B), trained[0].lora_A.shape[1]),
+        adapters=tuple(each.adapter for each in trained),
+        real=_shares(stacks, n_components, labels),
+        nulls=tuple(draw(None) for _ in range(n_nulls)),
+        seed_nulls=tuple(draw(labels) for _ in range(n_nulls)) if grouped else (),
+        similarity=cosines(stacks),
+    )
+
+
+def _stacked(pairs: Sequence[Factors]) -> Stacks:
+    return stack_factors(pairs, rows="balanced", weighting="equal")
+
+
+def _shares(stacks: Stacks, n_components: int, labels: Sequence[Hashable]) -> Shares:
+    sides = [leading_components(rows, n_components=n_components) for rows in (stacks.rows_in, stacks.rows_out)]
+    k = min(len(side.singular_values) for side in sides)
+    explained = share_curve(stacks, sides[0].components[:k], sides[1].components[:k])
+    alone = held_out_curves(stacks, n_components=n_components)
+    grouped = len(set(labels)) < len(labels)
+    return Shares(
+        explained=_extended(explained, n_components),
+        held_out=held_out_curves(stacks, n_components=n_components, groups=labels) if grouped else alone,
+        held_out_alone=alone,
+        effective_ranks=(_effective_rank(stacks.rows_in), _effective_rank(stacks.rows_out)),
+    )
+
+
+def _extended(curve: Tensor, n_components: int) -> Tensor:
+    """A curve that ends where the rank does, with its last value repeated."""
+    return torch.cat([curve, curve[-1:].expand(n_components - len(curve))])
+
+
+def _effective_rank(rows: Tensor) -> float:
+    smaller = rows if len(rows) <= rows.shape[1] else rows.mT
+    wide = smaller.to(torch.float64)
+    return effective_rank(torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0.0).sqrt())

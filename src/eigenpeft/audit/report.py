@@ -1,0 +1,97 @@
+"""What an audit found, as frozen plain data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from eigenpeft.collection.diagnosis import Finding
+
+Verdict = Literal["shared", "shared only through a common seed", "not shared"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A share for K = 1, 2, ... components, beside the same of the matched null.
+
+    Attributes:
+        real: Of the adapters, mean.
+        low: Lower end of the bootstrap interval over adapters (5 %); equal to `real` where none was taken.
+        high: Upper end (95 %).
+        null: Of random adapters with the same singular values and shapes, mean over draws.
+        null_high: Largest of the draws.
+    """
+
+    real: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    null: tuple[float, ...]
+    null_high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModuleAudit:
+    """One module.
+
+    Attributes:
+        shape: (out_features, in_features).
+        n_adapters: Trained adapters that have it.
+        effective_rank_in: Directions of equal weight that would spread as the input rows do.
+        effective_rank_out: The same for the output rows.
+        null_effective_rank_in: Of the matched null.
+        null_effective_rank_out: Of the matched null.
+        explained: Share of the adapters' squared norms inside a subspace fitted to all of them.
+        held_out: The same, each adapter's share in a subspace fitted to the others.
+    """
+
+    shape: tuple[int, int]
+    n_adapters: int
+    effective_rank_in: float
+    effective_rank_out: float
+    null_effective_rank_in: float
+    null_effective_rank_out: float
+    explained: Curve
+    held_out: Curve
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The whole collection.
+
+    Attributes:
+        verdict: "shared", "shared only through a common seed", or "not shared".
+        advice: What that means and what to do, in a few sentences.
+        n_components: The smallest K whose held-out share is within 5 % of the largest: what more components add is small.
+        adapters: Trained adapters, in order.
+        groups: Adapters that were left out together, because they share a start or a run.
+        explained: Mean over the modules.
+        held_out: Mean over modules and adapters; adapters of one group are left out together.
+        held_out_alone: The same, each adapter left out alone: what it gains through its group is in it.
+        held_out_in: As `held_out`, with the input side alone projected.
+        held_out_alone_in: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
+        outside: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
+        similarity: Mean cosine of ΔW of every pair, (n, n).
+        modules: Module name to its audit.
+        findings: What was noticed about single adapters and pairs.
+        weighting: "equal": every adapter's update of a module counts alike.
+        seed: Of the nulls and the bootstrap.
+    """
+
+    verdict: Verdict
+    advice: str
+    n_components: int
+    adapters: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    explained: Curve
+    held_out: Curve
+    held_out_alone: Curve
+    held_out_in: Curve
+    held_out_alone_in: Curve
+    outside: dict[str, float]
+    similarity: tuple[tuple[float, ...], ...]
+    modules: dict[str, ModuleAudit]
+    findings: tuple[Finding, ...]
+    weighting: str
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return asdict(self)
