@@ -28,6 +28,10 @@ class _ActsAsMatrix(nn.Module):
         """The matrix without its history."""
         return self.weight.detach()
 
+    def detach(self) -> Tensor:
+        """The matrix without its history."""
+        return self.weight.detach()
+
     @property
     def shape(self) -> torch.Size:
         """Of the matrix."""

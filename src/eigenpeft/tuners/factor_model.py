@@ -90,13 +90,13 @@ class FactorModel(LoraModel):
     def _plain_config(self, adapter_name: str) -> LoraConfig:
         """LoRA's configuration of an adapter with plain factors, its rank being what the factors have."""
         ours = self.peft_config[adapter_name]
-        values = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
-        config = LoraConfig(**values | {"peft_type": "LORA"})
+        values: dict[str, Any] = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
+        values |= {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer) and adapter_name in (factors := factor_dicts(layer)[0]):
                 factor = factors[adapter_name]
                 rank = len(getattr(factor, "weight", factor))
                 if rank != layer.r[adapter_name]:  # the sources' core has a rank of its own
                     key = "^" + weight_name(path, layer).replace(".", r"\.")
-                    config.rank_pattern[key] = config.alpha_pattern[key] = layer.r[adapter_name] = rank
-        return config
+                    values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
+        return LoraConfig(**values)
