@@ -35,10 +35,14 @@ class FactorModel(LoraModel):
     def _create_and_replace(
         self, lora_config, adapter_name: str, target, target_name: str, parent, current_key: str, **kwargs
     ) -> None:
+        had = isinstance(target, LoraLayer) and adapter_name in factor_dicts(target)[1]
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if adapter_name in self._plain:
             return
-        for module, layer in tuned_layers(parent, target_name, current_key):
+        # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
+        extended = isinstance(target, LoraLayer) and not had and adapter_name in factor_dicts(target)[1]
+        tuned = target if extended else getattr(parent, target_name)
+        for module, layer in tuned_layers(tuned, current_key):
             if adapter_name not in factor_dicts(layer)[1]:
                 raise AdapterConfigError(
                     f"{module!r} became a {type(layer).__name__} without LoRA's factors, which {type(self).__name__} could "
