@@ -41,7 +41,7 @@ class FactorModel(LoraModel):
             return
         # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
         extended = isinstance(target, LoraLayer) and not had and adapter_name in factor_dicts(target)[1]
-        tuned = target if extended else getattr(parent, target_name)
+        tuned: Any = target if extended else getattr(parent, target_name)
         for module, layer in tuned_layers(tuned, current_key):
             if adapter_name not in factor_dicts(layer)[1]:
                 raise AdapterConfigError(
