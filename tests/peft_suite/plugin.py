@@ -113,7 +113,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
     if report.outcome == "failed" and METHOD != "lora":
         error = call.excinfo.value if call.excinfo else None
-        reason = reason_not_applicable(report.nodeid, METHOD)
+        reason = reason_not_applicable(report.nodeid, f"{METHOD}-{CORE}" if METHOD == "eigenlora" else METHOD)
         if isinstance(error, AdapterConfigError):
             reason = "refused: " + REFUSED_VALUE.sub("", str(error))
         if reason is not None:

@@ -234,3 +234,15 @@ def test_moslora_update_of_an_embedding_is_the_formula():
     factor = layer.lora_embedding_B["default"]
     expected = 2 * factor.factor.double() @ factor.mixer.double() @ layer.lora_embedding_A["default"].double()
     torch.testing.assert_close(layer.get_delta_weight("default").double(), expected.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_adapter_on_experts(method):
+    base, x, model = adapted("experts", method, init=False)
+    first = model(x)
+    config = config_for(base, method, settings=KINDS["experts"][2], init_lora_weights=False, r=2)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert (model(x) - first).abs().max() > 1e-4
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)

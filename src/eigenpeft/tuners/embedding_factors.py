@@ -28,6 +28,10 @@ class _ActsAsMatrix(nn.Module):
         """The matrix without its history."""
         return self.weight.detach()
 
+    def detach(self) -> Tensor:
+        """The matrix without its history."""
+        return self.weight.detach()
+
     @property
     def shape(self) -> torch.Size:
         """Of the matrix."""
@@ -65,7 +69,9 @@ class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
     @property
     def T(self) -> Tensor:
         """(num_embeddings, r), to look tokens up in; the components themselves, not copied, when there is no C_in."""
-        return self.basis.components_in.mT if self.coefficients is None else self.weight.mT
+        if self.coefficients is not None or not self.follows:
+            return self.weight.mT
+        return self.basis.components_in.mT.to(self.follows[0].coefficients.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -64,8 +64,8 @@ class ExactConv3d(_ExactUnmerge, lora.Conv3d):
     """LoRA's convolution over volumes."""
 
 
-class ExactParamWrapper(_ExactUnmerge, lora.ParamWrapper):
-    """LoRA's wrapper of a bare parameter."""
+class ParamWrapper(_ExactUnmerge, lora.ParamWrapper):
+    """LoRA's wrapper of a bare parameter; it keeps the name, by which PEFT tells it from other layers."""
 
 
 _EXACT = {kind.__mro__[2]: kind for kind in _ExactUnmerge.__subclasses__()}
@@ -78,7 +78,7 @@ def make_exact(layer: nn.Module) -> nn.Module:
         layer: LoRA layer.
     """
     if type(layer) in _EXACT:
-        layer.__class__ = _EXACT[type(layer)]
+        layer.__class__ = _EXACT[type(layer)]  # pyright: ignore[reportAttributeAccessIssue]
     return layer
 
 

@@ -29,7 +29,7 @@ class RepeatedInputFactor(InputFactor):
     @property
     def weight(self) -> Tensor:
         """(n_experts * n_components, in_features)."""
-        return self.basis.components_in.repeat(self._n_experts, 1)
+        return super().weight.repeat(self._n_experts, 1)
 
 
 class ExpertDiagonalFactor(OutputFactor):

@@ -35,10 +35,14 @@ class FactorModel(LoraModel):
     def _create_and_replace(
         self, lora_config, adapter_name: str, target, target_name: str, parent, current_key: str, **kwargs
     ) -> None:
+        had = isinstance(target, LoraLayer) and adapter_name in factor_dicts(target)[1]
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         if adapter_name in self._plain:
             return
-        for module, layer in tuned_layers(parent, target_name, current_key):
+        # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
+        extended = isinstance(target, LoraLayer) and not had and adapter_name in factor_dicts(target)[1]
+        tuned: Any = target if extended else getattr(parent, target_name)
+        for module, layer in tuned_layers(tuned, current_key):
             if adapter_name not in factor_dicts(layer)[1]:
                 raise AdapterConfigError(
                     f"{module!r} became a {type(layer).__name__} without LoRA's factors, which {type(self).__name__} could "
@@ -90,13 +94,13 @@ class FactorModel(LoraModel):
     def _plain_config(self, adapter_name: str) -> LoraConfig:
         """LoRA's configuration of an adapter with plain factors, its rank being what the factors have."""
         ours = self.peft_config[adapter_name]
-        values = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
-        config = LoraConfig(**values | {"peft_type": "LORA"})
+        values: dict[str, Any] = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
+        values |= {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer) and adapter_name in (factors := factor_dicts(layer)[0]):
                 factor = factors[adapter_name]
                 rank = len(getattr(factor, "weight", factor))
                 if rank != layer.r[adapter_name]:  # the sources' core has a rank of its own
                     key = "^" + weight_name(path, layer).replace(".", r"\.")
-                    config.rank_pattern[key] = config.alpha_pattern[key] = layer.r[adapter_name] = rank
-        return config
+                    values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
+        return LoraConfig(**values)

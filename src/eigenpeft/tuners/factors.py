@@ -22,6 +22,7 @@ class InputFactor(nn.Module):
         super().__init__()
         self._owned_elsewhere = (basis,)  # in a tuple, so that it is no submodule: the LoRA layer owns it
         self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
+        self.follows: tuple[Any, ...] = ()  # the output side, whose dtype is the adapter's when there is nothing here
         self.bias = None
         self.in_features = basis.components_in.shape[1]
         self.out_features = len(basis.components_in) if coefficients is None else len(coefficients)
@@ -36,7 +37,8 @@ class InputFactor(nn.Module):
         """(r, in_features), as LoRA's own `lora_A.weight`."""
         components = self.basis.components_in
         if self.coefficients is None:
-            return components.clone()  # PEFT writes into weights; the components are everybody's
+            # A copy, since PEFT writes into weights and the components are everybody's; in the adapter's dtype, as LoRA's.
+            return components.to(self.follows[0].coefficients.dtype if self.follows else components.dtype, copy=True)
         return self.coefficients @ components.to(self.coefficients.dtype)
 
     def extra_repr(self) -> str:

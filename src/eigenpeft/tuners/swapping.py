@@ -13,23 +13,21 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.convolution_factors import is_convolution
 
 
-def tuned_layers(parent: nn.Module, target_name: str, key: str) -> Iterator[tuple[str, LoraLayer]]:
+def tuned_layers(layer: nn.Module, key: str) -> Iterator[tuple[str, LoraLayer]]:
     """The LoRA layers that PEFT has just made or extended for one target, by the name of the weight each adapts.
 
     One, but for multi-head attention, whose output projection has a layer of its own inside.
 
     Args:
-        parent: Module that holds the target.
-        target_name: Its attribute there.
+        layer: What PEFT made or extended.
         key: Name of the target in the model; of the parameter, for bare parameters.
 
     Raises:
         AdapterConfigError: If it is no LoRA layer that our methods know.
     """
-    layer = getattr(parent, target_name)
     if not isinstance(layer, LoraLayer):
         raise AdapterConfigError(
-            f"{target_name!r} became a {type(layer).__name__}, which is not one of PEFT's LoRA layers; exclude it."
+            f"{key!r} became a {type(layer).__name__}, which is not one of PEFT's LoRA layers; exclude it."
         )
     yield key, layer
     if isinstance(layer, MultiheadAttention):

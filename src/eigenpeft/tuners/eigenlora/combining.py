@@ -36,7 +36,8 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
         return True
     layers = [layer for name in adapters for _, layer, _ in adapted_layers(model, name)]
     # The channels of a grouped convolution's B are bound to the groups; ranks that differ within one layer do not add.
-    grouped = any(is_convolution(base := layer.get_base_layer()) and base.groups > 1 for layer in layers)
+    bases: list[Any] = [layer.get_base_layer() for layer in layers]
+    grouped = any(is_convolution(base) and base.groups > 1 for base in bases)
     ranks = [{layer.r[name] for name in adapters if name in layer.r} for layer in layers]
     return not grouped and (combination != "linear" or all(len(each) == 1 for each in ranks))
 

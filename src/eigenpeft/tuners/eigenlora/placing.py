@@ -77,7 +77,7 @@ def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, coefficients: St
     """
     inputs, outputs = factor_dicts(layer)
     replaced = inputs[adapter_name], outputs[adapter_name]
-    pair: tuple[nn.Module, nn.Module]
+    pair: tuple[Any, nn.Module]
     inside, outside = coefficients
     if isinstance(layer, Embedding):
         pair = EmbeddingInputFactor(basis, coefficients=inside), EmbeddingOutputFactor(basis, coefficients=outside)
@@ -90,6 +90,8 @@ def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, coefficients: St
         )
     else:
         pair = InputFactor(basis, coefficients=inside), OutputFactor(basis, coefficients=outside)
+    if inside is None:
+        pair[0].follows = (pair[1],)
     for factors, factor in zip((inputs, outputs), pair, strict=True):
         replace_factor(factors, adapter_name, factor)
 
