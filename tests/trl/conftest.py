@@ -162,7 +162,7 @@ SETUPS = {
 }
 
 
-def make_trainer(name: str, out, *, model, peft_config: PeftConfig | None = None, **changes: Any):
+def make_trainer(name: str, out, *, model, peft_config: PeftConfig | None = None, callbacks=(), **changes: Any):
     setup = SETUPS[name]
     settings = {
         "output_dir": str(out),
@@ -177,7 +177,6 @@ def make_trainer(name: str, out, *, model, peft_config: PeftConfig | None = None
         "bf16": False,
         "use_cpu": True,
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
         "seed": 0,
     }
     return setup.trainer(
@@ -186,6 +185,7 @@ def make_trainer(name: str, out, *, model, peft_config: PeftConfig | None = None
         train_dataset=setup.data(),
         processing_class=byte_tokenizer(),
         peft_config=peft_config,
+        callbacks=list(callbacks),
         **setup.arguments(),
     )
 

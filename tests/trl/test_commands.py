@@ -70,7 +70,7 @@ def test_two_steps(name, arguments, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "expected"), [("moslora", "MOSLORA"), ("lora", "LORA")])
 def test_other_methods(method, expected, arguments, tmp_path):
-    commands.run_script("sft", arguments("sft", "--peft_method", method, "--lora_target_modules", "q_proj"))
+    commands.run_script("sft", arguments("sft", "--peft_method", method, "--lora_target_modules", "q_proj", "v_proj"))
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == expected
 
 

@@ -1,0 +1,1 @@
+"""Trainers and callbacks: what TRL and transformers need beside the methods themselves."""
