@@ -1,0 +1,54 @@
+"""The command merge-base: fold an adapter into its base model's weights."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from peft import PeftConfig, PeftModel
+from rich.markup import escape
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from eigenpeft.atomic import atomic_folder
+from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
+from eigenpeft.errors import EigenPeftError
+
+_LOADERS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+
+
+@app.command("merge-base")
+def merge_base(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter of any PEFT method.")],
+    out: Out,
+    base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
+    num_labels: Annotated[int | None, typer.Option(help="Labels of a classifier's head.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with the adapter folded in: an ordinary model that needs neither PEFT nor eigenpeft.
+
+    Example: eigenpeft merge-base my-task --out my-task-merged
+    """
+    quiet(as_json)
+    config = PeftConfig.from_pretrained(adapter)
+    base = base or config.base_model_name_or_path
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if base is None or task not in _LOADERS:
+        raise EigenPeftError(
+            f"{adapter} names the base model {base!r} and the task type {task!r}; merge-base needs a base model (pass "
+            f"--base) and one of {', '.join(_LOADERS)}."
+        )
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model = _LOADERS[task].from_pretrained(base, dtype="auto", **labels)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    with atomic_folder(out, last="config.json") as scratch:
+        merged.save_pretrained(scratch)
+        if _has_tokenizer(base):
+            AutoTokenizer.from_pretrained(base).save_pretrained(scratch)
+    if as_json:
+        print_json({"path": str(out), "adapter": adapter, "base": base})
+        return
+    console.print(f"Wrote the merged model {escape(str(out))}.")
+
+
+def _has_tokenizer(base: str) -> bool:
+    # A Hub id has one to be loaded; a local folder may hold the weights alone.
+    return not Path(base).is_dir() or any(Path(base).glob("tokenizer*")) or (Path(base) / "vocab.txt").is_file()

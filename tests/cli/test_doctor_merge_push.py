@@ -1,0 +1,110 @@
+"""The commands doctor, merge-base and push: the last against a recorder in the place of the Hub's client."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from eigenpeft import EigenLoraConfig
+from eigenpeft.cli import app
+from eigenpeft.cli import doctor as doctor_module
+from eigenpeft.cli import publish as publish_module
+from eigenpeft.errors import EigenPeftError
+from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
+
+
+@pytest.fixture
+def run():
+    def call(*words):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+def test_doctor_tells_versions_and_back_ends(run):
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["packages"]["torch"]["version"] == torch.__version__
+    assert set(found["back_ends"]) >= {"bitsandbytes", "hqq"}
+    assert "peft" in run("doctor").stdout
+
+
+def test_doctor_names_an_old_and_a_missing_package(run, monkeypatch):
+    real = doctor_module.installed
+    monkeypatch.setattr(
+        doctor_module, "installed", lambda name: {"peft": "0.9", "datasets": None}.get(name, real(name))
+    )
+    result = run("doctor", "--json", "--strict")
+    assert result.exit_code == 1
+    problems = " ".join(json.loads(result.stdout)["problems"])
+    assert "peft 0.9 is older than 0.21" in problems
+    assert "datasets is not installed" in problems
+
+
+def test_doctor_tells_when_transformers_wants_a_newer_peft(monkeypatch):
+    integration = SimpleNamespace(MIN_PEFT_VERSION="99.0")
+    monkeypatch.setattr(doctor_module.importlib, "import_module", lambda name: integration)
+    assert any("peft >= 99.0" in problem for problem in doctor_module.examine()["problems"])
+
+
+def test_merge_base_gives_the_adapted_models_logits(run, tmp_path):
+    tokens = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    random_subspace(base, ("q_proj", "v_proj")).save_pretrained(tmp_path / "subspace")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=4, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    expected = train(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    run("merge-base", tmp_path / "adapter", "--out", tmp_path / "merged", "--json")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not isinstance(merged, PeftModel)
+    torch.testing.assert_close(logits(merged.eval(), tokens), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What would have been asked of the Hub."""
+    asked = []
+
+    class Recorder:
+        def create_repo(self, repo_id, **settings):
+            asked.append(("create_repo", repo_id, settings))
+
+        def upload_folder(self, **settings):
+            asked.append(("upload_folder", settings["repo_id"], settings))
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(publish_module, "HfApi", Recorder)
+    return asked
+
+
+def test_push_uploads_the_artifact_alone(run, tmp_path, hub):
+    folder = tmp_path / "subspace"
+    random_subspace(tiny_llama(), ("q_proj",)).save_pretrained(folder)
+    (folder / "optimizer.pt").write_bytes(b"0")
+    result = run("push", folder, "me/mine", "--private", "--json")
+    assert json.loads(result.stdout)["kind"] == "subspace"
+    (_, _, created), (_, repo_id, uploaded) = hub
+    assert created["private"]
+    assert repo_id == "me/mine"
+    assert uploaded["allow_patterns"] == ["README.md", "subspace.safetensors", "subspace_config.json"]
+
+
+def test_a_dry_run_asks_nothing(run, tmp_path, hub):
+    random_subspace(tiny_llama(), ("q_proj",)).save_pretrained(tmp_path / "subspace")
+    run("push", tmp_path / "subspace", "me/mine", "--dry-run")
+    assert hub == []
+
+
+def test_push_refuses_a_folder_that_is_nothing(run, tmp_path, hub):
+    with pytest.raises(EigenPeftError, match="holds no subspace"):
+        run("push", tmp_path, "me/mine")
+    assert hub == []
