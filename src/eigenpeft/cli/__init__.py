@@ -1,6 +1,7 @@
 """The `eigenpeft` command: importing this package gives it all its commands."""
 
 from eigenpeft.cli import artifacts as artifacts
+from eigenpeft.cli import audit as audit
 from eigenpeft.cli import demo as demo
 from eigenpeft.cli import doctor as doctor
 from eigenpeft.cli import lore as lore

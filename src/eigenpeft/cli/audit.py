@@ -1,0 +1,52 @@
+"""The command audit: whether there is anything to recycle in a collection of adapters."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from eigenpeft.audit import audit as run_audit
+from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.report.audit_figure import plot_audit, write_page
+from eigenpeft.report.audit_tables import outside_table, share_table
+from eigenpeft.report.tables import findings_text
+
+
+@app.command()
+def audit(
+    adapters: Adapters,
+    n_components: Annotated[int, typer.Option("--n-components", "-k", help="Largest number of components.")] = 64,
+    n_nulls: Annotated[int, typer.Option(help="Draws of random adapters to compare with.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
+    allow_different_base_models: AllowDifferentBaseModels = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what adapters share, beside random adapters of the same sizes; weights alone, seconds to minutes.
+
+    Example: eigenpeft audit adapters/ --html audit.html
+    """
+    quiet(as_json)
+    with AdapterCollection.from_pretrained(
+        adapters, allow_different_base_models=allow_different_base_models
+    ) as collection:
+        report = run_audit(collection, n_components=n_components, n_nulls=n_nulls, seed=seed, progress=not as_json)
+    if plot is not None:
+        plot_audit(report, plot)
+    if html is not None:
+        write_page(report, html)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    console.print(share_table(report))
+    console.print(outside_table(report))
+    if report.findings:
+        console.print("Noticed about the adapters:")
+        console.print(findings_text(report.findings))
+    console.print(f"[bold]{escape(report.verdict.capitalize())}.[/bold] {escape(report.advice)}")
+    for path in (plot, html):
+        if path is not None:
+            console.print(f"Wrote {escape(str(path))}.")

@@ -1,0 +1,46 @@
+"""An audit as rich tables for a terminal."""
+
+from rich.markup import escape
+from rich.table import Table
+
+from eigenpeft.audit import AuditReport
+
+_SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def share_table(report: AuditReport) -> Table:
+    """Explained and held-out shares for several K, each beside its null.
+
+    Args:
+        report: From `audit`.
+    """
+    table = Table(title=f"Share of ‖ΔW‖², mean over {len(report.modules)} modules, {len(report.adapters)} adapters")
+    table.add_column("K", justify="right")
+    for title in ("explained", "by chance", "held out", "90 % interval", "by chance "):
+        table.add_column(title, justify="right")
+    most = len(report.held_out.real)
+    for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most}):
+        i, held_out = k - 1, report.held_out
+        table.add_row(
+            f"{k} ←" if k == report.n_components else str(k),
+            f"{report.explained.real[i]:.3f}",
+            f"{report.explained.null[i]:.3f}",
+            f"{held_out.real[i]:.3f}",
+            f"{held_out.low[i]:.3f} to {held_out.high[i]:.3f}",
+            f"{held_out.null[i]:.3f}",
+        )
+    return table
+
+
+def outside_table(report: AuditReport) -> Table:
+    """How much of each adapter the others do not hold, farthest first.
+
+    Args:
+        report: From `audit`.
+    """
+    table = Table(title=f"Outside what the others span, K = {report.n_components}")
+    table.add_column("adapter")
+    table.add_column("share of ‖ΔW‖² outside", justify="right")
+    for name, share in sorted(report.outside.items(), key=lambda item: -item[1]):
+        table.add_row(escape(name), f"{share:.3f}")
+    return table
