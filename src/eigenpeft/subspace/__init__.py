@@ -1,7 +1,7 @@
 """Principal subspaces: the artifact, its builder, and stores of coefficients on it."""
 
 from eigenpeft.subspace.builder import SubspaceBuilder
-from eigenpeft.subspace.controls import random_subspace
+from eigenpeft.subspace.controls import random_subspace, shuffled_subspace
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.store import CoefficientStore
@@ -14,4 +14,5 @@ __all__ = [
     "SubspaceBuilder",
     "SubspaceInfo",
     "random_subspace",
+    "shuffled_subspace",
 ]
