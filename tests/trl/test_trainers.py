@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.trl.conftest import CORES, Method, history, make_trainer
+from tests.trl.trainers import CORES, Method, history, make_trainer
 
 CASES = [
     *[(trainer, f"eigenlora {core}") for trainer in ("sft", "dpo") for core in CORES],
