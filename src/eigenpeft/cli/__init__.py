@@ -2,6 +2,7 @@
 
 from eigenpeft.cli import artifacts as artifacts
 from eigenpeft.cli import demo as demo
+from eigenpeft.cli import trl as trl
 from eigenpeft.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -1,0 +1,85 @@
+"""The commands sft, dpo, kto, reward, grpo, rloo and distillation: TRL's own scripts with our adapters."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import typer
+
+from eigenpeft.cli.app import app
+from eigenpeft.errors import EigenPeftError
+
+SCRIPTS = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimisation",
+    "kto": "Kahneman-Tversky optimisation",
+    "reward": "Reward modelling",
+    "grpo": "Group relative policy optimisation",
+    "rloo": "REINFORCE leave-one-out",
+    "distillation": "On-policy distillation from a teacher",
+}
+_HELP = """{title} in a recycled subspace: TRL's own `{name}` script, its flags and ours.
+
+Example: eigenpeft {name} --model_name_or_path MODEL --dataset_name DATA --subspace subspace --output_dir out
+
+Flags of ours: --subspace, --n_components, --core, --init_from, --peft_method eigenlora|moslora|lora. For several
+devices: accelerate launch -m eigenpeft {name} ...; for a file of flags: --config FILE.yaml. All flags: --help.
+"""
+
+
+def run_script(name: str, arguments: list[str]) -> None:
+    """Parse the arguments as TRL's script does, with our model arguments in place of its own, and train.
+
+    Args:
+        name: Script, a key of `SCRIPTS`.
+        arguments: What follows the command's name.
+
+    Raises:
+        EigenPeftError: If TRL is not installed, no data set is named, or the adapter's flags do not fit together.
+    """
+    if find_spec("trl") is None:
+        raise EigenPeftError(f"'eigenpeft {name}' needs TRL, which is not installed: pip install 'eigenpeft[trl]'.")
+    # TRL is an optional extra, so that nothing may import it when eigenpeft is imported.
+    trl = importlib.import_module("trl")
+    ours = importlib.import_module("eigenpeft.cli.trl_arguments")
+    script = importlib.import_module(f"trl.scripts.{name}")
+    # The scripts look both names up in `trl` when they run; theirs can only describe a LoraConfig.
+    with _replaced(trl, ModelConfig=ours.EigenModelConfig, get_peft_config=ours.peft_config_from):
+        parser = script.make_parser(prog=f"eigenpeft {name}")
+        parsed = parser.parse_args_and_config(arguments)
+        script_arguments, _, model_arguments, mixture = parsed
+        if name == "reward":
+            model_arguments.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the new score head too
+        if not (script_arguments.dataset_name or mixture.datasets):
+            raise EigenPeftError(
+                "No data: pass --dataset_name a Hub id or a folder with train.jsonl, or 'datasets' in the --config file."
+            )
+        ours.peft_config_from(model_arguments)  # says what is wrong before a model is loaded
+        script.main(*parsed)
+
+
+@contextmanager
+def _replaced(module: Any, **names: Any) -> Iterator[None]:
+    kept = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def _add_command(name: str, title: str) -> None:
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+    # TRL's parser answers --help, since it knows the flags.
+    @app.command(name, help=_HELP.format(name=name, title=title), context_settings=settings, add_help_option=False)
+    def command(context: typer.Context) -> None:
+        run_script(name, list(context.args))
+
+
+for _name, _title in SCRIPTS.items():
+    _add_command(_name, _title)
