@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-import trl
 from eigenpeft import EigenLoraConfig, MosLoraConfig
 from tests.tuners.conftest import VOCABULARY, tiny_llama
 

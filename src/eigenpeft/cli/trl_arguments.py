@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
+from trl import ModelConfig
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig
-from trl import ModelConfig
 
 
 def _described(config: type[PeftConfig], name: str) -> dict[str, str]:
