@@ -2,6 +2,8 @@
 
 from eigenpeft.cli import artifacts as artifacts
 from eigenpeft.cli import demo as demo
+from eigenpeft.cli import doctor as doctor
+from eigenpeft.cli import publish as publish
 from eigenpeft.cli import trl as trl
 from eigenpeft.cli.app import app, main
 

@@ -1,0 +1,41 @@
+"""The command push: send a saved subspace, store or adapter to the Hub, with its card."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from eigenpeft.cli.app import Json, app, console, print_json, quiet
+from eigenpeft.publish import prepare
+from eigenpeft.publish import push as push_publication
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved subspace, store or adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made when it does not exist.")],
+    subspace: Annotated[str | None, typer.Option(help="Hub id of an adapter's subspace, if it names a folder.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of an adapter's base model, if it names a folder.")
+    ] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a subspace, a store or a trained adapter on the Hub, with a card that needs no editing.
+
+    Example: eigenpeft push subspace owner/my-subspace --dry-run
+    """
+    quiet(as_json)
+    publication = prepare(folder, repo_id=repo_id, subspace=subspace, base_model=base_model)
+    url = None if dry_run else push_publication(publication, private=private)
+    files = ["README.md", *publication.files]
+    if as_json:
+        print_json({"kind": publication.kind, "repo_id": repo_id, "files": files, "url": url, "card": publication.card})
+        return
+    if dry_run:
+        console.print(publication.card, markup=False, highlight=False)
+        console.print(f"Would send {', '.join(files)} to {escape(repo_id)}.")
+        return
+    console.print(f"Sent the {publication.kind}: {escape(str(url))}")
