@@ -109,7 +109,7 @@ class Method:
         return EigenLoraConfig(subspace=self.subspace, core=self.name.removeprefix("eigenlora "), **common)
 
 
-def make_trainer(trainer, method, folder, *, trained=False, **settings):
+def make_trainer(trainer, method, folder, *, trained=False, callbacks=None, **settings):
     """The trainer with a fresh adapter (`peft_config=`) or with a PeftModel whose adapter is already off zero."""
     trainer_class, config_class = CLASSES[trainer]
     torch.manual_seed(7)
@@ -129,6 +129,7 @@ def make_trainer(trainer, method, folder, *, trained=False, **settings):
         args=arguments,
         train_dataset=rows(trainer),
         processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
         **({} if trained else {"peft_config": adapter}),
         **EXTRAS.get(trainer, dict)(),
     )

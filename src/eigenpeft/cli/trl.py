@@ -1,8 +1,9 @@
 """The commands sft, dpo, kto, reward, grpo, rloo and distillation: TRL's own scripts with our adapters."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +11,7 @@ import typer
 
 from eigenpeft.cli.app import app
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.tuners.precision import KeepFloat32
 
 SCRIPTS = {
     "sft": "Supervised fine-tuning",
@@ -19,6 +21,9 @@ SCRIPTS = {
     "grpo": "Group relative policy optimisation",
     "rloo": "REINFORCE leave-one-out",
     "distillation": "On-policy distillation from a teacher",
+}
+_TRAINERS = {name: "Reward" if name == "reward" else name.upper() for name in SCRIPTS} | {
+    "distillation": "Distillation"
 }
 _HELP = """{title} in a recycled subspace: TRL's own `{name}` script, its flags and ours.
 
@@ -45,8 +50,15 @@ def run_script(name: str, arguments: list[str]) -> None:
     trl = importlib.import_module("trl")
     ours = importlib.import_module("eigenpeft.cli.trl_arguments")
     script = importlib.import_module(f"trl.scripts.{name}")
-    # The scripts look both names up in `trl` when they run; theirs can only describe a LoraConfig.
-    with _replaced(trl, ModelConfig=ours.EigenModelConfig, get_peft_config=ours.peft_config_from):
+    # The scripts look these names up in `trl` when they run. Their arguments can only describe a LoraConfig, and their
+    # trainers round what is trained over a quantised base.
+    trainer = f"{_TRAINERS[name]}Trainer"
+    replacements = {
+        "ModelConfig": ours.EigenModelConfig,
+        "get_peft_config": ours.peft_config_from,
+        trainer: partial(getattr(trl, trainer), callbacks=[KeepFloat32()]),
+    }
+    with _replaced(trl, replacements):
         parser = script.make_parser(prog=f"eigenpeft {name}")
         parsed = parser.parse_args_and_config(arguments)
         script_arguments, _, model_arguments, mixture = parsed
@@ -61,9 +73,9 @@ def run_script(name: str, arguments: list[str]) -> None:
 
 
 @contextmanager
-def _replaced(module: Any, **names: Any) -> Iterator[None]:
-    kept = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
+def _replaced(module: Any, replacements: Mapping[str, Any]) -> Iterator[None]:
+    kept = {name: getattr(module, name) for name in replacements}
+    for name, value in replacements.items():
         setattr(module, name, value)
     try:
         yield
