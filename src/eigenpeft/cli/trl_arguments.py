@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
-from trl import ModelConfig
+from trl.trainer.model_config import ModelConfig
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig
