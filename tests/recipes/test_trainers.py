@@ -13,7 +13,7 @@ from tests.recipes.conftest import RECIPES
 from tests.trl.trainers import TARGETS, rows, tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace
 
-NAMES = ("sft", "dpo", "reward", "grpo")
+NAMES = ("sft", "dpo", "kto", "reward", "grpo")
 FLAGS = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False, "use_cpu": True}
 FLAGS |= {"save_strategy": "no", "dataloader_pin_memory": False, "lr_scheduler_type": "constant"}
 OWN = {"grpo": {"num_generations": 2, "max_completion_length": 4}}
