@@ -1,51 +1,73 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["eigenpeft[trl]"]
+# dependencies = ["eigenpeft[trl]", "pyyaml"]
 # ///
-"""Supervised fine-tuning with coefficients on a recycled subspace, or with MoSLoRA; then export to plain LoRA.
+"""Supervised fine-tuning in a recycled subspace, then the same task as a plain LoRA.
 
-Paper:     EigenLoRAx, arXiv 2502.04700; MoSLoRA, arXiv 2406.11909.
-Command:   accelerate launch recipes/sft.py --config recipes/sft.yaml --subspace subspace --output_dir out
-Hardware:  any; smoke-tested for two steps on one CPU core with a tiny model. Not yet timed on a real model.
-Expected:  out/ holds the adapter, out/lora the same as a plain LoRA. Run --method lora beside it: no result stands alone.
+Paper:     EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909 (method moslora).
+Command:   accelerate launch recipes/sft.py --config recipes/sft.yaml --subspace DIR_OR_HUB_ID
+Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
+Time:      not measured; the tests run two steps on a tiny model.
+Expected:  OUTPUT_DIR with the coefficients, OUTPUT_DIR/lora with the same adapter as a plain LoRA, and the evaluation loss
+           where --eval_strategy asks for it. Run it again with --method random and --method lora: only the difference to
+           those two says that recycling helped.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 from datasets import load_dataset
 from peft import LoraConfig
-
-from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from trl import SFTConfig, SFTTrainer, TrlParser
+
+from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, export_lora
+from eigenpeft.subspace import random_subspace
 
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "Folder or Hub id of the base model."})
-    dataset: str = field(metadata={"help": "Folder or Hub id of a data set that SFTTrainer takes."})
-    method: str = field(default="eigenlora", metadata={"help": "eigenlora, moslora or lora (the control)."})
-    subspace: str | None = field(default=None, metadata={"help": "Folder or Hub id of the subspace (eigenlora)."})
-    core: str = field(default="low_rank", metadata={"help": "low_rank, mixer or diagonal (eigenlora)."})
-    r: int = field(default=8, metadata={"help": "Rank."})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules (moslora and lora)."}
+    model: str = field(metadata={"help": "Base model: local path or Hub id."})
+    dataset: str = field(metadata={"help": "Folder of JSONL files (train.jsonl, test.jsonl) or Hub id."})
+    dataset_config: str | None = field(default=None)
+    subspace: str | None = field(default=None, metadata={"help": "Subspace: local path or Hub id."})
+    method: Literal["eigenlora", "random", "moslora", "lora"] = field(
+        default="eigenlora",
+        metadata={"help": "'random' (a random subspace of the same size) and 'lora' are the controls."},
     )
+    r: int = field(default=16)
+    lora_alpha: int = field(default=32)
+    core: Literal["low_rank", "mixer", "diagonal"] = field(default="low_rank")
 
 
-def main(arguments: Arguments, training: SFTConfig):
-    shared = {"r": arguments.r, "lora_alpha": 2 * arguments.r, "task_type": "CAUSAL_LM"}
-    if arguments.method == "eigenlora":
-        config = EigenLoraConfig(subspace=arguments.subspace, core=arguments.core, **shared)
-    else:
-        method = {"moslora": MosLoraConfig, "lora": LoraConfig}[arguments.method]
-        config = method(target_modules=arguments.target_modules, **shared)
-    dataset = load_dataset(arguments.dataset, split="train")
-    trainer = SFTTrainer(model=arguments.model, args=training, train_dataset=dataset, peft_config=config)
+def peft_config(arguments: Arguments) -> LoraConfig:
+    shared = {"r": arguments.r, "lora_alpha": arguments.lora_alpha, "task_type": "CAUSAL_LM"}
+    if arguments.method in ("moslora", "lora"):
+        return {"moslora": MosLoraConfig, "lora": LoraConfig}[arguments.method](**shared)
+    if arguments.subspace is None:
+        raise SystemExit(
+            f"--method {arguments.method} needs --subspace, a folder or Hub id (recipes/build_subspace.py)."
+        )
+    subspace = PrincipalSubspace.from_pretrained(arguments.subspace)
+    if arguments.method == "random":
+        subspace = random_subspace(like=subspace)
+    return EigenLoraConfig(subspace=subspace, core=arguments.core, **shared)
+
+
+def main(arguments: Arguments, training: SFTConfig) -> None:
+    dataset = load_dataset(arguments.dataset, arguments.dataset_config)
+    trainer = SFTTrainer(
+        model=arguments.model,
+        args=training,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"] if training.eval_strategy != "no" else None,
+        peft_config=peft_config(arguments),
+    )
+    trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        export_lora(trainer.accelerator.unwrap_model(trainer.model), Path(training.output_dir) / "lora")
+    if trainer.accelerator.is_main_process:
+        export_lora(trainer.model, f"{training.output_dir}/lora")
+    trainer.accelerator.print(f"Wrote {training.output_dir} and {training.output_dir}/lora.")
 
 
 if __name__ == "__main__":

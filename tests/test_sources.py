@@ -21,6 +21,7 @@ LAYERS = {
     "reward": 4,
     "trainers": 5,
     "report": 5,
+    "publish": 5,
     "demo": 6,
     "cli": 7,
     "__main__": 8,

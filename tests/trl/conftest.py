@@ -13,9 +13,6 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-
-from eigenpeft import EigenLoraConfig, MosLoraConfig
-from tests.tuners.conftest import random_subspace
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -32,6 +29,9 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+
+from eigenpeft import EigenLoraConfig, MosLoraConfig
+from tests.tuners.conftest import random_subspace
 
 SUFFIXES = ("q_proj", "v_proj", "down_proj")
 SPECIAL = ("<pad>", "<bos>", "<eos>")

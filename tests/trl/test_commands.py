@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import trl
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from transformers import LlamaForSequenceClassification
 
-import trl
 from eigenpeft.cli import trl as commands
 from eigenpeft.errors import EigenPeftError
 from tests.trl.conftest import SETUPS, byte_tokenizer, tiny_base

@@ -1,4 +1,4 @@
-"""The commands doctor, merge-base and push: the last against a recorder in the place of the Hub's client."""
+"""The commands doctor and merge-base."""
 
 import json
 from types import SimpleNamespace
@@ -12,8 +12,6 @@ from typer.testing import CliRunner
 from eigenpeft import EigenLoraConfig
 from eigenpeft.cli import app
 from eigenpeft.cli import doctor as doctor_module
-from eigenpeft.cli import publish as publish_module
-from eigenpeft.errors import EigenPeftError
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
 
@@ -67,44 +65,3 @@ def test_merge_base_gives_the_adapted_models_logits(run, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not isinstance(merged, PeftModel)
     torch.testing.assert_close(logits(merged.eval(), tokens), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """What would have been asked of the Hub."""
-    asked = []
-
-    class Recorder:
-        def create_repo(self, repo_id, **settings):
-            asked.append(("create_repo", repo_id, settings))
-
-        def upload_folder(self, **settings):
-            asked.append(("upload_folder", settings["repo_id"], settings))
-            return SimpleNamespace(commit_url="https://hub/commit")
-
-    monkeypatch.setattr(publish_module, "HfApi", Recorder)
-    return asked
-
-
-def test_push_uploads_the_artifact_alone(run, tmp_path, hub):
-    folder = tmp_path / "subspace"
-    random_subspace(tiny_llama(), ("q_proj",)).save_pretrained(folder)
-    (folder / "optimizer.pt").write_bytes(b"0")
-    result = run("push", folder, "me/mine", "--private", "--json")
-    assert json.loads(result.stdout)["kind"] == "subspace"
-    (_, _, created), (_, repo_id, uploaded) = hub
-    assert created["private"]
-    assert repo_id == "me/mine"
-    assert uploaded["allow_patterns"] == ["README.md", "subspace.safetensors", "subspace_config.json"]
-
-
-def test_a_dry_run_asks_nothing(run, tmp_path, hub):
-    random_subspace(tiny_llama(), ("q_proj",)).save_pretrained(tmp_path / "subspace")
-    run("push", tmp_path / "subspace", "me/mine", "--dry-run")
-    assert hub == []
-
-
-def test_push_refuses_a_folder_that_is_nothing(run, tmp_path, hub):
-    with pytest.raises(EigenPeftError, match="holds no subspace"):
-        run("push", tmp_path, "me/mine")
-    assert hub == []

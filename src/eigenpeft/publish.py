@@ -1,0 +1,191 @@
+"""Publish what was saved: subspaces, stores and adapters, with cards that need no editing and files that others can load."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from eigenpeft.errors import ArtifactError
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, storage
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CARD = "README.md"
+_PAPERS = {
+    "EIGENLORA": "EigenLoRAx, arXiv 2502.04700",
+    "MOSLORA": "MoSLoRA, arXiv 2406.11909",
+    "LORA": "LoRA, arXiv 2106.09685",
+}
+_UNFINISHED = "[More Information Needed]"  # in the card that PEFT writes
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What an upload would send.
+
+    Attributes:
+        kind: "subspace", "coefficient store" or "adapter".
+        repo_id: `owner/name`.
+        folder: Where the files are.
+        files: Names of those that are sent besides the card; never checkpoints or optimizer states.
+        card: Text of README.md.
+        config: Text of adapter_config.json where it differs from the file, else None.
+    """
+
+    kind: str
+    repo_id: str
+    folder: Path
+    files: tuple[str, ...]
+    card: str
+    config: str | None = None
+
+
+def prepare(
+    folder: str | Path, *, repo_id: str, subspace: str | None = None, base_model: str | None = None
+) -> Publication:
+    """Check a saved artifact and write its card; nothing is sent and nothing in the folder changes.
+
+    Args:
+        folder: Folder of a saved subspace, store or adapter.
+        repo_id: `owner/name` on the Hub.
+        subspace: Hub id that an adapter's config shall name as its subspace, in place of a local folder.
+        base_model: Hub id that an adapter's config shall name as its base model, in place of a local folder.
+
+    Raises:
+        ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have.
+    """
+    folder = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ArtifactError(f"repo_id={repo_id!r} is not OWNER/NAME on the Hub: {error}") from error
+    if (folder / _ADAPTER_CONFIG).is_file():
+        return _adapter(folder, repo_id, subspace, base_model)
+    for kind, reader in ((storage.SUBSPACE, PrincipalSubspace), (storage.STORE, CoefficientStore)):
+        if (folder / kind.config_name).is_file():
+            reader.from_pretrained(folder)  # checks format and hashes
+            card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
+            if not card:
+                raise ArtifactError(f"{str(folder)!r} has no {_CARD}; save the {kind.label} again, which writes it.")
+            files = (kind.config_name, kind.tensors_name)
+            return Publication(kind.label, repo_id, folder, files, _addressed(card, repo_id))
+    raise ArtifactError(
+        f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name} or {_ADAPTER_CONFIG}; "
+        "pass the folder that save_pretrained or a trainer wrote."
+    )
+
+
+def push(publication: Publication, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Upload as a model repository; returns the commit's address.
+
+    Args:
+        publication: From `prepare`.
+        private: Visibility of a new repository.
+        token: Hub token; None takes the logged-in one.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in publication.files:
+            shutil.copyfile(publication.folder / name, Path(scratch) / name)
+        Path(scratch, _CARD).write_text(publication.card, encoding="utf-8")
+        if publication.config is not None:
+            Path(scratch, _ADAPTER_CONFIG).write_text(publication.config, encoding="utf-8")
+        message = f"Upload {publication.kind}"
+        return storage.push_folder(scratch, publication.repo_id, private=private, token=token, message=message)
+
+
+def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str | None) -> Publication:
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise ArtifactError(f"{str(folder)!r} has {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS}; save the adapter again.")
+    config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    given = dict(config)
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    elif _is_local(config.get("base_model_name_or_path")):
+        raise ArtifactError(
+            f"The adapter names the local base model {config['base_model_name_or_path']!r}, which others do not have; "
+            "pass base_model, its Hub id."
+        )
+    if subspace is not None:
+        config["subspace"], config["subspace_revision"] = subspace, None
+    elif config.get("save_subspace") == "reference" and _is_local(config.get("subspace")):
+        raise ArtifactError(
+            f"The adapter names the local subspace {config['subspace']!r}, which others do not have; publish that first "
+            'and pass subspace, its Hub id, or save the adapter with save_subspace="embed".'
+        )
+    card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
+    if not card or _UNFINISHED in card:
+        card = _adapter_card(folder, config)
+    elif "eigenpeft" not in card:
+        card = card.rstrip() + "\n\n" + _how_to_load(config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n" if config != given else None
+    return Publication("adapter", repo_id, folder, (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS), _addressed(card, repo_id), text)
+
+
+def _is_local(place: Any) -> bool:
+    return isinstance(place, str) and bool(place) and (Path(place).exists() or Path(place).is_absolute())
+
+
+def _addressed(card: str, repo_id: str) -> str:
+    return card.replace("<this repository or its local path>", repo_id)
+
+
+def _how_to_load(config: Mapping[str, Any]) -> str:
+    own = config.get("peft_type") in ("EIGENLORA", "MOSLORA")
+    wanted = "import eigenpeft  # pip install eigenpeft; makes the method known to PEFT\n" if own else ""
+    export = (
+        '\nFor software that knows plain LoRA alone: `eigenpeft.export_lora(model, "plain-lora")` writes the same update '
+        "as an ordinary LoRA adapter.\n"
+        if own
+        else ""
+    )
+    return f"""## How to load it
+
+```python
+{wanted}from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "<this repository or its local path>")
+```
+{export}"""
+
+
+def _adapter_card(folder: Path, config: Mapping[str, Any]) -> str:
+    with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    size = 0
+    for shape in shapes.values():
+        count = 1
+        for length in shape:
+            count *= length
+        size += count
+    method, base = str(config.get("peft_type")), config.get("base_model_name_or_path")
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="peft",
+        tags=["eigenpeft", method.lower(), "lora", "base_model:adapter:" + str(base)],
+    )
+    fields = ("r", "lora_alpha", "core", "n_components", "subspace", "subspace_sha256", "init_mixer", "target_modules")
+    rows = "\n".join(f"| {name} | `{_shown(config[name])}` |" for name in fields if config.get(name) is not None)
+    body = f"""# {method} adapter of {base}
+
+{size:,} numbers in {len(shapes)} tensors, trained with eigenpeft. Paper: {_PAPERS.get(method, "see PEFT's documentation")}.
+
+{_how_to_load(config)}
+## Configuration
+
+| field | value |
+|---|---|
+{rows}
+"""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")

@@ -1,0 +1,89 @@
+"""The recipes that train with TRL: two steps of each method on tiny models, and what they leave behind."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from tests.recipes.conftest import RECIPES
+from tests.trl.trainers import TARGETS, rows, tiny_model, tiny_tokenizer
+from tests.tuners.conftest import random_subspace
+
+NAMES = ("sft", "dpo", "kto", "reward", "grpo")
+FLAGS = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "bf16": False, "use_cpu": True}
+FLAGS |= {"save_strategy": "no", "dataloader_pin_memory": False, "lr_scheduler_type": "constant"}
+OWN = {"grpo": {"num_generations": 2, "max_completion_length": 4}}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Model, subspace and JSONL rows, in the working directory of the recipe."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    random_subspace(tiny_model(), TARGETS).save_pretrained(tmp_path / "subspace")
+    for name in NAMES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        texts = (
+            rows(name) if name != "grpo" else Dataset.from_dict({"question": ["w1 w2 "] * 8, "answer": ["w3 3"] * 8})
+        )
+        texts.to_json(tmp_path / "data" / name / "train.jsonl")
+    return tmp_path
+
+
+def arguments(name, method):
+    flags = {"model": "base", "dataset": f"data/{name}", "output_dir": "out", "method": method, "r": 4}
+    flags |= FLAGS | OWN.get(name, {}) | ({"subspace": "subspace"} if method in ("eigenlora", "random") else {})
+    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+
+
+@pytest.mark.parametrize("method", ["eigenlora", "random", "moslora", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_leave_an_adapter_and_a_plain_lora(recipe, place, monkeypatch, name, method):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    config = (RECIPES / f"{name}.yaml").read_text().replace("dataset_config: main\n", "")
+    (place / "run.yaml").write_text(config)
+    printed = recipe(name, "--config", place / "run.yaml", *arguments(name, method))
+    assert "trainable params" in printed
+    peft_type = {"eigenlora": "EIGENLORA", "random": "EIGENLORA", "moslora": "MOSLORA", "lora": "LORA"}[method]
+    assert json.loads(Path("out/adapter_config.json").read_text())["peft_type"] == peft_type
+    assert json.loads(Path("out/lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    kind, tokens = ("reward" if name == "reward" else "sft"), torch.arange(4, 14)[None]
+    with torch.no_grad():
+        ours, plain = (
+            PeftModel.from_pretrained(tiny_model(kind), folder).eval()(tokens).logits for folder in ("out", "out/lora")
+        )
+        assert (
+            not torch.equal(ours, tiny_model(kind)(tokens).logits) or name == "grpo"
+        )  # its reward may be 0 throughout
+    torch.testing.assert_close(plain, ours)
+
+
+def test_without_a_subspace_it_says_what_is_missing(recipe, place):
+    with pytest.raises(SystemExit, match="needs --subspace"):
+        recipe(
+            "sft",
+            "--method",
+            "eigenlora",
+            "--dataset",
+            "data/sft",
+            "--output_dir",
+            "out",
+            "--use_cpu",
+            "--bf16",
+            "False",
+        )
+
+
+def test_grpo_reads_the_last_number():
+    names = runpy.run_path(str(RECIPES / "grpo.py"))
+    assert [names["last_number"](text) for text in ("7 + 5 = 12.", "it is 1,234", "-3", "none")] == [
+        "12",
+        "1234",
+        "-3",
+        "",
+    ]
+    assert names["last_number_is_right"](["so 12", "so 13"], solution=["12", "12"]) == [1.0, 0.0]
