@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from eigenpeft import EigenLoraConfig
-from tests.trl.trainers import TARGETS, rows, tiny_model, tiny_tokenizer, words
+from tests.recipes.tiny import TARGETS, rows, tiny_model, tiny_tokenizer, words
 from tests.tuners.conftest import logits, random_subspace, tiny_bert
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "save_strategy": "no"}

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from tests.recipes.conftest import RECIPES
-from tests.trl.trainers import TARGETS, rows, tiny_model, tiny_tokenizer
+from tests.recipes.tiny import TARGETS, rows, tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace
 
 NAMES = ("sft", "dpo", "kto", "reward", "grpo")
