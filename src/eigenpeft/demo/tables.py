@@ -41,6 +41,8 @@ def demo_verdict(result: DemoResult) -> str:
     checks = result.checks
     agree = "the same class for every test row" if checks.same_predictions else "DIFFERENT classes for some test rows"
     return (
+        f"Audit: {result.audit_verdict}. Of an adapter left out, a subspace of the others holds {result.held_out_share:.1%}; "
+        f"{result.chance_share:.1%} would be chance ({result.explained_share:.1%} of those that it was fitted to).\n"
         f"EigenLoRA {ours:.3f}: {'; '.join(parts)}.\n"
         f"Trained, reloaded and exported models predict {agree} (largest logit differences "
         f"{checks.reload_difference:.1e} and {checks.export_difference:.1e})."
