@@ -89,6 +89,7 @@ def is_conv1d(architecture):
 def no_shape_checks(monkeypatch):
     """Turns off the checks of shapes that the tests put around eigenpeft.linalg, which torch.compile cannot trace."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()  # compiled graphs of other tests count towards the limit of recompilations
 
 
 @pytest.fixture
