@@ -13,7 +13,7 @@ from eigenpeft.demo.methods import FEW_PARAMETER_LAYERS
 from eigenpeft.subspace import random_subspace
 
 TARGETS = ["query", "value"]
-COEFFICIENT_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+COEFFICIENT_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 VERA_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 HEAD_RATES = (3e-2, 1e-1, 3e-1, 1.0)
