@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from encoder import RESULTS
+from encoder import RESULTS, best_rate
 
 OURS = "EigenLoRA balanced, low_rank"
 
@@ -23,8 +23,10 @@ def main() -> None:
     rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
     cells = defaultdict(dict)
     details = {}
-    for row in rows:
-        if row["stage"] == "test" and row["n_train"] == arguments.n_train:
+    tested = [row for row in rows if row["stage"] == "test" and row["n_train"] == arguments.n_train]
+    rates = {method: best_rate(rows, method, arguments.n_train) for method in {row["method"] for row in tested}}
+    for row in tested:
+        if row["rate"] == rates[row["method"]]:  # widening a grid can change the choice
             cells[row["target"], row["seed"]][row["method"]] = row["accuracy"]
             details[row["method"]] = row["parameters"], row["rate"]
     complete = {cell: found for cell, found in cells.items() if len(found) == len(details)}

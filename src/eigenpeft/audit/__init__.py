@@ -1,6 +1,15 @@
 """Is there anything to recycle? Measured on the adapters alone, beside what chance would give."""
 
+from eigenpeft.audit.gradient import GradientShare, ModuleGradient, gradient_share
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.run import audit
 
-__all__ = ["AuditReport", "Curve", "ModuleAudit", "audit"]
+__all__ = [
+    "AuditReport",
+    "Curve",
+    "GradientShare",
+    "ModuleAudit",
+    "ModuleGradient",
+    "audit",
+    "gradient_share",
+]

@@ -1,0 +1,94 @@
+"""Gradients of a weight kept as tokens, `G = Δᵀ X` with one row of each factor a token, and their energy in a subspace."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.factored import factored_svd
+
+
+@dataclass(frozen=True)
+class EnergySplit:
+    """Squared norms of a gradient's parts; shares are quotients with `total`.
+
+    Attributes:
+        total: `‖G‖²`.
+        inside: Entry K - 1 is `‖V_out G V_inᵀ‖²` for the first K components of both sides.
+        diagonal: `Σ_k (v_out,k G v_in,kᵀ)²`, what coefficients on matching components alone can reach.
+        best: Entry K - 1 is the most that any K components of each side hold: the K largest squared singular values.
+    """
+
+    total: float
+    inside: Float[Tensor, "k"]
+    diagonal: float
+    best: Float[Tensor, "k"]
+
+
+def append_tokens(
+    kept: tuple[Float[Tensor, "t m"], Float[Tensor, "t n"]] | None,
+    deltas: Float[Tensor, "s m"],
+    inputs: Float[Tensor, "s n"],
+) -> tuple[Float[Tensor, "u m"], Float[Tensor, "u n"]]:
+    """Add tokens to a gradient; never more rows than the narrower side is wide, and nothing is lost.
+
+    With more rows, `X = Q R` gives `ΔᵀX = (QᵀΔ)ᵀ R` (and likewise for Δ), the same product of fewer rows.
+
+    Args:
+        kept: What was gathered so far, or None.
+        deltas: Gradients of the loss by the outputs, one row a token.
+        inputs: Inputs, one row a token.
+
+    Returns:
+        `(Δ, X)` with `ΔᵀX` the sum over all tokens, float64.
+    """
+    left, right = deltas.to(torch.float64), inputs.to(torch.float64)
+    if kept is not None:
+        left, right = torch.cat([kept[0], left]), torch.cat([kept[1], right])
+    if len(left) <= min(left.shape[1], right.shape[1]):
+        return left, right
+    if right.shape[1] <= left.shape[1]:
+        q, r = torch.linalg.qr(right)
+        return q.mT @ left, r
+    q, r = torch.linalg.qr(left)
+    return r, q.mT @ right
+
+
+def split_energy(
+    deltas: Float[Tensor, "t m"],
+    inputs: Float[Tensor, "t n"],
+    *,
+    components_out: Float[Tensor, "k m"],
+    components_in: Float[Tensor, "k n"],
+) -> EnergySplit:
+    """How much of `G = ΔᵀX` a pair of bases holds.
+
+    Args:
+        deltas: Δ, as `append_tokens` gives it.
+        inputs: X.
+        components_out: Orthonormal rows in the output space.
+        components_in: Orthonormal rows in the input space, as many.
+
+    Returns:
+        `EnergySplit`.
+
+    Example:
+        >>> import torch
+        >>> split = split_energy(
+        ...     torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]),
+        ...     components_out=torch.eye(2)[:1], components_in=torch.eye(2)[:1],
+        ... )
+        >>> split.total, split.inside.tolist()
+        (25.0, [9.0])
+    """
+    core = (deltas @ components_out.to(deltas).mT).mT @ (inputs @ components_in.to(inputs).mT)
+    values = factored_svd(deltas.mT, inputs).S.square()
+    best = values.cumsum(0)[: len(core)]
+    best = torch.cat([best, best[-1:].expand(len(core) - len(best))])
+    return EnergySplit(
+        total=float(values.sum()),
+        inside=core.square().cumsum(0).cumsum(1).diagonal(),
+        diagonal=float(core.diagonal().square().sum()),
+        best=best,
+    )
