@@ -1,5 +1,6 @@
 """Is there anything to recycle? Measured on the adapters alone, beside what chance would give."""
 
+from eigenpeft.audit.controls import nearest_adapter, same_parameters_lora
 from eigenpeft.audit.gradient import GradientShare, ModuleGradient, gradient_share
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.run import audit
@@ -12,4 +13,6 @@ __all__ = [
     "ModuleGradient",
     "audit",
     "gradient_share",
+    "nearest_adapter",
+    "same_parameters_lora",
 ]

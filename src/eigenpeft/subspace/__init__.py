@@ -1,7 +1,7 @@
 """Principal subspaces: the artifact, its builder, and stores of coefficients on it."""
 
 from eigenpeft.subspace.builder import SubspaceBuilder
-from eigenpeft.subspace.controls import random_subspace, shuffled_subspace
+from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.store import CoefficientStore
@@ -13,6 +13,7 @@ __all__ = [
     "PrincipalSubspace",
     "SubspaceBuilder",
     "SubspaceInfo",
+    "mean_only_subspace",
     "random_subspace",
     "shuffled_subspace",
 ]

@@ -3,10 +3,15 @@
 from dataclasses import replace
 
 import torch
+from huggingface_hub.utils import tqdm
 
+from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.orthogonal import orthonormal_rows
+from eigenpeft.linalg.factored import factored_svd, frobenius_norm
+from eigenpeft.linalg.fitting import explained_share_curve
+from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
 from eigenpeft.subspace.builder import seeded_generator
+from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
 
 
@@ -32,26 +37,81 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
     return PrincipalSubspace(modules, info=info)
 
 
-def shuffled_subspace(*, like: PrincipalSubspace) -> PrincipalSubspace:
-    """The same bases, each in another module of the same shape: keeps everything but where a direction was learnt.
+def shuffled_subspace(subspace: PrincipalSubspace, *, seed: int = 0) -> PrincipalSubspace:
+    """Every module gets the bases of another module of the same shape: fitted, but not to this weight.
 
-    If it does as well as the subspace itself, what helps is not particular to the module.
+    What it keeps of the original's advantage is not about the module, such as directions that all layers share.
 
     Args:
-        like: Subspace whose modules of one shape hand their bases on, each to the next.
+        subspace: At least two modules of every shape.
+        seed: Of the permutation; no module keeps its own.
+
+    Returns:
+        A subspace whose explained shares are zero, because they do not hold for the new places.
 
     Raises:
-        SubspaceError: If a module has a shape that no other has, so that there is nothing to exchange it with.
+        SubspaceError: If a module is the only one of its shape.
     """
-    by_shape: dict[tuple[int, int, int], list[str]] = {}
-    for name, bases in like.items():
-        by_shape.setdefault((bases.out_features, bases.in_features, bases.n_components), []).append(name)
-    alone = [names[0] for names in by_shape.values() if len(names) == 1]
+    groups: dict[tuple[int, int, int], list[str]] = {}
+    for name, bases in subspace.items():
+        groups.setdefault((bases.out_features, bases.in_features, bases.n_components), []).append(name)
+    alone = [names[0] for names in groups.values() if len(names) == 1]
     if alone:
         raise SubspaceError(
-            f"{len(alone)} modules, such as {alone[0]!r}, have a shape and number of components that no other module has; "
-            "shuffle a subspace of modules that come in pairs at least."
+            f"{len(alone)} modules, such as {alone[0]!r}, are the only ones of their shape and number of components; "
+            "use random_subspace(like=...) instead, or build with the same number for all."
         )
-    taken_from = {name: names[i - 1] for names in by_shape.values() for i, name in enumerate(names)}
-    modules = {name: like[taken_from[name]] for name in like.modules}
-    return PrincipalSubspace(modules, info=replace(like.info, method="shuffled"))
+    source = {}
+    for shape, names in groups.items():
+        order = torch.randperm(len(names), generator=seeded_generator(seed, str(shape), "shuffle")).tolist()
+        # Each takes from the next one on a random circle, so that none takes from itself.
+        source |= {names[i]: names[j] for i, j in zip(order, order[1:] + order[:1], strict=True)}
+    modules = {
+        name: replace(subspace[source[name]], explained_variance_ratio=torch.zeros_like(bases.explained_variance_ratio))
+        for name, bases in subspace.items()
+    }
+    return PrincipalSubspace(modules, info=replace(subspace.info, method="shuffled", measured_on=(), seed=seed))
+
+
+def mean_only_subspace(
+    collection: AdapterCollection, *, n_components: int = 1, progress: bool = True
+) -> PrincipalSubspace:
+    """The leading directions of the mean update: what averaging the adapters has, and nothing of their differences.
+
+    Args:
+        collection: Adapters, every one scaled to unit norm in a module before the mean is taken.
+        n_components: Components a side; 1 is the rank-one mean.
+        progress: Show a progress bar.
+
+    Returns:
+        A subspace whose singular values are those of the mean; explained shares are of the adapters, as usual.
+
+    Raises:
+        SubspaceError: If the mean has too low a rank in a module, or is zero.
+    """
+    modules = {}
+    for module in tqdm(collection.modules, desc="Averaging", unit="module", disable=not progress):
+        pairs = [(read.lora_B, read.lora_A) for read in collection.factors(module)]
+        pairs = [(lora_B / norm, lora_A) for lora_B, lora_A in pairs if (norm := frobenius_norm(lora_B, lora_A)) > 0]
+        width = sum(len(lora_A) for _, lora_A in pairs)
+        if not 1 <= n_components <= width:
+            raise SubspaceError(f"n_components={n_components} must be between 1 and {width}, the rank of {module!r}.")
+        mean = factored_svd(
+            torch.cat([lora_B for lora_B, _ in pairs], dim=1) / len(pairs), torch.cat([lora_A for _, lora_A in pairs])
+        )
+        k = n_components
+        inside, outside = (fix_signs(rows[:k].float()) for rows in (mean.Vh, mean.U.mT))
+        curve = explained_share_curve(pairs, inside, outside)
+        values = mean.S[:k].float()
+        modules[module] = ModuleSubspace(
+            inside, outside, values, values.clone(), torch.diff(curve, prepend=curve.new_zeros(1)).float()
+        )
+    info = SubspaceInfo(
+        base_model_name_or_path=collection.base_model_name_or_path,
+        method="mean_only",
+        n_components=n_components,
+        sources=tuple(adapter.record() for adapter in collection.adapters),
+        measured_on=collection.names,
+        fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
+    )
+    return PrincipalSubspace(modules, info=info)

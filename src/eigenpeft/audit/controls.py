@@ -1,0 +1,99 @@
+"""Controls that are adapters rather than subspaces: the nearest source adapter, a plain LoRA of as many parameters."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from eigenpeft.collection.reader import AdapterCollection
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.factored import frobenius_norm, inner_product
+from eigenpeft.subspace.principal import PrincipalSubspace
+
+
+def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
+    """The source adapter most like a given one: what copying would do without any subspace.
+
+    Args:
+        collection: Where to look.
+        factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.
+
+    Returns:
+        Name and cosine between the ΔW of all common modules taken together. Modules that a source adapter does not
+        have count as zero there.
+
+    Raises:
+        SubspaceError: If there is no common module, or the given update is zero.
+    """
+    common = [module for module in collection.modules if module in factors]
+    own = sum(float(frobenius_norm(*factors[module])) ** 2 for module in common)
+    if not own > 0:
+        raise SubspaceError(
+            f"The given adapter has no update in any module of the collection ({len(common)} of its {len(factors)} "
+            "modules are known there); compare adapters of the same base model that are trained."
+        )
+    inner, squares = dict.fromkeys(collection.names, 0.0), dict.fromkeys(collection.names, 0.0)
+    for module in common:
+        for read in collection.factors(module):
+            inner[read.adapter] += float(inner_product(read.lora_B, read.lora_A, *factors[module]))
+            squares[read.adapter] += float(frobenius_norm(read.lora_B, read.lora_A)) ** 2
+    cosines = {name: inner[name] / (own * square) ** 0.5 for name, square in squares.items() if square > 0}
+    if not cosines:
+        raise SubspaceError("All adapters of the collection are zero in the common modules; there is none to be near.")
+    name = max(cosines, key=lambda each: cosines[each])
+    return name, cosines[name]
+
+
+def same_parameters_lora(
+    subspace: PrincipalSubspace, *, r: int, core: str = "low_rank", lora_alpha: int | None = None
+) -> LoraConfig:
+    """A plain LoRA with at most as many trainable parameters as an EigenLoRA on `subspace`, and as near as it gets.
+
+    A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA; it is then put on evenly spaced modules
+    only, as many as the budget pays for.
+
+    Args:
+        subspace: Gives modules, widths and K.
+        r: The EigenLoRA's rank.
+        core: The EigenLoRA's core: "low_rank" (2 K r a module), "mixer" (K²) or "diagonal" (K).
+        lora_alpha: Of the LoRA; default: twice its rank.
+
+    Returns:
+        PEFT's `LoraConfig` with `r` and `target_modules` set; add task_type and modules_to_save to it.
+
+    Raises:
+        SubspaceError: If the core is unknown, r is less than 1, or not even one module of rank 1 fits.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft import PrincipalSubspace
+        >>> from eigenpeft.subspace import ModuleSubspace
+        >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> config = same_parameters_lora(PrincipalSubspace({"q": bases, "v": bases}), r=2)  # 2 x 16 parameters
+        >>> config.r, sorted(config.target_modules)
+        (1, ['q', 'v'])
+    """
+    sizes = {"low_rank": lambda k: 2 * k * r, "mixer": lambda k: k * k, "diagonal": lambda k: k}
+    if core not in sizes or r < 1:
+        raise SubspaceError(f"core={core!r} and r={r} must be one of {', '.join(map(repr, sizes))} and at least 1.")
+    budget = sum(sizes[core](bases.n_components) for bases in subspace.values())
+    cost = {name: bases.in_features + bases.out_features for name, bases in subspace.items()}
+    rank = budget // sum(cost.values())
+    names = list(cost)
+    if rank == 0:
+        rank, names = 1, _affordable(cost, budget)
+    return LoraConfig(r=rank, lora_alpha=lora_alpha or 2 * rank, target_modules=names)
+
+
+def _affordable(cost: Mapping[str, int], budget: int) -> list[str]:
+    names = list(cost)
+    for count in range(len(names), 0, -1):
+        places = torch.linspace(0, len(names) - 1, count).round().int().tolist() if count > 1 else [len(names) - 1]
+        chosen = [names[i] for i in places]
+        if sum(cost[name] for name in chosen) <= budget:
+            return chosen
+    raise SubspaceError(
+        f"A budget of {budget} parameters does not pay for a LoRA of rank 1 on a single module, which has "
+        f"{min(cost.values())}; compare with a larger r or K."
+    )
