@@ -124,7 +124,14 @@ def test_ctrl_c_while_writing_leaves_nothing(adapters, tmp_path):
         "main()\n"
     )
     assert find_spec("eigenpeft") is not None
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background the signal is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     while "writing" not in (line := process.stdout.readline()):
         assert line or process.poll() is None, process.stderr.read()
