@@ -1,0 +1,159 @@
+"""`eigenpeft sft` and its siblings: two real steps from files on disk, and what they say when something is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+if not find_spec("trl"):
+    pytest.skip("needs the extra trl", allow_module_level=True)
+
+from eigenpeft.cli.trl import SCRIPTS
+from tests.recipes.tiny import rows, tiny_model, tiny_tokenizer
+from tests.tuners.conftest import random_subspace, tiny_llama
+
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_strategy": "no"}
+TRAINING |= {"report_to": "none", "bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
+TRAINING |= {"lora_r": 4, "lora_dropout": 0, "logging_steps": 1}
+GENERATING = {"num_generations": 2, "max_completion_length": 4, "reward_funcs": "tests.cli.test_trl.even_words"}
+OWN = {
+    "grpo": GENERATING,
+    "rloo": GENERATING,
+    "distillation": {"max_completion_length": 4, "teacher_model_name_or_path": "teacher"},
+}
+
+
+def even_words(completions, **_):
+    """A verifiable reward, found by its name: the share of words with an even number."""
+    return [
+        sum(word.startswith("w") and int(word[1:]) % 2 == 0 for word in text.split()) / max(len(text.split()), 1)
+        for text in completions
+    ]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Model, subspace and one folder of JSONL a trainer, in the working directory."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("base")
+    tiny_llama(initializer_range=0.2).save_pretrained("teacher")
+    for folder in ("base", "teacher"):
+        tiny_tokenizer().save_pretrained(folder)
+    random_subspace(tiny_model(), ("q_proj", "v_proj")).save_pretrained("subspace")
+    for name in SCRIPTS:
+        Path("data", name).mkdir(parents=True)
+        rows(name).to_json(Path("data", name, "train.jsonl"))
+    return tmp_path
+
+
+def arguments(name, *more):
+    files = {"model_name_or_path": "base", "dataset_name": f"data/{name}", "output_dir": "out"}
+    flags = files | TRAINING | OWN.get(name, {})
+    return [name, *(part for flag, value in flags.items() for part in (f"--{flag}", str(value))), *more]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_steps_in_a_subspace(run, place, name):
+    ran = run(*arguments(name, "--subspace", "subspace", "--core", "mixer", "--n_components", 6))
+    assert ran.code == 0, ran.err
+    config = json.loads((place / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["core"], config["n_components"]) == ("EIGENLORA", "mixer", 6)
+    trainer = "reward" if name == "reward" else "sft"
+    loaded = PeftModel.from_pretrained(tiny_model(trainer), place / "out")
+    assert all(p.any() for key, p in loaded.named_parameters() if "lora_B" in key)
+    if name == "reward":
+        assert config["task_type"] == "SEQ_CLS"
+        saved = loaded.get_submodule("base_model.model.score").modules_to_save["default"].weight
+        assert not torch.equal(saved, tiny_model("reward").score.weight)
+
+
+def test_other_methods_and_a_file_of_flags(run, place):
+    (place / "run.yaml").write_text("peft_method: moslora\ninit_mixer: orthogonal\nlora_target_modules: [q_proj]\n")
+    assert run(*arguments("sft", "--config", "run.yaml")).code == 0
+    config = json.loads((place / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["init_mixer"]) == ("MOSLORA", "orthogonal")
+    assert run(*arguments("sft", "--peft_method", "lora")).code == 0
+    assert json.loads((place / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "EigenLoRA needs --subspace"),
+        (["--subspace", "nowhere"], "nowhere"),
+        (["--peft_method", "moslora", "--core", "mixer"], "--core mean nothing to --peft_method moslora"),
+        (
+            ["--subspace", "subspace", "--init_mixer", "identity"],
+            "--init_mixer mean nothing to --peft_method eigenlora",
+        ),
+        (["--subspace", "subspace", "--n_components", "0"], "n_components=0"),
+        (["--subspace", "subspace", "--dataset_name", ""], "No data"),
+    ],
+)
+def test_a_wrong_flag_is_one_message(run, place, flags, message):
+    ran = run(*arguments("sft", *flags))
+    assert ran.code == 1
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_help_names_their_flags_and_ours(run):
+    ran = run("dpo", "--help")
+    assert ran.code == 0
+    for flag in ("--subspace", "--core", "--peft_method", "--beta", "--learning_rate"):
+        assert flag in ran.out
+
+
+def test_without_trl_it_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr("eigenpeft.cli.trl.find_spec", lambda name: None)
+    ran = run("sft", "--output_dir", "out")
+    assert ran.code == 1
+    assert "pip install 'eigenpeft[trl]'" in ran.err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_over_a_quantised_base_coefficients_stay_float32(run, place, name, monkeypatch):
+    # No quantisation back-end is needed: the mark is what TRL looks at before it rounds what is trained.
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def marked(cls, *words, **settings):
+        model = load(cls, *words, **settings)
+        model.is_loaded_in_8bit = True
+        return model
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(marked))
+    seen = []
+    train = Trainer.train
+    monkeypatch.setattr(
+        Trainer,
+        "train",
+        lambda self, *words, **settings: (
+            seen.extend(p.dtype for p in self.model.parameters() if p.requires_grad) or train(self, *words, **settings)
+        ),
+    )
+    ran = run(*arguments(name, "--subspace", "subspace"))
+    assert ran.code == 0, ran.err
+    assert seen
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.slow
+def test_accelerate_launch(place):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "eigenpeft"]
+    ran = subprocess.run(
+        [*command, *arguments("sft", "--subspace", str(place / "subspace"))],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert (place / "out" / "adapter_model.safetensors").is_file()
