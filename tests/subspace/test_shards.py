@@ -5,6 +5,7 @@ import torch
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
 from eigenpeft.errors import ArtifactError, CollectionError, SubspaceError
+from eigenpeft.subspace.module_fitter import ModuleFitter
 from eigenpeft.subspace.shards import FittedModule, Shards
 from tests.factories import MODULES, make_collection, random_factors, write_adapter
 from tests.subspace.conftest import random_bases
@@ -69,16 +70,14 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bytes(tmp_path, collectio
         builder.fit(collection, work_dir=tmp_path / "work")
     assert len(list((tmp_path / "work").glob("*.safetensors"))) == 2
     fitted = []
-    fit_module = SubspaceBuilder._fit_module
-    monkeypatch.setattr(
-        SubspaceBuilder, "_fit_module", lambda self, module, c: fitted.append(module) or fit_module(self, module, c)
-    )
+    fit = ModuleFitter.fit
+    monkeypatch.setattr(ModuleFitter, "fit", lambda self, module, c: fitted.append(module) or fit(self, module, c))
     builder.fit(collection, work_dir=tmp_path / "work")
     assert sorted(fitted + interrupted_after_two[:2]) == sorted(MODULES)
     assert not (tmp_path / "work").exists()
     assert builder.findings_ == whole.findings_
-    for name, fit in (("whole", whole), ("resumed", builder)):
-        fit.subspace_.save_pretrained(tmp_path / name)
+    for name, fitted_builder in (("whole", whole), ("resumed", builder)):
+        fitted_builder.subspace_.save_pretrained(tmp_path / name)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
 

@@ -13,7 +13,7 @@ from eigenpeft.audit.verdict import HeldOutCurves, choose_n_components, judge
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import SubspaceError
-from eigenpeft.subspace.builder import seeded_generator
+from eigenpeft.subspace.seeding import seeded_generator
 
 # Mean cosine of ΔW above which two adapters are told to be related; independent ones have about 1 / √(m n) of each other.
 RELATED_COSINE = 0.2

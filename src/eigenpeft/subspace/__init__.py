@@ -3,7 +3,8 @@
 from eigenpeft.subspace.builder import SubspaceBuilder
 from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.module import Coefficients, ModuleSubspace
+from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.store import CoefficientStore
 
 __all__ = [

@@ -1,48 +1,31 @@
 """From a collection of adapters to its principal subspace, one module at a time."""
 
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
-from eigenpeft.collection.reader import AdapterCollection, AdapterFactors
+from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError
-from eigenpeft.linalg.chunked import fit_chunks
 from eigenpeft.linalg.fitting import (
     METHODS,
     WEIGHTINGS,
-    FittedBases,
     Method,
     Weighting,
-    explained_share_curve,
-    fit_bases,
-    stack_rows,
 )
-from eigenpeft.linalg.incremental import merge_components
-from eigenpeft.linalg.orthogonal import random_complement
-from eigenpeft.linalg.stacking import FactorStream, ManyFactors
 from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.module_fitter import MERGEABLE, ModuleFitter
+from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.shards import FittedModule, Shards
-from eigenpeft.subspace.streaming import bytes_at_once, chunk_adapters
 from eigenpeft.version import __version__
 
 logger = logging.getLogger(__name__)
-
-# Methods whose bases are the leading singular vectors of one growing stack of rows, so that a new adapter's rows can be
-# merged without reading the old ones. HOOI refines against all adapters at once; EigenLoRAx moves its mean.
-_MERGEABLE = ("balanced", "hosvd")
-# Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
-_SHARE_GUESS = 64
 
 
 class SubspaceBuilder:
@@ -194,15 +177,17 @@ class SubspaceBuilder:
         old, seen = self.subspace_, [*self._seen, collection]
         modules, problems, diagnosis = dict(old), [], Diagnosis()
         names = {module: old.find(module) or module for module in collection.modules}
+        fitter = self._fitter()
         for module, name in tqdm(names.items(), desc="Updating", unit="module"):
             factors = collection.factors(module)
             diagnosis.observe(name, factors)
             known = [other.factors(module) for other in self._seen if module in other.modules]
             try:
                 if name in old:
-                    modules[name] = self._update_module(name, factors, measured_on=[*sum(known, []), *factors])
+                    measured_on = [*sum(known, []), *factors]
+                    modules[name] = fitter.update(name, old[name], factors, measured_on=measured_on)
                 else:
-                    modules[name] = self._with_pseudo_components(name, self._fit_factors(name, _pairs(factors)))
+                    modules[name] = fitter.fit(module, collection).bases
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
@@ -241,9 +226,9 @@ class SubspaceBuilder:
             )
 
     def _check_addition(self, collection: AdapterCollection) -> None:
-        if self.method not in _MERGEABLE:
+        if self.method not in MERGEABLE:
             raise SubspaceError(
-                f"method={self.method!r} cannot be updated, only {', '.join(map(repr, _MERGEABLE))} can: "
+                f"method={self.method!r} cannot be updated, only {', '.join(map(repr, MERGEABLE))} can: "
                 "call fit with all adapters, or build with one of those."
             )
         taken = sorted({str(source["name"]) for source in self.subspace_.info.sources} & set(collection.names))
@@ -252,14 +237,15 @@ class SubspaceBuilder:
                 f"Already in the subspace: {', '.join(map(repr, taken))}. Pass new adapters only, or rename them."
             )
 
-    def _n_components_of(self, module: str) -> int | float:
-        if not isinstance(self.n_components, Mapping):
-            return self.n_components
-        for pattern, value in self.n_components.items():
-            if fnmatchcase(module, pattern):
-                return value
-        raise ValueError(
-            f"no pattern of n_components fits it; the patterns are {list(self.n_components)}. Add one, such as '*'."
+    def _fitter(self) -> ModuleFitter:
+        return ModuleFitter(
+            n_components=self.n_components,
+            method=self.method,
+            weighting=self.weighting,
+            n_pseudo_components=self.n_pseudo_components,
+            seed=self.seed,
+            tol=self.tol,
+            memory_limit=self.memory_limit,
         )
 
     def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
@@ -288,11 +274,12 @@ class SubspaceBuilder:
             logger.info("%d of %d modules were finished before", n_modules - len(costs), n_modules)
         # Everybody has looked at what is left to do before anybody finishes a module.
         team.gather([], doing="starting")
+        fitter = self._fitter()
         fitted: dict[str, FittedModule] = {}
         problems: list[tuple[str, str | CollectionError]] = []
         for module in tqdm(team.part(costs), desc="Fitting", unit="module", disable=not team.is_main):
             try:
-                result = self._fit_module(module, collection)
+                result = fitter.fit(module, collection)
             except CollectionError as error:
                 problems.append((module, error))
                 break
@@ -317,94 +304,6 @@ class SubspaceBuilder:
             return fitted
         return {module: shards.load(module) for module in collection.modules}
 
-    def _fit_module(self, module: str, collection: AdapterCollection) -> FittedModule:
-        n_components = self._n_components_of(module)
-        chunks = self._chunks(module, collection, n_components)
-        if chunks is not None:
-            streamed = fit_chunks(
-                lambda: (_pairs(collection.factors(module, names=names)) for names in chunks),
-                n_components=int(n_components),
-                method=self.method,  # pyright: ignore[reportArgumentType] (_chunks has seen to it)
-                weighting=self.weighting,
-            )
-            bound = max(streamed.missed_bound_in, streamed.missed_bound_out)
-            bases = self._with_pseudo_components(module, streamed.bases)
-            return FittedModule(bases, norms=streamed.bases.norms, missed_bound=bound)
-        # Read while they are stacked: all factors and all rows together would take twice the memory.
-        stream = FactorStream(
-            n_rows=sum(collection.ranks(module).values()), read=lambda: _each_pair(collection, module)
-        )
-        fitted = self._fit_factors(module, stream)
-        return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
-
-    def _chunks(self, module: str, collection: AdapterCollection, n_components: int | float) -> list[list[str]] | None:
-        ranks, shape = collection.ranks(module), collection.shapes[module]
-        k = n_components if isinstance(n_components, int) else _SHARE_GUESS
-        if self.memory_limit is None or bytes_at_once(sum(ranks.values()), shape, n_components=k) <= self.memory_limit:
-            return None
-        if self.method not in _MERGEABLE or not isinstance(n_components, int):
-            raise ValueError(
-                f"its adapters do not fit into memory_limit={self.memory_limit} bytes together, and a single pass needs "
-                f"method {' or '.join(map(repr, _MERGEABLE))} and a whole number of components, not "
-                f"method={self.method!r} and n_components={n_components!r}; raise the limit or change these"
-            )
-        return chunk_adapters(ranks, shape, n_components=k, memory_limit=self.memory_limit)
-
-    def _fit_factors(self, module: str, factors: ManyFactors) -> FittedBases:
-        return fit_bases(
-            factors,
-            n_components=self._n_components_of(module),
-            method=self.method,
-            weighting=self.weighting,
-            tol=self.tol,
-            generator=seeded_generator(self.seed, module, "solver"),
-        )
-
-    def _update_module(
-        self, module: str, factors: Sequence[AdapterFactors], *, measured_on: Sequence[AdapterFactors]
-    ) -> ModuleSubspace:
-        bases = self.subspace_[module]
-        n_principal = bases.n_components - bases.n_pseudo_components
-        merged = [
-            merge_components(components[:n_principal], values, rows, n_components=n_principal)
-            for components, values, rows in zip(
-                (bases.components_in, bases.components_out),
-                (bases.singular_values_in, bases.singular_values_out),
-                stack_rows(_pairs(factors), method=self.method, weighting=self.weighting),
-                strict=True,
-            )
-        ]
-        curve = explained_share_curve(
-            _pairs(measured_on), merged[0].components, merged[1].components, weighting=self.weighting
-        )
-        fitted = FittedBases(
-            components_in=merged[0].components,
-            components_out=merged[1].components,
-            singular_values_in=merged[0].singular_values,
-            singular_values_out=merged[1].singular_values,
-            explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)),
-            norms=(),
-        )
-        return self._with_pseudo_components(module, fitted)
-
-    def _with_pseudo_components(self, module: str, fitted: FittedBases) -> ModuleSubspace:
-        sides = {"in": fitted.components_in, "out": fitted.components_out}
-        if self.n_pseudo_components:
-            for side, components in sides.items():
-                extra = random_complement(
-                    components,
-                    n_extra=self.n_pseudo_components,
-                    generator=seeded_generator(self.seed, module, side),
-                )
-                sides[side] = torch.cat([components, extra.to(components.dtype)])
-        return ModuleSubspace(
-            components_in=sides["in"].float(),
-            components_out=sides["out"].float(),
-            singular_values_in=fitted.singular_values_in.float(),
-            singular_values_out=fitted.singular_values_out.float(),
-            explained_variance_ratio=fitted.explained_variance_ratio.float(),
-        )
-
 
 def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
     """`AdapterCollection.diagnose` with the norms that fitting found: only a few modules are read again, to be compared."""
@@ -416,27 +315,6 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
             # One adapter at a time: this must not take more memory than the fit.
             diagnosis.compare(collection.each_factors(module))
     return diagnosis.findings()
-
-
-def _pairs(factors: Sequence[AdapterFactors]) -> list[tuple[Tensor, Tensor]]:
-    return [(adapter.lora_B, adapter.lora_A) for adapter in factors]
-
-
-def _each_pair(collection: AdapterCollection, module: str) -> Iterator[tuple[Tensor, Tensor]]:
-    for adapter in collection.each_factors(module):
-        yield adapter.lora_B, adapter.lora_A
-
-
-def seeded_generator(seed: int, module: str, purpose: str) -> torch.Generator:
-    """A generator by module name, not by position: its numbers depend neither on other modules nor on their order.
-
-    Args:
-        seed: The user's.
-        module: Module name.
-        purpose: What the numbers are for, so that two uses never share them.
-    """
-    digest = hashlib.sha256(f"{seed}|{module}|{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:

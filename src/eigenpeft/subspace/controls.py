@@ -10,9 +10,10 @@ from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import factored_svd, frobenius_norm
 from eigenpeft.linalg.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
-from eigenpeft.subspace.builder import seeded_generator
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.principal import ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.module import ModuleSubspace
+from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.seeding import seeded_generator
 
 
 def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubspace:

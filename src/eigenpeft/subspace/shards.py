@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.subspace.principal import TENSOR_FIELDS, ModuleSubspace
+from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
 _PLAN = "build_plan.json"
 

@@ -15,7 +15,8 @@ from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace import storage
 from eigenpeft.subspace.card import subspace_card
-from eigenpeft.subspace.principal import Coefficients, ModuleSubspace, PrincipalSubspace, read_subspace
+from eigenpeft.subspace.module import Coefficients, ModuleSubspace
+from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
 
 
 class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
