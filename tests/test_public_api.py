@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -18,6 +19,11 @@ CONFIGS = [name for name in NAMES if name.endswith("Config")]
 def test_names_exist_and_are_few():
     assert len(NAMES) <= 12
     assert all(hasattr(eigenpeft, name) for name in eigenpeft.__all__)
+
+
+def test_no_public_name_hides_a_module():
+    modules = {info.name for info in pkgutil.iter_modules(eigenpeft.__path__)}
+    assert not modules & set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

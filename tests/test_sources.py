@@ -16,7 +16,7 @@ LAYERS = {
     "linalg": 1,
     "collection": 2,
     "subspace": 3,
-    "audit": 3.5,
+    "auditing": 3.5,
     "tuners": 4,
     "reward": 4,
     "trainers": 5,

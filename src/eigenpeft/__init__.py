@@ -3,7 +3,7 @@
 Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 """
 
-from eigenpeft.audit import audit
+from eigenpeft.auditing import audit
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel

@@ -58,7 +58,7 @@ def test_inspect_shows_every_module_and_draws(run, adapters, tmp_path):
     assert all(module in shown for module in ("layer.0.query", "layer.1.value"))
     summary = json.loads(run("inspect", tmp_path / "subspace", "--json").out)
     assert summary["modules"]["layer.0.query"]["n_components"] == 5
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     assert run("inspect", tmp_path / "subspace", "--plot", tmp_path / "spectra.png").code == 0
     assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
 

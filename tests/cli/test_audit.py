@@ -18,7 +18,7 @@ def test_audit_says_it_in_words_and_in_json(run, adapters, tmp_path):
 
 
 def test_audit_draws(run, adapters, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     result = run(
         "audit", adapters.folder, "-k", 8, "--plot", tmp_path / "a.png", "--html", tmp_path / "deep" / "a.html"
     )

@@ -64,7 +64,7 @@ def test_hostile_names_are_shown_as_they_are(tmp_path):
 
 
 def test_spectra_are_drawn_whole_or_not_at_all(builder, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     plots.plot_spectra(builder.subspace_, tmp_path / "deep" / "spectra.png")
     assert (tmp_path / "deep" / "spectra.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["spectra.png"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from eigenpeft.audit import audit as run_audit
+from eigenpeft.auditing import audit as run_audit
 from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.report.audit_figure import plot_audit, write_page

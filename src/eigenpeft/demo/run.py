@@ -11,7 +11,7 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
-from eigenpeft.audit import AuditReport, audit
+from eigenpeft.auditing import AuditReport, audit
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods

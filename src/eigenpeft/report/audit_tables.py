@@ -3,7 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from eigenpeft.audit import AuditReport
+from eigenpeft.auditing import AuditReport
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from eigenpeft import PrincipalSubspace, SubspaceBuilder
-from eigenpeft.audit import nearest_adapter, same_parameters_lora
+from eigenpeft.auditing import nearest_adapter, same_parameters_lora
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import ModuleSubspace, mean_only_subspace, shuffled_subspace
 from tests.factories import tiny_llama

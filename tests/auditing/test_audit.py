@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eigenpeft import AdapterCollection
-from eigenpeft.audit import audit
-from eigenpeft.audit.verdict import choose_n_components
+from eigenpeft.auditing import audit
+from eigenpeft.auditing.verdict import choose_n_components
 from eigenpeft.errors import SubspaceError
 from tests.factories import make_collection, random_factors, write_adapter
 

@@ -93,7 +93,7 @@ def gradient_share(
         >>> import torch
         >>> from torch import nn
         >>> from eigenpeft import PrincipalSubspace
-        >>> from eigenpeft.audit import gradient_share
+        >>> from eigenpeft.auditing import gradient_share
         >>> from eigenpeft.subspace import ModuleSubspace
         >>> eye, ones = torch.eye(2, 4), torch.ones(2)
         >>> subspace = PrincipalSubspace({"0": ModuleSubspace(eye, torch.eye(2, 3), ones, ones, ones / 2)})

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from eigenpeft import PrincipalSubspace
-from eigenpeft.audit import gradient_share
+from eigenpeft.auditing import gradient_share
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg import orthonormal_rows
 from eigenpeft.linalg.token_gradients import append_tokens, split_energy

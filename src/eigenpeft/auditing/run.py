@@ -7,9 +7,9 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from eigenpeft.audit.measures import ModuleMeasures, Shares, measure
-from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
-from eigenpeft.audit.verdict import HeldOutCurves, choose_n_components, judge
+from eigenpeft.auditing.measures import ModuleMeasures, Shares, measure
+from eigenpeft.auditing.report import AuditReport, Curve, ModuleAudit
+from eigenpeft.auditing.verdict import HeldOutCurves, choose_n_components, judge
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import SubspaceError

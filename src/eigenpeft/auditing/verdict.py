@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eigenpeft.audit.report import Curve, Verdict
+from eigenpeft.auditing.report import Curve, Verdict
 
 # How much more of an adapter than by chance the others must hold before that is worth the word "shared", as a share of
 # ‖ΔW‖². A convention, not a law: what lies above chance and below this is told with its numbers.

@@ -1,9 +1,9 @@
 """Is there anything to recycle? Measured on the adapters alone, beside what chance would give."""
 
-from eigenpeft.audit.controls import nearest_adapter, same_parameters_lora
-from eigenpeft.audit.gradient import GradientShare, ModuleGradient, gradient_share
-from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
-from eigenpeft.audit.run import audit
+from eigenpeft.auditing.controls import nearest_adapter, same_parameters_lora
+from eigenpeft.auditing.gradient import GradientShare, ModuleGradient, gradient_share
+from eigenpeft.auditing.report import AuditReport, Curve, ModuleAudit
+from eigenpeft.auditing.run import audit
 
 __all__ = [
     "AuditReport",
