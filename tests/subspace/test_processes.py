@@ -16,6 +16,9 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc"),
 ]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Its --multi_gpu means "several processes on this machine", with or without GPUs; --cpu would start a single one.
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 def start(folder, out, *launcher, k=5):
@@ -47,13 +50,14 @@ def pid_of_rank(launcher, rank):
 
 def test_two_processes_write_the_bytes_of_one(tmp_path):
     adapters = make(tmp_path, n_modules=5, size=(24, 40))
-    runs = {"one": start(adapters, tmp_path / "one"), "two": start(adapters, tmp_path / "two", *TORCHRUN)}
+    launchers = {"one": (), "torchrun": TORCHRUN, "accelerate": ACCELERATE}
+    runs = {name: start(adapters, tmp_path / name, *launcher) for name, launcher in launchers.items()}
     for name, process in runs.items():
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         assert out.count("Wrote") == 1, name  # one process speaks
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "one", "two"]
+    assert files(tmp_path / "one") == files(tmp_path / "torchrun") == files(tmp_path / "accelerate")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accelerate", "adapters", "one", "torchrun"]
 
 
 def test_bad_input_is_one_message_and_leaves_nothing(tmp_path):

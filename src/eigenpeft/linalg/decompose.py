@@ -173,12 +173,12 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
     dtype = torch.promote_types(rows.dtype, torch.float32)
     block_size = min(n_components + _OVERSAMPLING, *rows.shape)
     noise = torch.randn(block_size, max(rows.shape), generator=generator, device=generator.device)
-    start = _half_pass(rows, noise.to(rows.device, dtype), to_short_side=True)
-    n_rough = 0
+    noise, n_rough = noise.to(rows.device, dtype), 0
     if rows.dtype != torch.float64 and _multiplies_bfloat16(rows.device):
         # Passes in bfloat16 cost a third and find a decaying spectrum's subspace to 1e-4 of its energy (a nearly flat
         # one's to 1e-2); passes in float32 finish it. The rounded copy is half as large as float32 rows.
         rounded = rows.to(torch.bfloat16)
+        start = _half_pass(rounded, noise.to(torch.bfloat16), to_short_side=True).to(dtype)
         rough = block_krylov(
             lambda block: _apply_gram_bfloat16(rounded, block),
             start,
@@ -191,6 +191,8 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
         if len(rough.vectors) == block_size:  # else bfloat16 saw a smaller rank than there may be
             start = rough.vectors
         del rounded
+    else:
+        start = _half_pass(rows, noise, to_short_side=True)
     found = block_krylov(
         lambda block: _apply_gram(rows, block),
         start,
