@@ -59,8 +59,11 @@ def test_fit_features_then_add_a_user(features, tmp_path):
     assert len(LowRankRewardModel.from_pretrained(out).users) == 30
 
 
-def test_evaluate_says_whether_it_pays(features):
-    found = json.loads(run("evaluate", features, "--n-basis", 2, "--json").stdout)
+def test_evaluate_says_whether_it_pays(features, tmp_path):
+    plot = tmp_path / "evaluation.png"
+    found = json.loads(run("evaluate", features, "--n-basis", 2, "--plot", plot, "--json").stdout)
+    assert plot.stat().st_size > 10_000
+    assert set(found["calibration"]["LoRe"]) == {"confidence", "accuracy", "counts", "error"}
     assert "ersonalisation" in found["verdict"]
     shown = " ".join(run("evaluate", features, "--n-basis", 2).stdout.split())
     assert "95 % by bootstrap of users" in shown

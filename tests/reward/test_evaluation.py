@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eigenpeft.errors import RewardModelError
+from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.reward import LoReFitter, evaluate_lore
 from eigenpeft.reward.evaluation import QUADRANTS
 from eigenpeft.reward.simulation import SimulatedUsers
@@ -51,6 +52,16 @@ def test_planted_users_show_in_every_row(found):
     assert found.gain_over_population[NEW].mean == pytest.approx(accuracy["LoRe"] - accuracy["LoRe, population"])
     assert found.gain[NEW].mean == min(found.gain_over_shared[NEW].mean, found.gain_over_population[NEW].mean)
     assert found.n_basis == 3
+
+
+def test_probabilities_are_about_what_they_say(found, tmp_path):
+    asked = found.accuracy["LoRe"][NEW].n_pairs
+    for bins in found.calibration.values():
+        assert sum(bins.counts) == asked
+        assert bins.error < 0.1
+    assert set(found.calibration) == {"shared head", "LoRe, population", "LoRe"}
+    plot_evaluation(found, tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_curve_rises_from_the_population(found):

@@ -213,6 +213,22 @@ def test_reward_function_rewards_each_prompt_as_its_user_would(backbone, tokeniz
         func(prompts=["a"], completions=["b"], who=["eve"])
 
 
+def test_best_of_n_picks_what_each_user_likes_best(backbone, tokenizer, normal):
+    model = LowRankRewardModel(normal(3, 16), backbone=backbone, processing_class=tokenizer)
+    model.users.put(["ada", "bob"], torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), [5, 5])
+    prompts, candidates = ["a joke ", "help ", "a joke "], [["about cats", "about you", "no"], ["me"], ["yes", "no"]]
+    users = ["ada", "bob", "bob"]
+    expected = []
+    for prompt, options, basis in zip(prompts, candidates, (0, 2, 2), strict=True):
+        rewards = classify(model.backbone, tokenizer, [prompt + option for option in options], batch_size=8)[:, basis]
+        expected.append(int(rewards.argmax()))
+    assert model.best_of_n(prompts, candidates, user_ids=users, batch_size=2) == expected
+    with pytest.raises(RewardModelError, match=r"Prompts \[1\] have no candidate"):
+        model.best_of_n(prompts, [["a"], [], ["b"]], user_ids=users)
+    with pytest.raises(RewardModelError, match="3 prompts, 2 lists"):
+        model.best_of_n(prompts, candidates[:2], user_ids=users)
+
+
 def test_without_backbone_or_tokenizer(model, backbone, normal):
     for call in (model.reward_func, lambda: model.to_sequence_classification("ada")):
         with pytest.raises(RewardModelError, match="has no backbone"):

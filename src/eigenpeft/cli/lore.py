@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
 from eigenpeft.errors import RewardModelError
+from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
 from eigenpeft.reward.backbone import reference_head
 from eigenpeft.reward.features import embed_preferences
@@ -136,6 +137,7 @@ def evaluate(
     prompt_column: PromptColumn = None,
     cache: Cache = None,
     seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the few-shot curve and the calibration.")] = None,
     as_json: Json = False,
 ) -> None:
     """Hold out users and prompts, and compare LoRe with its controls: does personalisation pay?
@@ -153,6 +155,8 @@ def evaluate(
         fitter=LoReFitter(n_basis=_n_basis(n_basis), n_components=n_components, seed=seed),
         seed=seed,
     )
+    if plot is not None:
+        plot_evaluation(found, plot)
     if as_json:
         print_json(found.to_dict())
         return

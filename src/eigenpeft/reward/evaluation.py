@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenpeft.errors import RewardModelError
+from eigenpeft.linalg.calibration import Calibration, calibration
 from eigenpeft.linalg.preference_users import fit_all_user_weights
 from eigenpeft.reward.controls import choose_scale, user_heads
 from eigenpeft.reward.fitting import LoReFitter
@@ -49,6 +50,7 @@ class LoReEvaluation:
             direction brings is not counted as personalisation.
         few_shot: Share by number of comparisons a new user gave, by method.
         few_shot_gain: LoRe minus LoRe's population, by number of comparisons.
+        calibration: Predicted against observed shares for new users and prompts, by method that predicts probabilities.
         n_basis: Size of the basis that was chosen.
         verdict: The findings in a sentence.
     """
@@ -58,6 +60,7 @@ class LoReEvaluation:
     gain_over_population: dict[str, Share]
     few_shot: dict[str, dict[int, Share]]
     few_shot_gain: dict[int, Share]
+    calibration: dict[str, Calibration]
     n_basis: int
     verdict: str
 
@@ -139,7 +142,12 @@ def evaluate_lore(
         for other in ("shared head", "LoRe, population")
     )
     few_shot, few_shot_gain = _few_shot(differences, rows, parts, lore, shared, shots, draws, seed)
-    found = LoReEvaluation(accuracy, over_shared, over_population, few_shot, few_shot_gain, lore.n_basis, "")
+    calibrated = {
+        method: calibration(margins[method], parts.queries) for method in ("shared head", "LoRe, population", "LoRe")
+    }
+    found = LoReEvaluation(
+        accuracy, over_shared, over_population, few_shot, few_shot_gain, calibrated, lore.n_basis, ""
+    )
     return replace(found, verdict=_verdict(found.gain, lore.n_basis))
 
 

@@ -15,7 +15,7 @@ from eigenpeft.reward import storage
 from eigenpeft.reward.backbone import with_head
 from eigenpeft.reward.card import reward_card
 from eigenpeft.reward.pairs import Features, index_users, pair_margins
-from eigenpeft.reward.text import TextReward
+from eigenpeft.reward.text import Text, TextReward, best_of_n
 from eigenpeft.reward.users import UserId, UserTable
 
 Unknown = Literal["error", "population"]
@@ -351,6 +351,36 @@ class LowRankRewardModel:
             batch_size=batch_size,
             max_length=max_length,
         )
+
+    def best_of_n(
+        self,
+        prompts: Sequence[Text],
+        candidates: Sequence[Sequence[Text]],
+        *,
+        user_ids: Sequence[UserId],
+        unknown: Unknown = "error",
+        batch_size: int = 8,
+        max_length: int | None = None,
+    ) -> list[int]:
+        """Re-rank sampled answers: which candidate of each prompt its user would like best.
+
+        Args:
+            prompts: Texts, or conversations.
+            candidates: Completions of each prompt, at least one; their numbers may differ.
+            user_ids: User of each prompt.
+            unknown: As in `rewards`.
+            batch_size: Texts at a time.
+            max_length: As in `reward_func`.
+
+        Returns:
+            Index of the best candidate of each prompt; the first of equals.
+
+        Raises:
+            RewardModelError: If lengths disagree, a prompt has no candidate, or the model has no backbone.
+            UnknownUserError: If a user is not known and `unknown="error"`.
+        """
+        reward = self.reward_func(user_column="user", unknown=unknown, batch_size=batch_size, max_length=max_length)
+        return best_of_n(reward, prompts, candidates, users=user_ids)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the model, its users and a card; with a backbone, as a stock classifier of n_basis labels besides.

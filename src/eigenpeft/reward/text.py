@@ -65,6 +65,40 @@ class TextReward:
         return (by_basis * self._weights(columns[self._user_column])).sum(dim=1).tolist()
 
 
+def best_of_n(
+    reward: Callable[..., list[float]],
+    prompts: Sequence[Text],
+    candidates: Sequence[Sequence[Text]],
+    *,
+    users: Sequence[Any],
+) -> list[int]:
+    """Index of each prompt's candidate of highest reward, all scored together.
+
+    Args:
+        reward: Takes prompts, completions and the column `user`.
+        prompts: Texts or conversations.
+        candidates: Completions of each prompt.
+        users: User of each prompt.
+
+    Raises:
+        RewardModelError: If lengths disagree or a prompt has no candidate.
+    """
+    if not len(prompts) == len(candidates) == len(users):
+        raise RewardModelError(
+            f"{len(prompts)} prompts, {len(candidates)} lists of candidates and {len(users)} users; give one of each a prompt."
+        )
+    if empty := [i for i, options in enumerate(candidates) if not len(options)]:
+        raise RewardModelError(f"Prompts {empty[:5]} have no candidate; give each at least one, or leave them out.")
+    rows = [(i, option) for i, options in enumerate(candidates) for option in options]
+    values = reward(
+        prompts=[prompts[i] for i, _ in rows],
+        completions=[option for _, option in rows],
+        user=[users[i] for i, _ in rows],
+    )
+    remaining = iter(values)
+    return [max(enumerate([next(remaining) for _ in options]), key=lambda one: one[1])[0] for options in candidates]
+
+
 def join(prompt: Text, completion: Text, processing_class: Any) -> str:
     """One text of a prompt and its completion: put together, or through the chat template.
 

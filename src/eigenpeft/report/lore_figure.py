@@ -1,0 +1,41 @@
+"""Figure of a LoRe evaluation: does its user's history help, and are the probabilities what they say."""
+
+from pathlib import Path
+
+from eigenpeft.report.plots import new_figure, save_figure
+from eigenpeft.reward.evaluation import LoReEvaluation
+
+
+def plot_evaluation(found: LoReEvaluation, path: str | Path) -> None:
+    """Draw the few-shot curve with its intervals, and the calibration of the Bradley-Terry probabilities.
+
+    Args:
+        found: From `evaluate_lore`.
+        path: PNG file to write.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
+    figure, (curve, reliability) = new_figure(1, 2, width=10, height=4.2)
+    colours = dict(
+        zip(("LoRe", "shared head", "LoRe, population"), ("tab:blue", "tab:grey", "tab:orange"), strict=True)
+    )
+    for method, shares in found.few_shot.items():
+        numbers = list(shares)
+        curve.plot(numbers, [share.mean for share in shares.values()], marker="o", color=colours[method], label=method)
+        low, high = ([getattr(share, end) for share in shares.values()] for end in ("low", "high"))
+        curve.fill_between(numbers, low, high, color=colours[method], alpha=0.15)
+    curve.set_xscale("symlog", linthresh=1)
+    ticks = [n for n in next(iter(found.few_shot.values()), {})]
+    curve.set_xticks(ticks, [str(n) for n in ticks])
+    curve.set(xlabel="comparisons a new user gave", ylabel="share of new comparisons foretold", title="New users")
+    for method, bins in found.calibration.items():
+        label = f"{method} (error {bins.error:.3f})"
+        reliability.plot(bins.confidence, bins.accuracy, marker="o", color=colours[method], label=label)
+    reliability.plot([0.5, 1], [0.5, 1], color="black", linestyle=":", linewidth=1)
+    reliability.set(xlabel="predicted probability of the likelier answer", ylabel="share that answered so")
+    reliability.set_title("Calibration, new users and prompts")
+    for axes in (curve, reliability):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
