@@ -44,6 +44,7 @@ def test_planted_users_show_in_every_row(found):
         "shared head",
         "head a user",
         "head a user, from the shared one",
+        "user encoder",
         "LoRe, population",
         "LoRe",
         "oracle",

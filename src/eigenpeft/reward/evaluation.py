@@ -14,6 +14,7 @@ from eigenpeft.reward.controls import choose_scale, user_heads
 from eigenpeft.reward.fitting import LoReFitter
 from eigenpeft.reward.model import LowRankRewardModel
 from eigenpeft.reward.pairs import Features, difference_chunks, index_users
+from eigenpeft.reward.user_encoder import encoded_heads
 from eigenpeft.reward.users import UserId
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
@@ -95,7 +96,8 @@ def evaluate_lore(
     """Fit LoRe and its controls to some users' comparisons on some prompts, and ask about the others.
 
     Controls: the reference head; one Bradley-Terry head shared by all; a head for each user alone, from the reference
-    and from the shared head (scales chosen by held-out comparisons, as LoRe's settings are). New users are fitted from
+    and from the shared head (scales chosen by held-out comparisons, as LoRe's settings are); an encoder that reads a
+    user's comparisons (VPL-style, on the shared head). New users are fitted from
     their comparisons on the training prompts, and asked about the held-out prompts.
 
     Args:
@@ -238,6 +240,10 @@ def _all_margins(
         scale = choose_scale(differences[parts.train], rows[parts.train], seed=seed, **options)
         heads = user_heads(differences[fitted], rows[fitted], scale=scale, **options)
         margins[name] = (differences * heads[rows]).sum(dim=1)
+    heads = encoded_heads(
+        differences, rows, train=parts.train, fitted=fitted, shared=shared, n_users=n_users, seed=seed
+    )
+    margins["user encoder"] = (differences * heads[rows]).sum(dim=1)
     margins["LoRe, population"] = differences @ lore.reward_head()
     margins["LoRe"] = ((differences @ lore.reward_basis.mT) * weights[rows]).sum(dim=1)
     return margins
