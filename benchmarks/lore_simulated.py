@@ -255,6 +255,7 @@ def large():
         setting = Setting(1000, 100, 4096, n_new=200, n_test=10, n_signal=n_signal)
         rows = setting.bounds()
         for label, options in (
+            ("LoRe, ours, B = 5, 256 directions", {"n_components": 256}),
             ("LoRe, ours, B = 5, 512 directions", {"n_components": 512}),
             ("LoRe, ours, B = 5, all features", {"max_iter": 300}),
             ("one shared head (B = 1), all features", {"n_basis": 1}),
