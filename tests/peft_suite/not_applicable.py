@@ -35,6 +35,64 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "its learning rate suits LoRA's embedding, whose gradients do not spread over orthonormal components; "
         "tests/tuners/test_layer_kinds.py checks that every coefficient learns",
     ),
+    (
+        r"TestKasaInitialization::test_kasa_rejects_too_large_rank",
+        ("eigenlora", "moslora"),
+        "expects the message of a variant that is refused",
+    ),
+    (
+        r"TestLoraInitialization::test_lora_embedding_(default|gaussian)",
+        ("moslora",),
+        "asserts the distribution of LoRA's B alone; ours is B times the mixer",
+    ),
+    (
+        r"(test_modules_to_save_targets_lora_layer|test_trainable_token_indices_targets_lora_layer|"
+        r"TestTargetingAuxiliaryTrainingWrapper::test_targeting_trainable_tokens)_raises",
+        ("eigenlora", "moslora"),
+        "the message that it expects names LoRA's layer class; ours has its own name in its place",
+    ),
+    (
+        r"test_converted_lora_to_lora_works_and_warns",
+        ("eigenlora", "moslora"),
+        "expects the warning that the adapter is a LoRA already",
+    ),
+    (
+        r"test_inject_from_state_dict_missing_keys_warning",
+        ("eigenlora", "moslora"),
+        "deletes LoRA's tensors from a state dict by name",
+    ),
+    (
+        r"test_loraplus.py::test_lora_plus_embedding_lr",
+        ("eigenlora", "moslora"),
+        "lists LoRA's tensors by name",
+    ),
+    (
+        r"TestTargetParameters::test_target_multiple_parameters_on_same_module",
+        ("eigenlora", "moslora"),
+        "counts two tensors a parameter, as LoRA has",
+    ),
+    (
+        r"TestTargetParameters::(test_target_parameters_works_with_existing_parametrization|"
+        r"test_targeting_module_and_targeting_param_equivalent)",
+        ("eigenlora", "moslora"),
+        "writes into LoRA's weights in place; ours are computed from the trained tensors",
+    ),
+    (
+        r"TestModelAndLayerStatus::test_model_(status_with_modules_to_save|status_with_trainable_tokens|"
+        r"target_parameters|target_parameters_and_target_modules)$",
+        ("eigenlora", "moslora"),
+        "asserts the class name LoraModel and LoRA's number of parameters",
+    ),
+    (
+        r"TestPeftCustomKwargs::test_add_second_adapter_with_all_linear_works",
+        ("eigenlora", "moslora"),
+        "asserts that the factors are torch.nn.Linear",
+    ),
+    (
+        r"TestTunerStateDictKeyPrefixes::test_prefixes_select_correct_state_dict_keys",
+        ("eigenlora", "moslora"),
+        "lists LoRA's tensors by name",
+    ),
 )
 
 

@@ -17,7 +17,6 @@ from datasets import Dataset, DatasetDict
 import eigenpeft
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.eigenlora.model import EigenLoraModel
-from tests.peft_suite.not_applicable import reason_not_applicable
 from tests.peft_suite.random_subspaces import random_subspace
 
 METHOD = os.environ["EIGENPEFT_SUITE_METHOD"]
@@ -47,19 +46,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _give_subspaces() -> None:
     OURS.__init__ = functools.partialmethod(OURS.__init__, core=CORE)
-    inject = EigenLoraModel.inject_adapter
+    injecting = EigenLoraModel.injecting.__func__
 
-    def inject_with_subspace(self, model, adapter_name, *args, **kwargs):
-        config = self.peft_config[adapter_name]
+    def injecting_with_subspace(cls, model, config, adapter_name):
         if config.subspace_sha256 is None:
             if config.target_modules is None and not config.target_parameters:
-                self._prepare_adapter_config(config, self.get_model_config(model))
+                cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
             subspace = random_subspace(model, parameters=bool(config.target_parameters))
             _alive.append(subspace)
             config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.basis_store.remember(subspace)
-        inject(self, model, adapter_name, *args, **kwargs)
+        return injecting(cls, model, config, adapter_name)
 
-    EigenLoraModel.inject_adapter = inject_with_subspace
+    EigenLoraModel.injecting = classmethod(injecting_with_subspace)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
@@ -78,8 +76,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, others = [], []
     for item in items:
         (chosen if _concerns_lora(item) else others).append(item)
+    for tests in {item.cls for item in chosen if hasattr(item.cls, "check_requires_grad")}:
+        tests.check_requires_grad = _with_our_names(tests.check_requires_grad)
     items[:] = chosen
     config.hook.pytest_deselected(items=others)
+
+
+def _with_our_names(check: Any) -> Any:
+    """A check that lists LoRA's tensors by name, for whatever tensors we have in the place of each."""
+
+    def translated(self: Any, model: Any, *expected: str) -> None:
+        known = [name for name, _ in model.named_parameters()]
+        ours = [name for name in known if any(_stands_for(name, lora) for lora in expected)]
+        check(self, model, *ours)
+
+    return translated
+
+
+def _stands_for(name: str, lora: str) -> bool:
+    return name == lora or ("lora_" in lora and name.startswith(lora.removesuffix("weight")))
 
 
 def _concerns_lora(item: Any) -> bool:
@@ -109,16 +124,12 @@ def _flat(values: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
-    """Count as skipped what the method refuses by name, and what `not_applicable` explains."""
+    """Count as skipped what the method refuses by name."""
     report = yield
-    if report.outcome == "failed" and METHOD != "lora":
-        error = call.excinfo.value if call.excinfo else None
-        reason = reason_not_applicable(report.nodeid, f"{METHOD}-{CORE}" if METHOD == "eigenlora" else METHOD)
-        if isinstance(error, AdapterConfigError):
-            reason = "refused: " + REFUSED_VALUE.sub("", str(error))
-        if reason is not None:
-            report.outcome = "skipped"
-            report.longrepr = (str(item.path), 0, reason)
+    error = call.excinfo.value if call.excinfo else None
+    if report.outcome == "failed" and METHOD != "lora" and isinstance(error, AdapterConfigError):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, "refused: " + REFUSED_VALUE.sub("", str(error)))
     return report
 
 

@@ -2,8 +2,10 @@
 
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.export import export_lora
+from eigenpeft.tuners.mixed_models import FactorMixedModel
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
-from eigenpeft.tuners.registration import register
+from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
+from eigenpeft.tuners.registration import admit_to_mixed_models, check_lorafa, register
 from eigenpeft.tuners.serving import TaskBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
@@ -20,5 +22,7 @@ register(
     model_cls=MosLoraModel,
     hotswap_keys=(*_LORA_KEYS, "r", "rank_pattern", "fold", "train_mixer"),
 )
+admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
+check_lorafa(check_lorafa_pairs)
 
 __all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "TaskBank", "export_lora"]

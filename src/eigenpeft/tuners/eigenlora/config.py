@@ -32,6 +32,7 @@ class EigenLoraConfig(ExplainedConfig):
     """
 
     method_name = "EigenLoRA"
+    _warm_start = None  # where `init_from` leads, while an adapter is injected
 
     subspace: str | PrincipalSubspace | None = field(
         default=None,

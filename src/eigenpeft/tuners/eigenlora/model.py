@@ -1,7 +1,9 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -26,36 +28,44 @@ from eigenpeft.tuners.factor_model import FactorModel
 class EigenLoraModel(FactorModel):
     """Tuner behind `EigenLoraConfig`; made by `get_peft_model`."""
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Find the subspace, choose its modules when no targets are named, then inject as LoRA does.
+    @classmethod
+    @contextmanager
+    def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[None]:
+        """Find the subspace and choose its modules when no targets are named; afterwards note what is embedded.
 
         Args:
             model: Model to adapt.
-            adapter_name: Name of the new adapter.
-            *args: PEFT's own.
-            **kwargs: PEFT's own.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
         """
-        config = cast(EigenLoraConfig, self.peft_config[adapter_name])
         subspace = subspace_of(config)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = matching_modules(model, subspace, config)  # pyright: ignore[reportAttributeAccessIssue]
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        self._subspace_in_use = subspace
-        self._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
+        config._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            yield
         finally:
-            self._subspace_in_use = self._warm_start = None
+            config._warm_start = None
         config.init_from = None
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
-    def _swap(self, layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
-        name, basis = basis_for(layer, self._subspace_in_use, config, module)
+    @staticmethod
+    def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
+        """Put coefficients on the module's components in the place of both of LoRA's factors.
+
+        Args:
+            layer: LoRA layer that has just got the adapter.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+            module: Name of the adapted weight in the base model.
+        """
+        name, basis = basis_for(layer, subspace_of(config), config, module)
         coefficients = start(layer, adapter_name, basis=basis, config=config, module=module)
-        if self._warm_start is not None:
-            coefficients = self._warm_start.coefficients(
+        if config._warm_start is not None:
+            coefficients = config._warm_start.coefficients(
                 name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
             )
         place(layer, adapter_name, basis=basis, coefficients=coefficients, core=config.core)
