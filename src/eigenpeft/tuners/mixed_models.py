@@ -39,7 +39,7 @@ class FactorMixedModel(MixedModel):
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, **kwargs):
-        layer = MixedModel._create_new_module(config, adapter_name, target, **kwargs)
+        layer: Any = MixedModel._create_new_module(config, adapter_name, target, **kwargs)
         return make_exact(layer) if _method(config) is not None else layer
 
     def _get_name(self) -> str:

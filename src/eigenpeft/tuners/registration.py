@@ -75,7 +75,7 @@ def admit_to_mixed_models(names: Sequence[str], *, tuner: type[mixed.MixedModel]
     kinds = (*mixed.COMPATIBLE_TUNER_TYPES, *(peft_type(name) for name in names))
     # Both are read when a mixed model is made; neither is copied anywhere else.
     mixed.COMPATIBLE_TUNER_TYPES = mixed.model.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys(kinds))
-    mixed_model.MixedModel = tuner
+    mixed_model.MixedModel = tuner  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
