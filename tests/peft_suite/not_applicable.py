@@ -36,6 +36,12 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tests/tuners/test_layer_kinds.py checks that every coefficient learns",
     ),
     (
+        r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA",
+        ("moslora",),
+        "its three steps move LoRA's B by 1.3e-4, just over its tolerance, and ours, behind the mixer, by 0.4e-4; "
+        "tests/tuners/test_layer_kinds.py checks that every tensor learns",
+    ),
+    (
         r"TestKasaInitialization::test_kasa_rejects_too_large_rank",
         ("eigenlora", "moslora"),
         "expects the message of a variant that is refused",

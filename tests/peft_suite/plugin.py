@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from parameterized import param
 
 import eigenpeft
 from eigenpeft.errors import AdapterConfigError
@@ -100,7 +101,8 @@ def _stands_for(name: str, lora: str) -> bool:
 def _concerns_lora(item: Any) -> bool:
     """Whether a row of the parametrisation, or the test's own text, names the configuration that we stand in for."""
     parameters = getattr(item, "callspec", None)
-    values = list(_flat(parameters.params.values())) if parameters else []
+    rows = parameters.params.values() if parameters else _row_of_parameterized(item.function)
+    values = list(_flat(rows))
     classes = {value if inspect.isclass(value) else type(value) for value in values}
     configs = {kind for kind in classes if issubclass(kind, peft.PeftConfig)}
     if configs:
@@ -112,6 +114,12 @@ def _concerns_lora(item: Any) -> bool:
         if not name.startswith("test_") and item.cls.__module__ == function.__module__
     )
     return "LoraConfig(" in text.replace("AdaLoraConfig(", "") or "LoraConfig(" in setup or "get_config" in text
+
+
+def _row_of_parameterized(function: Any) -> list[Any]:
+    """The row that `parameterized.expand` keeps in the closure of each of its functions."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return [value for cell in cells if isinstance(cell, param) for value in cell.args]
 
 
 def _flat(values: Any) -> Any:
@@ -134,9 +142,9 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    name = report.nodeid.partition("peft_tests/")[2].replace(
-        OURS.__name__, "LoraConfig"
-    )  # the same name for every method
+    # The same name for every method: rows are named after the configuration, or what is before "Config" in its name.
+    name = report.nodeid.partition("peft_tests/")[2].replace(OURS.__name__, "LoraConfig")
+    name = name.replace(f"_{OURS.__name__.removesuffix('Config')}_", "_Lora_")
     if report.when == "call" or report.outcome != "passed":
         if report.outcome == "skipped":
             expected = hasattr(report, "wasxfail")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import Linear
@@ -116,13 +117,29 @@ class FactorModel(LoraModel):
         values: dict[str, Any] = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
         values |= {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
         for path, layer in self.model.named_modules():
-            if isinstance(layer, LoraLayer) and adapter_name in (factors := factor_dicts(layer)[0]):
-                factor = factors[adapter_name]
-                rank = len(getattr(factor, "weight", factor))
+            if isinstance(layer, LoraLayer) and adapter_name in factor_dicts(layer)[0]:
+                rank = _fill_to_rank(layer, adapter_name)
                 if rank != layer.r[adapter_name]:  # the sources' core has a rank of its own
                     key = "^" + weight_name(path, layer).replace(".", r"\.")
                     values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
         return LoraConfig(**values)
+
+
+@torch.no_grad()
+def _fill_to_rank(layer: LoraLayer, adapter_name: str) -> int:
+    """Fill plain factors with zeros to the rank that the layer was made with, where the weight itself is narrower.
+
+    Returns:
+        The rank that the factors have then.
+    """
+    lora_A, lora_B = (
+        getattr(factors[adapter_name], "weight", factors[adapter_name]) for factors in factor_dicts(layer)
+    )
+    missing = layer.r[adapter_name] - len(lora_A)
+    if missing > 0 and lora_B.shape[1] == len(lora_A):  # not a grouped convolution's
+        lora_A.data = torch.cat([lora_A, lora_A.new_zeros(missing, *lora_A.shape[1:])])
+        lora_B.data = torch.cat([lora_B, lora_B.new_zeros(len(lora_B), missing, *lora_B.shape[2:])], dim=1)
+    return len(lora_A)
 
 
 def has_adapter(layer: Any, adapter_name: str) -> bool:
