@@ -105,7 +105,7 @@ Contents = tuple[list[_Update], dict[str, Any], dict[str, Tensor]]
 def _from_store(store: CoefficientStore, name: str) -> Contents:
     member = store.member(name)
     updates = [
-        _Update(*pair, 1.0, module, (f"{module}.lora_A.weight", f"{module}.lora_B.weight"))
+        _Update(*pair, 1.0, module, _keys(module, is_embedding=module in store.subspace.info.embeddings))
         for module in store.subspace
         if (pair := store.factors(name, module)) is not None
     ]
@@ -148,12 +148,14 @@ def _update(path: str, layer: Any, name: str) -> _Update:
         n_blocks = base.groups
     elif path.endswith(_INSIDE_ATTENTION):
         kind = "inside"
-    ends = (
-        ("lora_embedding_A", "lora_embedding_B") if isinstance(layer, Embedding) else ("lora_A.weight", "lora_B.weight")
-    )
-    keys = f"{path}.{ends[0]}", f"{path}.{ends[1]}"
+    keys = _keys(path, is_embedding=isinstance(layer, Embedding))
     scaling = float(layer.scaling[name])
     return _Update(lora_B, lora_A, scaling, weight_name(path, layer), keys, kind=kind, n_blocks=n_blocks)
+
+
+def _keys(path: str, *, is_embedding: bool) -> tuple[str, str]:
+    ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    return f"{path}.{ends[0]}", f"{path}.{ends[1]}"
 
 
 def _truncated(update: _Update, rank: int) -> _Update:

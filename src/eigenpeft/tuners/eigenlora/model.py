@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.basis_store import drop_unused_bases
+from eigenpeft.tuners.convolution_factors import is_convolution
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
     embedded_counts,
@@ -61,10 +64,14 @@ class EigenLoraModel(FactorModel):
             config: Configuration of the adapter.
             adapter_name: The adapter.
             module: Name of the adapted weight in the base model.
+
+        Raises:
+            AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
         """
         name, basis = basis_for(layer, subspace_of(config), config, module)
         coefficients = start(layer, adapter_name, basis=basis, config=config, module=module)
-        if config._warm_start is not None:
+        if config._warm_start is not None and name in config._warm_start.modules:
+            _check_warm_start(layer, config, module)
             coefficients = config._warm_start.coefficients(
                 name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
             )
@@ -130,3 +137,15 @@ class EigenLoraModel(FactorModel):
         embedded = {key: value for key, value in state_dict.items() if key.endswith(".components")}
         fill_embedded(model, adapter_name, embedded)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, coefficients)
+
+
+def _check_warm_start(layer: LoraLayer, config: EigenLoraConfig, module: str) -> None:
+    base: Any = layer.get_base_layer()
+    n_experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    n_groups = base.groups if is_convolution(base) else 1
+    if max(n_experts, n_groups) > 1:
+        what = f"{n_experts} experts" if n_experts > 1 else f"{n_groups} groups"
+        raise AdapterConfigError(
+            f"init_from={config.init_from!r} is one update for {module!r}, which has {what} with updates of their own; "
+            "leave it out with exclude_modules, or leave init_from out."
+        )
