@@ -1,7 +1,7 @@
 """Make an outside method known to PEFT: the only code that touches PEFT's enum, registry and tables."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from peft import mixed_model
@@ -76,6 +76,17 @@ def admit_to_mixed_models(names: Sequence[str], *, tuner: type[mixed.MixedModel]
     # Both are read when a mixed model is made; neither is copied anywhere else.
     mixed.COMPATIBLE_TUNER_TYPES = mixed.model.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys(kinds))
     mixed_model.MixedModel = tuner  # pyright: ignore[reportPrivateImportUsage]
+
+
+def replace_rank_padding(pad: Callable[..., bool]) -> None:
+    """Have PEFT's `prepare_model_for_compiled_hotswap` pad ranks by `pad`; doing so again is harmless.
+
+    Args:
+        pad: Takes a model, the rank, and PEFT's own function as `pad_plain`.
+    """
+    plain = hotswap._pad_lora_weights
+    if not isinstance(plain, partial):
+        hotswap._pad_lora_weights = partial(pad, pad_plain=plain)
 
 
 def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
