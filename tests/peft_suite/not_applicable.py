@@ -15,6 +15,37 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "changes the rank in place, and with it the mixer's size; refused, or LoRA's own modules are expected",
     ),
     (
+        r"TestHotSwapping::.*(rank_padding|with_rank_pattern|rank_not_divisible)|TestMultiRankAdapter::test_multirank|"
+        r"test_rank_pattern_for_moe_target_parameters",
+        ("eigenlora-mixer", "eigenlora-diagonal"),
+        "asserts the rank of the factors, or that one rank does not fit another; these cores have none",
+    ),
+    (
+        r"TestHotSwapping::test_hotswap_missing_key_works|test_from_pretrained_missing_keys_warning",
+        ("eigenlora",),
+        "deletes LoRA's tensors from a state dict by name",
+    ),
+    (
+        r"TestRequiresGrad::test_loading_adapter_preserves_custom_requires_grad",
+        ("eigenlora-low_rank",),
+        "freezes LoRA's weight, which ours computes from the coefficients; those are what can be frozen",
+    ),
+    (
+        r"test_save_pretrained_warns_for_unsharded_state_dict",
+        ("eigenlora",),
+        "writes into LoRA's weight in place; tests/tuners/test_rank_padding.py has the warning of sharded coefficients",
+    ),
+    (
+        r"test_lorafa_respects_layer_specific_scaling_patterns",
+        ("eigenlora-low_rank",),
+        "gives LoRA's weight a gradient by hand; tests/tuners/test_mixed_models.py has the step with its scaling",
+    ),
+    (
+        r"TestDynamicDispatch::test_target_layer_without_in_features_out_features",
+        ("eigenlora",),
+        "its layer has none of LoRA's factors to replace (MoSLoRA refuses it), and an LSTM has no subspace",
+    ),
+    (
         r"TestHotSwapping::test_hotswap_different_peft_types_raises",
         ("eigenlora", "moslora"),
         "its message names LORA",
@@ -50,6 +81,11 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         r"TestLoraInitialization::test_lora_embedding_(default|gaussian)",
         ("moslora",),
         "asserts the distribution of LoRA's B alone; ours is B times the mixer",
+    ),
+    (
+        r"TestLoraInitialization::test_lora_(linear|embedding|conv2d)_(init_)?(default|gaussian)",
+        ("eigenlora",),
+        "asserts the distribution of LoRA's own factors' entries; ours are coefficients times components",
     ),
     (
         r"(test_modules_to_save_targets_lora_layer|test_trainable_token_indices_targets_lora_layer|"
