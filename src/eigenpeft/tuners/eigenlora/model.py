@@ -90,8 +90,9 @@ class EigenLoraModel(FactorModel):
         """Combine adapters into a new one: in coefficient space, exactly, where that can be; else into a plain LoRA.
 
         Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "mixer" and
-        "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself. Other
-        combinations work entry by entry on LoRA's factors, and what they make leaves the subspace.
+        "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself; "ties",
+        "dare_ties", "dare_linear" and "magnitude_prune" work on the entries of their coefficients. Other combinations work
+        on LoRA's factors or on the update's entries, and what they make leaves the subspace.
 
         Args:
             adapters: Names of the adapters to combine.
@@ -113,7 +114,8 @@ class EigenLoraModel(FactorModel):
             self.peft_config[adapters[0]], target_modules=target_modules, **settings
         )
         self.inject_adapter(self.model, adapter_name)
-        combine(self.model, adapters, weights, adapter_name, combination=combination)
+        options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}
+        combine(self.model, adapters, weights, adapter_name, combination=combination, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the bases that no other adapter uses.
