@@ -87,6 +87,17 @@ def test_embedding_factors_are_kept_aside(tmp_path):
     ]
 
 
+def test_embedding_factors_are_read_when_asked_for(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with AdapterCollection.from_pretrained(tmp_path, embeddings=True) as collection:
+        (module,) = collection.modules
+        (read,) = collection.factors(module)
+        assert collection.is_embedding(module)
+        update = model.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
+        torch.testing.assert_close((read.lora_B @ read.lora_A).mT, update)
+
+
 def test_dora_saved_by_peft_is_refused(tmp_path):
     adapted("llama", r=2, use_dora=True).save_pretrained(tmp_path)
     with pytest.raises(CollectionError, match="use_dora=True: DoRA also rescales"):

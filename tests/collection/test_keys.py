@@ -51,6 +51,12 @@ def test_what_is_no_update_is_kept_aside(key):
     assert parse_key(key).kind == "aside"
 
 
+@pytest.mark.parametrize("ending", ["", ".default"])
+def test_embedding_factors_are_read_when_asked_for(ending):
+    parsed = parse_key(f"base_model.model.wte.lora_embedding_A{ending}", embeddings=True)
+    assert (parsed.kind, parsed.module, parsed.factor) == ("factor", "wte", "A")
+
+
 @pytest.mark.parametrize(
     "key",
     [

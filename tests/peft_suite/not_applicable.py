@@ -15,6 +15,37 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "changes the rank in place, and with it the mixer's size; refused, or LoRA's own modules are expected",
     ),
     (
+        r"TestHotSwapping::.*(rank_padding|with_rank_pattern|rank_not_divisible)|TestMultiRankAdapter::test_multirank|"
+        r"test_rank_pattern_for_moe_target_parameters",
+        ("eigenlora-mixer", "eigenlora-diagonal"),
+        "asserts the rank of the factors, or that one rank does not fit another; these cores have none",
+    ),
+    (
+        r"TestHotSwapping::test_hotswap_missing_key_works|test_from_pretrained_missing_keys_warning",
+        ("eigenlora",),
+        "deletes LoRA's tensors from a state dict by name",
+    ),
+    (
+        r"TestRequiresGrad::test_loading_adapter_preserves_custom_requires_grad",
+        ("eigenlora-low_rank",),
+        "freezes LoRA's weight, which ours computes from the coefficients; those are what can be frozen",
+    ),
+    (
+        r"test_save_pretrained_warns_for_unsharded_state_dict",
+        ("eigenlora",),
+        "writes into LoRA's weight in place; tests/tuners/test_rank_padding.py has the warning of sharded coefficients",
+    ),
+    (
+        r"test_lorafa_respects_layer_specific_scaling_patterns",
+        ("eigenlora-low_rank",),
+        "gives LoRA's weight a gradient by hand; tests/tuners/test_mixed_models.py has the step with its scaling",
+    ),
+    (
+        r"TestDynamicDispatch::test_target_layer_without_in_features_out_features",
+        ("eigenlora",),
+        "its layer has none of LoRA's factors to replace (MoSLoRA refuses it), and an LSTM has no subspace",
+    ),
+    (
         r"TestHotSwapping::test_hotswap_different_peft_types_raises",
         ("eigenlora", "moslora"),
         "its message names LORA",
@@ -34,6 +65,96 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("eigenlora",),
         "its learning rate suits LoRA's embedding, whose gradients do not spread over orthonormal components; "
         "tests/tuners/test_layer_kinds.py checks that every coefficient learns",
+    ),
+    (
+        r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA",
+        ("moslora",),
+        "its three steps move LoRA's B by 1.3e-4, just over its tolerance, and ours, behind the mixer, by 0.4e-4; "
+        "tests/tuners/test_layer_kinds.py checks that every tensor learns",
+    ),
+    (
+        r"test_add_weighted_adapter_with_different_scaling\[magnitude_prune_svd-0.9-0.1-weights2\]",
+        ("eigenlora-mixer",),
+        "bounds the absolute error, as suits updates of rank 8; the mixer's random update has every rank. The correlation, "
+        "which it asserts first, is met",
+    ),
+    (
+        r"TestEncoderDecoderModels::test_generate_with_mixed_adapter_batches\[LoraConfig-config_kwargs14-.*Bart",
+        ("eigenlora-diagonal",),
+        "first asserts that a random start changes what a tiny model generates; that of a few numbers a module does not",
+    ),
+    (
+        r"test_lora_conversion\[LoraConfig-config_kwargs16-.*Gemma3",
+        ("eigenlora-diagonal",),
+        "bounds the error of truncating to rank 8 an update that has rank 16, with singular values as random as its entries",
+    ),
+    (
+        r"test_disable_adapters_with_merging\[Embedding \+ transformers Conv1D 2 DoRA",
+        ("eigenlora-diagonal",),
+        "asserts that three steps of Adam change the output by 1e-4; those of five numbers change it by less",
+    ),
+    (
+        r"TestKasaInitialization::test_kasa_rejects_too_large_rank",
+        ("eigenlora", "moslora"),
+        "expects the message of a variant that is refused",
+    ),
+    (
+        r"TestLoraInitialization::test_lora_embedding_(default|gaussian)",
+        ("moslora",),
+        "asserts the distribution of LoRA's B alone; ours is B times the mixer",
+    ),
+    (
+        r"TestLoraInitialization::test_lora_(linear|embedding|conv2d)_(init_)?(default|gaussian)",
+        ("eigenlora",),
+        "asserts the distribution of LoRA's own factors' entries; ours are coefficients times components",
+    ),
+    (
+        r"(test_modules_to_save_targets_lora_layer|test_trainable_token_indices_targets_lora_layer|"
+        r"TestTargetingAuxiliaryTrainingWrapper::test_targeting_trainable_tokens)_raises",
+        ("eigenlora", "moslora"),
+        "the message that it expects names LoRA's layer class; ours has its own name in its place",
+    ),
+    (
+        r"test_converted_lora_to_lora_works_and_warns",
+        ("eigenlora", "moslora"),
+        "expects the warning that the adapter is a LoRA already",
+    ),
+    (
+        r"test_inject_from_state_dict_missing_keys_warning",
+        ("eigenlora", "moslora"),
+        "deletes LoRA's tensors from a state dict by name",
+    ),
+    (
+        r"test_loraplus.py::test_lora_plus_embedding_lr",
+        ("eigenlora", "moslora"),
+        "lists LoRA's tensors by name",
+    ),
+    (
+        r"TestTargetParameters::test_target_multiple_parameters_on_same_module",
+        ("eigenlora", "moslora"),
+        "counts two tensors a parameter, as LoRA has",
+    ),
+    (
+        r"TestTargetParameters::(test_target_parameters_works_with_existing_parametrization|"
+        r"test_targeting_module_and_targeting_param_equivalent)",
+        ("eigenlora", "moslora"),
+        "writes into LoRA's weights in place; ours are computed from the trained tensors",
+    ),
+    (
+        r"TestModelAndLayerStatus::test_model_(status_with_modules_to_save|status_with_trainable_tokens|"
+        r"target_parameters|target_parameters_and_target_modules)$",
+        ("eigenlora", "moslora"),
+        "asserts the class name LoraModel and LoRA's number of parameters",
+    ),
+    (
+        r"TestPeftCustomKwargs::test_add_second_adapter_with_all_linear_works",
+        ("eigenlora", "moslora"),
+        "asserts that the factors are torch.nn.Linear",
+    ),
+    (
+        r"TestTunerStateDictKeyPrefixes::test_prefixes_select_correct_state_dict_keys",
+        ("eigenlora", "moslora"),
+        "lists LoRA's tensors by name",
     ),
 )
 

@@ -13,11 +13,11 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from parameterized import param
 
 import eigenpeft
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.eigenlora.model import EigenLoraModel
-from tests.peft_suite.not_applicable import reason_not_applicable
 from tests.peft_suite.random_subspaces import random_subspace
 
 METHOD = os.environ["EIGENPEFT_SUITE_METHOD"]
@@ -47,19 +47,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _give_subspaces() -> None:
     OURS.__init__ = functools.partialmethod(OURS.__init__, core=CORE)
-    inject = EigenLoraModel.inject_adapter
+    injecting = EigenLoraModel.injecting.__func__
 
-    def inject_with_subspace(self, model, adapter_name, *args, **kwargs):
-        config = self.peft_config[adapter_name]
+    def injecting_with_subspace(cls, model, config, adapter_name):
         if config.subspace_sha256 is None:
             if config.target_modules is None and not config.target_parameters:
-                self._prepare_adapter_config(config, self.get_model_config(model))
+                cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
             subspace = random_subspace(model, parameters=bool(config.target_parameters))
             _alive.append(subspace)
             config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.basis_store.remember(subspace)
-        inject(self, model, adapter_name, *args, **kwargs)
+        return injecting(cls, model, config, adapter_name)
 
-    EigenLoraModel.inject_adapter = inject_with_subspace
+    EigenLoraModel.injecting = classmethod(injecting_with_subspace)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
@@ -78,14 +77,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, others = [], []
     for item in items:
         (chosen if _concerns_lora(item) else others).append(item)
+    for tests in {item.cls for item in chosen if hasattr(item.cls, "check_requires_grad")}:
+        tests.check_requires_grad = _with_our_names(tests.check_requires_grad)
     items[:] = chosen
     config.hook.pytest_deselected(items=others)
+
+
+def _with_our_names(check: Any) -> Any:
+    """A check that lists LoRA's tensors by name, for whatever tensors we have in the place of each."""
+
+    def translated(self: Any, model: Any, *expected: str) -> None:
+        known = [name for name, _ in model.named_parameters()]
+        ours = [name for name in known if any(_stands_for(name, lora) for lora in expected)]
+        check(self, model, *ours)
+
+    return translated
+
+
+def _stands_for(name: str, lora: str) -> bool:
+    return name == lora or ("lora_" in lora and name.startswith(lora.removesuffix("weight")))
 
 
 def _concerns_lora(item: Any) -> bool:
     """Whether a row of the parametrisation, or the test's own text, names the configuration that we stand in for."""
     parameters = getattr(item, "callspec", None)
-    values = list(_flat(parameters.params.values())) if parameters else []
+    rows = parameters.params.values() if parameters else _row_of_parameterized(item.function)
+    values = list(_flat(rows))
     classes = {value if inspect.isclass(value) else type(value) for value in values}
     configs = {kind for kind in classes if issubclass(kind, peft.PeftConfig)}
     if configs:
@@ -99,6 +116,12 @@ def _concerns_lora(item: Any) -> bool:
     return "LoraConfig(" in text.replace("AdaLoraConfig(", "") or "LoraConfig(" in setup or "get_config" in text
 
 
+def _row_of_parameterized(function: Any) -> list[Any]:
+    """The row that `parameterized.expand` keeps in the closure of each of its functions."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return [value for cell in cells if isinstance(cell, param) for value in cell.args]
+
+
 def _flat(values: Any) -> Any:
     for value in values:
         if isinstance(value, list | tuple):
@@ -109,23 +132,19 @@ def _flat(values: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
-    """Count as skipped what the method refuses by name, and what `not_applicable` explains."""
+    """Count as skipped what the method refuses by name."""
     report = yield
-    if report.outcome == "failed" and METHOD != "lora":
-        error = call.excinfo.value if call.excinfo else None
-        reason = reason_not_applicable(report.nodeid, f"{METHOD}-{CORE}" if METHOD == "eigenlora" else METHOD)
-        if isinstance(error, AdapterConfigError):
-            reason = "refused: " + REFUSED_VALUE.sub("", str(error))
-        if reason is not None:
-            report.outcome = "skipped"
-            report.longrepr = (str(item.path), 0, reason)
+    error = call.excinfo.value if call.excinfo else None
+    if report.outcome == "failed" and METHOD != "lora" and isinstance(error, AdapterConfigError):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, "refused: " + REFUSED_VALUE.sub("", str(error)))
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    name = report.nodeid.partition("peft_tests/")[2].replace(
-        OURS.__name__, "LoraConfig"
-    )  # the same name for every method
+    # The same name for every method: rows are named after the configuration, or what is before "Config" in its name.
+    name = report.nodeid.partition("peft_tests/")[2].replace(OURS.__name__, "LoraConfig")
+    name = name.replace(f"_{OURS.__name__.removesuffix('Config')}_", "_Lora_")
     if report.when == "call" or report.outcome != "passed":
         if report.outcome == "skipped":
             expected = hasattr(report, "wasxfail")

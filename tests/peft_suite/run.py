@@ -18,6 +18,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.peft_suite.not_applicable import reason_not_applicable  # noqa: E402 (run as a script, from anywhere)
+
 FILES = (
     "test_custom_models",
     "test_decoder_models",
@@ -72,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--files", nargs="+", default=FILES, help="test files, without .py")
     parser.add_argument("--select", default="", help="as pytest's -k")
     parser.add_argument("--work", help="folder to keep (tiny models, LoRA's own results) for the next run")
+    parser.add_argument("--reuse", action="store_true", help="report the last whole run in --work again")
     parser.add_argument("--summary", help="JSON file to add the counts to")
     return parser.parse_args()
 
@@ -99,10 +103,10 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def _run(method: str, core: str, package: Path, environment: dict[str, str], arguments: argparse.Namespace) -> dict:
-    label = f"{method}-{core}" if method == "eigenlora" else method
+    label = _label(method, core)
     result = package.parent / f"result-{label}.json"
     whole = not arguments.select and tuple(arguments.files) == FILES
-    if method == "lora" and arguments.method != "lora" and result.is_file():
+    if result.is_file() and (arguments.reuse or (method == "lora" and arguments.method != "lora")):
         return json.loads(result.read_text())
     settings = {
         "EIGENPEFT_SUITE_METHOD": method,
@@ -127,8 +131,21 @@ def _run(method: str, core: str, package: Path, environment: dict[str, str], arg
     return json.loads(Path(settings["EIGENPEFT_SUITE_RESULT"]).read_text())
 
 
+def _label(method: str, core: str) -> str:
+    return f"{method}-{core}" if method == "eigenlora" else method
+
+
+def _explained(name: str, result: dict[str, str], arguments: argparse.Namespace) -> dict[str, str]:
+    """A failure that says nothing about the method counts as skipped, with the reason."""
+    if result["outcome"] != "failed" or arguments.method == "lora":
+        return result
+    reason = reason_not_applicable(name, _label(arguments.method, arguments.core))
+    return result if reason is None else {"outcome": "skipped", "reason": f"does not apply: {reason}"}
+
+
 def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> int:
     """Print and save the comparison; returns how many tests fail that LoRA passes."""
+    results = {name: _explained(name, result, arguments) for name, result in results.items()}
     counts, lora = (dict(Counter(result["outcome"] for result in each.values())) for each in (results, baseline))
     worse = {
         name: result["reason"]
@@ -152,7 +169,7 @@ def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> int
             "skipped_by_reason": dict(skipped.most_common()),
             "environment": {name: version(name) for name in ("peft", "transformers", "torch")},
         }
-        label = f"eigenlora-{arguments.core}" if arguments.method == "eigenlora" else arguments.method
+        label = _label(arguments.method, arguments.core)
         path = Path(arguments.summary)
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps(known | {label: entry}, indent=1, sort_keys=True) + "\n")

@@ -68,7 +68,34 @@ def test_sums_of_one_subspace_stay_coefficients(method, tmp_path):
         assert torch.equal(update, expected[path])
 
 
-@pytest.mark.parametrize("method", ["moslora", "low_rank", "mixer"])
+@pytest.mark.parametrize("core", ["mixer", "diagonal"])
+@pytest.mark.parametrize("combination", ["ties", "magnitude_prune"])
+def test_entrywise_combinations_of_coefficients_stay_coefficients(core, combination):
+    model = two_adapters(core)
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.5], "sum", combination, density=0.5)
+    assert isinstance(model.peft_config["sum"], EigenLoraConfig)
+    first, second, both = (updates(model, name) for name in ("default", "second", "sum"))
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        weights = 0.7 * layer.scaling["default"], -0.5 * layer.scaling["second"]
+        tensors = [layer.lora_B[name].coefficients.detach() for name in ("default", "second")]
+        kept = [each * (each.abs() >= each.abs().flatten().topk(each.numel() // 2).values[-1]) for each in tensors]
+        expected = weights[0] * kept[0] + weights[1] * kept[1]
+        if combination == "ties":  # the mean over the entries whose sign is that of the larger one
+            agree = [torch.sign(each) == torch.where(kept[0] + kept[1] >= 0, 1, -1) for each in kept]
+            expected = weights[0] * kept[0] * agree[0] + weights[1] * kept[1] * agree[1]
+            expected /= (agree[0].float() + agree[1].float()).clamp(min=1)
+        torch.testing.assert_close(layer.lora_B["sum"].coefficients, expected)
+    for path, update in both.items():
+        expected = 0.7 * first[path] - 0.5 * second[path]
+        assert torch.corrcoef(torch.stack([update.flatten(), expected.flatten()]))[0, 1] > 0.5
+
+
+def test_entrywise_combinations_need_a_density():
+    with pytest.raises(AdapterConfigError, match="needs density="):
+        two_adapters("mixer").add_weighted_adapter(["default", "second"], [1, 1], "sum", "ties")
+
+
+@pytest.mark.parametrize("method", ["moslora", "low_rank"])
 def test_combinations_of_lora_factors_become_plain_lora(method, tmp_path, tokens):
     model = two_adapters(method)
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "ties", density=0.5)

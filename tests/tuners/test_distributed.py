@@ -1,9 +1,13 @@
-"""Two processes that train one adapter with DistributedDataParallel (gloo) do what one process does on the whole batch."""
+"""Two processes (gloo) that train one adapter, whole or fully sharded, do what one does on the whole batch."""
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import distributed, multiprocessing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig
@@ -53,3 +57,48 @@ def test_ddp_equals_one_process(method, tmp_path):
         if parameter.requires_grad:
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], parameter.detach(), atol=1e-5, rtol=1e-4)
+
+
+def sharded(model, kind):
+    """A model as PEFT's documentation wraps it (FSDP 1), or with every layer a unit (FSDP 2)."""
+    if kind == "fully_shard":
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    policy, device = fsdp_auto_wrap_policy(model), torch.device("cpu")
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=kind == "original parameters", device_id=device
+    )
+
+
+def fsdp_worker(rank, method, kinds, tokens, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for kind in kinds:
+        model = sharded(made(method), kind)
+        steps(model, tokens[2 * rank : 2 * rank + 2])
+        with torch.no_grad():
+            after = model(input_ids=tokens).logits.clone()
+        torch.save(after, f"{folder}/{kind}{rank}.pt")
+    # FSDP 1 cannot gather on the CPU (torch 2.13 frees the storage it is about to read), FSDP 2 can.
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(f"{folder}/saved", state_dict=whole)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["moslora", "low_rank", "diagonal"])
+def test_fsdp_equals_one_process(method, tmp_path):
+    kinds = ["original parameters", "flat parameters", "fully_shard"]
+    tokens = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    multiprocessing.spawn(fsdp_worker, args=(method, kinds, tokens, str(tmp_path)), nprocs=2)
+    model = made(method)
+    steps(model, tokens)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        saved = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
+        torch.testing.assert_close(saved(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    for path in (tmp_path / f"{kind}{rank}.pt" for kind in kinds for rank in (0, 1)):
+        torch.testing.assert_close(torch.load(path, weights_only=True), expected, atol=1e-5, rtol=1e-4)

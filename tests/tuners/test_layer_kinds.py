@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace
+from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, export_lora
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import ModuleSubspace, SubspaceInfo
 from tests.peft_suite.random_subspaces import random_subspace
@@ -123,6 +123,37 @@ def test_saves_and_loads(kind, method, tmp_path):
     for settings in ({}, {"low_cpu_mem_usage": True}):
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **settings).eval()
         torch.testing.assert_close(loaded(x), expected, **tolerance)
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_exports_as_plain_lora(kind, method, tmp_path):
+    base, x, model = adapted(kind, method, init=False)
+    expected = model(x)
+    export_lora(model, tmp_path)
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert type(plain.peft_config["default"]) is LoraConfig
+    assert not any("coefficients" in name or "mixer" in name for name in plain.state_dict())
+    torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
+def test_exports_the_nearest_update_of_a_smaller_rank(kind, tmp_path):
+    base, _, model = adapted(kind, "mixer", init=False)
+    export_lora(model, tmp_path, rank=2)
+    plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    ours, theirs = (each.base_model.model.target.get_delta_weight("default").detach() for each in (model, plain))
+    ours, theirs = (update.flatten(1).double() for update in (ours, theirs))
+    best = torch.linalg.svdvals(ours)[2:].square().sum().sqrt()
+    torch.testing.assert_close(torch.linalg.norm(ours - theirs), best, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("grouped", "2 groups"), ("experts", "3 experts")])
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_blocks_are_not_truncated(kind, what, tmp_path):
+    with pytest.raises(AdapterConfigError, match=f"rank=2: .*{what}"):
+        export_lora(adapted(kind, "moslora", init=False)[2], tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("kind", "method"), [c for c in CASES if c[0] not in ("experts", "attention")])

@@ -5,9 +5,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder
+from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, CollectionError
+from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
+from tests.tuners.test_layer_kinds import KINDS
 
 
 @pytest.fixture
@@ -98,3 +100,62 @@ def test_an_adapter_of_other_modules_is_refused(tmp_path, tokens):
     subspace = random_subspace(tiny_gpt2(), ["c_attn"])
     with pytest.raises(AdapterConfigError, match="none of its modules"):
         get_peft_model(tiny_gpt2(), EigenLoraConfig(subspace=subspace, r=2, init_from=str(tmp_path / "other")))
+
+
+@pytest.fixture
+def embedded(tmp_path, tokens):
+    """Two trained adapters of an embedding and a linear layer, and everything made from them."""
+    for name, rank in (("first", 4), ("second", 2)):
+        config = LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["embed_tokens", "q_proj"])
+        model = get_peft_model(tiny_llama(), config)
+        train(model, tokens, lr=0.1)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    with AdapterCollection.from_pretrained([tmp_path / "first", tmp_path / "second"], embeddings=True) as collection:
+        subspace = SubspaceBuilder(6).fit(collection).subspace_
+        subspace.save_pretrained(tmp_path / "subspace")
+        CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 6), ("mixer", 4)])
+@pytest.mark.parametrize("source", ["first", "store#first"])
+def test_embeddings_start_where_the_adapter_is(embedded, tokens, core, r, source):
+    folder = embedded / "subspace"
+    config = EigenLoraConfig(subspace=str(folder), r=r, core=core, init_from=str(embedded / source))
+    model = get_peft_model(tiny_llama(), config)
+    expected = updates(PeftModel.from_pretrained(tiny_llama(), embedded / "first"))
+    started = updates(model)
+    assert started.keys() == expected.keys()
+    for name, update in expected.items():
+        torch.testing.assert_close(started[name], update, rtol=1e-4, atol=1e-5)
+    # Ranks that the adapter leaves free can still learn: not both of their sides are zero.
+    layer = model.base_model.model.model.embed_tokens
+    if core == "low_rank":
+        inside = layer.lora_embedding_A["default"].coefficients
+        outside = layer.lora_embedding_B["default"].coefficients
+        assert (inside.abs().sum(dim=1) + outside.abs().sum(dim=0) > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_a_store_with_embeddings_exports_plain_lora(embedded):
+    export_lora(CoefficientStore.from_pretrained(embedded / "store"), embedded / "plain", adapter_name="first")
+    exported = updates(PeftModel.from_pretrained(tiny_llama(), embedded / "plain"))
+    for name, update in updates(PeftModel.from_pretrained(tiny_llama(), embedded / "first")).items():
+        torch.testing.assert_close(exported[name], update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize(("kind", "what"), [("grouped", "2 groups"), ("experts", "3 experts")])
+def test_layers_with_many_updates_take_no_warm_start(kind, what, tmp_path):
+    make, _, settings = KINDS[kind]
+    base = make()
+    subspace = whole_subspace(base, parameters="target_parameters" in settings)
+    (module,) = (name for name in subspace if name.startswith("target"))
+    linear = torch.nn.Linear(subspace[module].in_features, subspace[module].out_features)
+    plain = torch.nn.ModuleDict({"target": torch.nn.ModuleDict({"weight": linear}) if "." in module else linear})
+    get_peft_model(plain, LoraConfig(r=2, target_modules=[module])).save_pretrained(tmp_path)
+    common = {"r": 4, "target_modules": ["target"]} | settings
+    config = EigenLoraConfig(subspace=subspace, init_from=str(tmp_path), **common)
+    with pytest.raises(AdapterConfigError, match=f"is one update for '{module}', which has {what}"):
+        get_peft_model(base, config)

@@ -51,6 +51,9 @@ def build(
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for finished modules while building; default: OUT.work.")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Read the factors of embeddings too, which are otherwise kept aside.")
+    ] = False,
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +67,7 @@ def build(
     team = join_team()
     quiet(as_json)
     with AdapterCollection.from_pretrained(
-        adapters, allow_different_base_models=allow_different_base_models
+        adapters, allow_different_base_models=allow_different_base_models, embeddings=embeddings
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
         builder = SubspaceBuilder(

@@ -12,7 +12,9 @@ _PREFIX = "base_model.model."
 # Wrappers of torch.compile, FSDP and activation checkpointing that end up in the keys of hand-made checkpoints.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-# Trained with the factors but no part of a matrix B A: biases, embedding factors; VeLoRA's is needed in training only.
+_EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?")
+# Trained with the factors but no part of a matrix B A: biases, embedding factors unless they are asked for; VeLoRA's is
+# needed in training only.
 _ASIDE = re.compile(r"\.lora_(?:B(?:\.[^.]+)?\.bias|embedding_[AB](?:\.[^.]+)?|velora_\w+(?:\..+)?)$")
 _LORA = re.compile(r"\.lora_(?P<word>\w+)")
 
@@ -23,7 +25,8 @@ class ParsedKey:
 
     Attributes:
         kind: "factor" for lora_A and lora_B; "aside" for tensors that are no part of a weight update B A (heads, biases,
-            base weights, embedding factors); "foreign" for LoRA tensors of a method other than plain LoRA.
+            base weights, and embedding factors unless they are asked for); "foreign" for LoRA tensors of a method other
+            than plain LoRA.
         module: Canonical name of the adapted module, for factors.
         factor: "A" or "B", for factors.
         adapter: Name of the adapter inside the key (`.lora_A.default.weight`), if it has one.
@@ -37,17 +40,18 @@ class ParsedKey:
 
 # Adapters of one collection have the same keys, so that parsing 500 of them costs little more than one.
 @lru_cache(maxsize=1 << 16)
-def parse_key(key: str) -> ParsedKey:
+def parse_key(key: str, *, embeddings: bool = False) -> ParsedKey:
     """Read the key of a tensor as PEFT writes it, with or without the adapter's name and the model's prefix.
 
     Args:
         key: For example "base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight".
+        embeddings: Whether the factors of embeddings are factors here.
 
     Example:
         >>> parse_key("base_model.model.h.0.attn.c_attn.lora_A.weight").module
         'h.0.attn.c_attn'
     """
-    if match := _FACTOR.fullmatch(key):
+    if match := _FACTOR.fullmatch(key) or (_EMBEDDING_FACTOR.fullmatch(key) if embeddings else None):
         return ParsedKey("factor", canonical_module(match["module"]), match["factor"], match["adapter"])
     if _LORA.search(key) and not _ASIDE.search(key):
         return ParsedKey("foreign")

@@ -9,11 +9,12 @@ from eigenpeft.collection.sources import Location
 from eigenpeft.collection.weights import WeightsFile, open_weights
 
 
-def open_adapter(location: Location) -> tuple[OpenAdapter | None, list[str]]:
+def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenAdapter | None, list[str]]:
     """Read config and header of one adapter and check that they agree.
 
     Args:
         location: Its folder and name.
+        embeddings: Take the factors of embeddings too.
 
     Returns:
         The adapter, None when there are problems; and the problems, one sentence each.
@@ -26,7 +27,7 @@ def open_adapter(location: Location) -> tuple[OpenAdapter | None, list[str]]:
         problems.append(str(error))
     if settings is None or weights is None:
         return None, _sentences(location, problems)
-    parsed = {key: parse_key(key) for key in weights.shapes}
+    parsed = {key: parse_key(key, embeddings=embeddings) for key in weights.shapes}
     factors, problems = _locate_factors(parsed, weights, settings)
     problems = _problems_of_keys(parsed) or problems
     if problems:

@@ -56,6 +56,7 @@ class AdapterCollection:
         sources: str | Path | Sequence[str | Path],
         *,
         allow_different_base_models: bool = False,
+        embeddings: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool | None = None,
@@ -69,6 +70,8 @@ class AdapterCollection:
                 parent's name in front.
             allow_different_base_models: Take adapters whose configs name different base models (or local copies of one
                 model under different paths), as long as shapes fit.
+            embeddings: Read the factors of embeddings too, as updates (embedding_dim, num_embeddings) with one input feature
+                a token; all adapters must then have the same vocabulary. False keeps them aside.
             token: Token for the Hub; default: the stored one.
             cache_dir: Download cache; default: the Hub's.
             local_files_only: Use downloaded files only; default: only where HF_HUB_OFFLINE is set.
@@ -96,7 +99,7 @@ class AdapterCollection:
         locations, problems = locate(sources, token=token, cache_dir=cache_dir, local_files_only=bool(local_files_only))
         members: list[OpenAdapter] = []
         for location in locations:
-            member, found = open_adapter(location)
+            member, found = open_adapter(location, embeddings=embeddings)
             problems += found
             members += [] if member is None else [member]
         names = align_modules(
@@ -181,6 +184,14 @@ class AdapterCollection:
             module: Name from `modules`.
         """
         return any(member.fan_in_fan_out for member in self._having(module))
+
+    def is_embedding(self, module: str) -> bool:
+        """Whether a module is an embedding, whose input features are tokens.
+
+        Args:
+            module: Name from `modules`.
+        """
+        return any("lora_embedding_" in member.locations[module].key_A for member in self._having(module))
 
     def subset(self, names: Iterable[str]) -> "AdapterCollection":
         """The same adapters, fewer of them; files already open are shared.

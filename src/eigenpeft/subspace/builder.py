@@ -149,6 +149,7 @@ class SubspaceBuilder:
                 sources=tuple(record for _, record in sorted(records, key=lambda entry: entry[0])),
                 measured_on=collection.names,
                 fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
+                embeddings=tuple(module for module in collection.modules if collection.is_embedding(module)),
                 missed_energy_bound=max(bounds) if any(bounds) else None,
             ),
         )

@@ -114,5 +114,6 @@ def mean_only_subspace(
         sources=tuple(adapter.record() for adapter in collection.adapters),
         measured_on=collection.names,
         fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
+        embeddings=tuple(module for module in collection.modules if collection.is_embedding(module)),
     )
     return PrincipalSubspace(modules, info=info)

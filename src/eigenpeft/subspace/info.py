@@ -22,6 +22,7 @@ class SubspaceInfo:
         measured_on: Names of the adapters that `explained_variance_ratio` was measured on: all of them after `fit`, the
             added ones alone when a subspace that was loaded from disk is updated.
         fan_in_fan_out: Modules whose base weight is stored transposed (GPT-2's Conv1D).
+        embeddings: Modules that are embeddings, whose input features are tokens.
         missed_energy_bound: Where a memory limit made the build read a module's adapters in chunks: the share of a stack's
             energy that its components miss, against the best ones, at most; the largest over modules and sides.
         eigenpeft_version: Version that built it.
@@ -36,6 +37,7 @@ class SubspaceInfo:
     sources: tuple[dict[str, Any], ...] = ()
     measured_on: tuple[str, ...] = ()
     fan_in_fan_out: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
     missed_energy_bound: float | None = None
     eigenpeft_version: str = field(default=__version__)
 

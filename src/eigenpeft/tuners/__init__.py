@@ -2,8 +2,11 @@
 
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.export import export_lora
+from eigenpeft.tuners.mixed_models import FactorMixedModel
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
-from eigenpeft.tuners.registration import register
+from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
+from eigenpeft.tuners.rank_padding import pad_ranks
+from eigenpeft.tuners.registration import admit_to_mixed_models, check_lorafa, register, replace_rank_padding
 from eigenpeft.tuners.serving import TaskBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
@@ -20,5 +23,8 @@ register(
     model_cls=MosLoraModel,
     hotswap_keys=(*_LORA_KEYS, "r", "rank_pattern", "fold", "train_mixer"),
 )
+admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
+check_lorafa(check_lorafa_pairs)
+replace_rank_padding(pad_ranks)
 
 __all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "TaskBank", "export_lora"]

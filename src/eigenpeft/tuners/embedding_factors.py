@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from eigenpeft.tuners.factors import InputFactor, MixedFactor, OutputFactor
 
@@ -13,6 +14,11 @@ class _ActsAsMatrix(nn.Module):
     """What LoRA's embedding layer asks of `lora_embedding_A` and `lora_embedding_B`: the matrix is `weight`."""
 
     weight: Any
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's functions take the matrix."""
+        return function(*tree_map(_matrix, args), **tree_map(_matrix, kwargs or {}))
 
     @property
     def T(self) -> Tensor:
@@ -57,10 +63,14 @@ class _ActsAsMatrix(nn.Module):
         return self.weight.float()
 
     def __matmul__(self, other: Any) -> Tensor:
-        return self.weight @ (other.weight if isinstance(other, _ActsAsMatrix) else other)
+        return self.weight @ _matrix(other)
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
         return other @ self.weight
+
+
+def _matrix(value: Any) -> Any:
+    return value.weight if isinstance(value, _ActsAsMatrix) else value
 
 
 class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):

@@ -1,8 +1,14 @@
-"""Parameter groups with learning rates of their own for mixers and coefficients."""
+"""Parameter groups with learning rates of their own for mixers and coefficients, and what LoRA-FA can take."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+
+from eigenpeft.errors import AdapterConfigError
+
+_OUTPUT_SIDE = re.compile(r"\.lora_(embedding_)?B\.")
 
 
 def parameter_groups(
@@ -43,3 +49,29 @@ def parameter_groups(
         for name, parameters in members.items()
         if parameters
     ]
+
+
+def check_lorafa_pairs(names: Sequence[str]) -> None:
+    """Refuse parameters that PEFT's LoRA-FA optimiser would pair wrongly: it takes LoRA's tensors two by two, A and B.
+
+    EigenLoRA's core "low_rank" has such pairs: A Aᵀ = C_in C_inᵀ, the components being orthonormal, so that the optimiser's
+    projection of the gradient (arXiv 2308.03303) is that of LoRA within the subspace.
+
+    Args:
+        names: Of the parameters, as the optimiser gets them.
+
+    Raises:
+        AdapterConfigError: If there is a mixer, or an output side without an input side.
+    """
+    known = set(names)
+    for name in names:
+        if name.endswith((".factor", ".mixer")):
+            raise AdapterConfigError(
+                f"LoRA-FA cannot train {name!r}: it pairs A with B, and MoSLoRA has a mixer between them. Use "
+                "eigenpeft.tuners.parameter_groups with torch.optim.AdamW, or LoraConfig."
+            )
+        if name.endswith(".coefficients") and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:
+            raise AdapterConfigError(
+                f"LoRA-FA cannot train {name!r}: it pairs A with B, and this core's input side is frozen already, with "
+                "orthonormal rows, so that there is nothing to project. Use torch.optim.AdamW, or core='low_rank'."
+            )

@@ -1,8 +1,13 @@
 """Make an outside method known to PEFT: the only code that touches PEFT's enum, registry and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
+from typing import Any
 
+from peft import mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
+from peft.tuners import mixed
 from peft.utils import hotswap
 from peft.utils.peft_types import PeftType, register_peft_method
 
@@ -54,5 +59,51 @@ def register(name: str, *, config_cls: type, model_cls: type, hotswap_keys: Sequ
             f"PEFT already knows a method {name}: {known[0]!r}. eigenpeft does not replace it; use a version of eigenpeft "
             "and PEFT that go together, or remove the other package."
         )
-    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    register_peft_method(
+        name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_", is_mixed_compatible=True
+    )
     hotswap.CONFIG_KEYS_TO_CHECK[kind] = list(hotswap_keys)
+
+
+def admit_to_mixed_models(names: Sequence[str], *, tuner: type[mixed.MixedModel]) -> None:
+    """Let PEFT's mixed models take registered methods; doing so again is harmless.
+
+    Args:
+        names: Upper-case names.
+        tuner: What mixed models are made with from now on: PEFT's own tuner, extended.
+    """
+    kinds = (*mixed.COMPATIBLE_TUNER_TYPES, *(peft_type(name) for name in names))
+    # Both are read when a mixed model is made; neither is copied anywhere else.
+    mixed.COMPATIBLE_TUNER_TYPES = mixed.model.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys(kinds))
+    mixed_model.MixedModel = tuner  # pyright: ignore[reportPrivateImportUsage]
+
+
+def replace_rank_padding(pad: Callable[..., bool]) -> None:
+    """Have PEFT's `prepare_model_for_compiled_hotswap` pad ranks by `pad`; doing so again is harmless.
+
+    Args:
+        pad: Takes a model, the rank, and PEFT's own function as `pad_plain`.
+    """
+    plain = hotswap._pad_lora_weights
+    if not isinstance(plain, partial):
+        hotswap._pad_lora_weights = partial(pad, pad_plain=plain)
+
+
+def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
+    """Have PEFT's LoRA-FA optimiser call `check` with the names of a group's parameters before it takes them.
+
+    Args:
+        check: Raises when the optimiser would pair tensors that are no A and B.
+    """
+    init = LoraFAOptimizer.__init__
+    if hasattr(init, "__wrapped__"):
+        return
+
+    @wraps(init)
+    def checked(self: LoraFAOptimizer, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        for group in groups:
+            check(group.get("names", ()) if isinstance(group, dict) else ())
+        init(self, groups, *args, **kwargs)
+
+    LoraFAOptimizer.__init__ = checked

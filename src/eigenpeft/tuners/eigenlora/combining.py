@@ -1,13 +1,15 @@
-"""Weighted combination of EigenLoRA adapters in coefficient space, where it is exact."""
+"""Weighted combination of EigenLoRA adapters in coefficient space."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor, nn
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
 from eigenpeft.tuners.convolution_factors import is_convolution
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
@@ -15,10 +17,20 @@ from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.swapping import factor_dicts
 
 _LINEAR_ALGEBRA = ("linear", "cat", "svd")
+# PEFT's own functions of (tensors, weights, density), for cores whose coefficients are one tensor.
+_ENTRYWISE: dict[str, Any] = {
+    "ties": ties,
+    "dare_ties": dare_ties,
+    "dare_linear": dare_linear,
+    "magnitude_prune": magnitude_prune,
+}
 
 
 def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> bool:
-    """Whether a combination is exact in coefficient space: one core, the same bases in every layer, linear algebra.
+    """Whether adapters can be combined in coefficient space: one core, the same bases in every layer.
+
+    Linear algebra is exact there. What works entry by entry is taken on the one coefficient tensor of the cores "mixer" and
+    "diagonal": on LoRA's two factors, of which A is the same for all of them, opposite weights would cancel it.
 
     Args:
         model: Adapted model.
@@ -26,7 +38,9 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
         adapters: Their names.
         combination: PEFT's word.
     """
-    if combination not in _LINEAR_ALGEBRA or not all(isinstance(config, EigenLoraConfig) for config in configs):
+    if not all(isinstance(config, EigenLoraConfig) for config in configs):
+        return False
+    if combination not in _LINEAR_ALGEBRA and (combination not in _ENTRYWISE or configs[0].core == "low_rank"):
         return False
     if len({config.core for config in configs}) > 1 or any(config.use_dora for config in configs):
         return False
@@ -43,7 +57,16 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
 
 
 @torch.no_grad()
-def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str, *, combination: str) -> None:
+def combine(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    new: str,
+    *,
+    combination: str,
+    density: float | None = None,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+) -> None:
     """Fill the coefficients of a new adapter, whose scaling is 1.
 
     Args:
@@ -52,8 +75,16 @@ def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float],
         weights: One a source.
         new: Name of the new adapter.
         combination: "linear" (PEFT's: both factors are summed with the root of the weight), "cat" (exact, the ranks add
-            up) or "svd" (the nearest of the new adapter's rank).
+            up), "svd" (the nearest of the new adapter's rank), or PEFT's words for what works entry by entry.
+        density: Share of the entries to keep, for what works entry by entry.
+        majority_sign_method: PEFT's own, for "ties" and "dare_ties".
+
+    Raises:
+        AdapterConfigError: If a density is needed and missing.
     """
+    if combination in _ENTRYWISE and density is None:
+        raise AdapterConfigError(f"combination_type={combination!r} needs density=, the share of the entries to keep.")
+    signs = {"majority_sign_method": majority_sign_method} if combination.endswith("ties") else {}
     for _, layer, _ in adapted_layers(model, new):
         parts = [
             (weight * layer.scaling[name], *_coefficients(layer, name))
@@ -62,7 +93,10 @@ def combine(model: nn.Module, adapters: Sequence[str], weights: Sequence[float],
         ]
         target_in, target_out = _coefficients(layer, new)
         if target_in is None:
-            target_out.copy_(sum((weight * outside for weight, _, outside in parts), torch.zeros_like(target_out)))
+            factors = target_out.new_tensor([weight for weight, _, _ in parts])
+            tensors = [outside.detach() for _, _, outside in parts]
+            merge = _ENTRYWISE.get(combination)
+            target_out.copy_(merge(tensors, factors, density, **signs) if merge else task_arithmetic(tensors, factors))
             continue
         inside, outside = _combined(parts, combination, rank=len(target_in))
         target_in.zero_()[: len(inside)] = inside

@@ -1,7 +1,7 @@
 """Configuration of EigenLoRA."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
@@ -81,6 +81,7 @@ class EigenLoraConfig(ExplainedConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
+        self._warm_start: Any = None  # where `init_from` leads, while an adapter is injected
         check_lora_options(self, method="EigenLoRA")
         for name, allowed in (("core", CORES), ("save_subspace", ("reference", "embed"))):
             if getattr(self, name) not in allowed:

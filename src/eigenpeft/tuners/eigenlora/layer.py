@@ -28,7 +28,10 @@ class EigenLinear(ExactLinear):
             **kwargs: PEFT's and the base layer's own.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if kwargs or self.disable_adapters or self.merged or not self._are_ours(names):
+        plain = not kwargs and not self.disable_adapters and not self.merged
+        if plain and any(_whole(self.lora_B[name]) is not self.lora_B[name] for name in names):
+            return self._forward_of_shards(x, names, *args)
+        if not plain or not self._are_ours(names):
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args)
         dtype, in_place = y.dtype, owns_output(self.base_layer)
@@ -46,6 +49,16 @@ class EigenLinear(ExactLinear):
                 scaling=self.scaling[name],
                 in_place=in_place,
             )
+        return y.to(dtype)
+
+    def _forward_of_shards(self, x: Tensor, names: Sequence[str], *args: Any) -> Tensor:
+        # The factors that FullyShardedDataParallel wraps have their tensors whole only while they are called.
+        y = self.base_layer(x, *args)
+        dtype = y.dtype
+        for name in names:
+            inside, outside = self.lora_A[name], self.lora_B[name]
+            x = self._cast_input_dtype(x, next(_whole(outside).parameters()).dtype)
+            y = y + outside(inside(self.lora_dropout[name](x))) * self.scaling[name]
         return y.to(dtype)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
@@ -90,6 +103,11 @@ class EigenLinear(ExactLinear):
             and all(factor.coefficients is not None for factor in factors)
             and all(factor.basis is factors[0].basis for factor in factors)
         )
+
+
+def _whole(factor: nn.Module) -> nn.Module:
+    """A factor without the wrapper of FullyShardedDataParallel."""
+    return getattr(factor, "_fsdp_wrapped_module", factor)
 
 
 def adopt(layer: LoraLayer, adapter_name: str) -> None:

@@ -1,12 +1,17 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.basis_store import drop_unused_bases
+from eigenpeft.tuners.convolution_factors import is_convolution
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
     embedded_counts,
@@ -26,36 +31,48 @@ from eigenpeft.tuners.factor_model import FactorModel
 class EigenLoraModel(FactorModel):
     """Tuner behind `EigenLoraConfig`; made by `get_peft_model`."""
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Find the subspace, choose its modules when no targets are named, then inject as LoRA does.
+    @classmethod
+    @contextmanager
+    def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[None]:
+        """Find the subspace and choose its modules when no targets are named; afterwards note what is embedded.
 
         Args:
             model: Model to adapt.
-            adapter_name: Name of the new adapter.
-            *args: PEFT's own.
-            **kwargs: PEFT's own.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
         """
-        config = cast(EigenLoraConfig, self.peft_config[adapter_name])
         subspace = subspace_of(config)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = matching_modules(model, subspace, config)  # pyright: ignore[reportAttributeAccessIssue]
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        self._subspace_in_use = subspace
-        self._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
+        config._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            yield
         finally:
-            self._subspace_in_use = self._warm_start = None
+            config._warm_start = None
         config.init_from = None
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
-    def _swap(self, layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
-        name, basis = basis_for(layer, self._subspace_in_use, config, module)
+    @staticmethod
+    def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
+        """Put coefficients on the module's components in the place of both of LoRA's factors.
+
+        Args:
+            layer: LoRA layer that has just got the adapter.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+            module: Name of the adapted weight in the base model.
+
+        Raises:
+            AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
+        """
+        name, basis = basis_for(layer, subspace_of(config), config, module)
         coefficients = start(layer, adapter_name, basis=basis, config=config, module=module)
-        if self._warm_start is not None:
-            coefficients = self._warm_start.coefficients(
+        if config._warm_start is not None and name in config._warm_start.modules:
+            _check_warm_start(layer, config, module)
+            coefficients = config._warm_start.coefficients(
                 name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
             )
         place(layer, adapter_name, basis=basis, coefficients=coefficients, core=config.core)
@@ -73,8 +90,9 @@ class EigenLoraModel(FactorModel):
         """Combine adapters into a new one: in coefficient space, exactly, where that can be; else into a plain LoRA.
 
         Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "mixer" and
-        "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself. Other
-        combinations work entry by entry on LoRA's factors, and what they make leaves the subspace.
+        "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself; "ties",
+        "dare_ties", "dare_linear" and "magnitude_prune" work on the entries of their coefficients. Other combinations work
+        on LoRA's factors or on the update's entries, and what they make leaves the subspace.
 
         Args:
             adapters: Names of the adapters to combine.
@@ -96,7 +114,8 @@ class EigenLoraModel(FactorModel):
             self.peft_config[adapters[0]], target_modules=target_modules, **settings
         )
         self.inject_adapter(self.model, adapter_name)
-        combine(self.model, adapters, weights, adapter_name, combination=combination)
+        options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}
+        combine(self.model, adapters, weights, adapter_name, combination=combination, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the bases that no other adapter uses.
@@ -120,3 +139,15 @@ class EigenLoraModel(FactorModel):
         embedded = {key: value for key, value in state_dict.items() if key.endswith(".components")}
         fill_embedded(model, adapter_name, embedded)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, coefficients)
+
+
+def _check_warm_start(layer: LoraLayer, config: EigenLoraConfig, module: str) -> None:
+    base: Any = layer.get_base_layer()
+    n_experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+    n_groups = base.groups if is_convolution(base) else 1
+    if max(n_experts, n_groups) > 1:
+        what = f"{n_experts} experts" if n_experts > 1 else f"{n_groups} groups"
+        raise AdapterConfigError(
+            f"init_from={config.init_from!r} is one update for {module!r}, which has {what} with updates of their own; "
+            "leave it out with exclude_modules, or leave init_from out."
+        )

@@ -47,7 +47,9 @@ class WarmStart:
         assert start_in is not None  # the low-rank core has both sides
         rank = min(len(start_in), len(right))
         left, right = truncate(left, right, rank=rank)
-        coefficients_in, coefficients_out = start_in.clone(), torch.zeros_like(start_out)
+        # What the rank leaves free adds nothing: one side of it is zero, that which a start has at zero (embeddings' A).
+        coefficients_in = start_in.clone()
+        coefficients_out = torch.zeros_like(start_out) if start_in.any() else start_out.clone()
         coefficients_in[:rank], coefficients_out[:, :rank] = right, left
         return coefficients_in, coefficients_out
 
@@ -72,7 +74,7 @@ def read_warm_start(source: str, subspace: PrincipalSubspace) -> WarmStart:
                 f"have {subspace.fingerprint}. Pass the adapter itself to have it projected."
             )
         return WarmStart(source, dict(store[member]))
-    with AdapterCollection.from_pretrained([source]) as collection:
+    with AdapterCollection.from_pretrained([source], embeddings=bool(subspace.info.embeddings)) as collection:
         found = {module: subspace.find(module) for module in collection.modules}
         read = {name: collection.factors(module)[0] for module, name in found.items() if name is not None}
         if not read:

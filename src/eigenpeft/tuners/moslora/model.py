@@ -21,7 +21,19 @@ from eigenpeft.tuners.swapping import factor_dicts, replace_factor
 class MosLoraModel(FactorModel):
     """Tuner behind `MosLoraConfig`; made by `get_peft_model`."""
 
-    def _swap(self, layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
+    @staticmethod
+    def swap(layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
+        """Put `B M` in the place of LoRA's B, or fold the mixer's start into LoRA's own factors.
+
+        Args:
+            layer: LoRA layer that has just got the adapter.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+            module: Name of the adapted weight in the base model.
+
+        Raises:
+            AdapterConfigError: If `fold` is asked of a layer whose mixer has blocks.
+        """
         inputs, outputs = factor_dicts(layer)
         n_blocks = _n_blocks(layer, outputs[adapter_name])
         mixer = initial_mixer(
