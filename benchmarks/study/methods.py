@@ -102,7 +102,9 @@ def inside(name: str, make: Make, *, rates=(), tuned_as: str | None = None, alph
 
 def pair(kind: str, make: Make, **settings) -> tuple[Method, Method]:
     """EigenLoRA in a recycled subspace and its control, a random one of the same size with the same trials."""
-    return inside(f"EigenLoRA {kind}", make, **settings), inside(f"random subspace {kind}", random_like(make), **settings)
+    return inside(f"EigenLoRA {kind}", make, **settings), inside(
+        f"random subspace {kind}", random_like(make), **settings
+    )
 
 
 def plain(name: str, config_cls, rates, **settings):
@@ -139,7 +141,12 @@ METHODS = {
         inside(OURS, recycled(), rates=COEFFICIENT_RATES),
         # r = 1 on four of the six layers: 8 modules x 768 = 6,144 parameters, as EigenLoRA low_rank has.
         plain(
-            "LoRA, equal parameters", LoraConfig, LORA_RATES, r=1, lora_alpha=2, layers_to_transform=FEW_PARAMETER_LAYERS
+            "LoRA, equal parameters",
+            LoraConfig,
+            LORA_RATES,
+            r=1,
+            lora_alpha=2,
+            layers_to_transform=FEW_PARAMETER_LAYERS,
         ),
         plain("LoRA r8", LoraConfig, LORA_RATES, r=8, lora_alpha=16),
         # The number of components, with a control and a LoRA of equal parameters each.

@@ -1,4 +1,4 @@
-"""The source adapter that suits a task: each attached frozen, a ridge head on its features, cross-validated on the training rows."""
+"""The source adapter that suits a task: each attached frozen, a ridge head on its features, cross-validated."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model

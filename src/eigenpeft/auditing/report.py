@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from eigenpeft.collection.diagnosis import Finding
 
-Verdict = Literal["shared", "shared only through a common seed", "not shared"]
+Verdict = Literal["shared", "shared only through a common seed", "shared only by related runs", "not shared"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,23 @@ class AuditReport:
     """The whole collection.
 
     Attributes:
-        verdict: "shared", "shared only through a common seed", or "not shared".
+        verdict: "shared", "shared only through a common seed", "shared only by related runs", or "not shared".
         advice: What that means and what to do, in a few sentences.
-        n_components: The smallest K whose held-out share is within 5 % of the largest: what more components add is small.
+        n_components: Where the held-out share stops growing more than by chance (`choose_n_components`).
         adapters: Trained adapters, in order.
         groups: Adapters that were left out together, because they share a start or a run.
+        clusters: Groups by the overlap of their row spaces, single adapters included; one group where all are alike.
+        cluster_gain: Held-out share, at `n_components`, by the adapter's own cluster less that by all others; above 0, one
+            subspace a cluster is better. None where there are no two clusters of at least three adapters.
         explained: Mean over the modules.
         held_out: Mean over modules and adapters; adapters of one group are left out together.
         held_out_alone: The same, each adapter left out alone: what it gains through its group is in it.
+        held_out_unrelated: As `held_out`, each adapter left out with every adapter related to it too (cosine of ΔW above
+            0.2), mean over those that have at least two strangers. None where no two are related but by their group, or
+            where fewer than half of the adapters have two strangers.
         held_out_in: As `held_out`, with the input side alone projected.
         held_out_alone_in: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
+        held_out_out: As `held_out`, with the output side alone projected.
         outside: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
         similarity: Mean cosine of ΔW of every pair, (n, n).
         modules: Module name to its audit.
@@ -80,11 +87,15 @@ class AuditReport:
     n_components: int
     adapters: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
+    clusters: tuple[tuple[str, ...], ...]
+    cluster_gain: float | None
     explained: Curve
     held_out: Curve
     held_out_alone: Curve
+    held_out_unrelated: Curve | None
     held_out_in: Curve
     held_out_alone_in: Curve
+    held_out_out: Curve
     outside: dict[str, float]
     similarity: tuple[tuple[float, ...], ...]
     modules: dict[str, ModuleAudit]
