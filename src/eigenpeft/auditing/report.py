@@ -1,9 +1,11 @@
 """What an audit found, as frozen plain data."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.errors import ArtifactError
 
 Verdict = Literal["shared", "shared only through a common seed", "shared only by related runs", "not shared"]
 
@@ -106,3 +108,42 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AuditReport":
+        """The report that `to_dict` gave, also after JSON.
+
+        Args:
+            data: What `to_dict` returned, or what `eigenpeft audit --json` printed.
+
+        Raises:
+            ArtifactError: If fields are missing or of another kind, as in reports of other versions.
+        """
+        known = {field.name for field in fields(cls)}
+        missing = sorted(known - set(data)) if isinstance(data, Mapping) else sorted(known)
+        if missing:
+            raise ArtifactError(
+                f"This is no report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
+                "--json` again."
+            )
+        try:
+            values = {name: _restored(name, data[name]) for name in known}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"The audit report is damaged ({error}); run `eigenpeft audit ... --json` again."
+            ) from error
+        return cls(**values)
+
+
+def _restored(name: str, value: Any) -> Any:
+    if name == "modules":
+        return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
+    if name == "findings":
+        return tuple(Finding(**{**found, "adapters": tuple(found["adapters"])}) for found in value)
+    if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):
+        return Curve(**{key: tuple(shares) for key, shares in value.items()})
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value

@@ -27,6 +27,20 @@ def plot_audit(report: AuditReport, path: str | Path) -> None:
     save_figure(_figure(report), path)
 
 
+def audit_png(report: AuditReport) -> bytes:
+    """The figure of `plot_audit` as the bytes of a PNG file.
+
+    Args:
+        report: From `audit`.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
+    image = io.BytesIO()
+    _figure(report).savefig(image, format="png", dpi=130)
+    return image.getvalue()
+
+
 def write_page(report: AuditReport, path: str | Path) -> None:
     """Write the verdict, the figure and the numbers as one HTML file that needs nothing else.
 
@@ -38,9 +52,7 @@ def write_page(report: AuditReport, path: str | Path) -> None:
         EigenPeftError: If matplotlib is not installed.
         ArtifactError: If the file cannot be written.
     """
-    image = io.BytesIO()
-    _figure(report).savefig(image, format="png", dpi=130)
-    picture = base64.b64encode(image.getvalue()).decode()
+    picture = base64.b64encode(audit_png(report)).decode()
     findings = "".join(f"<li><b>{escape(f.kind)}</b> {escape(f.message)}</li>" for f in report.findings)
     held_out, k = report.held_out, report.n_components - 1
     rows = "".join(
