@@ -100,11 +100,12 @@ def inside(name: str, make: Make, *, rates=(), tuned_as: str | None = None, alph
     return Method(name, rates, adapt, make, tuned_as)
 
 
-def pair(kind: str, make: Make, **settings) -> tuple[Method, Method]:
-    """EigenLoRA in a recycled subspace and its control, a random one of the same size with the same trials."""
-    return inside(f"EigenLoRA {kind}", make, **settings), inside(
-        f"random subspace {kind}", random_like(make), **settings
-    )
+def pair(kind: str, make: Make, *, twin_rate: bool = False, **settings) -> tuple[Method, Method]:
+    """EigenLoRA in a recycled subspace, and its control: a random one of the same size, with trials of its own or, where
+    `twin_rate`, at the rate chosen with the recycled one."""
+    name = f"EigenLoRA {kind}"
+    control = {**settings, "rates": (), "tuned_as": name} if twin_rate else settings
+    return inside(name, make, **settings), inside(f"random subspace {kind}", random_like(make), **control)
 
 
 def plain(name: str, config_cls, rates, **settings):
@@ -150,16 +151,14 @@ METHODS = {
         ),
         plain("LoRA r8", LoraConfig, LORA_RATES, r=8, lora_alpha=16),
         # The number of components, with a control and a LoRA of equal parameters each.
-        *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2, 6e-2)),
-        plain(
-            "LoRA, equal parameters to K=8", LoraConfig, (3e-3, 1e-2, 3e-2), r=1, lora_alpha=2, target_modules=LAST_TWO
-        ),
+        *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2)),
+        plain("LoRA, equal parameters to K=8", LoraConfig, (1e-2,), r=1, lora_alpha=2, target_modules=LAST_TWO),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
         *pair("K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
         # A start from another task, and what it does without a subspace.
-        inside("EigenLoRA warm start", recycled(), rates=(3e-3, 1e-2, 3e-2), warm=True),
+        inside("EigenLoRA warm start", recycled(), rates=(1e-2, 3e-2), warm=True),
         Method("nearest adapter, frozen", (1.0,), nearest_frozen),
-        Method("nearest adapter, LoRA continued", (1e-3, 3e-3), nearest_continued),
+        Method("nearest adapter, LoRA continued", (3e-3,), nearest_continued),
         # The way of fitting, in the same number of components: one control for all of them.
         inside("EigenLoRA eigenlorax", recycled("eigenlorax"), tuned_as=OURS),
         inside("EigenLoRA hooi", recycled("hooi"), tuned_as=OURS),
@@ -167,9 +166,9 @@ METHODS = {
         inside("shuffled subspace", shuffled(recycled()), tuned_as=OURS),
         inside("mean-only subspace", mean_only, tuned_as=OURS),
         # Core, alpha, place.
-        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer"),
-        *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal"),
-        *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64),
+        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer", twin_rate=True),
+        *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal", twin_rate=True),
+        *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64, twin_rate=True),
         *pair("late layers", recycled(layers=LATE_LAYERS), tuned_as=OURS),
         plain("MoSLoRA r8", MosLoraConfig, (1e-3, 3e-3), r=8, lora_alpha=16),
         plain("VeRA r256", VeraConfig, (1e-2, 3e-2), r=256),
