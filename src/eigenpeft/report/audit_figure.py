@@ -91,6 +91,10 @@ def _figure(report: AuditReport):
     figure, ((spectrum, held_out), (heat, similarity)) = new_figure(2, 2, width=12.5, height=9.5)
     _curves(spectrum, report.explained, "Explained: fitted to all of them")
     _curves(held_out, report.held_out, "Held out: fitted to the others")
+    if report.held_out_unrelated is not None:
+        without = report.held_out_unrelated.real
+        held_out.plot(range(1, len(without) + 1), without, color="tab:green", linestyle="-.", label="without relatives")
+        held_out.legend(loc="upper left", fontsize=8)
     held_out.axvline(report.n_components, color="tab:grey", linewidth=0.8, linestyle=":")
     _heat_map(figure, heat, report)
     image = similarity.imshow(report.similarity, vmin=-1, vmax=1, cmap="RdBu_r")
