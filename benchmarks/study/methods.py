@@ -1,5 +1,6 @@
 """Methods of the study: how each adapts the base, the subspace it trains in, and the learning rates tried for it."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,10 +65,15 @@ def head_only(base, situation):
     return base
 
 
-def recycled(fit: str = "balanced", *, n_components=32, weighting: str = "equal", layers=None) -> Make:
+def recycled(
+    fit: str = "balanced", *, n_components=32, weighting: str = "equal", layers=None, n_sources=None, n_pseudo=0
+) -> Make:
     def make(situation):
-        builder = SubspaceBuilder(n_components, method=fit, weighting=weighting)
-        subspace = builder.fit(situation.sources).subspace_
+        names = random.Random(situation.seed).sample(situation.sources.names, n_sources or len(situation.sources))
+        builder = SubspaceBuilder(
+            n_components, method=fit, weighting=weighting, n_pseudo_components=n_pseudo, seed=situation.seed
+        )
+        subspace = builder.fit(situation.sources.subset(sorted(names))).subspace_
         if layers is None:
             return subspace
         kept = {name: bases for name, bases in subspace.items() if int(name.split(".layer.")[1][0]) in layers}
@@ -154,7 +160,7 @@ METHODS = {
         *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2)),
         plain("LoRA, equal parameters to K=8", LoraConfig, (1e-2,), r=1, lora_alpha=2, target_modules=LAST_TWO),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
-        *pair("K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
+        inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
         # A start from another task, and what it does without a subspace.
         inside("EigenLoRA warm start", recycled(), rates=(1e-2, 3e-2), warm=True),
         Method("nearest adapter, frozen", (1.0,), nearest_frozen),
@@ -173,5 +179,15 @@ METHODS = {
         plain("MoSLoRA r8", MosLoraConfig, (1e-3, 3e-3), r=8, lora_alpha=16),
         plain("VeRA r256", VeraConfig, (1e-2, 3e-2), r=256),
         inside("EigenLoRA hosvd", recycled("hosvd"), tuned_as=OURS),
+        # The number of source adapters, drawn by seed, in components that two can fill.
+        *pair("K=16", recycled(n_components=16), tuned_as=OURS),
+        inside("EigenLoRA K=16, 2 sources", recycled(n_components=16, n_sources=2), tuned_as=OURS),
+        inside("EigenLoRA K=16, 5 sources", recycled(n_components=16, n_sources=5), tuned_as=OURS),
+        # EigenLoRAx's own recipe for few adapters: raw rows of two, random directions to fill up.
+        inside(
+            "EigenLoRA paper's protocol",
+            recycled("eigenlorax", n_components=16, n_sources=2, n_pseudo=16),
+            tuned_as=OURS,
+        ),
     )
 }

@@ -39,9 +39,9 @@ def controls_of(method: str) -> tuple[str | None, str | None]:
     if method == OURS:
         return RANDOM, FEW
     if method.startswith("EigenLoRA ") or method in ("mean-only subspace", "shuffled subspace"):
-        twin = method.replace("EigenLoRA", "random subspace")
-        small = f"{FEW} to {method.removeprefix('EigenLoRA ')}"
-        same_size = twin not in METHODS or METHODS[twin].name == RANDOM or "alpha" in method
+        kind = method.removeprefix("EigenLoRA ").split(", ")[0]
+        twin, small = f"random subspace {kind}", f"{FEW} to {kind}"
+        same_size = twin not in METHODS or kind.startswith("alpha")
         return (twin if twin in METHODS else RANDOM), (small if small in METHODS else FEW if same_size else None)
     return None, None
 
