@@ -114,13 +114,13 @@ def pair(kind: str, make: Make, *, twin_rate: bool = False, **settings) -> tuple
     return inside(name, make, **settings), inside(f"random subspace {kind}", random_like(make), **control)
 
 
-def plain(name: str, config_cls, rates, **settings):
+def plain(name: str, config_cls, rates, tuned_as=None, **settings):
     settings.setdefault("target_modules", TARGETS)
 
     def adapt(base, situation):
         return get_peft_model(base, config_cls(task_type="SEQ_CLS", **settings))
 
-    return Method(name, rates, adapt)
+    return Method(name, rates, adapt, tuned_as=tuned_as)
 
 
 def nearest_frozen(base, situation):
@@ -136,9 +136,10 @@ def nearest_continued(base, situation):
     return lora_with_factors(base, situation.sources, situation.nearest())
 
 
-OURS, RANDOM = "EigenLoRA balanced, low_rank", "random subspace, low_rank"
-# Last two modules of the network, rank 1: 1,536 parameters, as K = 8 has.
-LAST_TWO = [f"bert.encoder.layer.5.attention.self.{name}" for name in TARGETS]
+OURS, RANDOM, FEW = "EigenLoRA balanced, low_rank", "random subspace, low_rank", "LoRA, equal parameters"
+# Rank 1 on the last two or four modules of the network: 1,536 and 3,072 parameters, as K = 8 and K = 16 have.
+LAST_FOUR = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (4, 5) for name in TARGETS]
+LAST_TWO = LAST_FOUR[2:]
 
 METHODS = {
     method.name: method
@@ -148,7 +149,7 @@ METHODS = {
         inside(OURS, recycled(), rates=COEFFICIENT_RATES),
         # r = 1 on four of the six layers: 8 modules x 768 = 6,144 parameters, as EigenLoRA low_rank has.
         plain(
-            "LoRA, equal parameters",
+            FEW,
             LoraConfig,
             LORA_RATES,
             r=1,
@@ -157,8 +158,10 @@ METHODS = {
         ),
         plain("LoRA r8", LoraConfig, LORA_RATES, r=8, lora_alpha=16),
         # The number of components, with a control and a LoRA of equal parameters each.
-        *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2)),
-        plain("LoRA, equal parameters to K=8", LoraConfig, (1e-2,), r=1, lora_alpha=2, target_modules=LAST_TWO),
+        *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2, 6e-2)),
+        plain(
+            "LoRA, equal parameters to K=8", LoraConfig, (3e-3, 1e-2, 3e-2), r=1, lora_alpha=2, target_modules=LAST_TWO
+        ),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
         inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
         # A start from another task, and what it does without a subspace.
@@ -181,6 +184,7 @@ METHODS = {
         inside("EigenLoRA hosvd", recycled("hosvd"), tuned_as=OURS),
         # The number of source adapters, drawn by seed, in components that two can fill.
         *pair("K=16", recycled(n_components=16), tuned_as=OURS),
+        plain("LoRA, equal parameters to K=16", LoraConfig, (), FEW, r=1, lora_alpha=2, target_modules=LAST_FOUR),
         inside("EigenLoRA K=16, 2 sources", recycled(n_components=16, n_sources=2), tuned_as=OURS),
         inside("EigenLoRA K=16, 5 sources", recycled(n_components=16, n_sources=5), tuned_as=OURS),
         # EigenLoRAx's own recipe for few adapters: raw rows of two, random directions to fill up.

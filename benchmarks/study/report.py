@@ -16,10 +16,10 @@ from encoder import RESULTS, best_rate, read
 from gradient import GRADIENT_RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from methods import METHODS, OURS, RANDOM
+from methods import FEW, METHODS, OURS, RANDOM
 from scipy import stats
 
-HEAD, FEW = "head only", "LoRA, equal parameters"
+HEAD = "head only"
 FIGURE = RESULTS.with_name("study.png")
 
 
