@@ -113,8 +113,8 @@ def _relatives(curves: HeldOutCurves, k: int) -> str:
     if with_them - without < max(_TOLD, _TOLD_PART * with_them):
         return ""
     return (
-        f"Part of that is related adapters (cosine of ΔW above 0.2) vouching for each other: left out with its relatives, an "
-        f"adapter is held to {without:.1%}. "
+        f"Part of that is related adapters (cosine of ΔW above 0.2) vouching for each other: of an adapter left out with its "
+        f"relatives, {without:.1%} is held. "
     )
 
 
