@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--n-train", type=int, default=256)
+    parser.add_argument("--methods", nargs="+", default=measured_methods(), choices=measured_methods())
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     arguments = parser.parse_args()
     quiet()
@@ -46,7 +47,7 @@ def main() -> None:
         for target in TARGETS:
             cell = {"target": target, "seed": seed, "n_train": arguments.n_train}
             done = [row["method"] for row in read(GRADIENT_RESULTS) if cell.items() <= row.items()]
-            missing = [name for name in measured_methods() if name not in done]
+            missing = [name for name in arguments.methods if name not in done]
             if not missing:
                 continue
             task = load_task(target, n_train=arguments.n_train, seed=seed, data=arguments.data)
