@@ -62,6 +62,8 @@ benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in recipes/train_zoo.yaml (hours)
 	$(BIN)/python benchmarks/study/encoder.py tune --data $(DATA)
 	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA)
+	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
+	$(BIN)/python benchmarks/study/report.py
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache

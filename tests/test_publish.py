@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder
+from eigenpeft.auditing import AuditReport, audit
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare, push
 from tests.factories import make_collection
@@ -128,3 +129,49 @@ def test_what_cannot_be_published_is_named(tmp_path):
     (tmp_path / "subspace" / "README.md").unlink()
     with pytest.raises(ArtifactError, match="save the subspace again"):
         prepare(tmp_path / "subspace", repo_id="me/bases")
+
+
+def test_the_card_embeds_an_audit(tmp_path, hub):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    make_collection(tmp_path / "adapters", n_adapters=5, rank=4, n_shared=6)
+    with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
+        subspace = SubspaceBuilder(4).fit(collection).subspace_
+        CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+        report = audit(collection, n_components=6, progress=False)
+    subspace.save_pretrained(tmp_path / "subspace")
+    assert "audit.png" in prepare(tmp_path / "store", repo_id="me/store", audit=report).card
+    push(prepare(tmp_path / "subspace", repo_id="me/bases", audit=report))
+    assert (hub / "audit.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(hub / "README.md")
+    assert "](audit.png)" in card.text
+    assert f"**{report.verdict.capitalize()}.**" in card.text
+    for k in (1, 4, 6):
+        assert f"| {k} | {report.explained.real[k - 1]:.3f} |" in card.text
+    assert card.text.index("## Is there something to recycle?") < card.text.index("## Modules")
+    assert "audit.png" not in (tmp_path / "subspace" / "README.md").read_text()  # the folder is left alone
+
+
+def test_an_audit_of_other_adapters_is_refused(tmp_path):
+    for folder, prefix in (("adapters", "a"), ("others", "b")):
+        made = make_collection(tmp_path / folder, n_adapters=4, rank=4, n_shared=6)
+        for each in list(made.folder.iterdir()):
+            each.rename(made.folder / f"{prefix}-{each.name}")
+    SubspaceBuilder(4).fit(AdapterCollection.from_pretrained(tmp_path / "adapters")).subspace_.save_pretrained(
+        tmp_path / "subspace"
+    )
+    report = audit(AdapterCollection.from_pretrained(tmp_path / "others"), n_components=4, progress=False)
+    with pytest.raises(ArtifactError, match=r"audit is of other adapters: 'b-.* \(4 of 4\)"):
+        prepare(tmp_path / "subspace", repo_id="me/bases", audit=report)
+    save_adapter(tmp_path / "adapter", MosLoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ArtifactError, match="is one adapter; an audit goes with"):
+        prepare(tmp_path / "adapter", repo_id="me/task", audit=report)
+
+
+def test_a_report_comes_back_from_json(tmp_path):
+    made = make_collection(tmp_path, n_adapters=4, rank=4, n_shared=6)
+    report = audit(AdapterCollection.from_pretrained(made.folder), n_components=4, progress=False)
+    assert AuditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    with pytest.raises(ArtifactError, match="it has no advice"):
+        AuditReport.from_dict({key: value for key, value in report.to_dict().items() if key != "advice"})
+    with pytest.raises(ArtifactError, match="is damaged"):
+        AuditReport.from_dict({**report.to_dict(), "findings": [{"kind": "related"}]})

@@ -2,12 +2,13 @@
 
 Papers:    EigenLoRAx, arXiv 2502.04700; MoSLoRA, arXiv 2406.11909.
 Command:   python benchmarks/study/encoder.py tune --data DIR && python benchmarks/study/encoder.py test --data DIR
-           (DIR holds the tasks of recipes/train_zoo.yaml); in slices: --shard 0/2 and --shard 1/2 side by side.
-Hardware:  2 CPU cores; about 15 s a cell, two shards: 25 minutes for `tune`, 30 for `test`, for each --n-train.
+           (DIR holds the tasks of recipes/train_zoo.yaml); in slices: --methods, --seeds, --n-train, or --shard 0/2 and
+           --shard 1/2 side by side.
+Hardware:  CPU, one thread; 5 to 20 s a cell: 25 minutes for `tune`, 40 for one seed of all methods in `test`.
 Writes:    benchmarks/results/study/encoder.jsonl, a line a cell. Started again, it goes on where it stopped.
 
 The zoo is the ten adapters that ship with eigenpeft; the target's own adapter is left out of the subspace. Learning rates are
-chosen on two tasks that are never targets, four a method; the head has one learning rate for all methods, chosen with the head
+chosen on two tasks that are never targets, with 256 rows; the head has one learning rate for all methods, chosen with the head
 alone. Same rows, steps, batch and head for all methods; seeds draw the training rows, the head and the adapter.
 """
 
@@ -18,6 +19,7 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +28,8 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
-from methods import METHODS
+from methods import METHODS, Situation
+from nearest import scores
 from tasks import load_task
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
@@ -39,15 +42,16 @@ from eigenpeft.demo.assets import base_model, shipped_adapters
 RESULTS = Path(__file__).parents[1] / "results" / "study" / "encoder.jsonl"
 TUNING_TASKS = ("mpqa", "tweet_irony")
 TARGETS = ("trec6", "sst2", "subj", "cr", "tweet_emotion", "banking77")
-TUNING_SEED, SEEDS = 100, (0, 1, 2)
+TUNING_SEED, SEEDS, TUNING_ROWS = 100, (0, 1, 2), 256
 STEPS, BATCH_SIZE = 100, 16
 
 
-def train_and_judge(task, method, *, rate: float, head_rate: float, seed: int, sources, scratch: str) -> dict:
+def train(task, method, *, rate: float, head_rate: float, situation: Situation, scratch: str):
+    """The trained model, the number of adapter parameters and the seconds of training."""
+    seed = situation.seed
     set_seed(seed)
-    model = method.adapt(
-        AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=task.n_labels), sources, seed
-    )
+    base = AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=task.n_labels)
+    model = method.adapt(base, situation)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trainable.items() if "classifier" in name]
     adapter = [p for name, p in trainable.items() if "classifier" not in name]
@@ -77,12 +81,7 @@ def train_and_judge(task, method, *, rate: float, head_rate: float, seed: int, s
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start
-    return {
-        "accuracy": judge(model, task),
-        "parameters": sum(p.numel() for p in adapter),
-        "seconds": round(seconds, 1),
-    }
+    return model, sum(p.numel() for p in adapter), round(time.perf_counter() - start, 1)
 
 
 @torch.no_grad()
@@ -102,84 +101,119 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def best_rate(rows: list[dict], method: str, n_train: int) -> float:
+def best_rate(rows: list[dict], name: str) -> float:
     """The learning rate of the highest mean accuracy on the tuning tasks."""
+    method = METHODS[METHODS[name].tuned_as or name]
+    if len(method.rates) == 1:
+        return method.rates[0]
     found = defaultdict(list)
     for row in rows:
-        if row["stage"] == "tune" and row["method"] == method and row["n_train"] == n_train:
+        if row["stage"] == "tune" and row["method"] == method.name and row["n_train"] == TUNING_ROWS:
             found[row["rate"]].append(row["accuracy"])
     complete = {rate: fmean(values) for rate, values in found.items() if len(values) == len(TUNING_TASKS)}
-    if len(complete) < len(METHODS[method].rates):
-        raise SystemExit(f"{method} with n_train={n_train} is not tuned yet: run the stage `tune` first.")
+    if len(complete) < len(method.rates):
+        raise SystemExit(f"{method.name} is not tuned yet: run the stage `tune` first.")
     return max(complete, key=complete.get)
 
 
-def cells(stage: str, rows: list[dict], n_train: int, methods: list[str]):
+def nearest_source(task, *, target: str, seed: int, sources, results: Path) -> str:
+    """Name of the source of the highest score, remembered as a row of its own."""
+    cell = {"stage": "nearest", "target": target, "seed": seed, "n_train": len(task.train)}
+    for row in read(results):
+        if cell.items() <= row.items():
+            return row["source"]
+    with torch.random.fork_rng():  # the cell's own numbers must not depend on whether this was remembered
+        found = scores(task, sources)
+    source = max(found, key=found.get)
+    append(results, {**cell, "source": source, "scores": {name: round(value, 4) for name, value in found.items()}})
+    return source
+
+
+def append(results: Path, row: dict) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cells(stage: str, rows: list[dict], n_train: int, methods: list[str], seeds: list[int]):
     head_first = sorted(methods, key=lambda name: name != "head only")
     if stage == "tune":
         for name in head_first:
-            for rate in METHODS[name].rates:
+            method = METHODS[name]
+            for rate in method.rates if method.tuned_as is None and len(method.rates) > 1 else ():
                 for target in TUNING_TASKS:
-                    yield {"target": target, "method": name, "rate": rate, "seed": TUNING_SEED}
+                    yield {"target": target, "method": name, "rate": rate, "seed": TUNING_SEED, "n_train": TUNING_ROWS}
     else:
-        for seed in SEEDS:
+        for seed in seeds:
             for target in TARGETS:
                 for name in head_first:
-                    yield {"target": target, "method": name, "rate": best_rate(rows, name, n_train), "seed": seed}
+                    rate = best_rate(rows, name)
+                    yield {"target": target, "method": name, "rate": rate, "seed": seed, "n_train": n_train}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["tune", "test"])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--n-train", type=int, default=256)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+def quiet() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.captureWarnings(True)
-    environment = {
+
+
+def environment() -> dict:
+    return {
         "eigenpeft": eigenpeft.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "threads": 1,
     }
+
+
+def run(cell: dict, *, task, zoo: AdapterCollection, head_rate: float, results: Path) -> dict:
+    """Train and judge one cell."""
+    target, seed = cell["target"], cell["seed"]
+    sources = zoo.without(target) if target in zoo else zoo
+    nearest = partial(nearest_source, task, target=target, seed=seed, sources=sources, results=results)
+    with tempfile.TemporaryDirectory() as scratch:
+        model, parameters, seconds = train(
+            task,
+            METHODS[cell["method"]],
+            rate=cell["rate"],
+            head_rate=head_rate,
+            situation=Situation(sources, seed, nearest),
+            scratch=scratch,
+        )
+    return {"accuracy": judge(model, task), "parameters": parameters, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=["tune", "test"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--n-train", type=int, default=256, help="rows of the stage test")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    quiet()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     shard, n_shards = map(int, arguments.shard.split("/"))
     zoo = AdapterCollection.from_pretrained(shipped_adapters())
+    load = lru_cache(maxsize=8)(partial(load_task, data=arguments.data))
     rows = read(arguments.results)
-    for i, cell in enumerate(cells(arguments.stage, rows, arguments.n_train, arguments.methods)):
-        cell |= {"stage": arguments.stage, "n_train": arguments.n_train, "steps": STEPS, "batch_size": BATCH_SIZE}
+    planned = cells(arguments.stage, rows, arguments.n_train, arguments.methods, arguments.seeds)
+    for i, cell in enumerate(planned):
+        cell |= {"stage": arguments.stage, "steps": STEPS, "batch_size": BATCH_SIZE}
         if i % n_shards != shard or any(cell.items() <= row.items() for row in rows):
             continue
-        task = load_task(cell["target"], n_train=cell["n_train"], seed=cell["seed"], data=arguments.data)
-        sources = zoo.without(cell["target"]) if cell["target"] in zoo else zoo
-        head_rate = (
-            cell["rate"]
-            if cell["method"] == "head only"
-            else best_rate(read(arguments.results), "head only", cell["n_train"])
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            result = train_and_judge(
-                task,
-                METHODS[cell["method"]],
-                rate=cell["rate"],
-                head_rate=head_rate,
-                seed=cell["seed"],
-                sources=sources,
-                scratch=scratch,
-            )
-        row = {**cell, "head_rate": head_rate, **result, "environment": environment}
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        task = load(cell["target"], n_train=cell["n_train"], seed=cell["seed"])
+        head_first = cell["method"] == "head only"
+        head_rate = cell["rate"] if head_first else best_rate(read(arguments.results), "head only")
+        result = run(cell, task=task, zoo=zoo, head_rate=head_rate, results=arguments.results)
+        append(arguments.results, {**cell, "head_rate": head_rate, **result, "environment": environment()})
         print(
-            f"{cell['target']:14} {cell['method']:32} {cell['rate']:<7g} {row['accuracy']:.3f} {row['seconds']} s",
+            f"{cell['target']:14} {cell['method']:32} {cell['rate']:<7g} {result['accuracy']:.3f} {result['seconds']} s",
             flush=True,
         )
 

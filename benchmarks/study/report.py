@@ -1,46 +1,196 @@
-"""The study's table: accuracy of every method on every target, and its gap to EigenLoRA, paired by target and seed.
+"""The study's tables and figure: every method beside its controls, and what the gradient share predicts.
 
-Command:  python benchmarks/study/report.py [--results FILE]
-Writes:   a markdown table on stdout, from the cells that every method has finished.
+Command:  python benchmarks/study/report.py [--results FOLDER]
+Writes:   markdown tables on stdout and benchmarks/results/study/study.png, from the cells that are there. Differences are
+          paired by target and seed; intervals are 95 % (Student's t over the pairs; for rank correlations, a bootstrap over
+          targets and seeds).
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from encoder import RESULTS, best_rate
+import numpy as np
+from encoder import RESULTS, best_rate, read
+from gradient import GRADIENT_RESULTS
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from methods import FEW, METHODS, OURS, RANDOM
+from scipy import stats
 
-OURS = "EigenLoRA balanced, low_rank"
+HEAD = "head only"
+FIGURE = RESULTS.with_name("study.png")
+
+
+def accuracies(rows: list[dict], n_train: int) -> dict[str, dict[tuple[str, int], dict]]:
+    """Method to the rows of its (target, seed) pairs, at its chosen rate."""
+    found = defaultdict(dict)
+    tested = [row for row in rows if row["stage"] == "test" and row["n_train"] == n_train and row["method"] in METHODS]
+    rates = {method: best_rate(rows, method) for method in {row["method"] for row in tested}}
+    for row in tested:
+        if row["rate"] == rates[row["method"]]:  # widening a grid can change the choice
+            found[row["method"]][row["target"], row["seed"]] = row
+    return {name: found[name] for name in METHODS if name in found}
+
+
+def controls_of(method: str) -> tuple[str | None, str | None]:
+    """The random subspace and the LoRA that a method is held against."""
+    if method == OURS:
+        return RANDOM, FEW
+    if method.startswith("EigenLoRA ") or method in ("mean-only subspace", "shuffled subspace"):
+        kind = method.removeprefix("EigenLoRA ").split(", ")[0]
+        twin, small = f"random subspace {kind}", f"{FEW} to {kind}"
+        same_size = twin not in METHODS or kind.startswith("alpha")
+        return (twin if twin in METHODS else RANDOM), (small if small in METHODS else FEW if same_size else None)
+    return None, None
+
+
+def difference(cells: dict, one: str, other: str | None) -> tuple[float, float, int] | None:
+    """Mean paired difference, half its 95 % interval, pairs; None below three pairs."""
+    if other is None or one not in cells or other not in cells:
+        return None
+    pairs = sorted(set(cells[one]) & set(cells[other]))
+    gaps = [cells[one][pair]["accuracy"] - cells[other][pair]["accuracy"] for pair in pairs]
+    if len(gaps) < 3:
+        return None
+    error = float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
+    return fmean(gaps), error, len(gaps)
+
+
+def shown(found: tuple[float, float, int] | None) -> str:
+    if found is None:
+        return ""
+    mean, error, n = found
+    text = f"{mean:+.3f} ± {error:.3f} ({n})"
+    return f"**{text}**" if abs(mean) > error else text
+
+
+def method_table(cells: dict) -> None:
+    targets = sorted({target for method in cells.values() for target, _ in method})
+    print("| method | parameters | rate | " + " | ".join(targets) + " | minus head | minus random | minus small LoRA |")
+    print("|" + "---|" * (len(targets) + 6))
+    for method, found in cells.items():
+        means = []
+        for name in targets:
+            values = [row["accuracy"] for (target, _), row in found.items() if target == name]
+            means.append(f"{fmean(values):.3f}" if values else "")
+        row = next(iter(found.values()))
+        random, small = controls_of(method)
+        gaps = [shown(difference(cells, method, other)) for other in (HEAD, random, small)]
+        print(f"| {method} | {row['parameters']:,} | {row['rate']:g} | {' | '.join(means)} | {' | '.join(gaps)} |")
+
+
+def correlations(cells: dict, shares: list[dict]) -> list[dict]:
+    """One record a (subspace, target, seed) that was both measured and trained in."""
+    found = []
+    for row in shares:
+        pair = (row["target"], row["seed"])
+        if pair in cells.get(row["method"], {}) and pair in cells[HEAD]:
+            gain = cells[row["method"]][pair]["accuracy"] - cells[HEAD][pair]["accuracy"]
+            found.append({**row, "gain": gain, "accuracy": cells[row["method"]][pair]["accuracy"], "pair": pair})
+    return found
+
+
+def rank_correlation(records: list[dict], *, within: bool, what: str, draws: int = 2000) -> tuple[float, float, float]:
+    """Spearman's correlation of share and gain with a 95 % interval; `within`: of ranks inside each target and seed."""
+
+    def value(chosen: list[dict]) -> float:
+        by_pair = defaultdict(list)
+        for i, record in enumerate(chosen):
+            by_pair[(record.get("draw"), record["pair"]) if within else None].append(i)
+        x, y = np.zeros(len(chosen)), np.zeros(len(chosen))
+        for places in by_pair.values():
+            for values, key in ((x, "share"), (y, what)):
+                ranks = stats.rankdata([chosen[i][key] for i in places])
+                values[places] = ranks - ranks.mean()
+        return float((x @ y) / np.sqrt((x @ x) * (y @ y)))
+
+    pairs = sorted({record["pair"] for record in records})
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(draws):
+        drawn = generator.integers(len(pairs), size=len(pairs))
+        chosen = [{**r, "draw": i} for i, p in enumerate(drawn) for r in records if r["pair"] == pairs[p]]
+        values.append(value(chosen))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return value(records), float(low), float(high)
+
+
+def gradient_table(records: list[dict]) -> None:
+    by_method = defaultdict(list)
+    for record in records:
+        by_method[record["method"]].append(record)
+    print("| subspace | components in all | gradient share | gain over the head | pairs |\n|---|---|---|---|---|")
+    for method, found in by_method.items():
+        share, gain = fmean(r["share"] for r in found), fmean(r["gain"] for r in found)
+        print(f"| {method} | {found[0]['components']} | {share:.4f} | {gain:+.3f} | {len(found)} |")
+    print("\n| rank correlation of share and gain | all subspaces | of 384 components in all |\n|---|---|---|")
+    one_size = [record for record in records if record["components"] == 384]
+    for title, within in (("over all cells", False), ("inside each target and seed", True)):
+        texts = []
+        for chosen in (records, one_size):
+            value, low, high = rank_correlation(chosen, within=within, what="gain")
+            texts.append(f"{value:+.2f} ({low:+.2f} to {high:+.2f}), {len(chosen)} cells")
+        print(f"| {title} | {' | '.join(texts)} |")
+
+
+def draw(tables: dict[int, dict], records: list[dict]) -> None:
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    gaps, scatter = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    labels, place = [], 0
+    for n_train, cells in tables.items():
+        for method in cells:
+            random, small = controls_of(method)
+            bars = [
+                (difference(cells, method, other), colour)
+                for other, colour in ((random, "tab:blue"), (small, "tab:orange"))
+            ]
+            if not any(found for found, _ in bars):
+                continue
+            for (found, colour), shift in zip(bars, (0.15, -0.15), strict=True):
+                if found:
+                    gaps.errorbar(
+                        found[0], place + shift, xerr=found[1], fmt="o", color=colour, markersize=4, capsize=2
+                    )
+            labels.append(f"{method}, {n_train} rows")
+            place -= 1
+    gaps.axvline(0, color="black", linewidth=0.8)
+    gaps.set_yticks(range(0, place, -1), labels, fontsize=8)
+    gaps.set(
+        xlabel="accuracy less that of the control, 95 % interval", title="blue: random subspace, orange: small LoRA"
+    )
+    gaps.grid(axis="x", alpha=0.3)
+    for target in sorted({record["target"] for record in records}):
+        chosen = [record for record in records if record["target"] == target]
+        scatter.semilogx([r["share"] for r in chosen], [r["gain"] for r in chosen], "o", markersize=4, label=target)
+    scatter.set(xlabel="share of the gradient before training", ylabel="gain over the head after it")
+    scatter.set_title("Does the gradient share predict?")
+    scatter.legend(fontsize=8)
+    scatter.grid(alpha=0.3)
+    figure.savefig(FIGURE, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--n-train", type=int, default=256)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    cells = defaultdict(dict)
-    details = {}
-    tested = [row for row in rows if row["stage"] == "test" and row["n_train"] == arguments.n_train]
-    rates = {method: best_rate(rows, method, arguments.n_train) for method in {row["method"] for row in tested}}
-    for row in tested:
-        if row["rate"] == rates[row["method"]]:  # widening a grid can change the choice
-            cells[row["target"], row["seed"]][row["method"]] = row["accuracy"]
-            details[row["method"]] = row["parameters"], row["rate"]
-    complete = {cell: found for cell, found in cells.items() if len(found) == len(details)}
-    targets = sorted({target for target, _ in complete})
-    print(f"{len(complete)} of {len(cells)} (target, seed) pairs are complete, {arguments.n_train} training rows.\n")
-    print("| method | parameters | learning rate | " + " | ".join(targets) + " | mean | EigenLoRA minus it |")
-    print("|" + "---|" * (len(targets) + 5))
-    for method, (parameters, rate) in details.items():
-        means = [fmean(found[method] for (target, _), found in complete.items() if target == name) for name in targets]
-        gaps = [found[OURS] - found[method] for found in complete.values()]
-        error = 2 * stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-        gap = "" if method == OURS else f"{fmean(gaps):+.3f} ± {error:.3f}"
-        shown = " | ".join(f"{mean:.3f}" for mean in means)
-        print(f"| {method} | {parameters:,} | {rate:g} | {shown} | {fmean(means):.3f} | {gap} |")
+    rows = read(arguments.results)
+    tables = {}
+    for n_train in sorted({row["n_train"] for row in rows if row["stage"] == "test"}, reverse=True):
+        tables[n_train] = accuracies(rows, n_train)
+        print(f"\n## {n_train} training rows\n")
+        method_table(tables[n_train])
+    records = [
+        record
+        for n_train, cells in tables.items()
+        for record in correlations(cells, [row for row in read(GRADIENT_RESULTS) if row["n_train"] == n_train])
+    ]
+    if records:
+        print("\n## The gradient's share\n")
+        gradient_table(records)
+    draw(tables, records)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
+from eigenpeft.auditing import AuditReport
 from eigenpeft.errors import ArtifactError
+from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
+from eigenpeft.report.audit_figure import audit_png
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, storage
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,6 +26,7 @@ _PAPERS = {
     "MOSLORA": "MoSLoRA, arXiv 2406.11909",
     "LORA": "LoRA, arXiv 2106.09685",
 }
+_MODULES = "## Modules\n"  # heading in the card of a subspace
 _UNFINISHED = "[More Information Needed]"  # in the card that PEFT writes
 
 
@@ -37,6 +41,7 @@ class Publication:
         files: Names of those that are sent besides the card; never checkpoints or optimizer states.
         card: Text of README.md.
         config: Text of adapter_config.json where it differs from the file, else None.
+        made: Files that are sent besides and lie in no folder, by name: the figure of an audit.
     """
 
     kind: str
@@ -45,10 +50,16 @@ class Publication:
     files: tuple[str, ...]
     card: str
     config: str | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def prepare(
-    folder: str | Path, *, repo_id: str, subspace: str | None = None, base_model: str | None = None
+    folder: str | Path,
+    *,
+    repo_id: str,
+    subspace: str | None = None,
+    base_model: str | None = None,
+    audit: AuditReport | None = None,
 ) -> Publication:
     """Check a saved artifact and write its card; nothing is sent and nothing in the folder changes.
 
@@ -57,9 +68,12 @@ def prepare(
         repo_id: `owner/name` on the Hub.
         subspace: Hub id that an adapter's config shall name as its subspace, in place of a local folder.
         base_model: Hub id that an adapter's config shall name as its base model, in place of a local folder.
+        audit: Of the adapters that a subspace or a store was built from; its table and figure go into the card.
 
     Raises:
-        ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have.
+        ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; or if
+            the audit is of other adapters.
+        EigenPeftError: If an audit is given and matplotlib is not installed.
     """
     folder = Path(folder)
     try:
@@ -67,15 +81,21 @@ def prepare(
     except HFValidationError as error:
         raise ArtifactError(f"repo_id={repo_id!r} is not OWNER/NAME on the Hub: {error}") from error
     if (folder / _ADAPTER_CONFIG).is_file():
+        if audit is not None:
+            raise ArtifactError(f"{str(folder)!r} is one adapter; an audit goes with a subspace or a store.")
         return _adapter(folder, repo_id, subspace, base_model)
     for kind, reader in ((storage.SUBSPACE, PrincipalSubspace), (storage.STORE, CoefficientStore)):
         if (folder / kind.config_name).is_file():
-            reader.from_pretrained(folder)  # checks format and hashes
+            artifact = reader.from_pretrained(folder)  # checks format and hashes
             card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
             if not card:
                 raise ArtifactError(f"{str(folder)!r} has no {_CARD}; save the {kind.label} again, which writes it.")
+            made = {}
+            if audit is not None:
+                _check_audited(artifact if isinstance(artifact, PrincipalSubspace) else artifact.subspace, audit)
+                card, made = _with_audit(card, audit), {AUDIT_FIGURE: audit_png(audit)}
             files = (kind.config_name, kind.tensors_name)
-            return Publication(kind.label, repo_id, folder, files, _addressed(card, repo_id))
+            return Publication(kind.label, repo_id, folder, files, _addressed(card, repo_id), made=made)
     raise ArtifactError(
         f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name} or {_ADAPTER_CONFIG}; "
         "pass the folder that save_pretrained or a trainer wrote."
@@ -94,6 +114,8 @@ def push(publication: Publication, *, private: bool | None = None, token: str | 
         for name in publication.files:
             shutil.copyfile(publication.folder / name, Path(scratch) / name)
         Path(scratch, _CARD).write_text(publication.card, encoding="utf-8")
+        for name, content in publication.made.items():
+            Path(scratch, name).write_bytes(content)
         if publication.config is not None:
             Path(scratch, _ADAPTER_CONFIG).write_text(publication.config, encoding="utf-8")
         message = f"Upload {publication.kind}"
@@ -126,6 +148,22 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
         card = card.rstrip() + "\n\n" + _how_to_load(config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n" if config != given else None
     return Publication("adapter", repo_id, folder, (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS), _addressed(card, repo_id), text)
+
+
+def _check_audited(subspace: PrincipalSubspace, audit: AuditReport) -> None:
+    sources = {str(source.get("name")) for source in subspace.info.sources}
+    others = [name for name in audit.adapters if name not in sources]
+    if others:
+        raise ArtifactError(
+            f"The audit is of other adapters: {', '.join(map(repr, others[:5]))} ({len(others)} of {len(audit.adapters)}) are "
+            "not among those that the subspace was built from. Audit the same folder."
+        )
+
+
+def _with_audit(card: str, audit: AuditReport) -> str:
+    """The card with the audit before its list of modules, or at its end."""
+    before, modules, after = card.partition(_MODULES)
+    return f"{before.rstrip()}\n\n{audit_section(audit)}\n{modules}{after}".rstrip() + "\n"
 
 
 def _is_local(place: Any) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.tuners.conftest import random_subspace, tiny_llama
 
 
@@ -19,3 +21,25 @@ def test_a_folder_without_anything_is_one_message(run, tmp_path):
     ran = run("push", tmp_path, "me/bases")
     assert ran.code == 1
     assert "holds no subspace_config.json" in ran.err
+
+
+def test_an_audit_goes_into_the_card(run, adapters, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    run("build", adapters.folder, "-k", 4, "--out", tmp_path / "subspace")
+    (tmp_path / "audit.json").write_text(run("audit", adapters.folder, "-k", 8, "--json").out)
+    ran = run("push", tmp_path / "subspace", "me/bases", "--audit", tmp_path / "audit.json", "--dry-run", "--json")
+    answer = json.loads(ran.out)
+    assert answer["files"][-1] == "audit.png"
+    assert "**Shared.**" in answer["card"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("not json", "cannot be read as JSON"), ("{}", "no report of this version"), ("[]", "no report")],
+)
+def test_an_audit_that_is_none_is_refused(run, tmp_path, text, message):
+    random_subspace(tiny_llama(), ["q_proj"]).save_pretrained(tmp_path / "subspace")
+    (tmp_path / "audit.json").write_text(text)
+    ran = run("push", tmp_path / "subspace", "me/bases", "--audit", tmp_path / "audit.json", "--dry-run")
+    assert ran.code == 1
+    assert message in ran.err

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.leave_one_out import cosines, held_out_curves
-from eigenpeft.linalg.nulls import effective_rank, matched_null
+from eigenpeft.linalg.leave_one_out import choose_n_components, cosines, held_out_curves, overlaps
+from eigenpeft.linalg.nulls import chance_curve, effective_rank, matched_null
 from eigenpeft.linalg.stacking import stack_factors
 
 
@@ -121,3 +121,83 @@ def test_effective_rank():
 
 def _unit(rows):
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5, 3.0])  # from a steep spectrum to a flat one
+def test_the_reduced_problem_of_many_adapters_is_close_to_a_refit(adapters, noise):
+    factors = adapters(60, m=220, n=260, n_shared=12, noise=noise)
+    stacks = stack_factors(factors, rows="balanced", weighting="equal")
+    curves = held_out_curves(stacks, n_components=8)
+    assert sum(stacks.sizes) > 8 + 24 + 2 * 5  # the reduced branch
+    for curve, one_sided in ((curves.both, False), (curves.inside, True)):
+        expected = refitted(factors, list(range(60)), 8, only=3, one_sided=one_sided)
+        torch.testing.assert_close(curve[:3, 7], expected, rtol=0, atol=2e-3)
+
+
+def test_output_side_is_the_input_side_of_the_transposes():
+    factors = factors_of()
+    turned = [(lora_A.mT.contiguous(), lora_B.mT.contiguous()) for lora_B, lora_A in factors]
+    one, other = (
+        held_out_curves(stack_factors(each, rows="balanced", weighting="equal"), n_components=7)
+        for each in (factors, turned)
+    )
+    torch.testing.assert_close(one.output, other.inside, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_adapters_may_differ_from_the_group(unannotated):
+    factors = factors_of()
+    stacks = stack_factors(factors, rows="balanced", weighting="equal")
+    hidden = torch.eye(5, dtype=torch.bool)
+    hidden[0, 1:4] = True  # adapter 0 meets adapter 4 alone
+    curve = held_out_curves(stacks, n_components=2, hidden=hidden).both[0, 1]
+    expected = refitted([factors[0], factors[4]], [0, 1], 2, only=1)[0]
+    torch.testing.assert_close(curve, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="hidden of shape"):
+        unannotated(held_out_curves)(stacks, n_components=2, hidden=hidden[:4])
+
+
+def test_overlap_is_one_with_itself_and_chance_with_others():
+    factors = factors_of(n_adapters=4, m=200, n=240, ranks=(4,))
+    found = overlaps(stack_factors([*factors, factors[0]], rows="balanced", weighting="equal"))
+    assert float(found[0, 4]) == pytest.approx(1.0, abs=1e-5)
+    assert float(found[0, 1]) < 0.1
+
+
+def test_chance_is_the_mean_of_held_out_random_adapters(adapters):
+    factors, generator = adapters(8, m=20, n=24), torch.Generator().manual_seed(0)
+    drawn = [
+        held_out_curves(
+            stack_factors(matched_null(factors, generator=generator), rows="balanced", weighting="equal"),
+            n_components=6,
+        )
+        for _ in range(80)
+    ]
+    for part, widths in (("both", (20, 24)), ("inside", (24,)), ("output", (20,))):
+        values = torch.stack([getattr(shares, part).mean(0) for shares in drawn])
+        error = values.std(0) / len(values) ** 0.5
+        assert ((values.mean(0) - chance_curve(6, *widths)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("n_shared", [2, 6, 20, 40])
+@pytest.mark.parametrize("noise", [0.02, 0.1])
+def test_choice_finds_a_planted_number(n_shared, noise):
+    generator = torch.Generator().manual_seed(n_shared)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inside, outside = normal(n_shared, 256) / 16, normal(256, n_shared) / 16
+    factors = [
+        (
+            outside @ normal(n_shared, 8) + noise * normal(256, 8) / 4,
+            normal(8, n_shared) @ inside + noise * normal(8, 256) / 4,
+        )
+        for _ in range(30)
+    ]
+    stacks = stack_factors(factors, rows="balanced", weighting="equal")
+    share = held_out_curves(stacks, n_components=64).both.mean(dim=0)
+    assert choose_n_components(share, chance=chance_curve(64, 256, 256)) == pytest.approx(n_shared, abs=1)
+
+
+def test_choice_where_nothing_is_gained():
+    assert choose_n_components(torch.full((4,), 0.1), chance=torch.full((4,), 0.2)) == 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eigenpeft.collection.adapter import AdapterFactors
 from eigenpeft.linalg.decompose import leading_components
-from eigenpeft.linalg.leave_one_out import HeldOut, cosines, held_out_curves
+from eigenpeft.linalg.leave_one_out import HeldOut, cosines, held_out_curves, overlaps
 from eigenpeft.linalg.nulls import effective_rank, matched_null
 from eigenpeft.linalg.stacking import Factors, Stacks, share_curve, stack_factors
 
@@ -41,6 +41,7 @@ class ModuleMeasures:
         nulls: Of random adapters with the same singular values, one a draw.
         seed_nulls: The same, adapters of one group sharing their input directions; empty where no group has two.
         similarity: (n, n) cosines of ΔW.
+        overlap: (n, n) overlaps of the row spaces.
     """
 
     shape: tuple[int, int]
@@ -49,6 +50,7 @@ class ModuleMeasures:
     nulls: tuple[Shares, ...]
     seed_nulls: tuple[Shares, ...]
     similarity: Tensor
+    overlap: Tensor
 
 
 def measure(
@@ -68,14 +70,11 @@ def measure(
         n_nulls: Draws of each null.
         generator: Source of the draws.
     """
-    trained = [each for each in factors if bool(each.lora_B.any()) and bool(each.lora_A.any())]
+    trained, stacks = trained_stacks(factors)
     if len(trained) < 2:
         return None
-    pairs: list[Factors] = [(each.lora_B, each.lora_A) for each in trained]
+    pairs = _pairs(trained)
     labels = [groups[each.adapter] for each in trained]
-    stacks = _stacked(pairs)
-    if len(stacks.sizes) != len(trained):
-        return None  # factors that cancel: no update although neither is zero
     grouped = len(set(labels)) < len(labels)
 
     def draw(common_start: Sequence[Hashable] | None) -> Shares:
@@ -89,7 +88,25 @@ def measure(
         nulls=tuple(draw(None) for _ in range(n_nulls)),
         seed_nulls=tuple(draw(labels) for _ in range(n_nulls)) if grouped else (),
         similarity=cosines(stacks),
+        overlap=overlaps(stacks),
     )
+
+
+def trained_stacks(factors: Sequence[AdapterFactors]) -> tuple[list[AdapterFactors], Stacks]:
+    """The adapters that change a module, and the rows of exactly those.
+
+    Args:
+        factors: As the collection reads them, of one module.
+    """
+    trained = [each for each in factors if bool(each.lora_B.any()) and bool(each.lora_A.any())]
+    stacks = _stacked(_pairs(trained or factors))
+    if len(stacks.sizes) != len(trained):  # factors that cancel: no update although neither is zero
+        trained = [each for each in trained if _stacked(_pairs([each])).sizes]
+    return trained, stacks
+
+
+def _pairs(factors: Sequence[AdapterFactors]) -> list[Factors]:
+    return [(each.lora_B, each.lora_A) for each in factors]
 
 
 def _stacked(pairs: Sequence[Factors]) -> Stacks:

@@ -1,11 +1,13 @@
 """What an audit found, as frozen plain data."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.errors import ArtifactError
 
-Verdict = Literal["shared", "shared only through a common seed", "not shared"]
+Verdict = Literal["shared", "shared only through a common seed", "shared only by related runs", "not shared"]
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,23 @@ class AuditReport:
     """The whole collection.
 
     Attributes:
-        verdict: "shared", "shared only through a common seed", or "not shared".
+        verdict: "shared", "shared only through a common seed", "shared only by related runs", or "not shared".
         advice: What that means and what to do, in a few sentences.
-        n_components: The smallest K whose held-out share is within 5 % of the largest: what more components add is small.
+        n_components: Where the held-out share stops growing more than by chance (`choose_n_components`).
         adapters: Trained adapters, in order.
         groups: Adapters that were left out together, because they share a start or a run.
+        clusters: Groups by the overlap of their row spaces, single adapters included; one group where all are alike.
+        cluster_gain: Held-out share, at `n_components`, by the adapter's own cluster less that by all others; above 0, one
+            subspace a cluster is better. None where there are no two clusters of at least three adapters.
         explained: Mean over the modules.
         held_out: Mean over modules and adapters; adapters of one group are left out together.
         held_out_alone: The same, each adapter left out alone: what it gains through its group is in it.
+        held_out_unrelated: As `held_out`, each adapter left out with every adapter related to it too (cosine of ΔW above
+            0.2), mean over those that have at least two strangers. None where no two are related but by their group, or
+            where fewer than half of the adapters have two strangers.
         held_out_in: As `held_out`, with the input side alone projected.
         held_out_alone_in: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
+        held_out_out: As `held_out`, with the output side alone projected.
         outside: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
         similarity: Mean cosine of ΔW of every pair, (n, n).
         modules: Module name to its audit.
@@ -80,11 +89,15 @@ class AuditReport:
     n_components: int
     adapters: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
+    clusters: tuple[tuple[str, ...], ...]
+    cluster_gain: float | None
     explained: Curve
     held_out: Curve
     held_out_alone: Curve
+    held_out_unrelated: Curve | None
     held_out_in: Curve
     held_out_alone_in: Curve
+    held_out_out: Curve
     outside: dict[str, float]
     similarity: tuple[tuple[float, ...], ...]
     modules: dict[str, ModuleAudit]
@@ -95,3 +108,42 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AuditReport":
+        """The report that `to_dict` gave, also after JSON.
+
+        Args:
+            data: What `to_dict` returned, or what `eigenpeft audit --json` printed.
+
+        Raises:
+            ArtifactError: If fields are missing or of another kind, as in reports of other versions.
+        """
+        known = {field.name for field in fields(cls)}
+        missing = sorted(known - set(data)) if isinstance(data, Mapping) else sorted(known)
+        if missing:
+            raise ArtifactError(
+                f"This is no report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
+                "--json` again."
+            )
+        try:
+            values = {name: _restored(name, data[name]) for name in known}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"The audit report is damaged ({error}); run `eigenpeft audit ... --json` again."
+            ) from error
+        return cls(**values)
+
+
+def _restored(name: str, value: Any) -> Any:
+    if name == "modules":
+        return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
+    if name == "findings":
+        return tuple(Finding(**{**found, "adapters": tuple(found["adapters"])}) for found in value)
+    if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):
+        return Curve(**{key: tuple(shares) for key, shares in value.items()})
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value

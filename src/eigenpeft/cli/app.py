@@ -89,8 +89,8 @@ def _stopped_by_launcher(signum: int, frame: FrameType | None) -> None:
     )
 
 
-def components(values: Sequence[str]) -> int | float | dict[str, int | float]:
-    """What `--n-components` asks for: one number or share for all modules, or `PATTERN=NUMBER` once or more.
+def components(values: Sequence[str]) -> int | float | str | dict[str, int | float | str]:
+    """What `--n-components` asks for: one number, share or "auto" for all modules, or `PATTERN=NUMBER` once or more.
 
     Args:
         values: As typed.
@@ -104,12 +104,14 @@ def components(values: Sequence[str]) -> int | float | dict[str, int | float]:
     return {pattern or "*": _number_or_share(value) for pattern, _, value in pairs}
 
 
-def _number_or_share(text: str) -> int | float:
+def _number_or_share(text: str) -> int | float | str:
+    if text == "auto":
+        return text
     try:
         return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise EigenPeftError(
-            f"--n-components {text!r} must be a whole number such as 32, a share such as 0.9, or either of them for the "
+            f"--n-components {text!r} must be a whole number such as 32, a share such as 0.9, auto, or one of them for the "
             "modules of a pattern, such as '*.query=32'."
         ) from None
 

@@ -36,7 +36,7 @@ def build(
         typer.Option(
             "--n-components",
             "-k",
-            help="Components a module: a number (default 32), a share such as 0.9, or 'PATTERN=NUMBER', repeated.",
+            help="Components a module: a number (default 32), a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated.",
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="balanced, hosvd, hooi or eigenlorax.")] = "balanced",

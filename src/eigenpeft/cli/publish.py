@@ -1,12 +1,15 @@
 """The command push: send a saved subspace, store or adapter to the Hub, with its card."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from eigenpeft.auditing import AuditReport
 from eigenpeft.cli.app import Json, app, console, print_json, quiet
+from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare
 from eigenpeft.publish import push as push_publication
 
@@ -19,6 +22,12 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of an adapter's base model, if it names a folder.")
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file of `eigenpeft audit --json` on the same adapters; its table and figure go into the card."
+        ),
+    ] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the card and the files; send nothing.")] = False,
     as_json: Json = False,
@@ -28,9 +37,10 @@ def push(
     Example: eigenpeft push subspace owner/my-subspace --dry-run
     """
     quiet(as_json)
-    publication = prepare(folder, repo_id=repo_id, subspace=subspace, base_model=base_model)
+    report = None if audit is None else _read_report(audit)
+    publication = prepare(folder, repo_id=repo_id, subspace=subspace, base_model=base_model, audit=report)
     url = None if dry_run else push_publication(publication, private=private)
-    files = ["README.md", *publication.files]
+    files = ["README.md", *publication.files, *publication.made]
     if as_json:
         print_json({"kind": publication.kind, "repo_id": repo_id, "files": files, "url": url, "card": publication.card})
         return
@@ -39,3 +49,13 @@ def push(
         console.print(f"Would send {', '.join(files)} to {escape(repo_id)}.")
         return
     console.print(f"Sent the {publication.kind}: {escape(str(url))}")
+
+
+def _read_report(path: Path) -> AuditReport:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"--audit {str(path)!r} cannot be read as JSON ({error}); write it with `eigenpeft audit ADAPTERS --json`."
+        ) from error
+    return AuditReport.from_dict(data)

@@ -55,6 +55,30 @@ def matched_null(
     return result
 
 
+def chance_curve(n_components: int, *widths: int) -> Float[Tensor, "k"]:
+    """Expected share of a matrix with uniformly random singular vectors that 1, 2, ..., K fixed directions explain.
+
+    `E ‖V_out ΔW V_inᵀ‖² / ‖ΔW‖² = (K / m)(K / n)` whatever the singular values, and `K / n` for one side alone: exact
+    for components that have not seen ΔW, as held-out ones.
+
+    Args:
+        n_components: Largest K.
+        *widths: m and n for both sides, one of them for one side.
+
+    Returns:
+        Float64; 1 from the K on that spans a side.
+
+    Example:
+        >>> chance_curve(2, 10, 4)
+        tensor([0.0250, 0.1000], dtype=torch.float64)
+    """
+    steps = torch.arange(1, n_components + 1, dtype=torch.float64)
+    curve = torch.ones_like(steps)
+    for width in widths:
+        curve = curve * (steps / width).clamp(max=1.0)
+    return curve
+
+
 def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
     """`exp(-Σ p log p)` of the energies `p = σ² / Σσ²`: how many directions of equal weight would be as spread.
 

@@ -27,6 +27,20 @@ def plot_audit(report: AuditReport, path: str | Path) -> None:
     save_figure(_figure(report), path)
 
 
+def audit_png(report: AuditReport) -> bytes:
+    """The figure of `plot_audit` as the bytes of a PNG file.
+
+    Args:
+        report: From `audit`.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
+    image = io.BytesIO()
+    _figure(report).savefig(image, format="png", dpi=130)
+    return image.getvalue()
+
+
 def write_page(report: AuditReport, path: str | Path) -> None:
     """Write the verdict, the figure and the numbers as one HTML file that needs nothing else.
 
@@ -38,9 +52,7 @@ def write_page(report: AuditReport, path: str | Path) -> None:
         EigenPeftError: If matplotlib is not installed.
         ArtifactError: If the file cannot be written.
     """
-    image = io.BytesIO()
-    _figure(report).savefig(image, format="png", dpi=130)
-    picture = base64.b64encode(image.getvalue()).decode()
+    picture = base64.b64encode(audit_png(report)).decode()
     findings = "".join(f"<li><b>{escape(f.kind)}</b> {escape(f.message)}</li>" for f in report.findings)
     held_out, k = report.held_out, report.n_components - 1
     rows = "".join(
@@ -79,6 +91,10 @@ def _figure(report: AuditReport):
     figure, ((spectrum, held_out), (heat, similarity)) = new_figure(2, 2, width=12.5, height=9.5)
     _curves(spectrum, report.explained, "Explained: fitted to all of them")
     _curves(held_out, report.held_out, "Held out: fitted to the others")
+    if report.held_out_unrelated is not None:
+        without = report.held_out_unrelated.real
+        held_out.plot(range(1, len(without) + 1), without, color="tab:green", linestyle="-.", label="without relatives")
+        held_out.legend(loc="upper left", fontsize=8)
     held_out.axvline(report.n_components, color="tab:grey", linewidth=0.8, linestyle=":")
     _heat_map(figure, heat, report)
     image = similarity.imshow(report.similarity, vmin=-1, vmax=1, cmap="RdBu_r")

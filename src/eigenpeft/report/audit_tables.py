@@ -16,7 +16,9 @@ def share_table(report: AuditReport) -> Table:
     """
     table = Table(title=f"Share of ‖ΔW‖², mean over {len(report.modules)} modules, {len(report.adapters)} adapters")
     table.add_column("K", justify="right")
-    for title in ("explained", "by chance", "held out", "90 % interval", "by chance "):
+    without = report.held_out_unrelated
+    titles = ("explained", "by chance", "held out", "90 % interval", "by chance ")
+    for title in (*titles, "without relatives") if without is not None else titles:
         table.add_column(title, justify="right")
     most = len(report.held_out.real)
     for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most}):
@@ -28,6 +30,7 @@ def share_table(report: AuditReport) -> Table:
             f"{held_out.real[i]:.3f}",
             f"{held_out.low[i]:.3f} to {held_out.high[i]:.3f}",
             f"{held_out.null[i]:.3f}",
+            *([f"{without.real[i]:.3f}"] if without is not None else []),
         )
     return table
 

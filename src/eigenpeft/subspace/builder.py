@@ -20,7 +20,7 @@ from eigenpeft.linalg.fitting import (
 )
 from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.module_fitter import MERGEABLE, ModuleFitter
+from eigenpeft.subspace.module_fitter import AUTO, MERGEABLE, ModuleFitter
 from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.shards import FittedModule, Shards
 from eigenpeft.version import __version__
@@ -36,8 +36,10 @@ class SubspaceBuilder:
 
     Args:
         n_components: Components K of every module and side: a number; or a share in (0, 1], which takes for each module
-            the fewest components that explain this share of Σ‖ΔW_i‖²; or either of them by module, as a mapping from
-            `fnmatch` patterns ("*.query") to values, of which the first that fits counts. Defaults to 32, the paper's.
+            the fewest components that explain this share of Σ‖ΔW_i‖²; or "auto", the number at which the others stop
+            explaining more of a left-out adapter than chance (at most 64; see `audit`); or any of them by module, as a
+            mapping from `fnmatch` patterns ("*.query") to values, of which the first that fits counts. Defaults to 32,
+            the paper's.
         method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
             ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
             "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it.
@@ -68,7 +70,7 @@ class SubspaceBuilder:
 
     def __init__(
         self,
-        n_components: int | float | Mapping[str, int | float] = 32,
+        n_components: int | float | str | Mapping[str, int | float | str] = 32,
         *,
         method: Method = "balanced",
         weighting: Weighting = "equal",
@@ -212,10 +214,10 @@ class SubspaceBuilder:
         values = self.n_components.values() if isinstance(self.n_components, Mapping) else [self.n_components]
         for value in values:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (isinstance(value, float) and 0 < value <= 1):
+            if not whole and value != AUTO and not (isinstance(value, float) and 0 < value <= 1):
                 raise SubspaceError(
-                    f"n_components={value!r} must be a whole number of at least 1, or a share between 0 and 1 of the "
-                    "adapters' squared norms to explain."
+                    f"n_components={value!r} must be a whole number of at least 1, a share between 0 and 1 of the "
+                    "adapters' squared norms to explain, or 'auto'."
                 )
         if not isinstance(self.n_pseudo_components, int) or self.n_pseudo_components < 0:
             raise SubspaceError(

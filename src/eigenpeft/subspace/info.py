@@ -15,7 +15,7 @@ class SubspaceInfo:
         base_model_name_or_path: The base model of the adapters.
         method: How the bases were fitted; see `SubspaceBuilder`.
         weighting: "equal" or "energy".
-        n_components: As asked for: a number, a share, or one of them a module pattern.
+        n_components: As asked for: a number, a share, "auto", or one of them a module pattern.
         n_pseudo_components: Random directions added to each module.
         seed: Seed of the random directions and of the iterative solver.
         sources: One record an adapter: name, source, revision, sha256, ranks, alpha, licence, modules.
@@ -31,7 +31,7 @@ class SubspaceInfo:
     base_model_name_or_path: str | None = None
     method: str = "balanced"
     weighting: str = "equal"
-    n_components: int | float | dict[str, int | float] | None = None
+    n_components: int | float | str | dict[str, int | float | str] | None = None
     n_pseudo_components: int = 0
     seed: int = 0
     sources: tuple[dict[str, Any], ...] = ()

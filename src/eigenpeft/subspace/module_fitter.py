@@ -13,6 +13,7 @@ from eigenpeft.linalg.fitting import FittedBases, Method, Weighting, explained_s
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
 from eigenpeft.linalg.stacking import FactorStream, ManyFactors
+from eigenpeft.subspace.choosing import automatic_n_components
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.seeding import seeded_generator
 from eigenpeft.subspace.shards import FittedModule
@@ -23,6 +24,7 @@ from eigenpeft.subspace.streaming import bytes_at_once, chunk_adapters
 MERGEABLE = ("balanced", "hosvd")
 # Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
 _SHARE_GUESS = 64
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ModuleFitter:
         memory_limit: Bytes a module may take.
     """
 
-    n_components: int | float | Mapping[str, int | float]
+    n_components: int | float | str | Mapping[str, int | float | str]
     method: Method
     weighting: Weighting
     n_pseudo_components: int
@@ -120,16 +122,21 @@ class ModuleFitter:
         return self._with_pseudo_components(module, fitted)
 
     def _fit_factors(self, module: str, factors: ManyFactors) -> FittedBases:
+        n_components = self._n_components_of(module)
+        if isinstance(n_components, str):
+            n_components = automatic_n_components(factors, method=self.method, weighting=self.weighting)
         return fit_bases(
             factors,
-            n_components=self._n_components_of(module),
+            n_components=n_components,
             method=self.method,
             weighting=self.weighting,
             tol=self.tol,
             generator=seeded_generator(self.seed, module, "solver"),
         )
 
-    def _chunks(self, module: str, collection: AdapterCollection, n_components: int | float) -> list[list[str]] | None:
+    def _chunks(
+        self, module: str, collection: AdapterCollection, n_components: int | float | str
+    ) -> list[list[str]] | None:
         ranks, shape = collection.ranks(module), collection.shapes[module]
         k = n_components if isinstance(n_components, int) else _SHARE_GUESS
         if self.memory_limit is None or bytes_at_once(sum(ranks.values()), shape, n_components=k) <= self.memory_limit:
@@ -142,7 +149,7 @@ class ModuleFitter:
             )
         return chunk_adapters(ranks, shape, n_components=k, memory_limit=self.memory_limit)
 
-    def _n_components_of(self, module: str) -> int | float:
+    def _n_components_of(self, module: str) -> int | float | str:
         if not isinstance(self.n_components, Mapping):
             return self.n_components
         for pattern, value in self.n_components.items():

@@ -1,0 +1,33 @@
+"""Clusters of adapters by the overlap of their row spaces."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Mean overlap at which two groups still count as one; independent adapters of rank r have about r / n.
+CLUSTER_OVERLAP = 0.2
+
+
+def clusters(names: Sequence[str], overlap: Float[Tensor, "adapters adapters"]) -> tuple[tuple[str, ...], ...]:
+    """Average-linkage clusters: the two groups of largest mean overlap are joined until it falls below 0.2.
+
+    Args:
+        names: Adapters.
+        overlap: Overlap of their row spaces, 0 to 1.
+
+    Returns:
+        All adapters, single ones included, largest cluster first.
+    """
+    groups = [[i] for i in range(len(names))]
+    while len(groups) > 1:
+        means = torch.tensor([[float(overlap[a][:, b].mean()) for b in groups] for a in groups])
+        means.fill_diagonal_(-1.0)
+        best = int(means.argmax())
+        i, j = sorted(divmod(best, len(groups)))
+        if means[i, j] < CLUSTER_OVERLAP:
+            break
+        groups[i] += groups.pop(j)
+    ordered = sorted(groups, key=lambda group: (-len(group), min(group)))
+    return tuple(tuple(names[i] for i in sorted(group)) for group in ordered)

@@ -1,0 +1,45 @@
+"""An audit as a section of a model card."""
+
+from eigenpeft.auditing import AuditReport
+
+AUDIT_FIGURE = "audit.png"
+_SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def audit_section(report: AuditReport) -> str:
+    """Markdown: verdict, shares beside chance, the figure by its name beside the card, what was noticed.
+
+    Args:
+        report: From `audit`.
+    """
+    held_out, explained = report.held_out, report.explained
+    most = len(held_out.real)
+    rows = [
+        f"| {k} | {explained.real[k - 1]:.3f} | {explained.null[k - 1]:.3f} | {held_out.real[k - 1]:.3f} | "
+        f"{held_out.low[k - 1]:.3f} to {held_out.high[k - 1]:.3f} | {held_out.null[k - 1]:.3f} |"
+        for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most})
+    ]
+    noticed = "\n".join(f"- {_plain(finding.message)}" for finding in report.findings) or "- nothing"
+    return f"""## Is there something to recycle?
+
+**{report.verdict.capitalize()}.** {_plain(report.advice)}
+
+Measured by `eigenpeft audit` on {len(report.adapters)} adapters and {len(report.modules)} modules, weights alone. Explained:
+of the adapters that the components were fitted to. Held out: of an adapter, by components fitted to the others. By
+chance: random adapters of the same sizes and singular values. Shares of ‖ΔW‖².
+
+| K | explained | by chance | held out | 90 % interval | by chance |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+![Explained and held-out shares, held-out share by module, similarity of the adapters]({AUDIT_FIGURE})
+
+Noticed about the adapters:
+
+{noticed}
+"""
+
+
+def _plain(text: str) -> str:
+    # Names come from other people's files: nothing in them may start markup or a new line.
+    return text.replace("\n", " ").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[").replace("`", "'")

@@ -1,0 +1,38 @@
+"""The number of components of one module from its held-out curve: `n_components="auto"`."""
+
+from eigenpeft.linalg.fitting import Method
+from eigenpeft.linalg.leave_one_out import choose_n_components, held_out_curves
+from eigenpeft.linalg.nulls import chance_curve
+from eigenpeft.linalg.stacking import ManyFactors, Weighting, stack_factors
+
+# More are never chosen: beyond, storing the adapters as they are is the better plan.
+MOST_COMPONENTS = 64
+_FEWEST_ADAPTERS = 3
+
+
+def automatic_n_components(factors: ManyFactors, *, method: Method, weighting: Weighting) -> int:
+    """K where the share of a left-out adapter, explained by the others beyond chance, stops growing.
+
+    Args:
+        factors: `(lora_B, lora_A)` of each adapter of one module.
+        method: How the components will be fitted; "eigenlorax" takes the curve of "balanced".
+        weighting: As for the fit.
+
+    Returns:
+        1 to 64.
+
+    Raises:
+        ValueError: If fewer than three adapters have an update.
+    """
+    rows = "moments" if method in ("hosvd", "hooi") else "balanced"
+    stacks = stack_factors(factors, rows=rows, weighting=weighting)
+    count = len(stacks.sizes)
+    if count < _FEWEST_ADAPTERS:
+        raise ValueError(
+            f"n_components='auto' leaves out one adapter at a time and needs {_FEWEST_ADAPTERS} with an update, but "
+            f"only {count} have one; pass a number."
+        )
+    most = min(MOST_COMPONENTS, stacks.rows_in.shape[1], stacks.rows_out.shape[1])
+    share = held_out_curves(stacks, n_components=most).both.mean(dim=0)
+    chance = chance_curve(most, stacks.rows_out.shape[1], stacks.rows_in.shape[1])
+    return choose_n_components(share, chance=chance)
