@@ -1,6 +1,8 @@
 """The commands doctor and merge-base."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,14 @@ def test_doctor_tells_versions_and_back_ends(run):
     assert found["packages"]["torch"]["version"] == torch.__version__
     assert set(found["back_ends"]) >= {"bitsandbytes", "hqq"}
     assert "peft" in run("doctor").stdout
+
+
+def test_doctor_and_the_project_file_have_the_same_lower_bounds():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    bounds = dict(re.findall(r'"([a-z_]+)>=([\d.]+)"', project))
+    told = {name: oldest for name, oldest, _ in doctor_module.PACKAGES if name in bounds}
+    assert told == {name: bounds[name] for name in told}
+    assert {"torch", "peft", "transformers", "accelerate", "datasets", "trl", "matplotlib"} <= set(told)
 
 
 def test_doctor_names_an_old_and_a_missing_package(run, monkeypatch):

@@ -163,12 +163,18 @@ class UserTable:
         return {"ids": torch.from_numpy(flat.copy()), "weights": weights, "n_pairs": n_pairs}
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a safetensors file (not atomic by itself: write into a scratch folder).
+        """Write the table to a safetensors file, under a temporary name first: the table may be mapped from that file.
 
         Args:
             path: File to write.
         """
-        save_file(self.tensors(), path)
+        path = Path(path)
+        scratch = path.with_name(f".{path.name}.tmp")
+        try:
+            save_file(self.tensors(), scratch)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path, *, n_basis: int) -> "UserTable":
