@@ -167,7 +167,7 @@ def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> int
             "fail_where_lora_passes": {name: worse[name] for name in failing},
             "skipped_where_lora_passes": {name: why for name, why in worse.items() if name not in failing},
             "skipped_by_reason": dict(skipped.most_common()),
-            "environment": {name: version(name) for name in ("peft", "transformers", "torch")},
+            "environment": {name: version(name) for name in ("peft", "transformers", "torch")} | {"threads": 1},
         }
         label = _label(arguments.method, arguments.core)
         path = Path(arguments.summary)
