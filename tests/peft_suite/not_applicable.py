@@ -138,7 +138,8 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         r"TestTargetParameters::(test_target_parameters_works_with_existing_parametrization|"
         r"test_targeting_module_and_targeting_param_equivalent)",
         ("eigenlora", "moslora"),
-        "writes into LoRA's weights in place; ours are computed from the trained tensors",
+        "writes into LoRA's weights in place; ours are computed from the trained tensors, and "
+        "tests/tuners/test_layer_kinds.py checks that a weight is adapted as its module is",
     ),
     (
         r"TestModelAndLayerStatus::test_model_(status_with_modules_to_save|status_with_trainable_tokens|"

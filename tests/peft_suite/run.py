@@ -165,9 +165,9 @@ def _report(arguments: argparse.Namespace, results: dict, baseline: dict) -> int
             "counts": counts,
             "lora": lora,
             "fail_where_lora_passes": {name: worse[name] for name in failing},
-            "skipped_where_lora_passes": {name: why for name, why in worse.items() if name not in failing},
+            "does_not_apply": {name: why for name, why in worse.items() if why.startswith("does not apply")},
             "skipped_by_reason": dict(skipped.most_common()),
-            "environment": {name: version(name) for name in ("peft", "transformers", "torch")},
+            "environment": {name: version(name) for name in ("peft", "transformers", "torch")} | {"threads": 1},
         }
         label = _label(arguments.method, arguments.core)
         path = Path(arguments.summary)

@@ -250,6 +250,34 @@ def test_experts_have_updates_of_their_own(method):
     assert torch.equal(base.target.weight, layer.get_base_layer().weight)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_is_adapted_as_its_module_is(method):
+    torch.manual_seed(0)
+    base, x = Around(nn.Linear(12, 10)), torch.randn(5, 12)
+    bases = random_subspace(base, parameters=False)["target"]
+    subspace = PrincipalSubspace({"target": bases, "target.weight": bases}, info=SubspaceInfo())
+    common = {"r": 4, "init_lora_weights": False}
+    by_module, by_parameter = (
+        {"target_modules": ["target"]},
+        {"target_modules": [], "target_parameters": ["target.weight"]},
+    )
+    models = []
+    for settings in (by_module, by_parameter):
+        config = (
+            MosLoraConfig(**common, **settings)
+            if method == "moslora"
+            else EigenLoraConfig(subspace=subspace, core=method, **common, **settings)
+        )
+        models.append(get_peft_model(copy.deepcopy(base), config).eval())
+    trained = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trained[0].keys() == trained[1].keys()
+    with torch.no_grad():
+        for name, parameter in trained[1].items():
+            parameter.copy_(trained[0][name])
+    torch.testing.assert_close(models[1](x), models[0](x), atol=1e-5, rtol=1e-5)
+    assert (models[0](x) - base(x)).abs().max() > 1e-3
+
+
 def test_moslora_update_of_experts_is_the_formula():
     _, _, model = adapted("experts", "moslora", init=False)
     layer = model.base_model.model.target
