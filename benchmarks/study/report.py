@@ -8,6 +8,7 @@ Writes:   markdown tables on stdout and benchmarks/results/study/study.png, from
 
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -58,6 +59,18 @@ def difference(cells: dict, one: str, other: str | None) -> tuple[float, float, 
     return fmean(gaps), error, len(gaps)
 
 
+def difference_by_target(cells: dict, one: str, other: str) -> tuple[float, float, int] | None:
+    """As `difference`, with the mean over seeds of every target as one observation: what holds for another target."""
+    by_target = defaultdict(list)
+    for pair in set(cells[one]) & set(cells[other]):
+        by_target[pair[0]].append(cells[one][pair]["accuracy"] - cells[other][pair]["accuracy"])
+    gaps = [fmean(values) for values in by_target.values()]
+    if len(gaps) < 3:
+        return None
+    error = float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
+    return fmean(gaps), error, len(gaps)
+
+
 def shown(found: tuple[float, float, int] | None) -> str:
     if found is None:
         return ""
@@ -81,6 +94,18 @@ def method_table(cells: dict) -> None:
         print(f"| {method} | {row['parameters']:,} | {row['rate']:g} | {' | '.join(means)} | {' | '.join(gaps)} |")
 
 
+def comparison_table(cells: dict) -> None:
+    print("\n| comparison | over targets and seeds | over targets |\n|---|---|---|")
+    for method in cells:
+        others = [*controls_of(method), *([OURS, FEW, "LoRA r8"] if method == "EigenLoRA K=8" else [])]
+        for other in dict.fromkeys(others):
+            found = difference(cells, method, other)
+            if other is not None and found is not None:
+                print(
+                    f"| {method} minus {other} | {shown(found)} | {shown(difference_by_target(cells, method, other))} |"
+                )
+
+
 def correlations(cells: dict, shares: list[dict]) -> list[dict]:
     """One record a (subspace, target, seed) that was both measured and trained in."""
     found = []
@@ -92,16 +117,16 @@ def correlations(cells: dict, shares: list[dict]) -> list[dict]:
     return found
 
 
-def rank_correlation(records: list[dict], *, within: bool, what: str, draws: int = 2000) -> tuple[float, float, float]:
-    """Spearman's correlation of share and gain with a 95 % interval; `within`: of ranks inside each target and seed."""
+def rank_correlation(records: list[dict], *, within: Callable | None, draws: int = 2000) -> tuple[float, float, float]:
+    """Spearman's correlation of share and gain with a 95 % interval; `within`: of ranks inside each value of that key."""
 
     def value(chosen: list[dict]) -> float:
         by_pair = defaultdict(list)
         for i, record in enumerate(chosen):
-            by_pair[(record.get("draw"), record["pair"]) if within else None].append(i)
+            by_pair[(record.get("draw"), within(record)) if within else None].append(i)
         x, y = np.zeros(len(chosen)), np.zeros(len(chosen))
         for places in by_pair.values():
-            for values, key in ((x, "share"), (y, what)):
+            for values, key in ((x, "share"), (y, "gain")):
                 ranks = stats.rankdata([chosen[i][key] for i in places])
                 values[places] = ranks - ranks.mean()
         return float((x @ y) / np.sqrt((x @ x) * (y @ y)))
@@ -125,14 +150,14 @@ def gradient_table(records: list[dict]) -> None:
     for method, found in by_method.items():
         share, gain = fmean(r["share"] for r in found), fmean(r["gain"] for r in found)
         print(f"| {method} | {found[0]['components']} | {share:.4f} | {gain:+.3f} | {len(found)} |")
-    print("\n| rank correlation of share and gain | all subspaces | of 384 components in all |\n|---|---|---|")
-    one_size = [record for record in records if record["components"] == 384]
-    for title, within in (("over all cells", False), ("inside each target and seed", True)):
-        texts = []
-        for chosen in (records, one_size):
-            value, low, high = rank_correlation(chosen, within=within, what="gain")
-            texts.append(f"{value:+.2f} ({low:+.2f} to {high:+.2f}), {len(chosen)} cells")
-        print(f"| {title} | {' | '.join(texts)} |")
+    print("\n| rank correlation of share and gain | 95 % interval | cells |\n|---|---|---|")
+    for title, within in (
+        ("over all cells", None),
+        ("inside each target and seed", lambda record: record["pair"]),
+        ("inside each target, seed and size", lambda record: (record["pair"], record["components"])),
+    ):
+        value, low, high = rank_correlation(records, within=within)
+        print(f"| {title}: {value:+.2f} | {low:+.2f} to {high:+.2f} | {len(records)} |")
 
 
 def draw(tables: dict[int, dict], records: list[dict]) -> None:
@@ -182,6 +207,7 @@ def main() -> None:
         tables[n_train] = accuracies(rows, n_train)
         print(f"\n## {n_train} training rows\n")
         method_table(tables[n_train])
+        comparison_table(tables[n_train])
     records = [
         record
         for n_train, cells in tables.items()
