@@ -13,7 +13,6 @@ All splits are drawn with fixed seeds; no function here depends on the seed of a
 import argparse
 import importlib.util
 import json
-import os
 import random
 from pathlib import Path
 
@@ -115,7 +114,7 @@ class Record:
         text = ",\n  ".join(json.dumps(row) for row in self.rows)
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(f'{{\n "environment": {json.dumps(self.environment)},\n "rows": [\n  {text}\n ]\n}}\n')
-        os.replace(scratch, self.path)
+        scratch.replace(self.path)
 
 
 def main():
