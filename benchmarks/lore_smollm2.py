@@ -47,7 +47,7 @@ COMMON = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
-    "model_init_kwargs": {"dtype": torch.bfloat16},
+    "model_init_kwargs": {"dtype": "bfloat16"},
 }
 
 
