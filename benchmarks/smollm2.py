@@ -75,12 +75,12 @@ class Run:
 
 
 RUNS = {
-    "sft_t0": Run("sft", TARGET_TASK, 30, 4, {}),
-    "reward": Run("reward", "helpful", 30, 4, {}),
+    "sft_t0": Run("sft", TARGET_TASK, 24, 4, {}),
+    "reward": Run("reward", "helpful", 24, 4, {}),
     "grpo": Run(
         "grpo",
         "arithmetic",
-        30,
+        24,
         16,
         {
             "dataset_config": "default",
@@ -91,8 +91,8 @@ RUNS = {
         },
         rate_factor=1 / 3,
     ),
-    "dpo": Run("dpo", "helpful", 24, 4, {"eval_on_start": False, "eval_steps": 24}, rate_factor=1 / 3),
-    "sft_gsm8k": Run("sft", "gsm8k", 40, 4, {}),
+    "dpo": Run("dpo", "helpful", 20, 4, {"eval_on_start": False}, rate_factor=1 / 3),
+    "sft_gsm8k": Run("sft", "gsm8k", 30, 4, {}),
 }
 ZOO_RUN = Run("sft", "", 24, 4, {"eval_strategy": "no", "eval_on_start": False})
 
@@ -135,9 +135,7 @@ def train(run, method, *, rate, seed, arguments, output):
         smollm2_data.write_rows(data, rows_of(run.rows, arguments.data))
     settings = {"model": arguments.model, "dataset": data, "output_dir": output, "max_steps": run.steps, "seed": seed}
     settings |= {"per_device_train_batch_size": run.batch_size, "learning_rate": rate, "warmup_steps": run.steps // 10}
-    settings |= (
-        COMMON | {"save_steps": run.steps, "eval_steps": max(run.steps // 2, 1)} | METHODS[method] | run.settings
-    )
+    settings |= COMMON | {"save_steps": run.steps, "eval_steps": run.steps} | METHODS[method] | run.settings
     if METHODS[method]["method"] in ("eigenlora", "random"):
         settings["subspace"] = arguments.work / "recycled" / "subspace"
     call_recipe(run.recipe, settings)
@@ -183,7 +181,7 @@ def rates(method):
 
 
 def tune(arguments, record):
-    run = Run("sft", TUNING_TASK, 24, 4, {"eval_on_start": False, "eval_steps": 24})
+    run = Run("sft", TUNING_TASK, 16, 4, {"eval_on_start": False})
     for method in METHODS:
         for rate in rates(method):
             cell = {"run": "tune", "method": method, "learning_rate": rate, "seed": 100}
