@@ -35,7 +35,7 @@ from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"
 USERS = ("helpful", "harmless")
-REWARD_STEPS, POLICY_STEPS = 60, 24
+REWARD_STEPS, POLICY_STEPS = 40, 16
 # method, rows of the basis, learning rate: those that benchmarks/smollm2.py chose for SFT
 REWARDS = (("LoRA r16", 2, 2e-3), ("LoRA r16", 1, 2e-3), ("EigenLoRA", 2, 1e-2), ("random subspace", 2, 1e-2))
 COMMON = {
