@@ -7,8 +7,8 @@ Command:  python benchmarks/smollm2.py --model MODEL --data DIR --work WORK [--r
 Hardware: 1 CPU core with bf16 instructions; TIME_PLACEHOLDER. Started again, it goes on where it stopped.
 Writes:   benchmarks/results/smollm2.json, a row a run with its curves.
 
-zoo       Four T0 tasks, one plain LoRA each (r 16, own seed), by recipes/sft.py; then recipes/build_subspace.py with K 32.
-tune      Two learning rates a method on a T0 task that is neither in the zoo nor a target. The best is the method's rate for
+zoo       Six T0 tasks, one plain LoRA each (r 16, own seed), by recipes/sft.py; then recipes/build_subspace.py with K 32.
+tune      Three learning rates a method on a T0 task that is neither in the zoo nor a target. The best is the method's rate for
           SFT and reward; DPO and GRPO take a third of it, whatever the method.
 sft_t0    qasc: eight options and the fact that decides, 120 rows.      sft_gsm8k  320 short problems with worked answers.
 dpo       Pairs as the simulated user "helpful" chose, last turn.       reward     The same pairs.
@@ -36,7 +36,7 @@ from trl import TrlParser
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RESULTS = Path(__file__).parent / "results" / "smollm2.json"
-ZOO = ("commonsense_qa", "sciq", "quarel", "glue_qqp")
+ZOO = ("commonsense_qa", "sciq", "quarel", "glue_qqp", "glue_mrpc", "quartz")
 TUNING_TASK, TARGET_TASK = "social_i_qa", "qasc"
 METHODS = {
     "EigenLoRA": {"method": "eigenlora", "r": 16, "lora_alpha": 32},
@@ -44,7 +44,7 @@ METHODS = {
     "random subspace": {"method": "random", "r": 16, "lora_alpha": 32},
     "LoRA, equal parameters": {"method": "lora", "r": 1, "lora_alpha": 2},
 }
-COEFFICIENT_RATES, LORA_RATES = (3e-3, 1.5e-2), (2e-3, 8e-3)
+COEFFICIENT_RATES, LORA_RATES = (3e-3, 1e-2, 3e-2), (5e-4, 2e-3, 8e-3)
 N_COMPONENTS = 32
 # What every run passes to its recipe besides the YAML beside it. TRL's own defaults (bf16 autocast) stay as they are.
 COMMON = {
@@ -75,8 +75,8 @@ class Run:
 
 
 RUNS = {
-    "sft_t0": Run("sft", TARGET_TASK, 20, 4, {}),
-    "reward": Run("reward", "helpful", 20, 4, {}),
+    "sft_t0": Run("sft", TARGET_TASK, 24, 4, {}),
+    "reward": Run("reward", "helpful", 24, 4, {}),
     "grpo": Run(
         "grpo",
         "arithmetic",
@@ -94,7 +94,7 @@ RUNS = {
     "dpo": Run("dpo", "helpful", 16, 4, {"eval_on_start": False}, rate_factor=1 / 3),
     "sft_gsm8k": Run("sft", "gsm8k", 20, 4, {}),
 }
-ZOO_RUN = Run("sft", "", 20, 4, {"eval_strategy": "no", "eval_on_start": False})
+ZOO_RUN = Run("sft", "", 24, 4, {"eval_strategy": "no", "eval_on_start": False})
 
 
 def rows_of(name, data):
@@ -102,7 +102,7 @@ def rows_of(name, data):
     if name == "gsm8k":
         return smollm2_data.gsm8k(data)
     if name == "helpful":
-        return smollm2_data.pairs(data, user="helpful", n_test=48)
+        return smollm2_data.pairs(data, user="helpful", n_test=64)
     if name == "arithmetic":
         return smollm2_data.arithmetic()
     return smollm2_data.t0(data, name)
@@ -183,7 +183,7 @@ def rates(method):
 
 
 def tune(arguments, record):
-    run = Run("sft", TUNING_TASK, 12, 4, {"eval_on_start": False})
+    run = Run("sft", TUNING_TASK, 16, 4, {"eval_on_start": False})
     for method in METHODS:
         for rate in rates(method):
             cell = {"run": "tune", "method": method, "learning_rate": rate, "seed": 100}

@@ -58,7 +58,7 @@ def without_annotations(answer):
     return "".join(part.split(">>")[-1] for part in answer.split("<<"))
 
 
-def pairs(data, *, user=None, longest=240, n_test=96):
+def pairs(data, *, user=None, longest=300, n_test=96):
     """Comparisons by the last turn of their dialogue, as {"train", "test"} of rows with user_id, prompt, chosen, rejected.
 
     `user` is "helpful", "harmless" or None for both; the test rows of both are the same however it is called.
