@@ -3,7 +3,7 @@
 Paper:    MoSLoRA, arXiv 2406.11909; its settings: r 16, alpha 32, modules q, k, v, up, down, the mixer at the common rate.
 Command:  python benchmarks/moslora.py --model MODEL --data DIR   (MODEL and DIR: see benchmarks/smollm2_data.py)
           python benchmarks/moslora.py --report                   (the table of docs/moslora.md on stdout)
-Hardware: 1 CPU core with bf16 instructions; TIME_PLACEHOLDER. Started again, it goes on where it stopped.
+Hardware: 1 CPU core with bf16 instructions; 27 minutes of CPU. Started again, it goes on where it stopped.
 Writes:   benchmarks/results/moslora.json, a row a training.
 
 Each method has the same four things: rows, steps, batches, and three learning rates, of which the best is chosen on a seed and on
