@@ -202,19 +202,19 @@ def best_rate(record, method):
     return min(rows, key=lambda row: row["curves"]["eval_loss"][-1][1])["learning_rate"]
 
 
-def compare(name, arguments, record, seed=0):
+def compare(name, method, arguments, record, seed=0):
+    """Train one method by one trainer, unless it is in the record."""
     run = RUNS[name]
-    for method in METHODS:
-        if record.find(run=name, method=method, seed=seed):
-            continue
-        start = time.process_time()
-        rate = best_rate(record, method) * run.rate_factor
-        output = arguments.work / "runs" / name / METHODS[method]["method"] / str(METHODS[method]["r"])
-        log = train(run, method, rate=rate, seed=seed, arguments=arguments, output=output)
-        row = {"run": name, "method": method, "seed": seed, "learning_rate": rate, "steps": run.steps}
-        record.add({**row, "batch_size": run.batch_size, **finish(start, log)})
-        found = record.rows[-1]
-        print(name, method, f"{found['cpu_seconds']} s", {k: v[-1] for k, v in found["curves"].items()}, flush=True)
+    if record.find(run=name, method=method, seed=seed):
+        return
+    start = time.process_time()
+    rate = best_rate(record, method) * run.rate_factor
+    output = arguments.work / "runs" / name / METHODS[method]["method"] / str(METHODS[method]["r"])
+    log = train(run, method, rate=rate, seed=seed, arguments=arguments, output=output)
+    row = {"run": name, "method": method, "seed": seed, "learning_rate": rate, "steps": run.steps}
+    record.add({**row, "batch_size": run.batch_size, **finish(start, log)})
+    found = record.rows[-1]
+    print(name, method, f"{found['cpu_seconds']} s", {k: v[-1] for k, v in found["curves"].items()}, flush=True)
 
 
 def main():
@@ -229,13 +229,14 @@ def main():
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     record = smollm2_data.Record(arguments.results, environment())
-    for name in arguments.runs:
-        if name == "zoo":
-            build_zoo(arguments, record)
-        elif name == "tune":
-            tune(arguments, record)
-        else:
-            compare(name, arguments, record)
+    if "zoo" in arguments.runs:
+        build_zoo(arguments, record)
+    if "tune" in arguments.runs:
+        tune(arguments, record)
+    for method in METHODS:  # the outer loop: an early end leaves whole methods
+        for name in RUNS:
+            if name in arguments.runs:
+                compare(name, method, arguments, record)
 
 
 if __name__ == "__main__":
