@@ -75,12 +75,12 @@ class Run:
 
 
 RUNS = {
-    "sft_t0": Run("sft", TARGET_TASK, 24, 4, {}),
-    "reward": Run("reward", "helpful", 24, 4, {}),
+    "sft_t0": Run("sft", TARGET_TASK, 16, 4, {}),
+    "reward": Run("reward", "helpful", 16, 4, {}),
     "grpo": Run(
         "grpo",
         "arithmetic",
-        20,
+        16,
         16,
         {
             "dataset_config": "default",
@@ -91,8 +91,8 @@ RUNS = {
         },
         rate_factor=1 / 3,
     ),
-    "dpo": Run("dpo", "helpful", 16, 4, {"eval_on_start": False}, rate_factor=1 / 3),
-    "sft_gsm8k": Run("sft", "gsm8k", 20, 4, {}),
+    "dpo": Run("dpo", "helpful", 12, 4, {"eval_on_start": False}, rate_factor=1 / 3),
+    "sft_gsm8k": Run("sft", "gsm8k", 16, 4, {}),
 }
 ZOO_RUN = Run("sft", "", 24, 4, {"eval_strategy": "no", "eval_on_start": False})
 
@@ -100,12 +100,12 @@ ZOO_RUN = Run("sft", "", 24, 4, {"eval_strategy": "no", "eval_on_start": False})
 def rows_of(name, data):
     """Train and test rows; the tuning task is judged on rows held out for that."""
     if name == "gsm8k":
-        return smollm2_data.gsm8k(data)
+        return smollm2_data.gsm8k(data, n_test=32)
     if name == "helpful":
-        return smollm2_data.pairs(data, user="helpful", n_test=64)
+        return smollm2_data.pairs(data, user="helpful", longest=240, n_test=32)
     if name == "arithmetic":
         return smollm2_data.arithmetic()
-    return smollm2_data.t0(data, name)
+    return smollm2_data.t0(data, name, n_test=32 if name == TARGET_TASK else 48)
 
 
 def load_recipe(name):
@@ -223,6 +223,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["zoo", "tune", *RUNS], choices=["zoo", "tune", *RUNS])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -233,7 +234,7 @@ def main():
         build_zoo(arguments, record)
     if "tune" in arguments.runs:
         tune(arguments, record)
-    for method in METHODS:  # the outer loop: an early end leaves whole methods
+    for method in arguments.methods:  # the outer loop: an early end leaves whole methods
         for name in RUNS:
             if name in arguments.runs:
                 compare(name, method, arguments, record)

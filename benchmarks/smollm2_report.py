@@ -62,16 +62,21 @@ def last(row, metric, steps=10):
     return values[-1] if metric.startswith("eval_") else fmean(values[-steps:])
 
 
+def start(row, metric):
+    """The value before training (held-out metrics) or in the first step (others); empty if it was not judged."""
+    step, value = next(iter(row["curves"].get(metric, [])), (None, None))
+    return f"{value:.3f}" if step == 0 or (step == 1 and not metric.startswith("eval_")) else ""
+
+
 def table(rows):
     for name, (title, _, compared) in RUNS.items():
-        found = [row for row in rows if row["run"] == name]
+        found = sorted((row for row in rows if row["run"] == name), key=lambda row: list(COLOURS).index(row["method"]))
         if not found:
             continue
         print(f"\n**{title}** ({found[0]['steps']} steps of {found[0]['batch_size']})\n")
         print("| | learning rate |", *(f"{heading} |" for heading, _ in compared), "CPU s |")
         print("|---" * (len(compared) + 3) + "|")
-        starts = [row["curves"][metric][0][1] for row in found[:1] for _, metric in compared if metric in row["curves"]]
-        print("| start |", "|", *(f"{start:.3f} |" for start in starts), "|")
+        print("| start |", "|", *(f"{start(found[0], metric)} |" for _, metric in compared), "|")
         for row in found:
             values = (f"{last(row, metric):.3f} |" for _, metric in compared)
             print(f"| {row['method']} | {row['learning_rate']:.2g} |", *values, f"{row['cpu_seconds']:.0f} |")
