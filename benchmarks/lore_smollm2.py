@@ -35,7 +35,7 @@ from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"
 USERS = ("helpful", "harmless")
-REWARD_STEPS, POLICY_STEPS = 40, 16
+REWARD_STEPS, POLICY_STEPS = 30, 16
 LONGEST = 240  # characters of a prompt and its answer
 # method, rows of the basis, learning rate: those that benchmarks/smollm2.py chose for SFT
 REWARDS = (("LoRA r16", 2, 2e-3), ("EigenLoRA", 2, 1e-2), ("LoRA r16", 1, 2e-3))
@@ -62,7 +62,7 @@ def adapter(method, subspace):
 
 def train_reward(method, n_basis, rate, *, seed, arguments):
     """One row of results; the model goes to WORK/lore."""
-    rows = smollm2_data.pairs(arguments.data, longest=LONGEST)
+    rows = smollm2_data.pairs(arguments.data, longest=LONGEST, n_test=64)
     held_out = {name: [row for row in rows["test"] if row["user_id"] == name] for name in USERS}
     start = time.process_time()
     set_seed(seed)
@@ -109,7 +109,7 @@ def train_reward(method, n_basis, rate, *, seed, arguments):
 def prompts(data, user, *, split, n):
     """Prompts of both users' pairs, all asked in the name of one of them."""
     other = USERS[1 - USERS.index(user)]
-    rows = [row for row in smollm2_data.pairs(data, longest=LONGEST)[split] if len(row["prompt"]) <= 160][:n]
+    rows = [row for row in smollm2_data.pairs(data, longest=LONGEST, n_test=64)[split] if len(row["prompt"]) <= 160][:n]
     return Dataset.from_list([{"prompt": row["prompt"], "own": user, "other": other} for row in rows])
 
 
