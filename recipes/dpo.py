@@ -6,10 +6,13 @@
 
 Paper:     DPO, arXiv 2305.18290; EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909 (moslora).
 Command:   accelerate launch recipes/dpo.py --config recipes/dpo.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
-Time:      not measured; the tests run two steps on a tiny model.
+Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions); memory not measured.
+Time:      12 steps of 4 short pairs on SmolLM2-135M took 43 CPU seconds on one thread, loading and judging included
+           (benchmarks/smollm2.py).
 Expected:  a first loss of ln 2 = 0.693 (anything else means that the adapter does not start at the reference), then
            rewards/accuracies above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, --method lora.
+           In those 12 steps (one seed) the training loss did not fall yet; on 32 held-out pairs the loss went from 0.693 to
+           0.663, with LoRA r 16 to 0.673, accuracy 0.69 for both: within chance.
 """
 
 from dataclasses import dataclass, field

@@ -25,10 +25,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from eigenpeft import MosLoraConfig
+from eigenpeft import EigenLoraConfig, MosLoraConfig
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
-METHODS = {"lora": LoraConfig, "moslora": MosLoraConfig}
+METHODS = {"lora": LoraConfig, "moslora": MosLoraConfig, "eigenlora": EigenLoraConfig}
 
 
 def split(rows, column, *, users, comparisons, seed):

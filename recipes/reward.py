@@ -6,10 +6,12 @@
 
 Paper:     Ouyang et al., arXiv 2203.02155; EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909.
 Command:   accelerate launch recipes/reward.py --config recipes/reward.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
-Time:      not measured; the tests run two steps on a tiny model.
+Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions); memory not measured.
+Time:      16 steps of 4 short pairs on SmolLM2-135M took 22 CPU seconds on one thread, loading and judging included
+           (benchmarks/smollm2.py).
 Expected:  `accuracy` above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora, both with the score head, which PEFT trains and saves for
-           task_type SEQ_CLS. Controls: --method random, --method lora.
+           task_type SEQ_CLS. Controls: --method random, --method lora. In those 16 steps (one seed) accuracy on 32 held-out
+           pairs went from 0.50 to 0.59, with LoRA r 16 to 0.56: too few steps and pairs to tell from chance.
 """
 
 from dataclasses import dataclass, field

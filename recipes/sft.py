@@ -6,11 +6,13 @@
 
 Paper:     EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909 (method moslora).
 Command:   accelerate launch recipes/sft.py --config recipes/sft.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
-Time:      not measured; the tests run two steps on a tiny model.
+Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions); memory not measured.
+Time:      16 steps of 4 short rows on SmolLM2-135M took 30 (qasc) to 47 (gsm8k) CPU seconds on one thread, loading and judging
+           included (benchmarks/smollm2.py).
 Expected:  OUTPUT_DIR with the coefficients, OUTPUT_DIR/lora with the same adapter as a plain LoRA, and the evaluation loss
            where --eval_strategy asks for it. Run it again with --method random and --method lora: only the difference to
-           those two says that recycling helped.
+           those two says that recycling helped. In those 16 steps (one seed) the held-out loss on qasc fell from 4.90
+           to 1.31, with LoRA r 16 to 1.34; on gsm8k from 1.54 to 1.08, with LoRA r 16 to 1.06.
 """
 
 from dataclasses import dataclass, field

@@ -5,17 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
 from eigenpeft import LowRankRewardModel
+from tests.tuners.conftest import random_subspace
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_recipe_writes_a_reward_model(llama, tokenizer, data, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "eigenlora"])
+def test_the_recipe_writes_a_reward_model(method, llama, tokenizer, data, tmp_path):
     llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     data(range(10), 8).to_json(tmp_path / "data.jsonl")
+    config = yaml.safe_load((ROOT / "recipes" / "lore.yaml").read_text())
+    if method == "eigenlora":
+        random_subspace(llama(), ("q_proj", "v_proj")).save_pretrained(tmp_path / "subspace")
+        config["adapter"] = {"method": method, "r": 4, "lora_alpha": 8, "subspace": str(tmp_path / "subspace")}
+    (tmp_path / "lore.yaml").write_text(yaml.safe_dump(config))
     command = [
-        *(sys.executable, ROOT / "recipes" / "lore.py", "--config", ROOT / "recipes" / "lore.yaml"),
+        *(sys.executable, ROOT / "recipes" / "lore.py", "--config", tmp_path / "lore.yaml"),
         *("--data", tmp_path / "data.jsonl", "--model", tmp_path / "model", "--out", tmp_path / "rewards"),
         *("--max_steps", "3", "--bf16", "false", "--use_cpu", "true"),
     ]

