@@ -17,9 +17,7 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path) -> None:
         EigenPeftError: If matplotlib is not installed.
     """
     figure, (curve, reliability) = new_figure(1, 2, width=10, height=4.2)
-    colours = dict(
-        zip(("LoRe", "shared head", "LoRe, population"), ("tab:blue", "tab:grey", "tab:orange"), strict=True)
-    )
+    colours: dict[str, str] = {"LoRe": "tab:blue", "shared head": "tab:grey", "LoRe, population": "tab:orange"}
     for method, shares in found.few_shot.items():
         numbers = list(shares)
         curve.plot(numbers, [share.mean for share in shares.values()], marker="o", color=colours[method], label=method)
