@@ -140,6 +140,7 @@ OURS, RANDOM, FEW = "EigenLoRA balanced, low_rank", "random subspace, low_rank",
 # Rank 1 on the last two or four modules of the network: 1,536 and 3,072 parameters, as K = 8 and K = 16 have.
 LAST_FOUR = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (4, 5) for name in TARGETS]
 LAST_TWO = LAST_FOUR[2:]
+VALUES = [f"bert.encoder.layer.{i}.attention.self.value" for i in (2, 5)]  # as many parameters as LAST_TWO
 
 METHODS = {
     method.name: method
@@ -161,6 +162,15 @@ METHODS = {
         *pair("K=8", recycled(n_components=8), rates=(1e-2, 3e-2, 6e-2)),
         plain(
             "LoRA, equal parameters to K=8", LoraConfig, (3e-3, 1e-2, 3e-2), r=1, lora_alpha=2, target_modules=LAST_TWO
+        ),
+        plain(
+            "LoRA, equal parameters to K=8, on values",
+            LoraConfig,
+            (),
+            "LoRA, equal parameters to K=8",
+            r=1,
+            lora_alpha=2,
+            target_modules=VALUES,
         ),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
         inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
