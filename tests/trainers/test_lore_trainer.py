@@ -96,6 +96,29 @@ def test_with_an_adapter_on_the_backbone(adapter, llama, tokenizer, data, tmp_pa
     assert type(model.backbone).__name__ == "LlamaForSequenceClassification"
 
 
+@pytest.mark.parametrize("adapter", [None, LoraConfig], ids=["full", "LoRA"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_over_a_bfloat16_model_small_steps_are_not_lost(adapter, autocast, llama, tokenizer, data, tmp_path):
+    model = llama().to(torch.bfloat16)
+    trainer = LoReTrainer(
+        model,
+        config(tmp_path, learning_rate=1e-5, max_steps=3, bf16=autocast),
+        train_dataset=data(range(4), 8),
+        processing_class=tokenizer,
+        peft_config=None if adapter is None else adapter(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"),
+    )
+    trainer.train()
+    finished = trainer.reward_model()
+    trained = [p for name, p in trainer.model.named_parameters() if "score" in name and p.requires_grad]
+    assert [p.dtype for p in trained] == [torch.float32]
+    basis = trained[0].detach()
+    assert not torch.equal(basis, basis.bfloat16().float())  # finer than bfloat16 can say
+    assert torch.equal(finished.reward_basis, basis)
+    assert {p.dtype for p in finished.backbone.parameters()} == {torch.bfloat16}
+    assert not finished.backbone.score._forward_pre_hooks
+    assert classify(finished.backbone, tokenizer, ["a text"], batch_size=1).shape == (1, 2)
+
+
 def test_a_frozen_backbone_stays(llama, tokenizer, data, tmp_path):
     trainer = LoReTrainer(
         llama(),

@@ -16,7 +16,15 @@ from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.reward.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
 from eigenpeft.trainers.lore_config import LoReConfig
-from eigenpeft.trainers.user_mixing import USER_LOGITS, UserMixing, bare_copy, population_of, user_logits
+from eigenpeft.trainers.user_mixing import (
+    USER_LOGITS,
+    UserMixing,
+    bare_copy,
+    keep_head_precise,
+    population_of,
+    release_head,
+    user_logits,
+)
 
 
 class LoReTrainer(RewardTrainer):
@@ -68,6 +76,7 @@ class LoReTrainer(RewardTrainer):
         self._user_ids, self._counts = names, counts
         self._mixing = UserMixing(model, n_users=len(names), n_basis=args.n_basis)
         head_name, _ = score_head(model)
+        keep_head_precise(model)
         if args.freeze_backbone:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith((head_name, USER_LOGITS)))
@@ -161,6 +170,7 @@ class LoReTrainer(RewardTrainer):
         weights = simplex(user_logits(classifier).detach().float().cpu())
         merged = bare_copy(model)
         basis = score_head(merged)[1].weight.detach().float().cpu()
+        release_head(merged)
         made = LowRankRewardModel(
             basis,
             concentration=weights.mean(dim=0) * self.args.strength,

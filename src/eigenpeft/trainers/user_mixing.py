@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenpeft.linalg.preference import simplex
+from eigenpeft.reward.backbone import score_head
 
 # Name of the embedding in the model: it is trained, saved in checkpoints and wrapped by PEFT under it.
 USER_LOGITS = "lore_user_logits"
@@ -61,6 +62,33 @@ def bare_copy(model: Any) -> Any:
     for hooks in (copied._forward_hooks, copied._forward_pre_hooks, copied._forward_pre_hooks_with_kwargs):
         hooks.clear()
     return copied
+
+
+def keep_head_precise(model: Any) -> None:
+    """Train the head of a half-precision model in float32: steps of 1e-4 are lost in the rounding of its weights.
+
+    Args:
+        model: Sequence classifier, not PEFT-wrapped yet (PEFT's copy of the head then is precise too).
+    """
+    _, head = score_head(model)
+    if head.weight.dtype in (torch.bfloat16, torch.float16):
+        head.float()
+        head.register_forward_pre_hook(_match_weight)
+
+
+def release_head(model: Any) -> None:
+    """What `keep_head_precise` did undone: the head in the dtype of the rest, without a hook.
+
+    Args:
+        model: Sequence classifier, adapters merged.
+    """
+    name, head = score_head(model)
+    head._forward_pre_hooks.clear()
+    head.to(next(tensor for other, tensor in model.named_parameters() if not other.startswith(name)).dtype)
+
+
+def _match_weight(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (arguments[0].to(head.weight.dtype), *arguments[1:])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def weights_of(model: nn.Module, rows: Tensor) -> Tensor:
