@@ -36,7 +36,7 @@ from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"
 USERS = ("helpful", "harmless")
-REWARD_STEPS, POLICY_STEPS = 30, 16
+REWARD_STEPS, POLICY_STEPS = 150, 16
 LONGEST = 240  # characters of a prompt and its answer
 # method, rows of the basis, learning rate: those that benchmarks/smollm2.py chose for SFT
 REWARDS = (("LoRA r16", 2, 2e-3), ("EigenLoRA", 2, 1e-2), ("LoRA r16", 1, 2e-3))
@@ -199,10 +199,9 @@ def main():
     record, seed = smollm2_data.Record(arguments.results, environment()), arguments.seed
     for method, n_basis, rate in REWARDS if "reward" in arguments.stages else ():
         cell = {"stage": "reward", "method": method, "n_basis": n_basis, "learning_rate": rate, "seed": seed}
+        cell["steps"] = REWARD_STEPS
         if not record.find(**cell):
-            record.add(
-                cell | {"steps": REWARD_STEPS} | train_reward(method, n_basis, rate, seed=seed, arguments=arguments)
-            )
+            record.add(cell | train_reward(method, n_basis, rate, seed=seed, arguments=arguments))
             print({key: value for key, value in record.rows[-1].items() if key != "curves"}, flush=True)
     for user in USERS if "policy" in arguments.stages else ():
         if not record.find(stage="policy", user=user, seed=seed):
