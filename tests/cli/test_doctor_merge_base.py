@@ -55,6 +55,14 @@ def test_doctor_names_an_old_and_a_missing_package(run, monkeypatch):
     assert "datasets is not installed" in problems
 
 
+def test_doctor_says_which_extra_an_absent_package_is_in(run, monkeypatch):
+    real = doctor_module.installed
+    monkeypatch.setattr(doctor_module, "installed", lambda name: None if name in ("trl", "matplotlib") else real(name))
+    shown = "".join(run("doctor").stdout.replace("│", "").split())
+    assert "'eigenpeft[trl]'" in shown
+    assert "'eigenpeft[plots]'" in shown
+
+
 def test_doctor_tells_when_transformers_wants_a_newer_peft(monkeypatch):
     integration = SimpleNamespace(MIN_PEFT_VERSION="99.0")
     monkeypatch.setattr(doctor_module.importlib, "import_module", lambda name: integration)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from packaging.version import Version
+from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.cli.app import Json, app, console, print_json
@@ -127,7 +128,7 @@ def doctor(as_json: Json = False, strict: Annotated[bool, typer.Option(help="Exi
     else:
         table = Table("package", "version", "state", title=f"eigenpeft {found['eigenpeft']}, Python {found['python']}")
         for name, entry in found["packages"].items():
-            absent = f"absent; for {entry['needed_for']}"
+            absent = f"absent; for {escape(entry['needed_for'])}"  # 'eigenpeft[trl]' is no markup
             table.add_row(
                 name, entry["version"] or "-", "ok" if entry["ok"] else absent if not entry["version"] else "old"
             )
@@ -135,7 +136,7 @@ def doctor(as_json: Json = False, strict: Annotated[bool, typer.Option(help="Exi
             table.add_row(
                 f"{name} (quantisation)",
                 entry["version"] or "-",
-                "imports" if entry["imports"] else entry["error"] or "absent",
+                "imports" if entry["imports"] else escape(entry["error"] or "absent"),
             )
         console.print(table)
         devices = found["devices"]
