@@ -10,7 +10,7 @@ from torch import multiprocessing
 from tests.tuners.conftest import tiny_llama
 from tests.tuners.test_distributed import made, steps
 
-deepspeed = pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed, which is no dependency: pip install deepspeed")
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
