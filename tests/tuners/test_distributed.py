@@ -72,6 +72,18 @@ def sharded(model, kind):
     )
 
 
+def expect_one_process(method, tokens, folder, names):
+    """The logits in the files, and those of the adapter in `saved`, are what one process gets."""
+    model = made(method)
+    steps(model, tokens)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        saved = PeftModel.from_pretrained(tiny_llama(), folder / "saved")
+        torch.testing.assert_close(saved(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    for name in names:
+        torch.testing.assert_close(torch.load(folder / name, weights_only=True), expected, atol=1e-5, rtol=1e-4)
+
+
 def fsdp_worker(rank, method, kinds, tokens, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -94,11 +106,4 @@ def test_fsdp_equals_one_process(method, tmp_path):
     kinds = ["original parameters", "flat parameters", "fully_shard"]
     tokens = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     multiprocessing.spawn(fsdp_worker, args=(method, kinds, tokens, str(tmp_path)), nprocs=2)
-    model = made(method)
-    steps(model, tokens)
-    with torch.no_grad():
-        expected = model(input_ids=tokens).logits
-        saved = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
-        torch.testing.assert_close(saved(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-4)
-    for path in (tmp_path / f"{kind}{rank}.pt" for kind in kinds for rank in (0, 1)):
-        torch.testing.assert_close(torch.load(path, weights_only=True), expected, atol=1e-5, rtol=1e-4)
+    expect_one_process(method, tokens, tmp_path, [f"{kind}{rank}.pt" for kind in kinds for rank in (0, 1)])

@@ -20,14 +20,17 @@ def clusters(names: Sequence[str], overlap: Float[Tensor, "adapters adapters"]) 
     Returns:
         All adapters, single ones included, largest cluster first.
     """
-    groups = [[i] for i in range(len(names))]
+    groups, means = [[i] for i in range(len(names))], overlap.to(torch.float64).clone().fill_diagonal_(-1.0)
     while len(groups) > 1:
-        means = torch.tensor([[float(overlap[a][:, b].mean()) for b in groups] for a in groups])
-        means.fill_diagonal_(-1.0)
-        best = int(means.argmax())
-        i, j = sorted(divmod(best, len(groups)))
+        i, j = sorted(divmod(int(means.argmax()), len(groups)))
         if means[i, j] < CLUSTER_OVERLAP:
             break
+        # The mean over pairs of a joined group: that of its parts, weighted by their sizes (Lance and Williams, 1967).
+        sizes = len(groups[i]), len(groups[j])
+        means[i] = means[:, i] = (sizes[0] * means[i] + sizes[1] * means[j]) / sum(sizes)
+        means[i, i] = -1.0
+        left = torch.arange(len(groups)) != j
+        means = means[left][:, left]
         groups[i] += groups.pop(j)
     ordered = sorted(groups, key=lambda group: (-len(group), min(group)))
     return tuple(tuple(names[i] for i in sorted(group)) for group in ordered)

@@ -1,6 +1,7 @@
 """A control: an encoder that reads a user's comparisons and gives the user's head, trained across users (after VPL)."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def encoded_heads(
     users = rows[train].unique()
     users = users[torch.randperm(len(users), generator=generator)]
     judges, learners = users[: len(users) // 10], users[len(users) // 10 :]
-    by_user = [scaled[train & (rows == user)] for user in range(n_users)] if len(judges) else []
+    order = rows[train].argsort(stable=True)
+    by_user = scaled[train][order].split(torch.bincount(rows[train], minlength=n_users).tolist())
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3, weight_decay=1e-2)
     best, best_loss = copy.deepcopy(encoder.state_dict()), float("inf")
     for step in range(STEPS + 1 if len(judges) else 0):
@@ -94,7 +96,7 @@ def encoded_heads(
         return encoder.heads(scaled[fitted], rows[fitted], n_users=n_users) / scale
 
 
-def _loss(encoder: UserEncoder, by_user: list[Tensor], users: Tensor, generator: torch.Generator) -> Tensor:
+def _loss(encoder: UserEncoder, by_user: Sequence[Tensor], users: Tensor, generator: torch.Generator) -> Tensor:
     """Loss on some comparisons of each user, given others of the same user."""
     context, targets, context_rows, target_rows = [], [], [], []
     for i, user in enumerate(users.tolist()):

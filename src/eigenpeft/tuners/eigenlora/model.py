@@ -57,13 +57,7 @@ class EigenLoraModel(FactorModel):
 
     @staticmethod
     def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
-        """Put coefficients on the module's components in the place of both of LoRA's factors.
-
-        Args:
-            layer: LoRA layer that has just got the adapter.
-            config: Configuration of the adapter.
-            adapter_name: The adapter.
-            module: Name of the adapted weight in the base model.
+        """`FactorModel.swap`: coefficients on the module's components in the place of both of LoRA's factors.
 
         Raises:
             AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.

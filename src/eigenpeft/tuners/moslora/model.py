@@ -23,13 +23,7 @@ class MosLoraModel(FactorModel):
 
     @staticmethod
     def swap(layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str) -> None:
-        """Put `B M` in the place of LoRA's B, or fold the mixer's start into LoRA's own factors.
-
-        Args:
-            layer: LoRA layer that has just got the adapter.
-            config: Configuration of the adapter.
-            adapter_name: The adapter.
-            module: Name of the adapted weight in the base model.
+        """`FactorModel.swap`: `B M` in the place of LoRA's B, or the mixer's start folded into LoRA's own factors.
 
         Raises:
             AdapterConfigError: If `fold` is asked of a layer whose mixer has blocks.
