@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.auditing import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.methods import FEW_PARAMETER_LAYERS
 from eigenpeft.subspace import mean_only_subspace, random_subspace, shuffled_subspace
@@ -123,6 +124,17 @@ def plain(name: str, config_cls, rates, tuned_as=None, **settings):
     return Method(name, rates, adapt, tuned_as=tuned_as)
 
 
+def few_as_placed(make: Make):
+    """A LoRA of as many parameters where `same_parameters_lora` puts it: rank 1 on evenly spaced modules."""
+
+    def adapt(base, situation):
+        config = same_parameters_lora(make(situation), r=8)
+        config.task_type = "SEQ_CLS"
+        return get_peft_model(base, config)
+
+    return adapt
+
+
 def nearest_frozen(base, situation):
     """The suited source adapter as it is, and a head: what copying does."""
     model = lora_with_factors(base, situation.sources, situation.nearest())
@@ -171,6 +183,12 @@ METHODS = {
             r=1,
             lora_alpha=2,
             target_modules=VALUES,
+        ),
+        Method(
+            "LoRA, equal parameters to K=8, as eigenpeft places it",
+            (),
+            few_as_placed(recycled(n_components=8)),
+            tuned_as="LoRA, equal parameters to K=8",
         ),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
         inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
