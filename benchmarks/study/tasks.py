@@ -13,6 +13,8 @@ from eigenpeft.demo.assets import banking77, base_model
 ZOO = Path(__file__).parents[2] / "recipes" / "train_zoo.yaml"
 MAX_LENGTH = 48
 N_TEST = 500
+# Similar, as a yes or no, of the scores 0 to 5 of SemEval's STS (brmson/dataset-sts, commit e1d3375f5b3b).
+SIMILAR_FROM = 3.0
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,15 @@ def rows_of(name: str, split: str, data: Path) -> Dataset:
     """All rows of a split, `{"text", maybe "text_pair", "label"}`."""
     if name == "banking77":
         return Dataset.from_list(banking77({"train": "train", "dev": "test"}[split]))
-    files = yaml.safe_load(ZOO.read_text())["tasks"][name]["files"]
+    if name == "sts_similar":
+        files = {"train": "sts/train.jsonl", "dev": "sts/dev.jsonl"}
+    else:
+        files = yaml.safe_load(ZOO.read_text())["tasks"][name]["files"]
     with (data / files[split]).open(encoding="utf-8") as lines:
         rows = Dataset.from_list([json.loads(line) for line in lines])
+    if name == "sts_similar":
+        labels = [int(score >= SIMILAR_FROM) for score in rows["label"]]
+        rows = rows.remove_columns("label").add_column("label", labels)
     if "text_a" in rows.column_names:
         rows = rows.rename_columns({"text_a": "text", "text_b": "text_pair"})
     return rows.select_columns([column for column in ("text", "text_pair", "label") if column in rows.column_names])
