@@ -4,13 +4,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
-from torch import distributed, multiprocessing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig
+from tests.processes import in_processes
 from tests.tuners.conftest import random_subspace, tiny_llama
 
 
@@ -34,22 +34,19 @@ def steps(model, tokens):
 
 
 def worker(rank, method, tokens, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = made(method)
     bases = {name: tensor.clone() for name, tensor in model.named_buffers() if "components" in name}
     steps(DistributedDataParallel(model), tokens[2 * rank : 2 * rank + 2])
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     assert all(torch.equal(tensor, bases[name]) for name, tensor in model.named_buffers() if name in bases)
     torch.save(trained, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["moslora", "low_rank", "mixer", "diagonal"])
 def test_ddp_equals_one_process(method, tmp_path):
     tokens = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
-    multiprocessing.spawn(worker, args=(method, tokens, str(tmp_path)), nprocs=2)
+    in_processes(worker, method, tokens, folder=tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     model = made(method)
     steps(model, tokens)
@@ -85,8 +82,6 @@ def expect_one_process(method, tokens, folder, names):
 
 
 def fsdp_worker(rank, method, kinds, tokens, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     for kind in kinds:
         model = sharded(made(method), kind)
         steps(model, tokens[2 * rank : 2 * rank + 2])
@@ -97,7 +92,6 @@ def fsdp_worker(rank, method, kinds, tokens, folder):
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(f"{folder}/saved", state_dict=whole)
-    distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -105,5 +99,5 @@ def fsdp_worker(rank, method, kinds, tokens, folder):
 def test_fsdp_equals_one_process(method, tmp_path):
     kinds = ["original parameters", "flat parameters", "fully_shard"]
     tokens = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
-    multiprocessing.spawn(fsdp_worker, args=(method, kinds, tokens, str(tmp_path)), nprocs=2)
+    in_processes(fsdp_worker, method, kinds, tokens, folder=tmp_path)
     expect_one_process(method, tokens, tmp_path, [f"{kind}{rank}.pt" for kind in kinds for rank in (0, 1)])
