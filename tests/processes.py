@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch import distributed
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 
 def in_processes(worker: Callable[..., None], *arguments: Any, folder: Path, n: int = 2) -> None:
@@ -20,13 +20,13 @@ def in_processes(worker: Callable[..., None], *arguments: Any, folder: Path, n: 
     are done, and a process killed by a signal, which no failing assertion does, is tried once more in a clean folder.
     """
     try:
-        multiprocessing.spawn(_enter, args=(worker, arguments, str(folder), n), nprocs=n)
+        spawn(_enter, args=(worker, arguments, str(folder), n), nprocs=n)
     except ProcessExitedException as error:
         if error.signal_name is None:
             raise
         shutil.rmtree(folder)
         folder.mkdir()
-        multiprocessing.spawn(_enter, args=(worker, arguments, str(folder), n), nprocs=n)
+        spawn(_enter, args=(worker, arguments, str(folder), n), nprocs=n)
 
 
 def _enter(rank: int, worker: Callable[..., None], arguments: tuple, folder: str, n: int) -> None:

@@ -125,3 +125,20 @@ def test_no_batch_is_one_message():
     model = tiny_bert()
     with pytest.raises(SubspaceError, match="in 0 batches"):
         gradient_share(model, [], made_subspace(model, CASES["bert"][1]))
+
+
+def test_curves_count_every_module_and_end_at_the_shares():
+    model, names = tiny_bert(), CASES["bert"][1]
+    modules = dict(made_subspace(model, names).items())
+    modules[names[0]] = modules[names[0]].truncate(2)  # K = 3 and 4 keep what its two reach
+    found = gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=(0, 1, 2))
+    total = sum(row.energy for row in found.modules)
+    for k, value in enumerate(found.curve):
+        assert value * total == pytest.approx(
+            sum(row.energy * row.curve[min(k, len(row.curve) - 1)] for row in found.modules)
+        )
+    assert {row.module: len(row.curve) for row in found.modules} == {names[0]: 2, names[1]: 4}
+    assert found.curve[-1] == found.share
+    assert found.optimum_curve[-1] == found.optimum
+    assert found.random_curve[-1] == pytest.approx(sum(found.random) / 3)
+    assert gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=()).random_curve == ()

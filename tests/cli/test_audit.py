@@ -5,6 +5,8 @@ import json
 import pytest
 
 from eigenpeft.report import plots
+from tests.factories import make_collection, tiny_llama
+from tests.recipes.tiny import tiny_tokenizer
 
 
 def test_audit_says_it_in_words_and_in_json(run, adapters, tmp_path):
@@ -39,3 +41,55 @@ def test_audit_refuses(run, adapters, tmp_path):
     result = run("audit", adapters.folder / "adapter-0", "-k", 4)
     assert result.code == 1
     assert "at least 3" in result.err
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A tiny Llama and its tokenizer on disk."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def language_adapters(tmp_path):
+    modules = {f"model.layers.{i}.self_attn.v_proj": (8, 16) for i in (0, 1)}
+    return make_collection(tmp_path / "language", modules=modules, rank=2, n_shared=4, noise=0.1)
+
+
+ROWS = {
+    "text": {"text": "w1 w2 w3 w4"},
+    "completion": {"prompt": "w1 w2", "completion": " w3 w4"},
+    "messages": {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_audit_with_a_new_task(run, language_adapters, language_model, tmp_path, kind):
+    data = written(tmp_path / "task.jsonl", [ROWS[kind]] * 5)
+    arguments = ("audit", language_adapters.folder, "-k", 4, "--model", language_model, "--dataset", data)
+    shown = run(*arguments, "--n-rows", 4, "--html", tmp_path / "a.html")
+    assert shown.code == 0, shown.err
+    assert "Share of the new task's gradient, 2 modules, 1 batches" in shown.out
+    assert "Of the new task's gradient, before any training" in " ".join(shown.out.split())
+    assert "core diagonal" in (tmp_path / "a.html").read_text()
+    report = json.loads(run(*arguments, "--json").out)
+    assert 0 < report["gradient"]["share"] < report["gradient"]["optimum"] <= 1
+
+
+def test_audit_refuses_a_task_it_cannot_read(run, language_adapters, language_model, tmp_path):
+    start = ("audit", language_adapters.folder, "-k", 4, "--model", language_model)
+    other = run(*start, "--dataset", written(tmp_path / "a.jsonl", [{"question": "one"}]))
+    assert (other.code, "has the columns ['question']" in other.err) == (1, True)
+    labelled = run(*start, "--dataset", written(tmp_path / "b.jsonl", [{"text": "one", "label": 1}]))
+    assert (labelled.code, "no trained classifier" in labelled.err) == (1, True)
+    alone = run(*start)
+    assert (alone.code, "Pass both --model and --dataset" in alone.err) == (1, True)

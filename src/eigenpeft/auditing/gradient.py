@@ -28,6 +28,8 @@ class ModuleGradient:
         optimum: In the best subspace of that size, the leading singular directions of G itself.
         random: In random subspaces of that size, one a seed.
         curve: `share` of the first 1, 2, ..., K components.
+        random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
+        optimum_curve: The same of the best subspaces.
     """
 
     module: str
@@ -37,6 +39,8 @@ class ModuleGradient:
     optimum: float
     random: tuple[float, ...]
     curve: tuple[float, ...]
+    random_curve: tuple[float, ...]
+    optimum_curve: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class GradientShare:
         diagonal: Of the core "diagonal" in it.
         optimum: Of the best subspace of that size.
         random: Of random subspaces of that size, one a seed.
+        curve: `share` with the first 1, 2, ..., K components of every module (all of a module that has fewer).
+        random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
+        optimum_curve: The same of the best subspaces.
         n_batches: Batches whose gradients were added.
         modules: One record a module.
     """
@@ -56,6 +63,9 @@ class GradientShare:
     diagonal: float
     optimum: float
     random: tuple[float, ...]
+    curve: tuple[float, ...]
+    random_curve: tuple[float, ...]
+    optimum_curve: tuple[float, ...]
     n_batches: int
     modules: tuple[ModuleGradient, ...]
 
@@ -112,21 +122,26 @@ def gradient_share(
         )
     controls = [random_subspace(like=subspace, seed=seed) for seed in seeds]
     splits = {name: _split(pair, subspace, name) for name, pair in tokens.items()}
-    random = {name: [float(_split(pair, c, name).inside[-1]) for c in controls] for name, pair in tokens.items()}
+    random = {name: [_split(pair, control, name).inside for control in controls] for name, pair in tokens.items()}
     total = sum(split.total for split in splits.values())
     if not total > 0:
         raise SubspaceError(f"The gradient is {total} in all {len(targets)} modules; the loss does not depend on them.")
+    inside, best = (_summed([getattr(split, side) for split in splits.values()]) / total for side in ("inside", "best"))
+    by_seed = [_summed([curves[i] for curves in random.values()]) / total for i in range(len(controls))]
     return GradientShare(
-        share=sum(float(split.inside[-1]) for split in splits.values()) / total,
+        share=float(inside[-1]),
         diagonal=sum(split.diagonal for split in splits.values()) / total,
-        optimum=sum(float(split.best[-1]) for split in splits.values()) / total,
-        random=tuple(sum(values[i] for values in random.values()) / total for i in range(len(controls))),
+        optimum=float(best[-1]),
+        random=tuple(float(curve[-1]) for curve in by_seed),
+        curve=tuple(inside.tolist()),
+        random_curve=_mean(by_seed),
+        optimum_curve=tuple(best.tolist()),
         n_batches=n_batches,
         modules=tuple(_module(name, split, random[name]) for name, split in splits.items()),
     )
 
 
-def _module(name: str, split: EnergySplit, random: Sequence[float]) -> ModuleGradient:
+def _module(name: str, split: EnergySplit, random: Sequence[Tensor]) -> ModuleGradient:
     total = max(split.total, torch.finfo(torch.float64).tiny)  # a module the loss does not reach: all shares are 0
     return ModuleGradient(
         module=name,
@@ -134,9 +149,21 @@ def _module(name: str, split: EnergySplit, random: Sequence[float]) -> ModuleGra
         share=float(split.inside[-1]) / total,
         diagonal=split.diagonal / total,
         optimum=float(split.best[-1]) / total,
-        random=tuple(value / total for value in random),
+        random=tuple(float(curve[-1]) / total for curve in random),
         curve=tuple((split.inside / total).tolist()),
+        random_curve=_mean([curve / total for curve in random]),
+        optimum_curve=tuple((split.best / total).tolist()),
     )
+
+
+def _summed(curves: Sequence[Tensor]) -> Tensor:
+    """Energies by K over all modules; a module with fewer components keeps what its last one reached."""
+    most = max(len(curve) for curve in curves)
+    return torch.stack([torch.cat([curve, curve[-1:].expand(most - len(curve))]) for curve in curves]).sum(dim=0)
+
+
+def _mean(curves: Sequence[Tensor]) -> tuple[float, ...]:
+    return tuple(torch.stack(list(curves)).mean(dim=0).tolist()) if curves else ()
 
 
 def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) -> EnergySplit:

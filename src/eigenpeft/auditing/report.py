@@ -1,9 +1,10 @@
 """What an audit found, as frozen plain data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
+from eigenpeft.auditing.gradient import GradientShare, ModuleGradient
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import ArtifactError
 
@@ -82,6 +83,7 @@ class AuditReport:
         findings: What was noticed about single adapters and pairs.
         weighting: "equal": every adapter's update of a module counts alike.
         seed: Of the nulls and the bootstrap.
+        gradient: The share of a new task's gradient inside the adapters' subspace, where a model and a data set were given.
     """
 
     verdict: Verdict
@@ -104,6 +106,7 @@ class AuditReport:
     findings: tuple[Finding, ...]
     weighting: str
     seed: int
+    gradient: GradientShare | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -120,14 +123,15 @@ class AuditReport:
             ArtifactError: If fields are missing or of another kind, as in reports of other versions.
         """
         known = {field.name for field in fields(cls)}
-        missing = sorted(known - set(data)) if isinstance(data, Mapping) else sorted(known)
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        missing = sorted(required - set(data)) if isinstance(data, Mapping) else sorted(required)
         if missing:
             raise ArtifactError(
                 f"This is no report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
                 "--json` again."
             )
         try:
-            values = {name: _restored(name, data[name]) for name in known}
+            values = {name: _restored(name, data[name]) for name in known & set(data)}
         except (TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(
                 f"The audit report is damaged ({error}); run `eigenpeft audit ... --json` again."
@@ -138,6 +142,9 @@ class AuditReport:
 def _restored(name: str, value: Any) -> Any:
     if name == "modules":
         return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
+    if name == "gradient" and isinstance(value, Mapping):
+        modules = tuple(ModuleGradient(**{k: _tuples(v) for k, v in module.items()}) for module in value["modules"])
+        return GradientShare(**{**{k: _tuples(v) for k, v in value.items()}, "modules": modules})
     if name == "findings":
         return tuple(Finding(**{**found, "adapters": tuple(found["adapters"])}) for found in value)
     if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):

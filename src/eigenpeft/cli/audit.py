@@ -8,9 +8,11 @@ from rich.markup import escape
 
 from eigenpeft.auditing import audit as run_audit
 from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
+from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
-from eigenpeft.report.audit_tables import outside_table, share_table
+from eigenpeft.report.audit_tables import gradient_table, outside_table, share_table
 from eigenpeft.report.tables import findings_text
 
 
@@ -20,6 +22,20 @@ def audit(
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Largest number of components.")] = 64,
     n_nulls: Annotated[int, typer.Option(help="Draws of random adapters to compare with.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model (folder or Hub id) for the gradient of a new task; a trained classifier for labels."
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text, messages, or prompt "
+            "and completion; or text and label."
+        ),
+    ] = None,
+    n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -27,13 +43,28 @@ def audit(
 ) -> None:
     """Measure what adapters share, beside random adapters of the same sizes; weights alone, seconds to minutes.
 
+    With --model and --dataset also how much of a new task's gradient lies in their subspace, before any training.
+
     Example: eigenpeft audit adapters/ --html audit.html
     """
     quiet(as_json)
+    if (model is None) != (dataset is None):
+        raise EigenPeftError("Pass both --model and --dataset: the gradient of a new task needs the two of them.")
+    task = None if model is None or dataset is None else load_task(model, dataset, n_rows=n_rows)
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
     ) as collection:
-        report = run_audit(collection, n_components=n_components, n_nulls=n_nulls, seed=seed, progress=not as_json)
+        report = run_audit(
+            collection,
+            model=None if task is None else task.model,
+            dataset=None if task is None else task.rows,
+            data_collator=None if task is None else task.collator,
+            n_rows=n_rows,
+            n_components=n_components,
+            n_nulls=n_nulls,
+            seed=seed,
+            progress=not as_json,
+        )
     if plot is not None:
         plot_audit(report, plot)
     if html is not None:
@@ -43,6 +74,8 @@ def audit(
         return
     console.print(share_table(report))
     console.print(outside_table(report))
+    if report.gradient is not None:
+        console.print(gradient_table(report.gradient))
     if report.findings:
         console.print("Noticed about the adapters:")
         console.print(findings_text(report.findings))

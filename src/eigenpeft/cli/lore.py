@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from datasets import Dataset, load_from_disk
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
+from eigenpeft.cli.rows import open_rows
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
@@ -207,7 +207,7 @@ def _read(
     user: str | None = None,
 ) -> Comparisons:
     """Comparisons of a file as features, embedded where they are text; of one user where one is named."""
-    table = _open(path)
+    table = open_rows(path)
     if user is not None and user_column not in table.column_names:
         table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
     missing = {"chosen", "rejected", user_column} - set(table.column_names)
@@ -238,23 +238,6 @@ def _read(
     return Comparisons(
         features["chosen"], features["rejected"], user_ids, prompts, reference, backbone, processing_class
     )
-
-
-def _open(path: Path) -> Dataset:
-    readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json, ".csv": Dataset.from_csv}
-    readers[".parquet"] = Dataset.from_parquet
-    if path.is_dir():
-        table = load_from_disk(path)
-        if not isinstance(table, Dataset):
-            raise RewardModelError(f"{str(path)!r} holds several splits, {sorted(table)}: pass the folder of one.")
-        return table
-    if not path.is_file():
-        raise RewardModelError(f"There is no file or folder {str(path)!r}.")
-    if path.suffix not in readers:
-        raise RewardModelError(
-            f"{str(path)!r} must end in {', '.join(sorted(readers))}, or be a folder saved by datasets."
-        )
-    return readers[path.suffix](str(path))
 
 
 def _is_reward_model(name: str) -> bool:

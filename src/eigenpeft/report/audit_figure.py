@@ -73,7 +73,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 {held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
 <img alt="Curves, heat map and similarity matrix" src="data:image/png;base64,{picture}">
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
-<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
+{_gradient(report)}<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
 <th>effective rank in</th><th>effective rank out</th><th>held-out share</th></tr>{rows}</table></html>
 """
@@ -85,6 +85,21 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
         Path(file.name).replace(path)
     except OSError as error:
         raise ArtifactError(f"Cannot write {str(path)!r}: {error.strerror or error}. Choose another place.") from error
+
+
+def _gradient(report: AuditReport) -> str:
+    """The section on a new task's gradient, by module; nothing where no task was given."""
+    if report.gradient is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(module.module)}</td><td>{module.share:.4f}</td><td>{max(module.random):.4f}</td>"
+        f"<td>{module.optimum:.4f}</td><td>{module.diagonal:.4f}</td></tr>"
+        for module in report.gradient.modules
+    )
+    return (
+        "<h2>The new task's gradient, before any training</h2><table><tr><th>module</th><th>share inside</th>"
+        f"<th>highest random</th><th>best of that size</th><th>core diagonal</th></tr>{rows}</table>"
+    )
 
 
 def _figure(report: AuditReport):

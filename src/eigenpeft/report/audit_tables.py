@@ -3,7 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from eigenpeft.auditing import AuditReport
+from eigenpeft.auditing import AuditReport, GradientShare
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -46,4 +46,20 @@ def outside_table(report: AuditReport) -> Table:
     table.add_column("share of ‖ΔW‖² outside", justify="right")
     for name, share in sorted(report.outside.items(), key=lambda item: -item[1]):
         table.add_row(escape(name), f"{share:.3f}")
+    return table
+
+
+def gradient_table(found: GradientShare) -> Table:
+    """The share of a new task's gradient in the first K components of every module, beside random and best ones.
+
+    Args:
+        found: `report.gradient`, or from `gradient_share` with at least one seed.
+    """
+    table = Table(title=f"Share of the new task's gradient, {len(found.modules)} modules, {found.n_batches} batches")
+    for title in ("K", "these adapters", f"random, mean of {len(found.random)}", "best of that size"):
+        table.add_column(title, justify="right")
+    most = len(found.curve)
+    for k in sorted({*(k for k in _SHOWN if k <= most), most}):
+        curves = (found.curve, found.random_curve, found.optimum_curve)
+        table.add_row(str(k), *(f"{curve[k - 1]:.4f}" for curve in curves))
     return table

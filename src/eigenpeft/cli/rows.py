@@ -1,0 +1,132 @@
+"""Rows from a file, and rows of a task as its model takes them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+)
+
+from eigenpeft.errors import EigenPeftError
+
+_MAX_LENGTH = 512
+_READERS = {
+    ".jsonl": Dataset.from_json,
+    ".json": Dataset.from_json,
+    ".csv": Dataset.from_csv,
+    ".parquet": Dataset.from_parquet,
+}
+_IGNORED = -100  # a label that no loss counts
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedTask:
+    """A model and tokenised rows with labels, ready for its loss."""
+
+    model: nn.Module
+    rows: list[dict[str, Any]]
+    collator: Callable[[list[Any]], Any]
+
+
+def open_rows(path: Path) -> Dataset:
+    """The rows of a file, or of a folder that `datasets` saved.
+
+    Args:
+        path: .jsonl, .json, .csv, .parquet or a folder.
+
+    Raises:
+        EigenPeftError: If it is none of these.
+    """
+    if path.is_dir():
+        table = load_from_disk(path)
+        if not isinstance(table, Dataset):
+            raise EigenPeftError(f"{str(path)!r} holds several splits, {sorted(table)}: pass the folder of one.")
+        return table
+    if not path.is_file():
+        raise EigenPeftError(f"There is no file or folder {str(path)!r}.")
+    if path.suffix not in _READERS:
+        raise EigenPeftError(
+            f"{str(path)!r} must end in {', '.join(sorted(_READERS))}, or be a folder saved by datasets."
+        )
+    return _READERS[path.suffix](str(path))
+
+
+def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
+    """A model and the first rows of a task: causal language modelling, or classification where rows have a label.
+
+    Args:
+        model: Folder or Hub id; for classification one with a trained head.
+        path: Rows with `text`, `messages`, or `prompt` and `completion` (text or messages); or `text` and `label`.
+        n_rows: Rows to read.
+
+    Raises:
+        EigenPeftError: If the columns are others, or the classifier has no trained head.
+    """
+    table = open_rows(path)
+    columns = set(table.column_names)
+    rows: list[Any] = list(islice(iter(table), n_rows))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if {"text", "label"} <= columns:
+        config = AutoConfig.from_pretrained(model)
+        if not any("ForSequenceClassification" in name for name in config.architectures or ()):
+            raise EigenPeftError(
+                f"{str(path)!r} has labels, but {model!r} holds {config.architectures}, no trained classifier: gradients "
+                "behind a fresh head are those of a random direction. Train the head first, save it, and pass that folder."
+            )
+        classifier = AutoModelForSequenceClassification.from_pretrained(model)
+        return LoadedTask(
+            classifier,
+            [_labelled(row, tokenizer, config, path) for row in rows],
+            DataCollatorWithPadding(tokenizer),
+        )
+    if not ({"text"} <= columns or {"messages"} <= columns or {"prompt", "completion"} <= columns):
+        raise EigenPeftError(
+            f"{str(path)!r} has the columns {sorted(columns)}; a task has 'text', 'messages', or 'prompt' and 'completion' "
+            "for a language model, or 'text' and 'label' for a classifier."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenised = [_language(row, tokenizer) for row in rows]
+    return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenised, DataCollatorForSeq2Seq(tokenizer))
+
+
+def _labelled(row: dict[str, Any], tokenizer: Any, config: Any, path: Path) -> dict[str, Any]:
+    label = row["label"]
+    number = config.label2id.get(label) if isinstance(label, str) else label
+    if not isinstance(number, int) or not 0 <= number < config.num_labels:
+        raise EigenPeftError(
+            f"{str(path)!r} has the label {label!r}; the classifier knows {sorted(config.label2id)} (or their numbers)."
+        )
+    return {**tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=_MAX_LENGTH), "labels": number}
+
+
+def _language(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Tokens and labels; those of a prompt do not count."""
+    if "prompt" in row and "completion" in row:
+        start = _tokens(row["prompt"], tokenizer, generating=True)
+        if isinstance(row["completion"], str):
+            end = tokenizer(row["completion"] + (tokenizer.eos_token or ""), add_special_tokens=False)["input_ids"]
+        else:
+            end = _tokens([*row["prompt"], *row["completion"]], tokenizer)[len(start) :]
+        ids, labels = start + end, [_IGNORED] * len(start) + end
+    else:
+        ids = _tokens(row.get("messages") or row["text"], tokenizer)
+        labels = list(ids)
+    ids, labels = ids[-_MAX_LENGTH:], labels[-_MAX_LENGTH:]  # of a long row the end, where the completion is
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _tokens(text: str | list[dict[str, str]], tokenizer: Any, *, generating: bool = False) -> list[int]:
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]
+    return tokenizer.apply_chat_template(text, add_generation_prompt=generating, return_dict=True)["input_ids"]
