@@ -1,4 +1,4 @@
-"""The commands build, inspect, project and export: from adapters to a subspace, a store, a plain LoRA."""
+"""The commands build, inspect, project, export and convert: from adapters to a subspace, a store, a plain LoRA."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.tuners.export import export_lora
+from eigenpeft.tuners import convert_reference_checkpoint, export_lora
 
 
 @app.command()
@@ -170,5 +170,23 @@ def export(
     export_lora(CoefficientStore.from_pretrained(store), out, adapter_name=name, rank=rank)
     if as_json:
         print_json({"path": str(out), "adapter": name, "rank": rank})
+        return
+    console.print(f"Wrote the plain LoRA adapter {escape(str(out))}.")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that the EigenLoRAx or MoSLoRA repository's code saved.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint of the papers' own repositories as an ordinary LoRA adapter with the same update.
+
+    Example: eigenpeft convert mrpc_eigenlora --out mrpc-lora
+    """
+    quiet(as_json)
+    convert_reference_checkpoint(checkpoint, out)
+    if as_json:
+        print_json({"path": str(out), "checkpoint": str(checkpoint)})
         return
     console.print(f"Wrote the plain LoRA adapter {escape(str(out))}.")

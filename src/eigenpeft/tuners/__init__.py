@@ -6,6 +6,7 @@ from eigenpeft.tuners.mixed_models import FactorMixedModel
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.rank_padding import pad_ranks
+from eigenpeft.tuners.reference_checkpoints import convert_reference_checkpoint
 from eigenpeft.tuners.registration import admit_to_mixed_models, check_lorafa, register, replace_rank_padding
 from eigenpeft.tuners.serving import TaskBank
 
@@ -27,4 +28,12 @@ admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
 replace_rank_padding(pad_ranks)
 
-__all__ = ["EigenLoraConfig", "EigenLoraModel", "MosLoraConfig", "MosLoraModel", "TaskBank", "export_lora"]
+__all__ = [
+    "EigenLoraConfig",
+    "EigenLoraModel",
+    "MosLoraConfig",
+    "MosLoraModel",
+    "TaskBank",
+    "convert_reference_checkpoint",
+    "export_lora",
+]
