@@ -1,6 +1,7 @@
 """What the sources promise about themselves: layers, file texts, sizes, no pickles. Nothing is imported here."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,16 @@ def test_functions_fit_a_screen(path):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
             lines = (node.end_lineno or 0) - body[0].lineno + 1
             assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines without its docstring"
+
+
+def test_the_architecture_lists_every_file():
+    listed: dict[str, set[str]] = {}
+    package = ""
+    for line in (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"  (\w+)/\s", line):
+            package = found[1]
+        elif found := re.match(r"    ([\w/]+\.py)\s+\S", line):
+            listed.setdefault(package, set()).add(found[1])
+    for folder in (path for path in SOURCE.iterdir() if (path / "__init__.py").is_file()):
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
+        assert listed[folder.name] == files
