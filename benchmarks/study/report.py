@@ -8,7 +8,7 @@ Writes:   the tables as markdown, to stdout or between the marks `<!-- NAME -->`
 
 import argparse
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -84,12 +84,23 @@ def comparison_table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def common(cells: Cells) -> Cells:
+    """The cells of those targets that the most methods have, and the methods that have them all."""
+    reach = Counter(target for found in cells.values() for target, _ in found)
+    targets = {target for target, count in reach.items() if count == max(reach.values())}
+    return {
+        method: kept
+        for method, found in on(cells, targets=targets).items()
+        if len(kept := dict(sorted(found.items()))) == len(targets)
+    }
+
+
 def sweep_table(cells: Cells) -> str:
     """Every method by its mean over the targets, one seed."""
     lines = ["| method | parameters | rate | mean | minus EigenLoRA, K = 32 | minus random | minus small LoRA |"]
     lines.append("|" + "---|" * 7)
     for method, found in cells.items():
-        if method == HEAD or len(found) < len(TARGETS):
+        if method == HEAD:
             continue
         row = next(iter(found.values()))
         others = (None if method == OURS else OURS, *controls_of(method))
@@ -135,7 +146,7 @@ def tables(rows: list[dict], shares: list[dict]) -> dict[str, str]:
             found[f"fresh-{n_train}"] = method_table(fresh)
             found[f"fresh-comparisons-{n_train}"] = comparison_table(fresh)
             found[f"all-targets-{n_train}"] = comparison_table(on(few, targets=everywhere))
-    found["sweep"] = sweep_table(on(accuracies(rows, 256), targets=TARGETS, seeds=[0]))
+    found["sweep"] = sweep_table(common(on(accuracies(rows, 256), targets=TARGETS, seeds=[0])))
     records = correlations(accuracies(rows, 256), [row for row in shares if row["n_train"] == 256])
     if records:
         found["gradient"] = gradient_table(records)
