@@ -278,6 +278,7 @@ class LowRankRewardModel(RewardModelArtifact):
         unknown: Unknown = "error",
         batch_size: int = 8,
         max_length: int | None = None,
+        end_token: bool = False,
     ) -> Callable[..., list[float]]:
         """A callable for TRL's `GRPOTrainer(reward_funcs=...)` that rewards each prompt as its own user would.
 
@@ -286,6 +287,8 @@ class LowRankRewardModel(RewardModelArtifact):
             unknown: As in `rewards`.
             batch_size: Texts at a time.
             max_length: Longest text in tokens; longer ones lose their beginning. None: the tokenizer's own limit.
+            end_token: Whether completions that are plain text get the tokenizer's end token, as `LoReTrainer` ends the
+                texts that it trains on; `GRPOTrainer` passes them without.
 
         Raises:
             RewardModelError: If the model has no backbone or no tokenizer.
@@ -297,6 +300,7 @@ class LowRankRewardModel(RewardModelArtifact):
             user_column=user_column,
             batch_size=batch_size,
             max_length=max_length,
+            end_token=end_token,
         )
 
     def best_of_n(
