@@ -16,7 +16,7 @@ reward    `LoReTrainer` from there on, one pass over the half: LoRA with two row
           B = 1 is one reward for both users: what two rows gain over it is what personalisation is worth here.
 
 A row keeps which held-out comparisons were ordered rightly, so that methods are compared comparison by comparison. Learning
-rates are a quarter of those that benchmarks/smollm2.py chose for SFT, as the start is warm; nothing was chosen by the held-out half.
+rates are a quarter of those that benchmarks/smollm2.py chose for SFT, as the start is warm; none was chosen by a held-out half.
 """
 
 import argparse
