@@ -42,7 +42,7 @@ from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"
 USERS = ("helpful", "harmless")
-HALVES = (0, 1)
+HALVES, BATCH = (0, 1), 8
 # Prior scales of the frozen fit, fixed: two users are too few to hold any out.
 FROZEN = {"shared_scale": 1.0, "deviation_scale": 1.0, "concentration": 0.5, "strength": 1.0}
 # method, rows of the basis, learning rate
@@ -128,6 +128,14 @@ def fit_frozen(halves, n_basis, half):
     return halves.score(fitter.model_, by_basis, asked) | {"parameters": n_basis * 577, "cpu_seconds": seconds}
 
 
+def by_length(rows, *, seed):
+    """Batches of comparisons of like length, in random order: half the padding of a random order."""
+    draw = random.Random(seed)
+    ordered = sorted(rows, key=lambda row: max(len(row["chosen"]), len(row["rejected"])) + len(row["prompt"]))
+    batches = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
+    return [row for batch in draw.sample(batches, len(batches)) for row in batch]
+
+
 def adapter(method, subspace):
     if method == "EigenLoRA":
         return EigenLoraConfig(
@@ -149,11 +157,12 @@ def train_reward(halves, method, n_basis, rate, half, *, seed, subspace):
             learning_rate=rate,
             num_train_epochs=1,
             warmup_steps=10,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=BATCH,
+            train_sampling_strategy="sequential",
             seed=seed,
             **COMMON,
         ),
-        train_dataset=Dataset.from_list([halves.rows[i] for i in fitted]),
+        train_dataset=Dataset.from_list(by_length([halves.rows[i] for i in fitted], seed=seed)),
         processing_class=halves.tokenizer,
         peft_config=adapter(method, subspace),
     )
@@ -224,8 +233,8 @@ def main():
             cell = {"stage": "frozen", "method": "frozen", "n_basis": n_basis, "half": half}
             if not record.find(**cell):
                 record.add(cell | fit_frozen(halves, n_basis, half))
-    for method, n_basis, rate in REWARDS:
-        for half in HALVES:
+    for half in HALVES:
+        for method, n_basis, rate in REWARDS:
             cell = {"stage": "reward", "method": method, "n_basis": n_basis, "half": half, "learning_rate": rate}
             cell |= {"seed": arguments.seed}
             if not record.find(**cell) and (method != "EigenLoRA" or arguments.subspace):

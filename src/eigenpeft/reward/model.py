@@ -255,6 +255,16 @@ class LowRankRewardModel(RewardModelArtifact):
         """
         margins = pair_margins(chosen, rejected, self.reward_basis)
         names, rows = index_users(user_ids, n_pairs=len(margins))
+        return self.fit_users_by_margins(margins, names=names, rows=rows)
+
+    def fit_users_by_margins(self, margins: Tensor, *, names: Sequence[UserId], rows: Tensor) -> "LowRankRewardModel":
+        """`fit_users` where the margins of the comparisons under every row of the basis are known already.
+
+        Args:
+            margins: (n, n_basis).
+            names: The users.
+            rows: (n,) number of the user of each comparison.
+        """
         weights = fit_all_user_weights(margins, rows, n_users=len(names), concentration=self.concentration)
         self.users.put(names, weights, torch.bincount(rows, minlength=len(names)).tolist())
         return self
