@@ -47,6 +47,8 @@ HALVES, BATCH = (0, 1), 8
 FROZEN = {"shared_scale": 1.0, "deviation_scale": 1.0, "concentration": 0.5, "strength": 1.0}
 # method, rows of the basis, learning rate
 REWARDS = (("LoRA r16", 2, 5e-4), ("LoRA r16", 1, 5e-4), ("EigenLoRA", 2, 2.5e-3))
+# Queries and values of the upper ten of thirty layers: no gradient has to pass the others.
+ADAPTED = r".*layers\.2\d\.self_attn\.[qv]_proj"
 COMMON = {
     "use_cpu": True,
     "gradient_checkpointing": False,
@@ -137,11 +139,10 @@ def by_length(rows, *, seed):
 
 
 def adapter(method, subspace):
+    common = {"r": 16, "lora_alpha": 32, "target_modules": ADAPTED, "task_type": "SEQ_CLS"}
     if method == "EigenLoRA":
-        return EigenLoraConfig(
-            subspace=PrincipalSubspace.from_pretrained(subspace), r=16, lora_alpha=32, task_type="SEQ_CLS"
-        )
-    return LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+        return EigenLoraConfig(subspace=PrincipalSubspace.from_pretrained(subspace), **common)
+    return LoraConfig(**common)
 
 
 def train_reward(halves, method, n_basis, rate, half, *, seed, subspace):
