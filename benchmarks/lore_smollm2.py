@@ -187,25 +187,26 @@ def train_reward(halves, method, n_basis, rate, half, *, seed, subspace):
 
 
 def compare(record, *, n_draws=10_000):
-    """Accuracies over both halves, and gains over B = 1 of the same method, with bootstraps over comparisons."""
-    found = {}
+    """Accuracies and gains over the controls, on the halves that both sides have; bootstraps over comparisons."""
 
     def right(method, n_basis, whose="own"):
-        rows = [record.find(method=method, n_basis=n_basis, half=half) for half in HALVES]
-        return [int(one) for row in rows for one in row["right"][whose]] if all(rows) else None
+        rows = {half: record.find(method=method, n_basis=n_basis, half=half) for half in HALVES}
+        return {half: [int(one) for one in row["right"][whose]] for half, row in rows.items() if row}
 
+    found = {}
     for method, n_basis in [("frozen", 1), ("frozen", 2), *(cell[:2] for cell in REWARDS)]:
         own = right(method, n_basis)
         if own:
-            cell = {"accuracy": interval(own, n_draws)}
-            baselines = {
-                "own population": right(method, n_basis, "population"),
+            cell = {"accuracy": interval(sum(own.values(), []), n_draws)}
+            controls = {
+                "population of its own": right(method, n_basis, "population"),
                 "one row": right("frozen" if method == "frozen" else "LoRA r16", 1),
-                "frozen, same rows": right("frozen", n_basis),
+                "frozen, as many rows": right("frozen", n_basis),
             }
-            for name, other in baselines.items():
-                if other:
-                    cell[f"gain over {name}"] = interval([a - b for a, b in zip(own, other, strict=True)], n_draws)
+            for name, other in controls.items():
+                pairs = [pair for half in own if half in other for pair in zip(own[half], other[half], strict=True)]
+                if pairs:
+                    cell[f"gain over {name}"] = interval([a - b for a, b in pairs], n_draws)
             found[f"{method}, B = {n_basis}"] = cell
     return found
 
@@ -243,7 +244,7 @@ def main():
                 record.add(cell | train_reward(halves, method, n_basis, rate, half, **options))
                 row = record.rows[-1]
                 print(method, n_basis, half, row["accuracy"], row["weights"], row["cpu_seconds"], "s", flush=True)
-    for name, cell in compare(record, n_draws=1000).items():
+    for name, cell in compare(record, n_draws=2000).items():
         print(name, cell)
 
 

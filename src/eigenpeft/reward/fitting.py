@@ -290,7 +290,6 @@ class LoReFitter:
         return best
 
     def _pruned(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(n_basis,) which rows are kept, and weights on them."""
         largest = weights.amax(dim=0)
         kept = largest >= min(self.prune, float(largest.max()))
         if not bool(kept.all()):

@@ -74,16 +74,17 @@ class LoReTrainer(RewardTrainer):
         **options: Any,
     ):
         args = args if args is not None else LoReConfig("LoRe")
-        fitted = model if isinstance(model, LowRankRewardModel) else None
+        fitted: LowRankRewardModel | None = model if isinstance(model, LowRankRewardModel) else None
         if train_dataset is None:
             raise RewardModelError("LoReTrainer needs a train_dataset with chosen, rejected and a user column.")
         names, counts = _users_of(train_dataset, args.user_column, user_ids)
-        if fitted is not None:
-            model, processing_class = _of_fitted(fitted, args), processing_class or fitted.processing_class
+        if fitted is not None and processing_class is None:
+            processing_class = fitted.processing_class
+        base: Any = model if fitted is None else _of_fitted(fitted, args)
         if processing_class is None:
-            source = model if isinstance(model, str) else model.config._name_or_path
+            source = base if isinstance(base, str) else base.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(source)
-        model = model if fitted is not None else _basis_model(model, args)
+        model = base if fitted is not None else _basis_model(base, args)
         self._user_ids, self._counts = names, counts
         self._mixing = UserMixing(model, n_users=len(names), n_basis=args.n_basis)
         head_name, _ = score_head(model)
