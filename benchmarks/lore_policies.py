@@ -35,7 +35,7 @@ from eigenpeft.report.plots import new_figure, save_figure
 
 RESULTS = Path(__file__).parent / "results" / "lore_policies.json"
 REWARDS = "LoRA r16 2 0"
-STEPS, RATE, N_TOKENS, N_ASKED = 40, 1e-3, 24, 96
+STEPS, RATE, N_TOKENS, N_ASKED = 24, 1e-3, 24, 96
 
 
 def reward_model(work):

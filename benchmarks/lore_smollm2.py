@@ -11,7 +11,8 @@ Writes:   benchmarks/results/lore_smollm2.json
 All 1,600 comparisons, each labelled by one of the users; the last turn and the beginning of the answer (58 tokens on average).
 Two halves: fitted to one and asked about the other, then the other way round, so that every comparison is held out once.
 
-frozen    `LoReFitter` on the last hidden state of the untouched model: one row for both users (B = 1), and two.
+frozen    `LoReFitter` on the last hidden state of the untouched model: one row for both users (B = 1), and two. "surface": the same
+          on four numbers of the answer's text, such as its length.
 reward    `LoReTrainer` from there on, one pass over the half: LoRA with two rows, in the recycled subspace with two, LoRA with one.
           B = 1 is one reward for both users: what two rows gain over it is what personalisation is worth here.
 
@@ -22,6 +23,7 @@ rates are a quarter of those that benchmarks/smollm2.py chose for SFT, as the st
 import argparse
 import random
 import time
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -111,23 +113,38 @@ def share(right):
     return round(right.float().mean().item(), 4)
 
 
-def fit_frozen(halves, n_basis, half):
-    """A row of results; the model goes to WORK/lore."""
+def surface(halves):
+    """Four numbers of each answer that any model sees: what can be told without understanding."""
+
+    def numbers(text):
+        answer = text.removesuffix(halves.tokenizer.eos_token)
+        return [len(answer) / 100, len(answer) ** 0.5 / 10, float("?" in answer), float("sorry" in answer.lower())]
+
+    return (torch.tensor([numbers(row[side]) for row in halves.rows]) for side in ("chosen", "rejected"))
+
+
+def hidden(halves):
     features = halves.features()
+    return (torch.from_numpy(features[side][:]) for side in ("chosen", "rejected"))
+
+
+def fit_frozen(halves, method, n_basis, half):
+    """A row of results; the model on hidden states goes to WORK/lore."""
+    chosen, rejected = surface(halves) if method == "surface" else hidden(halves)
     fitted, asked = halves.split(half)
-    chosen, rejected = (torch.from_numpy(features[side][:]) for side in ("chosen", "rejected"))
     start = time.process_time()
     fitter = LoReFitter(n_basis=n_basis, **FROZEN).fit(
         chosen[fitted],
         rejected[fitted],
         user_ids=[halves.rows[i]["user_id"] for i in fitted],
-        backbone=halves.model,
+        backbone=None if method == "surface" else halves.model,
         processing_class=halves.tokenizer,
     )
     seconds = round(time.process_time() - start, 2)
-    fitter.model_.save_pretrained(halves.work / "lore" / f"frozen {n_basis} {half}")
-    by_basis = fitter.model_.basis_rewards(chosen[asked] - rejected[asked])
-    return halves.score(fitter.model_, by_basis, asked) | {"parameters": n_basis * 577, "cpu_seconds": seconds}
+    if method == "frozen":
+        fitter.model_.save_pretrained(halves.work / "lore" / f"frozen {n_basis} {half}")
+    scored = halves.score(fitter.model_, fitter.model_.basis_rewards(chosen[asked] - rejected[asked]), asked)
+    return scored | {"parameters": n_basis * (chosen.shape[1] + len(USERS)), "cpu_seconds": seconds}
 
 
 def by_length(rows, *, seed):
@@ -194,13 +211,13 @@ def compare(record, *, n_draws=10_000):
         return {half: [int(one) for one in row["right"][whose]] for half, row in rows.items() if row}
 
     found = {}
-    for method, n_basis in [("frozen", 1), ("frozen", 2), *(cell[:2] for cell in REWARDS)]:
+    for method, n_basis in [*product(("surface", "frozen"), (1, 2)), *(cell[:2] for cell in REWARDS)]:
         own = right(method, n_basis)
         if own:
             cell = {"accuracy": interval(sum(own.values(), []), n_draws)}
             controls = {
                 "population of its own": right(method, n_basis, "population"),
-                "one row": right("frozen" if method == "frozen" else "LoRA r16", 1),
+                "one row": right(method if method in ("surface", "frozen") else "LoRA r16", 1),
                 "frozen, as many rows": right("frozen", n_basis),
             }
             for name, other in controls.items():
@@ -223,6 +240,7 @@ def main():
     for name in ("model", "data", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--subspace", type=Path, help="without it the EigenLoRA rows are left out")
+    parser.add_argument("--halves", nargs="*", type=int, default=HALVES, choices=HALVES, help="to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -230,12 +248,11 @@ def main():
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     record, halves = smollm2_data.Record(arguments.results, environment()), Halves(arguments)
-    for n_basis in (1, 2):
-        for half in HALVES:
-            cell = {"stage": "frozen", "method": "frozen", "n_basis": n_basis, "half": half}
-            if not record.find(**cell):
-                record.add(cell | fit_frozen(halves, n_basis, half))
-    for half in HALVES:
+    for method, n_basis, half in product(("surface", "frozen"), (1, 2), HALVES):
+        cell = {"stage": "frozen", "method": method, "n_basis": n_basis, "half": half}
+        if not record.find(**cell):
+            record.add(cell | fit_frozen(halves, method, n_basis, half))
+    for half in arguments.halves:
         for method, n_basis, rate in REWARDS:
             cell = {"stage": "reward", "method": method, "n_basis": n_basis, "half": half, "learning_rate": rate}
             cell |= {"seed": arguments.seed}
