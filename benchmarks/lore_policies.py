@@ -124,6 +124,14 @@ def changes(row, base):
     return {user: with_error(found) for user, found in of_user.items()} | {"own minus other": with_error(apart)}
 
 
+def between(rows):
+    """How far the two policies come apart: the first's reward minus the second's, to each user, and their difference."""
+    first, second = (row["rewards"] for row in rows)
+    of_user = {user: [a - b for a, b in zip(first[user], second[user], strict=True)] for user in USERS}
+    apart = [a - b for a, b in zip(*of_user.values(), strict=True)]
+    return {user: with_error(found) for user, found in of_user.items()} | {"first minus second user": with_error(apart)}
+
+
 def figure(rows, path):
     """Rewards of both users along both trainings."""
     made, axes = new_figure(1, 2, width=9, height=3.6)
@@ -170,6 +178,7 @@ def main():
             record.add(row | {"change": changes(row, base)})
         rows.append(record.find(**cell))
         print(user, rows[-1]["mean"], rows[-1]["change"], flush=True)
+    print("between the policies", between(rows))
     if not arguments.contrast:
         figure(rows, arguments.results.with_name("lore_smollm2.png"))
 
