@@ -100,5 +100,7 @@ def index_users(user_ids: Sequence[UserId], *, n_pairs: int) -> tuple[list[str],
 def _read(side: Features, start: int, stop: int) -> Tensor:
     part = side[start:stop]
     if not isinstance(part, Tensor):
-        part = torch.from_numpy(np.array(part, dtype=np.float32))  # a copy: memory maps may be read-only
+        # A copy, as memory maps may be read-only. torch widens half precision twice as fast as NumPy.
+        half = getattr(part, "dtype", None) == np.float16
+        part = torch.from_numpy(np.array(part, dtype=np.float16 if half else np.float32))
     return part.detach().float().cpu()
