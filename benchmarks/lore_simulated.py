@@ -266,7 +266,7 @@ def write_results(known):
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "command": f"python benchmarks/lore_simulated.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(part for part in sys.argv[1:] if part.isalpha())}",
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(known, indent=2) + "\n")
