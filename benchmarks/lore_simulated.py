@@ -1,8 +1,7 @@
 """LoRe on simulated users with a known answer: accuracy and CPU time beside the published procedure and the controls.
 
-Command:  python benchmarks/lore_simulated.py small spread few_shot users large mapped   (any of them)
-Hardware: CPU, one thread; small and spread 1 min each, few_shot 10 s, users 10 s, large 5 min, mapped 5 min and 9 GB of
-          disk.
+Command:  python benchmarks/lore_simulated.py small spread few_shot users   (any of them; larger data: lore_large.py)
+Hardware: CPU, one thread; small and spread 1 min each, few_shot 10 s, users 10 s.
 Writes:   benchmarks/results/lore_simulated.json, one entry a part, and lines on stdout. Times are CPU seconds of this process.
 
 The published procedure is re-implemented from the paper's description (arXiv 2504.14439): W, V ~ N(0, 1), reward
@@ -18,13 +17,11 @@ where the true rewards lie in them; the rows with "signal in all directions" do 
 import argparse
 import json
 import platform
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub.utils import disable_progress_bars
 
@@ -248,108 +245,28 @@ def users():
     return result
 
 
-def large():
-    """1,000 users x 100 comparisons x 4,096 features; signal in leading directions, and in all of them."""
-    result = {}
-    for name, n_signal in (("signal in 64 leading directions", 64), ("signal in all directions", 4096)):
-        setting = Setting(1000, 100, 4096, n_new=200, n_test=10, n_signal=n_signal)
-        rows = setting.bounds()
-        for label, options in (
-            ("LoRe, ours, B = 5, 256 directions", {"n_components": 256}),
-            ("LoRe, ours, B = 5, 512 directions", {"n_components": 512}),
-            ("LoRe, ours, B = 5, all features", {"max_iter": 300}),
-            ("one shared head (B = 1), all features", {"n_basis": 1}),
-        ):
-            _, rows[label] = setting.fit(**{"n_basis": 5, **FIXED, **options})
-            print(name, label, rows[label])
-        steps = 5
-        start = time.process_time()
-        published_fit(setting.train, setting.train_rows, 1000, 5, steps=steps, seed=0)
-        seconds = (time.process_time() - start) / steps
-        rows["LoRe, published procedure"] = {"cpu_seconds_a_step_of_1000": round(seconds, 3)}
-        print(name, rows["LoRe, published procedure"], rows["reference head"], rows["oracle"])
-        result[name] = rows
-        del setting
-    return result
-
-
-def mapped():
-    """100,000 users x 20 comparisons x 1,024 features, texts from a pool of 65,536, in files read in parts."""
-    n_users, n_pairs, width, n_texts = 100_000, 20, 1024, 65_536
-    users = SimulatedUsers(n_users, width, 5, scale=10.0, shared=0.5, reference_noise=0.3)
-    pool = users.pairs(n_texts, seed=0, users=range(1)).chosen  # texts that a user preferred: a little one-sided
-    rewards = pool @ users.reward_basis.T
-    generator = torch.Generator().manual_seed(1)
-
-    def comparisons(rows):
-        texts = torch.randint(n_texts, (2, len(rows)), generator=generator)
-        margins = ((rewards[texts[0]] - rewards[texts[1]]) * users.weights[rows]).sum(dim=1)
-        swap = torch.rand(len(rows), generator=generator) > torch.sigmoid(margins)
-        return torch.where(swap, texts.flip(0), texts), torch.where(swap, -margins, margins)
-
-    with tempfile.TemporaryDirectory() as folder:
-        shape = (n_users * n_pairs, width)
-        sides = [
-            np.lib.format.open_memmap(Path(folder) / f"{side}.npy", mode="w+", dtype=np.float16, shape=shape)
-            for side in ("chosen", "rejected")
-        ]
-        everybody = torch.arange(n_users).repeat_interleave(n_pairs)
-        half = pool.half()
-        for start in range(0, len(everybody), 20_000):
-            texts, _ = comparisons(everybody[start : start + 20_000])
-            for side, numbers in zip(sides, texts, strict=True):
-                side[start : start + 20_000] = half[numbers].numpy()
-        del sides, half
-        sides = [np.load(Path(folder) / f"{side}.npy", mmap_mode="r") for side in ("chosen", "rejected")]
-        start = time.process_time()
-        fitter = LoReFitter(n_basis=5, n_components=128, max_iter=30, **FIXED)
-        fitter.fit(*sides, user_ids=everybody.tolist(), reference_head=users.reference_head)
-        seconds = time.process_time() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        of_process = [
-            line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line
-        ]
-    rows = torch.arange(2000).repeat_interleave(20)
-    texts, truth = comparisons(rows)
-    differences = pool[texts[0]] - pool[texts[1]]
-    model = fitter.model_
-
-    def share(margins):
-        return round((margins > 0).float().mean().item(), 4)
-
-    result = {
-        "cpu_seconds": round(seconds, 1),
-        "gigabytes_of_features": round(2 * 2 * n_users * n_pairs * width / 1e9, 1),
-        "peak_gigabytes_of_memory_mapped_file_pages_included": round(peak, 2),
-        "gigabytes_of_own_memory_after_the_fit": round(int(of_process[0]) / 1e6, 2) if of_process else None,
-        "converged": model.info["converged"],
-        "seen_users_new_comparisons": share(
-            (model.basis_rewards(differences) * model.user_weights(rows.tolist())).sum(1)
-        ),
-        "shared_population": share(model.rewards(differences)),
-        "reference": share(differences @ users.reference_head),
-        "oracle": share(truth),
-    }
-    print(result)
-    return result
-
-
 def main():
-    parts = {function.__name__: function for function in (small, spread, few_shot, users, large, mapped)}
+    parts = {function.__name__: function for function in (small, spread, few_shot, users)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=parts)
     disable_progress_bars()
     torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in parser.parse_args().parts:
-        known[name] = parts[name]()
+        write_results(read_results() | {name: parts[name]()})
+
+
+def read_results():
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def write_results(known):
     known["environment"] = {
         "eigenpeft": eigenpeft.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "command": f"python benchmarks/lore_simulated.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(part for part in sys.argv[1:] if part.isalpha())}",
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(known, indent=2) + "\n")

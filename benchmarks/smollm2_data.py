@@ -71,6 +71,20 @@ def pairs(data, *, user=None, longest=300, n_test=96):
     return {split: shuffled(rows) for split, rows in found.items()}
 
 
+def cut_pairs(data, end, *, n_prompt=160, n_answer=320):
+    """All comparisons of both users, one random order: the last turn's end, the answer's beginning, then `end`."""
+    rows = []
+    for row in read(data / "prefs" / "hh_relabelled" / "both_test.jsonl"):
+        turn = row["prompt"].split("Human: ")[-1].strip()
+        turn = turn if len(turn) <= n_prompt else turn[-n_prompt:].split(" ", 1)[-1]
+        answers = [answer.strip() for answer in row["responses"]]
+        answers = [text if len(text) <= n_answer else text[:n_answer].rsplit(" ", 1)[0] for text in answers]
+        chosen, rejected = (f" {answers[i]}{end}" for i in (row["label"], 1 - row["label"]))
+        prompt = f"Human: {turn}\n\nAssistant:"
+        rows.append({"user_id": row["user_id"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return shuffled(rows)
+
+
 def arithmetic(n_test=16):
     """Sums of two numbers from 2 to 19 after two worked ones, each asked once, in gsm8k's columns."""
     sums = shuffled([(a, b) for a in range(2, 20) for b in range(2, 20)])

@@ -7,8 +7,8 @@
 Paper:     LoRe, arXiv 2504.14439.
 Command:   python recipes/lore.py --config recipes/lore.yaml --data comparisons.jsonl --model MODEL --out rewards
 Hardware:  whatever trains MODEL with LoRA; several processes with `accelerate launch`.
-Time:      30 steps of 8 short pairs on SmolLM2-135M took 71 CPU seconds on one thread (benchmarks/lore_smollm2.py); that is too
-           few to tell two kinds of user apart there (docs/lore.md).
+Time:      30 steps of 8 short pairs on SmolLM2-135M took 71 CPU seconds on one thread; that is too few to tell two kinds of user
+           apart there. benchmarks/lore_smollm2.py starts from a fit on frozen features instead (docs/lore.md).
 Expected:  accuracy of known users above their population_accuracy if their tastes differ; for new users the two are equal by
            construction until they are fitted (the last lines do that). Try `eigenpeft lore evaluate` on frozen features first: it
            takes minutes and tells whether personalisation pays at all.

@@ -1,5 +1,7 @@
 """The fitter: finds planted users, chooses the size by held-out comparisons, says what it cannot do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,7 +111,9 @@ def test_leading_directions_keep_the_reference_whole(train, users, test):
     assert accuracy(fitter.model_, users.pairs(40, seed=3, users=range(60))) > 0.7
 
 
-def test_features_may_lie_in_a_file(train, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_features_may_lie_in_a_file(dtype, train, tmp_path):
+    train = replace(train, chosen=train.chosen.to(dtype), rejected=train.rejected.to(dtype))
     expected = LoReFitter(**FIXED).fit(train.chosen, train.rejected, user_ids=train.user_ids).model_.reward_basis
     for name, side in (("chosen", train.chosen), ("rejected", train.rejected)):
         np.save(tmp_path / f"{name}.npy", side.numpy())
@@ -119,6 +123,14 @@ def test_features_may_lie_in_a_file(train, tmp_path):
     table = Dataset.from_dict({"chosen": train.chosen.numpy(), "rejected": train.rejected.numpy()}).with_format("numpy")
     found = LoReFitter(**FIXED).fit(table["chosen"], table["rejected"], user_ids=train.user_ids).model_.reward_basis
     assert torch.equal(found, expected)
+
+
+def test_values_whose_sum_overflows_are_fine_and_nan_is_found():
+    large = torch.full((4, 3), 3e38)
+    assert sum(len(part) for _, part in difference_chunks(large, torch.zeros(4, 3))) == 4
+    large[2, 1] = float("nan")
+    with pytest.raises(RewardModelError, match="pair 2 are NaN"):
+        list(difference_chunks(large, torch.zeros(4, 3)))
 
 
 def test_parts_cover_every_pair_once(monkeypatch):

@@ -197,6 +197,10 @@ def test_reward_function_rewards_each_prompt_as_its_user_would(backbone, tokeniz
     texts = [a + b for a, b in zip(prompts, completions, strict=True)]
     by_basis = classify(model.backbone, tokenizer, texts, batch_size=8)
     assert rewards == pytest.approx([by_basis[0, 0].item(), by_basis[1, 2].item(), by_basis[2, 0].item()], abs=1e-5)
+    ended = model.reward_func(user_column="who", end_token=True)
+    rewards = ended(prompts=["a joke ", "help "], completions=["about cats", "me</s>"], who=["ada", "bob"])
+    by_basis = classify(model.backbone, tokenizer, ["a joke about cats</s>", "help me</s>"], batch_size=8)
+    assert rewards == pytest.approx([by_basis[0, 0].item(), by_basis[1, 2].item()], abs=1e-5)
     chat = func(
         prompts=[[{"role": "user", "content": "help"}]],
         completions=[[{"role": "assistant", "content": "no"}]],

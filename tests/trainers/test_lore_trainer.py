@@ -8,6 +8,8 @@ from transformers import AutoModelForSequenceClassification
 
 from eigenpeft import LowRankRewardModel, MosLoraConfig
 from eigenpeft.errors import RewardModelError
+from eigenpeft.reward import LoReFitter
+from eigenpeft.reward.features import embed_texts
 from eigenpeft.reward.text import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
@@ -163,6 +165,31 @@ def test_a_scalar_reward_model_is_the_start_of_every_row(llama, tokenizer, data,
     assert not hasattr(scalar, "lore_user_logits")
 
 
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_a_fitted_reward_model(adapter, dtype, llama, tokenizer, data, tmp_path):
+    train = data(range(6), 10)
+    backbone = llama().to(dtype)
+    sides = [
+        embed_texts(backbone, tokenizer, [row[side] + " </s>" for row in train]) for side in ("chosen", "rejected")
+    ]
+    fitter = LoReFitter(n_basis=2, deviation_scale=2.0, strength=1.0)
+    fitted = fitter.fit(*sides, user_ids=train["user_id"], backbone=backbone, processing_class=tokenizer).model_
+    fitted.delete_user("user-5")
+    before = {name: value.clone() for name, value in fitted.backbone.state_dict().items()}
+    trainer = LoReTrainer(fitted, config(tmp_path, max_steps=1), train_dataset=train, peft_config=adapter)
+    start = trainer.reward_model()
+    torch.testing.assert_close(start.reward_basis, fitted.reward_basis)
+    users = [f"user-{i}" for i in range(5)]
+    torch.testing.assert_close(start.user_weights(users), fitted.user_weights(users), atol=2e-3, rtol=0)
+    torch.testing.assert_close(start.user_weights(["user-5"])[0], fitted.population_weights, atol=2e-3, rtol=0)
+    known = train.filter(lambda row: row["user_id"] != "user-5")
+    assert accuracy(start, known, tokenizer) == accuracy(fitted, known, tokenizer) > 0.8
+    trainer.train()
+    assert not torch.equal(trainer.reward_model().reward_basis, fitted.reward_basis)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.backbone.state_dict().items())
+
+
 def test_a_model_by_name_with_a_head_or_without(llama, tokenizer, data, tmp_path):
     scalar = llama()
     scalar.save_pretrained(tmp_path / "scalar")
@@ -225,6 +252,11 @@ def test_errors(llama, tokenizer, data, tmp_path):
     without = Dataset.from_dict({"chosen": ["a"], "rejected": ["the"]})
     with pytest.raises(RewardModelError, match="no column 'user_id', only"):
         LoReTrainer(llama(), config(tmp_path), train_dataset=without, processing_class=tokenizer)
+    fitted = {"train_dataset": data(range(2), 2), "processing_class": tokenizer}
+    with pytest.raises(RewardModelError, match="to start from has no backbone"):
+        LoReTrainer(LowRankRewardModel(torch.eye(2)), config(tmp_path), **fitted)
+    with pytest.raises(RewardModelError, match="a basis of 3, and n_basis=2; they must agree"):
+        LoReTrainer(LowRankRewardModel(torch.eye(3, 16), backbone=llama()), config(tmp_path), **fitted)
     with pytest.raises(RewardModelError, match=r"has 3 labels; LoReTrainer takes 1 .* or n_basis=2"):
         LoReTrainer(llama(3), config(tmp_path), train_dataset=data(range(2), 2), processing_class=tokenizer)
     for name in ("n_basis", "user_learning_rate", "strength"):

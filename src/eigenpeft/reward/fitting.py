@@ -146,7 +146,8 @@ class LoReFitter:
         )
         setting, strength = self._choose(pairs, rows, n_users=len(names), prompt_ids=prompt_ids)
         found = self._fit_joint(setting, pairs, rows, len(names))
-        basis, weights = self._pruned(pairs.preparation.restore(found.deviations), simplex(found.user_logits))
+        kept, weights = self._pruned(simplex(found.user_logits))
+        basis = pairs.preparation.restore(found.deviations[kept])
         info = {
             "base_model": base_model,
             "n_pairs": len(chosen),
@@ -165,7 +166,8 @@ class LoReFitter:
             processing_class=processing_class,
             info=info,
         )
-        self.model_ = model.fit_users(chosen, rejected, user_ids=user_ids)
+        margins = pairs.offsets[:, None] + pairs.differences @ found.deviations[kept].mT
+        self.model_ = model.fit_users_by_margins(margins, names=names, rows=rows)
         return self
 
     def fit_users(self, chosen: Features, rejected: Features, *, user_ids: Sequence[UserId]) -> "LoReFitter":
@@ -287,7 +289,7 @@ class LoReFitter:
             logger.info("The fit stopped at max_iter=%d before it converged.", self.max_iter)
         return best
 
-    def _pruned(self, basis: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _pruned(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         largest = weights.amax(dim=0)
         kept = largest >= min(self.prune, float(largest.max()))
         if not bool(kept.all()):
@@ -295,4 +297,4 @@ class LoReFitter:
                 "Dropped %d of %d basis rows: no user weighs them %g.", int((~kept).sum()), len(kept), self.prune
             )
         left = weights[:, kept]
-        return basis[kept], left / left.sum(dim=1, keepdim=True)
+        return kept, left / left.sum(dim=1, keepdim=True)

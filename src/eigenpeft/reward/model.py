@@ -255,6 +255,16 @@ class LowRankRewardModel(RewardModelArtifact):
         """
         margins = pair_margins(chosen, rejected, self.reward_basis)
         names, rows = index_users(user_ids, n_pairs=len(margins))
+        return self.fit_users_by_margins(margins, names=names, rows=rows)
+
+    def fit_users_by_margins(self, margins: Tensor, *, names: Sequence[UserId], rows: Tensor) -> "LowRankRewardModel":
+        """`fit_users` where the margins of the comparisons under every row of the basis are known already.
+
+        Args:
+            margins: (n, n_basis).
+            names: The users.
+            rows: (n,) number of the user of each comparison.
+        """
         weights = fit_all_user_weights(margins, rows, n_users=len(names), concentration=self.concentration)
         self.users.put(names, weights, torch.bincount(rows, minlength=len(names)).tolist())
         return self
@@ -278,6 +288,7 @@ class LowRankRewardModel(RewardModelArtifact):
         unknown: Unknown = "error",
         batch_size: int = 8,
         max_length: int | None = None,
+        end_token: bool = False,
     ) -> Callable[..., list[float]]:
         """A callable for TRL's `GRPOTrainer(reward_funcs=...)` that rewards each prompt as its own user would.
 
@@ -286,6 +297,8 @@ class LowRankRewardModel(RewardModelArtifact):
             unknown: As in `rewards`.
             batch_size: Texts at a time.
             max_length: Longest text in tokens; longer ones lose their beginning. None: the tokenizer's own limit.
+            end_token: Whether completions that are plain text get the tokenizer's end token, as `LoReTrainer` ends the
+                texts that it trains on; `GRPOTrainer` passes them without.
 
         Raises:
             RewardModelError: If the model has no backbone or no tokenizer.
@@ -297,6 +310,7 @@ class LowRankRewardModel(RewardModelArtifact):
             user_column=user_column,
             batch_size=batch_size,
             max_length=max_length,
+            end_token=end_token,
         )
 
     def best_of_n(

@@ -44,7 +44,8 @@ def difference_chunks(chosen: Features, rejected: Features) -> Iterator[tuple[in
             )
         width = first.shape[1]
         part = first - second
-        if not bool(torch.isfinite(part).all()):
+        # One sum tells nearly always; only one that is not finite has to be looked into, as finite parts may overflow.
+        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
             bad = (~torch.isfinite(part).all(dim=1)).nonzero()[:, 0]
             raise RewardModelError(
                 f"Features of pair {start + int(bad[0])} are NaN or infinite (and of {len(bad) - 1} more pairs nearby); "
@@ -99,5 +100,7 @@ def index_users(user_ids: Sequence[UserId], *, n_pairs: int) -> tuple[list[str],
 def _read(side: Features, start: int, stop: int) -> Tensor:
     part = side[start:stop]
     if not isinstance(part, Tensor):
-        part = torch.from_numpy(np.array(part, dtype=np.float32))  # a copy: memory maps may be read-only
+        # A copy, as memory maps may be read-only. torch widens half precision twice as fast as NumPy.
+        half = getattr(part, "dtype", None) == np.float16
+        part = torch.from_numpy(np.array(part, dtype=np.float16 if half else np.float32))
     return part.detach().float().cpu()

@@ -115,11 +115,15 @@ def prepare(
     reference = torch.zeros(width) if reference_head is None else reference_head.detach().float().cpu()
     differences = torch.empty(n, width if components is None else len(components))
     offsets = torch.empty(n)
+    onto = None if components is None else torch.cat([components / scales, reference[None]])
     for start, part in difference_chunks(chosen, rejected):
         rows = slice(start, start + len(part))
-        offsets[rows] = part @ reference
-        part /= scales
-        differences[rows] = part if components is None else part @ components.mT
+        if onto is None:
+            offsets[rows] = part @ reference
+            torch.div(part, scales, out=differences[rows])
+        else:
+            coordinates = part @ onto.mT
+            offsets[rows], differences[rows] = coordinates[:, -1], coordinates[:, :-1]
     temperature = _temperature(offsets) if reference_head is not None else 1.0
     total_variance = float(differences.square().mean(dim=0).sum())
     preparation = Preparation(scales, components, temperature * reference, total_variance)
@@ -131,7 +135,8 @@ def _first_pass(chosen: Features, rejected: Features, n: int, *, wants_sample: b
     squares, rows = torch.zeros(0, dtype=torch.float64), []
     stride = max(1, n // SAMPLE_ROWS)
     for start, part in difference_chunks(chosen, rejected):
-        squares = squares + part.square().sum(dim=0).double() if len(squares) else part.square().sum(dim=0).double()
+        of_part = torch.linalg.vector_norm(part, dim=0).double().square()
+        squares = squares + of_part if len(squares) else of_part
         if wants_sample:
             rows.append(part[-start % stride :: stride].clone())
     return len(squares), squares, torch.cat(rows) if rows else torch.zeros(0, len(squares))

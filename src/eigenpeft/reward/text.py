@@ -21,6 +21,7 @@ class TextReward:
         user_column: Name of the keyword that brings the user ids.
         batch_size: Texts at a time.
         max_length: Longest text in tokens; None for the tokenizer's limit.
+        end_token: Whether plain texts without the tokenizer's end token get it.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class TextReward:
         user_column: str,
         batch_size: int,
         max_length: int | None,
+        end_token: bool = False,
     ):
         if processing_class is None:
             raise RewardModelError("Rewards of texts need the backbone's tokenizer: pass processing_class=.")
         self.__name__ = f"lore_{user_column}"  # TRL logs rewards under this name
         self._backbone, self._processing_class, self._weights = backbone, processing_class, weights
         self._user_column, self._batch_size, self._max_length = user_column, batch_size, max_length
+        self._end = processing_class.eos_token or "" if end_token else ""
 
     def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Reward of each completion to the user of its prompt.
@@ -55,10 +58,11 @@ class TextReward:
                 f"The reward function got no column {self._user_column!r}, only {sorted(columns)}: add it to the training "
                 "set, or name another with user_column=."
             )
-        texts = [
-            join(prompt, completion, self._processing_class)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = join(prompt, completion, self._processing_class)
+            plain = isinstance(completion, str)
+            texts.append(text + self._end if plain and not text.endswith(self._end) else text)
         by_basis = classify(
             self._backbone, self._processing_class, texts, batch_size=self._batch_size, max_length=self._max_length
         )

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.trainer.reward_trainer import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.linalg.preference import simplex
+from eigenpeft.linalg.preference import simplex, simplex_logits
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.reward.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
@@ -26,6 +26,9 @@ from eigenpeft.trainers.user_mixing import (
     user_logits,
 )
 
+# A weight of zero would start a user's logit where no gradient reaches it.
+LEAST_START_WEIGHT = 1e-3
+
 
 class LoReTrainer(RewardTrainer):
     """Trains backbone (or its adapter), reward basis and user weights together on comparisons of many users.
@@ -36,8 +39,12 @@ class LoReTrainer(RewardTrainer):
     `population_accuracy`, of one mean weighting for everybody, and `gain_over_population`. Pass
     `eval_dataset={"seen_users": ..., "new_users": ...}` to have them apart.
 
+    With few comparisons, fit `LoReFitter` to features of the untrained backbone first and pass the model it makes: basis
+    and users then start where that fit ended, and training has only to improve on it.
+
     Args:
-        model: Name or path, or an `AutoModelForSequenceClassification` model with 1 or n_basis labels.
+        model: Name or path, or an `AutoModelForSequenceClassification` model with 1 or n_basis labels, or a
+            `LowRankRewardModel` with a backbone and n_basis rows, of which nothing is changed.
         args: Settings; None takes the defaults.
         train_dataset: Comparisons with `chosen`, `rejected` and the user column.
         eval_dataset: The same, or a dictionary of such.
@@ -47,7 +54,8 @@ class LoReTrainer(RewardTrainer):
         **options: What `trl.RewardTrainer` takes besides.
 
     Raises:
-        RewardModelError: If the user column is missing, the model's head does not fit, or it is PEFT-wrapped already.
+        RewardModelError: If the user column is missing, the model's head or basis does not fit, or it is PEFT-wrapped
+            already.
     """
 
     _tag_names = ["trl", "lore", "eigenpeft"]
@@ -66,17 +74,23 @@ class LoReTrainer(RewardTrainer):
         **options: Any,
     ):
         args = args if args is not None else LoReConfig("LoRe")
+        fitted: LowRankRewardModel | None = model if isinstance(model, LowRankRewardModel) else None
         if train_dataset is None:
             raise RewardModelError("LoReTrainer needs a train_dataset with chosen, rejected and a user column.")
         names, counts = _users_of(train_dataset, args.user_column, user_ids)
+        if fitted is not None and processing_class is None:
+            processing_class = fitted.processing_class
+        base: Any = model if fitted is None else _of_fitted(fitted, args)
         if processing_class is None:
-            source = model if isinstance(model, str) else model.config._name_or_path
+            source = base if isinstance(base, str) else base.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(source)
-        model = _basis_model(model, args)
+        model = base if fitted is not None else _basis_model(base, args)
         self._user_ids, self._counts = names, counts
         self._mixing = UserMixing(model, n_users=len(names), n_basis=args.n_basis)
         head_name, _ = score_head(model)
         keep_head_precise(model)
+        if fitted is not None:
+            _start_from(fitted, model, names)
         if args.freeze_backbone:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith((head_name, USER_LOGITS)))
@@ -212,6 +226,27 @@ def _users_of(dataset: Any, column: str, user_ids: Sequence[str | int] | None) -
     for user in dataset[column]:
         counts[str(user)] = counts.get(str(user), 0.0) + 1.0
     return list(counts), [max(count, 1.0) for count in counts.values()]
+
+
+def _of_fitted(fitted: LowRankRewardModel, args: LoReConfig) -> Any:
+    """A copy of a reward model's backbone, its basis as the head."""
+    if fitted.backbone is None:
+        raise RewardModelError(
+            "The reward model to start from has no backbone: pass backbone= and processing_class= to LoReFitter.fit."
+        )
+    if fitted.n_basis != args.n_basis:
+        raise RewardModelError(
+            f"The reward model to start from has a basis of {fitted.n_basis}, and n_basis={args.n_basis}; they must agree."
+        )
+    return with_head(fitted.backbone, fitted.reward_basis)
+
+
+@torch.no_grad()
+def _start_from(fitted: LowRankRewardModel, model: Any, names: list[str]) -> None:
+    """Basis in full precision, and the users' weights; users whom the fit did not know start as its population."""
+    score_head(model)[1].weight.copy_(fitted.reward_basis)
+    weights = fitted.user_weights(names, unknown="population").clamp(min=LEAST_START_WEIGHT)
+    user_logits(model).copy_(simplex_logits(weights))
 
 
 def _basis_model(model: Any, args: LoReConfig) -> Any:
