@@ -61,7 +61,7 @@ benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 
 K8 = "head only" "EigenLoRA K=8" "random subspace K=8" "LoRA, equal parameters to K=8"
 FRESH = mr mrpc sick_entail sts_similar
-study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in recipes/train_zoo.yaml (hours)
+study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` with those of docs/study.md (hours)
 	$(BIN)/python benchmarks/study/encoder.py tune --data $(DATA)
 	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA)
 	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train 64 --methods $(K8)
@@ -70,6 +70,8 @@ study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in r
 	done
 	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
 	$(BIN)/python benchmarks/study/report.py --docs docs/study.md
+	$(BIN)/python benchmarks/study/causal.py zoo tune test --model smollm2/model --data $(DATA)/.. --work study-work
+	$(BIN)/python benchmarks/study/causal_report.py --docs docs/study.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output study-work .pytest_cache .ruff_cache
