@@ -30,7 +30,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.auditing import same_parameters_lora
+from eigenpeft.auditing import audit, same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.subspace import mean_only_subspace, random_subspace
 
@@ -210,6 +210,20 @@ def build_zoo(halves: Halves, load: Callable[[str], Task], work: Path, results: 
         print(f"zoo {name}: {before} -> {result['loss']}, {result['cpu_seconds']} s", flush=True)
 
 
+def audit_zoo(zoo: AdapterCollection, results: Path) -> None:
+    """What `eigenpeft audit` says of the zoo, in a row."""
+    if any(row["stage"] == "audit" for row in read(results)):
+        return
+    report = audit(zoo, n_components=64, progress=False)
+    places = (8, 32, 64)
+    shares = {
+        f"{kind}_{source}": {str(k): round(getattr(getattr(report, kind), source)[k - 1], 4) for k in places}
+        for kind in ("explained", "held_out")
+        for source in ("real", "null")
+    }
+    append(results, {"stage": "audit", "verdict": report.verdict, **shares, "environment": environment()})
+
+
 def run(cell: dict, *, task: Task, zoo: AdapterCollection, halves: Halves) -> dict:
     """Train and judge one cell."""
     if cell["method"] == "base":
@@ -245,6 +259,8 @@ def main() -> None:
     if "zoo" in arguments.stages:
         build_zoo(halves, load, arguments.work, arguments.results)
     zoo = AdapterCollection.from_pretrained(arguments.work / "zoo")
+    if "zoo" in arguments.stages:
+        audit_zoo(zoo, arguments.results)
     for stage in [stage for stage in arguments.stages if stage != "zoo"]:
         for cell in cells(stage, arguments.results, seeds=arguments.seeds, methods=arguments.methods):
             cell |= {"stage": stage, "steps": STEPS, "batch_size": BATCH_SIZE}
