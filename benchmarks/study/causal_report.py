@@ -1,8 +1,9 @@
 """Tables and figure of the study's causal slice: held-out losses, paired differences, steps to LoRA's loss.
 
-Command:  python benchmarks/study/causal_report.py [--results FILE]
-Writes:   markdown on stdout and benchmarks/results/study/causal.png, from the cells that are there. Differences are paired by
-          target and seed, their intervals 95 % (Student's t); below zero is better.
+Command:  python benchmarks/study/causal_report.py [--docs docs/study.md]
+Writes:   the tables as markdown, to stdout or between the marks of a page (as report.py does), and
+          benchmarks/results/study/causal.png, from the cells that are there. Differences are paired by target and seed, their
+          intervals 95 % (Student's t); below zero is better.
 """
 
 import argparse
@@ -11,11 +12,12 @@ from pathlib import Path
 from statistics import fmean, median
 
 from causal import METHODS, OURS, RESULTS, TARGETS, best_rate
+from compare import Cells, difference, difference_by_target, shown
 from encoder import read
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from report import difference, difference_by_target, shown
+from report import filled
 
 FULL = "LoRA r8"
 FIGURE = RESULTS.with_name("causal.png")
@@ -33,7 +35,7 @@ COMPARISONS = (
 )
 
 
-def tested(rows: list[dict]) -> dict[str, dict[tuple[str, int], dict]]:
+def tested(rows: list[dict]) -> Cells:
     """Method to the rows of its (target, seed) pairs, at its chosen rate."""
     found = defaultdict(dict)
     for row in rows:
@@ -42,8 +44,8 @@ def tested(rows: list[dict]) -> dict[str, dict[tuple[str, int], dict]]:
     return {name: found[name] for name in METHODS if name in found}
 
 
-def tuning_table(rows: list[dict]) -> None:
-    print("\n| method | loss at each rate (mean of two tuning tasks) | chosen |\n|---|---|---|")
+def tuning_table(rows: list[dict]) -> str:
+    lines = ["| method | loss at each rate (mean of two tuning tasks) | chosen |\n|---|---|---|"]
     for name, method in METHODS.items():
         losses = defaultdict(list)
         for row in rows:
@@ -51,15 +53,18 @@ def tuning_table(rows: list[dict]) -> None:
                 losses[row["rate"]].append(row["loss"])
         if method.tuned_as is None and losses:
             tried = ", ".join(f"{rate:g}: {fmean(values):.3f}" for rate, values in sorted(losses.items()))
-            print(f"| {name} | {tried} | {best_rate(rows, name):g} |")
+            lines.append(f"| {name} | {tried} | {best_rate(rows, name):g} |")
+    return "\n".join(lines)
 
 
-def method_table(cells: dict, base: dict[str, dict]) -> None:
+def method_table(cells: Cells, base: dict[str, dict]) -> str:
     targets = [target for target in TARGETS if target in base]
-    print("\n| method | parameters | rate | " + " | ".join(targets) + " | share of LoRA r8's gain | right answers |")
-    print("|" + "---|" * (len(targets) + 5))
     losses = " | ".join(f"{base[target]['loss']:.3f}" for target in targets)
-    print(f"| base, untrained | 0 | | {losses} | 0 | {fmean(base[target]['exact'] for target in targets):.3f} |")
+    lines = [
+        f"| method | parameters | rate | {' | '.join(targets)} | share of LoRA r8's gain | right answers |",
+        "|" + "---|" * (len(targets) + 5),
+        f"| base, untrained | 0 | | {losses} | 0 | {fmean(base[target]['exact'] for target in targets):.3f} |",
+    ]
     for method, found in cells.items():
         means = []
         for name in targets:
@@ -73,16 +78,20 @@ def method_table(cells: dict, base: dict[str, dict]) -> None:
         row = next(iter(found.values()))
         share = f"{fmean(shares):.2f} ({len(pairs)})" if pairs else ""
         right = fmean(row["exact"] for row in found.values())
-        print(f"| {method} | {row['parameters']:,} | {row['rate']:g} | {' | '.join(means)} | {share} | {right:.3f} |")
+        lines.append(
+            f"| {method} | {row['parameters']:,} | {row['rate']:g} | {' | '.join(means)} | {share} | {right:.3f} |"
+        )
+    return "\n".join(lines)
 
 
-def comparison_table(cells: dict) -> None:
-    print("\n| comparison of held-out losses | over targets and seeds | over targets |\n|---|---|---|")
+def comparison_table(cells: Cells) -> str:
+    lines = ["| comparison of held-out losses | over targets and seeds | over targets |\n|---|---|---|"]
     for one, other in COMPARISONS:
         found = difference(cells, one, other, measure="loss")
         if found is not None:
             by_target = shown(difference_by_target(cells, one, other, measure="loss"))
-            print(f"| {one} minus {other} | {shown(found)} | {by_target} |")
+            lines.append(f"| {one} minus {other} | {shown(found)} | {by_target} |")
+    return "\n".join(lines)
 
 
 def first_step(curve: list[list[float]], loss: float) -> int | None:
@@ -90,9 +99,9 @@ def first_step(curve: list[list[float]], loss: float) -> int | None:
     return next((step for step, found, *_ in curve if found <= loss), None)
 
 
-def steps_table(cells: dict, base: dict[str, dict]) -> None:
+def steps_table(cells: Cells, base: dict[str, dict]) -> str:
     """When each method reaches what LoRA r 8 reached at the end, on the same target and seed."""
-    print(f"\n| method | reaches LoRA r8's final loss | reaches {NEARLY:.0%} of its gain |\n|---|---|---|")
+    lines = [f"| method | reaches LoRA r8's final loss | reaches {NEARLY:.0%} of its gain |\n|---|---|---|"]
     for method, found in cells.items():
         columns = []
         for share in (1.0, NEARLY):
@@ -103,10 +112,11 @@ def steps_table(cells: dict, base: dict[str, dict]) -> None:
             reached = [step for step in steps if step is not None]
             when = f", median step {median(reached):g}" if reached else ": never"
             columns.append(f"{len(reached)} of {len(steps)}{when}")
-        print(f"| {method} | {' | '.join(columns)} |")
+        lines.append(f"| {method} | {' | '.join(columns)} |")
+    return "\n".join(lines)
 
 
-def draw(cells: dict, base: dict[str, dict]) -> None:
+def draw(cells: Cells, base: dict[str, dict]) -> None:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     curves, gaps = figure.subplots(1, 2, width_ratios=[1.2, 1])
@@ -141,13 +151,22 @@ def draw(cells: dict, base: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    rows = read(parser.parse_args().results)
+    parser.add_argument("--docs", type=Path, help="page to fill in, instead of printing")
+    arguments = parser.parse_args()
+    rows = read(arguments.results)
     cells = tested(rows)
     base = {row["target"]: row for row in rows if row["stage"] == "test" and row["method"] == "base"}
-    tuning_table(rows)
-    method_table(cells, base)
-    comparison_table(cells)
-    steps_table(cells, base)
+    found = {
+        "causal-rates": tuning_table(rows),
+        "causal-methods": method_table(cells, base),
+        "causal-comparisons": comparison_table(cells),
+        "causal-steps": steps_table(cells, base),
+    }
+    if arguments.docs:
+        arguments.docs.write_text(filled(arguments.docs.read_text(), found))
+    else:
+        for name, table in found.items():
+            print(f"\n<!-- {name} -->\n{table}")
     draw(cells, base)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import encoder
+from compare import difference, shown
 from encoder import BATCH_SIZE, STEPS, TARGETS, TUNING_ROWS, append, best_rate, environment, quiet, read, run
 from methods import OURS
 from tasks import load_task
@@ -25,7 +26,6 @@ from eigenpeft import SubspaceBuilder
 from eigenpeft.auditing import audit
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
-from report import difference, shown
 
 RESULTS = encoder.RESULTS.with_name("same_seed.jsonl")
 SHIPPED = "shipped"
