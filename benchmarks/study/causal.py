@@ -169,7 +169,7 @@ def best_rate(rows: list[dict], name: str) -> float:
     return min(complete, key=complete.__getitem__)
 
 
-def cells(stage: str, results: Path, *, seeds: list[int], methods: list[str]) -> Iterator[dict]:
+def cells(stage: str, results: Path, *, seeds: list[int], methods: list[str], rate: float | None) -> Iterator[dict]:
     """What the stage trains, in order; learning rates are looked up when a cell's turn has come."""
     if stage == "tune":
         for target in TUNING_TASKS:
@@ -182,7 +182,7 @@ def cells(stage: str, results: Path, *, seeds: list[int], methods: list[str]) ->
     for seed in seeds:
         for target in TARGETS:
             for name in methods:
-                yield {"target": target, "method": name, "rate": best_rate(read(results), name), "seed": seed}
+                yield {"target": target, "method": name, "rate": rate or best_rate(read(results), name), "seed": seed}
 
 
 def build_zoo(halves: Halves, load: Callable[[str], Task], work: Path, results: Path) -> None:
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--rate", type=float, help="of the stage test, instead of the one chosen by the stage tune")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
@@ -262,7 +263,8 @@ def main() -> None:
     if "zoo" in arguments.stages:
         audit_zoo(zoo, arguments.results)
     for stage in [stage for stage in arguments.stages if stage != "zoo"]:
-        for cell in cells(stage, arguments.results, seeds=arguments.seeds, methods=arguments.methods):
+        planned = {"seeds": arguments.seeds, "methods": arguments.methods, "rate": arguments.rate}
+        for cell in cells(stage, arguments.results, **planned):
             cell |= {"stage": stage, "steps": STEPS, "batch_size": BATCH_SIZE}
             if any(cell.items() <= row.items() for row in read(arguments.results)):
                 continue

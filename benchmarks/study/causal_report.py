@@ -36,12 +36,16 @@ COMPARISONS = (
 
 
 def tested(rows: list[dict]) -> Cells:
-    """Method to the rows of its (target, seed) pairs, at its chosen rate."""
-    found = defaultdict(dict)
+    """Method to the rows of its (target, seed) pairs, at its chosen rate; "METHOD at RATE" where it was another."""
+    chosen, other = defaultdict(dict), defaultdict(dict)
     for row in rows:
-        if row["stage"] == "test" and row["method"] in METHODS and row["rate"] == best_rate(rows, row["method"]):
-            found[row["method"]][row["target"], row["seed"]] = row
-    return {name: found[name] for name in METHODS if name in found}
+        if row["stage"] == "test" and row["method"] in METHODS:
+            name, pair = row["method"], (row["target"], row["seed"])
+            if row["rate"] == best_rate(rows, name):
+                chosen[name][pair] = row
+            else:
+                other[f"{name} at {row['rate']:g}"][pair] = row
+    return {name: chosen[name] for name in METHODS if name in chosen} | other
 
 
 def tuning_table(rows: list[dict]) -> str:
@@ -86,12 +90,22 @@ def method_table(cells: Cells, base: dict[str, dict]) -> str:
 
 def comparison_table(cells: Cells) -> str:
     lines = ["| comparison of held-out losses | over targets and seeds | over targets |\n|---|---|---|"]
-    for one, other in COMPARISONS:
+    for one, other in comparisons(cells):
         found = difference(cells, one, other, measure="loss")
         if found is not None:
             by_target = shown(difference_by_target(cells, one, other, measure="loss"))
             lines.append(f"| {one} minus {other} | {shown(found)} | {by_target} |")
     return "\n".join(lines)
+
+
+def comparisons(cells: Cells) -> list[tuple[str, str]]:
+    """Those of the chosen rates, then the same for the other rates that were run."""
+    elsewhere = [name for name in cells if name not in METHODS]
+    return [
+        *COMPARISONS,
+        *((name, other) for name in elsewhere for one, other in COMPARISONS if one == name.split(" at ")[0]),
+        *((name, name.split(" at ")[0]) for name in elsewhere),
+    ]
 
 
 def first_step(curve: list[list[float]], loss: float) -> int | None:
@@ -108,7 +122,7 @@ def steps_table(cells: Cells, base: dict[str, dict]) -> str:
             steps = []
             for pair in sorted(set(found) & set(cells.get(FULL, {}))):
                 start, end = base[pair[0]]["loss"], cells[FULL][pair]["loss"]
-                steps.append(first_step(found[pair]["curve"], start - share * (start - end)))
+                steps.append(first_step(found[pair]["curve"], (1 - share) * start + share * end))
             reached = [step for step in steps if step is not None]
             when = f", median step {median(reached):g}" if reached else ": never"
             columns.append(f"{len(reached)} of {len(steps)}{when}")
@@ -121,7 +135,7 @@ def draw(cells: Cells, base: dict[str, dict]) -> None:
     FigureCanvasAgg(figure)
     curves, gaps = figure.subplots(1, 2, width_ratios=[1.2, 1])
     most = max(len(found) for found in cells.values())
-    complete = {method: found for method, found in cells.items() if len(found) == most}
+    complete = {method: found for method, found in cells.items() if len(found) == most and method in METHODS}
     colours = dict(zip(METHODS, ("C0", "C0", "C0", "C1", "C1", "C1", "black", "C2"), strict=True))
     for method, found in complete.items():
         steps = [0, *(step for step, *_ in next(iter(found.values()))["curve"])]
