@@ -99,13 +99,9 @@ def comparison_table(cells: Cells) -> str:
 
 
 def comparisons(cells: Cells) -> list[tuple[str, str]]:
-    """Those of the chosen rates, then the same for the other rates that were run."""
-    elsewhere = [name for name in cells if name not in METHODS]
-    return [
-        *COMPARISONS,
-        *((name, other) for name in elsewhere for one, other in COMPARISONS if one == name.split(" at ")[0]),
-        *((name, name.split(" at ")[0]) for name in elsewhere),
-    ]
+    """Those of the chosen rates, then the other rates that were run beside the same controls of equal size."""
+    elsewhere = [(name, one, other) for name in cells for one, other in COMPARISONS if name.startswith(f"{one} at ")]
+    return [*COMPARISONS, *((name, other) for name, one, other in elsewhere if other not in (FULL, OURS))]
 
 
 def first_step(curve: list[list[float]], loss: float) -> int | None:
@@ -116,8 +112,8 @@ def first_step(curve: list[list[float]], loss: float) -> int | None:
 def steps_table(cells: Cells, base: dict[str, dict]) -> str:
     """When each method reaches what LoRA r 8 reached at the end, on the same target and seed."""
     lines = [f"| method | reaches LoRA r8's final loss | reaches {NEARLY:.0%} of its gain |\n|---|---|---|"]
-    for method, found in cells.items():
-        columns = []
+    for method in [name for name in cells if name in METHODS]:
+        found, columns = cells[method], []
         for share in (1.0, NEARLY):
             steps = []
             for pair in sorted(set(found) & set(cells.get(FULL, {}))):
