@@ -155,7 +155,7 @@ def draw(cells: Cells, base: dict[str, dict]) -> None:
     gaps.axvline(0, color="black", linewidth=0.8)
     gaps.set(xlabel="difference of held-out loss, 95 % interval", title="Below zero: the first is better")
     gaps.grid(axis="x", alpha=0.3)
-    figure.savefig(FIGURE, dpi=110)
+    figure.savefig(FIGURE, dpi=100)
 
 
 def main() -> None:
