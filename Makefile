@@ -61,7 +61,8 @@ benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 
 K8 = "head only" "EigenLoRA K=8" "random subspace K=8" "LoRA, equal parameters to K=8"
 FRESH = mr mrpc sick_entail sts_similar
-study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in recipes/train_zoo.yaml (hours)
+CAUSAL = --model smollm2/model --data $(DATA)/.. --work study-work
+study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` with those of docs/study.md (hours)
 	$(BIN)/python benchmarks/study/encoder.py tune --data $(DATA)
 	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA)
 	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train 64 --methods $(K8)
@@ -70,6 +71,12 @@ study: setup ## Rerun the study of left-out tasks: DATA=folder of the tasks in r
 	done
 	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
 	$(BIN)/python benchmarks/study/report.py --docs docs/study.md
+	$(BIN)/python benchmarks/study/causal.py zoo tune test $(CAUSAL)
+	$(BIN)/python benchmarks/study/causal.py test $(CAUSAL) --rate 0.03 --methods "EigenLoRA K=32" "EigenLoRA K=8"
+	$(BIN)/python benchmarks/study/causal_report.py --docs docs/study.md
+	$(BIN)/python recipes/train_zoo.py --data $(DATA) --out study-work/one_seed --seed 11 --steps 100 --batch_size 16 --bf16 true \
+	  --max_length 48 --base $$($(BIN)/python -c "from eigenpeft.demo.assets import base_model; print(base_model())")
+	$(BIN)/python benchmarks/study/same_seed.py --data $(DATA) --zoos study-work/one_seed --docs docs/study.md
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output study-work .pytest_cache .ruff_cache

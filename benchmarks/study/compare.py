@@ -39,23 +39,27 @@ def controls_of(method: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def difference(cells: Cells, one: str, other: str | None) -> tuple[float, float, int] | None:
+def difference(
+    cells: Cells, one: str, other: str | None, *, measure: str = "accuracy"
+) -> tuple[float, float, int] | None:
     """Mean paired difference, half its 95 % interval, pairs; None below three pairs."""
     if other is None or one not in cells or other not in cells:
         return None
     pairs = sorted(set(cells[one]) & set(cells[other]))
-    gaps = [cells[one][pair]["accuracy"] - cells[other][pair]["accuracy"] for pair in pairs]
+    gaps = [cells[one][pair][measure] - cells[other][pair][measure] for pair in pairs]
     if len(gaps) < 3:
         return None
     error = float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / len(gaps) ** 0.5
     return fmean(gaps), error, len(gaps)
 
 
-def difference_by_target(cells: Cells, one: str, other: str) -> tuple[float, float, int] | None:
+def difference_by_target(
+    cells: Cells, one: str, other: str, *, measure: str = "accuracy"
+) -> tuple[float, float, int] | None:
     """As `difference`, with the mean over seeds of every target as one observation: what holds for another target."""
     by_target = defaultdict(list)
     for pair in set(cells[one]) & set(cells[other]):
-        by_target[pair[0]].append(cells[one][pair]["accuracy"] - cells[other][pair]["accuracy"])
+        by_target[pair[0]].append(cells[one][pair][measure] - cells[other][pair][measure])
     gaps = [fmean(values) for values in by_target.values()]
     if len(gaps) < 3:
         return None
