@@ -137,7 +137,9 @@ def tables(rows: list[dict], shares: list[dict]) -> dict[str, str]:
         cells = accuracies(rows, n_train)
         if not cells:
             continue
-        main = repeated(on(cells, targets=TARGETS))
+        main = on(cells, targets=TARGETS)
+        if n_train == 256:  # the others are in the sweep's table
+            main = repeated(main)
         few = {method: found for method, found in cells.items() if method == HEAD or "K=8" in method}
         fresh = on(few, targets=FRESH_TARGETS)
         found[f"methods-{n_train}"] = method_table(main)
