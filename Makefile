@@ -69,6 +69,8 @@ study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` w
 	for rows in 256 64; do \
 	  $(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train $$rows --methods $(K8) --targets $(FRESH) || exit 1; \
 	done
+	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train 6000 --steps 400 --seeds 0 --targets subj trec6 sst2 \
+	  --methods $(K8) "EigenLoRA balanced, low_rank" "LoRA r8"
 	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
 	$(BIN)/python benchmarks/study/report.py --docs docs/study.md
 	$(BIN)/python benchmarks/study/causal.py zoo tune test $(CAUSAL)

@@ -95,13 +95,15 @@ def mean_only(situation):
     return mean_only_subspace(situation.sources, n_components=32, progress=False)
 
 
-def inside(name: str, make: Make, *, rates=(), tuned_as: str | None = None, alpha: int = 16, warm=False, **settings):
+def inside(
+    name: str, make: Make, *, rates=(), tuned_as: str | None = None, r: int = 8, alpha: int = 16, warm=False, **settings
+):
     """EigenLoRA in a subspace."""
 
     def adapt(base, situation):
         if warm:
             settings["init_from"] = situation.sources[situation.nearest()].source
-        config = EigenLoraConfig(subspace=make(situation), r=8, lora_alpha=alpha, task_type="SEQ_CLS", **settings)
+        config = EigenLoraConfig(subspace=make(situation), r=r, lora_alpha=alpha, task_type="SEQ_CLS", **settings)
         return get_peft_model(base, config)
 
     return Method(name, rates, adapt, make, tuned_as)
@@ -206,6 +208,8 @@ METHODS = {
         *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer", twin_rate=True),
         *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal", twin_rate=True),
         *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64, twin_rate=True),
+        *pair("r=2", recycled(), tuned_as=OURS, r=2, alpha=4),  # the same scaling as r = 8 with alpha 16
+        *pair("r=32", recycled(), tuned_as=OURS, r=32, alpha=64),
         *pair("late layers", recycled(layers=LATE_LAYERS), tuned_as=OURS),
         plain("MoSLoRA r8", MosLoraConfig, (1e-3, 3e-3), r=8, lora_alpha=16),
         plain("VeRA r256", VeraConfig, (1e-2, 3e-2), r=256),
