@@ -27,7 +27,7 @@ from compare import (
 from encoder import FRESH_TARGETS, RESULTS, TARGETS, read
 from figure import draw
 from gradient import GRADIENT_RESULTS
-from methods import FEW, OURS
+from methods import FEW, OURS, RANDOM
 
 FIGURE = RESULTS.with_name("study.png")
 K8 = "EigenLoRA K=8"
@@ -153,7 +153,12 @@ def tables(rows: list[dict], shares: list[dict]) -> dict[str, str]:
     if whole:
         found["methods-all"] = method_table(common(whole))
         found["comparisons-all"] = comparison_table(common(whole))
-    found["sweep"] = sweep_table(common(on(accuracies(rows, 256), targets=TARGETS, seeds=[0])))
+    kinds = {method: found for method, found in accuracies(rows, 256).items() if " r=" not in method}
+    found["sweep"] = sweep_table(common(on(kinds, targets=TARGETS, seeds=[0])))
+    ranks = {
+        method: cells for method, cells in accuracies(rows, 256).items() if " r=" in method or method in (OURS, RANDOM)
+    }
+    found["rank"] = sweep_table(common(on(ranks, targets=TARGETS, seeds=[0])))
     records = correlations(accuracies(rows, 256), [row for row in shares if row["n_train"] == 256])
     if records:
         found["gradient"] = gradient_table(records)
