@@ -78,13 +78,9 @@ class LoReTrainer(RewardTrainer):
         if train_dataset is None:
             raise RewardModelError("LoReTrainer needs a train_dataset with chosen, rejected and a user column.")
         names, counts = _users_of(train_dataset, args.user_column, user_ids)
-        if fitted is not None and processing_class is None:
-            processing_class = fitted.processing_class
-        base: Any = model if fitted is None else _of_fitted(fitted, args)
         if processing_class is None:
-            source = base if isinstance(base, str) else base.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(source)
-        model = base if fitted is not None else _basis_model(base, args)
+            processing_class = _processing_class_of(model)
+        model = _basis_model(model, args) if fitted is None else _of_fitted(fitted, args)
         self._user_ids, self._counts = names, counts
         self._mixing = UserMixing(model, n_users=len(names), n_basis=args.n_basis)
         head_name, _ = score_head(model)
@@ -226,6 +222,15 @@ def _users_of(dataset: Any, column: str, user_ids: Sequence[str | int] | None) -
     for user in dataset[column]:
         counts[str(user)] = counts.get(str(user), 0.0) + 1.0
     return list(counts), [max(count, 1.0) for count in counts.values()]
+
+
+def _processing_class_of(model: Any) -> Any:
+    """The tokenizer that a model, a name or a reward model comes with."""
+    if isinstance(model, LowRankRewardModel):
+        if model.processing_class is not None or model.backbone is None:
+            return model.processing_class
+        model = model.backbone
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
 
 
 def _of_fitted(fitted: LowRankRewardModel, args: LoReConfig) -> Any:
