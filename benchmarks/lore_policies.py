@@ -19,10 +19,8 @@ import time
 from pathlib import Path
 from statistics import fmean, stdev
 
-import datasets
 import smollm2_data
 import torch
-import transformers
 from datasets import Dataset
 from lore_smollm2 import COMMON, USERS, Halves
 from peft import LoraConfig
@@ -158,9 +156,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
+    smollm2_data.quiet()
     record, halves = smollm2_data.Record(arguments.results, environment()), Halves(arguments)
     base = record.find(user="none")
     if not base:

@@ -27,10 +27,8 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-import datasets
 import smollm2_data
 import torch
-import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from timing import environment
@@ -244,9 +242,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
+    smollm2_data.quiet()
     record, halves = smollm2_data.Record(arguments.results, environment()), Halves(arguments)
     for method, n_basis, half in product(("surface", "frozen"), (1, 2), HALVES):
         cell = {"stage": "frozen", "method": method, "n_basis": n_basis, "half": half}

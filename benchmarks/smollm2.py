@@ -28,10 +28,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import get_type_hints
 
-import datasets
 import smollm2_data
-import torch
-import transformers
 from timing import environment
 from trl import TrlParser
 
@@ -227,9 +224,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
+    smollm2_data.quiet()
     record = smollm2_data.Record(arguments.results, environment())
     if "zoo" in arguments.runs:
         build_zoo(arguments, record)

@@ -10,6 +10,17 @@ All splits are drawn with fixed seeds; no function here depends on the seed of a
 import json
 import random
 
+import datasets
+import torch
+import transformers
+
+
+def quiet() -> None:
+    """One thread, and no bars between the lines that a benchmark prints."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+
 
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eigenpeft.report import plots
-from tests.factories import make_collection, tiny_llama
+from tests.factories import make_collection, tiny_bert, tiny_llama
 from tests.recipes.tiny import tiny_tokenizer
 
 
@@ -83,6 +83,32 @@ def test_audit_with_a_new_task(run, language_adapters, language_model, tmp_path,
     assert "core diagonal" in (tmp_path / "a.html").read_text()
     report = json.loads(run(*arguments, "--json").out)
     assert 0 < report["gradient"]["share"] < report["gradient"]["optimum"] <= 1
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A tiny BERT with a head of three labels and its tokenizer on disk."""
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_audit_with_a_new_classification_task(run, classifier, tmp_path):
+    modules = {f"bert.encoder.layer.{i}.attention.self.value": (16, 16) for i in (0, 1)}
+    adapters = make_collection(
+        tmp_path / "sources", modules=modules, rank=2, n_shared=4, noise=0.1, task_type="SEQ_CLS"
+    )
+    start = ("audit", adapters.folder, "-k", 4, "--model", classifier, "--json")
+    rows = [{"text": "w1 w2", "label": 0}, {"text": "w3 w4 w5", "label": "LABEL_2"}]
+    report = run(*start, "--dataset", written(tmp_path / "numbers.jsonl", rows[:1] * 9))
+    names = run(*start, "--dataset", written(tmp_path / "names.jsonl", rows[1:] * 9))
+    for ran in (report, names):
+        assert ran.code == 0, ran.err
+        assert json.loads(ran.out)["gradient"]["n_batches"] == 2
+    unknown = run(*start, "--dataset", written(tmp_path / "unknown.jsonl", [{"text": "w1", "label": 7}]))
+    assert (unknown.code, "has the label 7; the classifier knows" in unknown.err) == (1, True)
+    absent = run(*start, "--dataset", tmp_path / "absent.jsonl")
+    assert (absent.code, "There is no file or folder" in absent.err) == (1, True)
 
 
 def test_audit_refuses_a_task_it_cannot_read(run, language_adapters, language_model, tmp_path):
