@@ -28,6 +28,7 @@ from eigenpeft import SubspaceBuilder
 from eigenpeft.auditing import audit
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
+from eigenpeft.errors import SubspaceError
 from report import filled, on
 
 RESULTS = encoder.RESULTS.with_name("same_seed.jsonl")
@@ -44,9 +45,8 @@ TITLES = {
 
 
 def audited(name: str, zoo: AdapterCollection) -> dict:
-    """What the audit says of a zoo, and the components that "auto" takes for a module, in the mean."""
+    """What the audit says of a zoo, and the components that "auto" takes for a module, in the mean (None: refuses)."""
     report = audit(zoo, n_components=max(PLACES), progress=False)
-    subspace = SubspaceBuilder("auto").fit(zoo).subspace_
     curves = {"explained": report.explained, "held_out": report.held_out, "held_out_alone": report.held_out_alone}
     curves |= {"held_out_alone_in": report.held_out_alone_in, "held_out_out": report.held_out_out}
     shares = {
@@ -54,7 +54,11 @@ def audited(name: str, zoo: AdapterCollection) -> dict:
         for kind, curve in curves.items()
         for source in ("real", "null")
     }
-    auto = round(fmean(bases.n_components for bases in subspace.values()), 1)
+    try:
+        subspace = SubspaceBuilder("auto").fit(zoo).subspace_
+        auto = round(fmean(bases.n_components for bases in subspace.values()), 1)
+    except SubspaceError:
+        auto = None
     groups = [list(group) for group in report.groups]
     return {
         "stage": "audit",
@@ -97,7 +101,9 @@ def table(results: Path) -> str:
         for k in ("8", "32"):
             shares = [f"{row[f'{kind}_real'][k]:.3f} ({row[f'{kind}_null'][k]:.3f})" for row in audits.values()]
             lines.append(f"| {title}, K = {k} (by chance) | {' | '.join(shares)} |")
-    components = [f"{row['auto_components']:g}" for row in audits.values()]
+    components = [
+        "refused" if row["auto_components"] is None else f"{row['auto_components']:g}" for row in audits.values()
+    ]
     lines.append(f'| components a module by "auto", mean | {" | ".join(components)} |')
     for method in METHODS:
         found = [cells[name, method] for name in audits]

@@ -5,7 +5,7 @@ import pytest
 from eigenpeft import AdapterCollection, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.cli.app import components
 from eigenpeft.errors import SubspaceError
-from tests.factories import make_collection
+from tests.factories import make_collection, random_factors, write_adapter
 
 WIDE = {"layer.0.query": (80, 96), "layer.0.value": (64, 96)}
 
@@ -30,6 +30,22 @@ def test_two_adapters_are_too_few(tmp_path):
     made = make_collection(tmp_path, n_adapters=2, modules=WIDE)
     with pytest.raises(SubspaceError, match="needs 3 with an update, but only 2 have one"):
         SubspaceBuilder("auto").fit(AdapterCollection.from_pretrained(made.folder))
+
+
+def one_start(folder, *, n_starts, n_adapters):
+    """Adapters of a few random starts, which share those and nothing else."""
+    starts = [random_factors(modules=WIDE, rank=4, seed=1000 + start) for start in range(n_starts)]
+    for i in range(n_adapters):
+        own, start = random_factors(modules=WIDE, rank=4, seed=i), starts[i % n_starts]
+        write_adapter(folder / f"a{i}", {module: (own[module][0], start[module][1]) for module in WIDE})
+    return AdapterCollection.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("n_starts", [1, 2])
+def test_adapters_of_one_start_do_not_vouch_for_each_other(tmp_path, n_starts):
+    collection = one_start(tmp_path, n_starts=n_starts, n_adapters=6)
+    with pytest.raises(SubspaceError, match=f"the 6 here are of {n_starts} random starts or runs; pass a number"):
+        SubspaceBuilder("auto").fit(collection)
 
 
 def test_other_words_are_refused(tmp_path):

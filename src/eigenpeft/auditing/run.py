@@ -1,6 +1,6 @@
 """The audit from end to end: group, measure every module beside its nulls, average, judge."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from eigenpeft.auditing.suitability import advice_on_task, components_at_hand, t
 from eigenpeft.auditing.summary import summarise
 from eigenpeft.auditing.verdict import advice_on_clusters
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.collection.diagnosis import independent_groups
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace.seeding import seeded_generator
 
@@ -76,7 +76,7 @@ def audit(
             f"An audit leaves adapters out and needs at least 3 that change something; of the {len(collection)} given, "
             f"{len(names)} do. Add adapters of the same base model."
         )
-    groups = _groups(names, findings)
+    groups = independent_groups(names, findings)
     measured: dict[str, ModuleMeasures] = {}
     for module in tqdm(collection.modules, desc="Auditing", unit="module", disable=not progress):
         found = measure(
@@ -120,16 +120,3 @@ def audit(
         n_components=components_at_hand(report),
     )
     return replace(report, gradient=found, advice=f"{report.advice} {advice_on_task(found)}")
-
-
-def _groups(names: Sequence[str], findings: Sequence[Finding]) -> dict[str, Hashable]:
-    """Adapter to a label, the same for those that share a start or a run."""
-    label: dict[str, Hashable] = {name: name for name in names}
-    for finding in findings:
-        if finding.kind in ("same_start", "near_duplicate"):
-            members = [name for name in finding.adapters if name in label]
-            merged = {label[name] for name in members}
-            for name in names:
-                if label[name] in merged:
-                    label[name] = label[members[0]]
-    return label

@@ -170,6 +170,27 @@ class Diagnosis:
             yield Finding("near_duplicate", names, message, cosine)
 
 
+def independent_groups(names: Sequence[str], findings: Iterable[Finding]) -> dict[str, str]:
+    """Adapter to a label, the same for those that share a start or a run and so cannot vouch for each other.
+
+    Args:
+        names: Adapters to label.
+        findings: Of these adapters and possibly others.
+
+    Returns:
+        Each name's label: the name of one member of its group.
+    """
+    label = {name: name for name in names}
+    for finding in findings:
+        if finding.kind in ("same_start", "near_duplicate"):
+            members = [name for name in finding.adapters if name in label]
+            merged = {label[name] for name in members}
+            for name in names:
+                if label[name] in merged:
+                    label[name] = label[members[0]]
+    return label
+
+
 class _PairMeans:
     """Mean cosine of every pair of adapters over the modules in which both were compared."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
-from eigenpeft.collection.diagnosis import Diagnosis, Finding
+from eigenpeft.collection.diagnosis import Diagnosis, Finding, independent_groups
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.fitting import (
@@ -180,7 +180,7 @@ class SubspaceBuilder:
         old, seen = self.subspace_, [*self._seen, collection]
         modules, problems, diagnosis = dict(old), [], Diagnosis()
         names = {module: old.find(module) or module for module in collection.modules}
-        fitter = self._fitter()
+        fitter = self._fitter(collection)
         for module, name in tqdm(names.items(), desc="Updating", unit="module"):
             factors = collection.factors(module)
             diagnosis.observe(name, factors)
@@ -240,7 +240,8 @@ class SubspaceBuilder:
                 f"Already in the subspace: {', '.join(map(repr, taken))}. Pass new adapters only, or rename them."
             )
 
-    def _fitter(self) -> ModuleFitter:
+    def _fitter(self, collection: AdapterCollection) -> ModuleFitter:
+        asked = self.n_components.values() if isinstance(self.n_components, Mapping) else [self.n_components]
         return ModuleFitter(
             n_components=self.n_components,
             method=self.method,
@@ -249,6 +250,7 @@ class SubspaceBuilder:
             seed=self.seed,
             tol=self.tol,
             memory_limit=self.memory_limit,
+            groups=_groups(collection) if AUTO in asked else {},
         )
 
     def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
@@ -277,7 +279,7 @@ class SubspaceBuilder:
             logger.info("%d of %d modules were finished before", n_modules - len(costs), n_modules)
         # Everybody has looked at what is left to do before anybody finishes a module.
         team.gather([], doing="starting")
-        fitter = self._fitter()
+        fitter = self._fitter(collection)
         fitted: dict[str, FittedModule] = {}
         problems: list[tuple[str, str | CollectionError]] = []
         for module in tqdm(team.part(costs), desc="Fitting", unit="module", disable=not team.is_main):
@@ -318,6 +320,15 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
             # One adapter at a time: this must not take more memory than the fit.
             diagnosis.compare(collection.each_factors(module))
     return diagnosis.findings()
+
+
+def _groups(collection: AdapterCollection) -> dict[str, str]:
+    """Adapter to a label, the same for those of one random start or run, told from a few modules."""
+    diagnosis = Diagnosis()
+    for module in collection.modules:
+        if diagnosis.compares(collection.members(module)):
+            diagnosis.compare(collection.each_factors(module))
+    return independent_groups(collection.names, diagnosis.findings())
 
 
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:

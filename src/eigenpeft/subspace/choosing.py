@@ -1,5 +1,7 @@
 """The number of components of one module from its held-out curve: `n_components="auto"`."""
 
+from collections.abc import Hashable, Sequence
+
 from eigenpeft.linalg.fitting import Method
 from eigenpeft.linalg.leave_one_out import choose_n_components, held_out_curves
 from eigenpeft.linalg.nulls import chance_curve
@@ -10,11 +12,14 @@ MOST_COMPONENTS = 64
 _FEWEST_ADAPTERS = 3
 
 
-def automatic_n_components(factors: ManyFactors, *, method: Method, weighting: Weighting) -> int:
+def automatic_n_components(
+    factors: ManyFactors, *, groups: Sequence[Hashable], method: Method, weighting: Weighting
+) -> int:
     """K where the share of a left-out adapter, explained by the others beyond chance, stops growing.
 
     Args:
         factors: `(lora_B, lora_A)` of each adapter of one module.
+        groups: A label for each adapter; those of one label are left out together, so that they cannot vouch for each other.
         method: How the components will be fitted; "eigenlorax" takes the curve of "balanced".
         weighting: As for the fit.
 
@@ -22,7 +27,7 @@ def automatic_n_components(factors: ManyFactors, *, method: Method, weighting: W
         1 to 64.
 
     Raises:
-        ValueError: If fewer than three adapters have an update.
+        ValueError: If fewer than three adapters have an update, or these are of fewer than three groups.
     """
     rows = "moments" if method in ("hosvd", "hooi") else "balanced"
     stacks = stack_factors(factors, rows=rows, weighting=weighting)
@@ -32,7 +37,13 @@ def automatic_n_components(factors: ManyFactors, *, method: Method, weighting: W
             f"n_components='auto' leaves out one adapter at a time and needs {_FEWEST_ADAPTERS} with an update, but "
             f"only {count} have one; pass a number."
         )
+    labels = [label for label, norm in zip(groups, stacks.norms, strict=True) if norm > 0]
+    if len(set(labels)) < _FEWEST_ADAPTERS:
+        raise ValueError(
+            f"n_components='auto' asks what adapters hold of one that is left out, and needs {_FEWEST_ADAPTERS} that came "
+            f"about independently, but the {count} here are of {len(set(labels))} random starts or runs; pass a number."
+        )
     most = min(MOST_COMPONENTS, stacks.rows_in.shape[1], stacks.rows_out.shape[1])
-    share = held_out_curves(stacks, n_components=most).both.mean(dim=0)
+    share = held_out_curves(stacks, n_components=most, groups=labels).both.mean(dim=0)
     chance = chance_curve(most, stacks.rows_out.shape[1], stacks.rows_in.shape[1])
     return choose_n_components(share, chance=chance)

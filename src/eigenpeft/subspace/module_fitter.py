@@ -1,7 +1,7 @@
 """Fitting one module: from its adapters' factors to its subspace, at once, in chunks, or onto what was fitted before."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,7 +12,7 @@ from eigenpeft.linalg.chunked import fit_chunks
 from eigenpeft.linalg.fitting import FittedBases, Method, Weighting, explained_share_curve, fit_bases, stack_rows
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
-from eigenpeft.linalg.stacking import FactorStream, ManyFactors
+from eigenpeft.linalg.stacking import FactorStream
 from eigenpeft.subspace.choosing import automatic_n_components
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.seeding import seeded_generator
@@ -39,6 +39,7 @@ class ModuleFitter:
         seed: Of those, and of the solver's start.
         tol: Of the solver.
         memory_limit: Bytes a module may take.
+        groups: Adapter to a label, the same for those of one random start or run; asked for by "auto".
     """
 
     n_components: int | float | str | Mapping[str, int | float | str]
@@ -48,6 +49,7 @@ class ModuleFitter:
     seed: int
     tol: float
     memory_limit: int | None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def fit(self, module: str, collection: AdapterCollection) -> FittedModule:
         """Fit one module to all adapters that have it.
@@ -76,7 +78,17 @@ class ModuleFitter:
         stream = FactorStream(
             n_rows=sum(collection.ranks(module).values()), read=lambda: _each_pair(collection, module)
         )
-        fitted = self._fit_factors(module, stream)
+        if isinstance(n_components, str):
+            labels = [self.groups[name] for name in collection.members(module)]
+            n_components = automatic_n_components(stream, groups=labels, method=self.method, weighting=self.weighting)
+        fitted = fit_bases(
+            stream,
+            n_components=n_components,
+            method=self.method,
+            weighting=self.weighting,
+            tol=self.tol,
+            generator=seeded_generator(self.seed, module, "solver"),
+        )
         return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
 
     def update(
@@ -120,19 +132,6 @@ class ModuleFitter:
             norms=(),
         )
         return self._with_pseudo_components(module, fitted)
-
-    def _fit_factors(self, module: str, factors: ManyFactors) -> FittedBases:
-        n_components = self._n_components_of(module)
-        if isinstance(n_components, str):
-            n_components = automatic_n_components(factors, method=self.method, weighting=self.weighting)
-        return fit_bases(
-            factors,
-            n_components=n_components,
-            method=self.method,
-            weighting=self.weighting,
-            tol=self.tol,
-            generator=seeded_generator(self.seed, module, "solver"),
-        )
 
     def _chunks(
         self, module: str, collection: AdapterCollection, n_components: int | float | str
