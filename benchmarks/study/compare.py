@@ -27,13 +27,22 @@ def accuracies(rows: list[dict], n_train: int, *, zoo: str | None = None, steps:
     return {name: found[name] for name in METHODS if name in found}
 
 
+# Methods whose LoRA of equal parameters goes by another's name; "diagonal" has none, its stand-in has twice as many.
+SMALL_LORA = {
+    "mixer": f"{FEW} to K=64",
+    "r=2": f"{FEW} to K=8",
+    "late layers": f"{FEW} to K=16",
+    "diagonal": "LoRA, rank 1 on one module",
+}
+
+
 def controls_of(method: str) -> tuple[str | None, str | None]:
     """The random subspace and the LoRA that a method is held against."""
     if method == OURS:
         return RANDOM, FEW
     if method.startswith("EigenLoRA ") or method in ("mean-only subspace", "shuffled subspace"):
         kind = method.removeprefix("EigenLoRA ").split(", ")[0]
-        twin, small = f"random subspace {kind}", f"{FEW} to {kind}"
+        twin, small = f"random subspace {kind}", SMALL_LORA.get(kind, f"{FEW} to {kind}")
         same_size = twin not in METHODS or kind.startswith("alpha")
         return (twin if twin in METHODS else RANDOM), (small if small in METHODS else FEW if same_size else None)
     return None, None

@@ -193,6 +193,15 @@ METHODS = {
             tuned_as="LoRA, equal parameters to K=8",
         ),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),
+        plain(
+            "LoRA, equal parameters to K=64",
+            LoraConfig,
+            (),
+            FEW,
+            r=2,
+            lora_alpha=4,
+            layers_to_transform=FEW_PARAMETER_LAYERS,
+        ),
         inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
         # A start from another task, and what it does without a subspace.
         inside("EigenLoRA warm start", recycled(), rates=(1e-2, 3e-2), warm=True),
@@ -208,8 +217,27 @@ METHODS = {
         *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer", twin_rate=True),
         *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal", twin_rate=True),
         *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64, twin_rate=True),
-        *pair("r=2", recycled(), tuned_as=OURS, r=2, alpha=4),  # the same scaling as r = 8 with alpha 16
-        *pair("r=32", recycled(), tuned_as=OURS, r=32, alpha=64),
+        # No LoRA is as small as "diagonal" (384): rank 1 on the last module has 768.
+        plain(
+            "LoRA, rank 1 on one module",
+            LoraConfig,
+            (),
+            "LoRA, equal parameters to K=8",
+            r=1,
+            lora_alpha=2,
+            target_modules=LAST_TWO[1:],
+        ),
+        *pair("r=2", recycled(), rates=(1e-2, 3e-2, 1e-1), r=2, alpha=4),  # the same scaling as r = 8 with alpha 16
+        *pair("r=32", recycled(), rates=(3e-3, 1e-2, 3e-2), r=32, alpha=64),
+        plain(
+            "LoRA, equal parameters to r=32",
+            LoraConfig,
+            (),
+            FEW,
+            r=4,
+            lora_alpha=8,
+            layers_to_transform=FEW_PARAMETER_LAYERS,
+        ),
         *pair("late layers", recycled(layers=LATE_LAYERS), tuned_as=OURS),
         plain("MoSLoRA r8", MosLoraConfig, (1e-3, 3e-3), r=8, lora_alpha=16),
         plain("VeRA r256", VeraConfig, (1e-2, 3e-2), r=256),
