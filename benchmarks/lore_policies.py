@@ -3,7 +3,7 @@
 Paper:    LoRe, arXiv 2504.14439; GRPO, arXiv 2402.03300.
 Command:  python benchmarks/lore_policies.py --model MODEL --data DIR --work WORK
           (after benchmarks/lore_smollm2.py, in the same WORK: the reward model is its LoRA with two rows, half 0)
-Hardware: 1 CPU core with bf16 instructions; 5 to 10 minutes a policy on a busy one. Started again, it goes on where it stopped.
+Hardware: 1 CPU core with bf16 instructions; 15 to 30 minutes a policy on a busy one. Started again, it goes on where it stopped.
 Writes:   benchmarks/results/lore_policies.json and lore_smollm2.png
 
 `GRPOTrainer` with `reward_func(user_column=...)`: the rewards of both users are logged, only the own one is trained on. Prompts to
@@ -33,7 +33,7 @@ from eigenpeft.report.plots import new_figure, save_figure
 
 RESULTS = Path(__file__).parent / "results" / "lore_policies.json"
 REWARDS = "LoRA r16 2 0"
-STEPS, RATE, N_TOKENS, N_ASKED = 24, 1e-3, 24, 96
+STEPS, RATE, N_TOKENS, N_ASKED = 72, 1e-3, 24, 288
 
 
 def reward_model(work):
@@ -158,15 +158,16 @@ def main():
     arguments = parser.parse_args()
     smollm2_data.quiet()
     record, halves = smollm2_data.Record(arguments.results, environment()), Halves(arguments)
-    base = record.find(user="none")
+    base = record.find(user="none", asked=N_ASKED)
     if not base:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-        record.add({"user": "none"} | judge(model, reward_model(arguments.work), halves, arguments))
+        record.add({"user": "none", "asked": N_ASKED} | judge(model, reward_model(arguments.work), halves, arguments))
         base = record.rows[-1]
     print("before", base["mean"], flush=True)
     rows = []
     for user in USERS:
         cell = {"user": user, "contrast": arguments.contrast, "seed": arguments.seed, "steps": STEPS}
+        cell["asked"] = N_ASKED
         cell["learning_rate"] = RATE
         if not record.find(**cell):
             options = {"contrast": arguments.contrast, "seed": arguments.seed, "arguments": arguments}
