@@ -1,6 +1,6 @@
 """The numbers of one module: spectra, explained and held-out shares, of real and of random adapters."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ def measure(
     factors: Sequence[AdapterFactors],
     *,
     n_components: int,
-    groups: dict[str, Hashable],
+    groups: Mapping[str, Hashable],
     n_nulls: int,
     generator: torch.Generator,
 ) -> ModuleMeasures | None:
