@@ -73,10 +73,10 @@ study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` w
 	  --methods $(K8) "EigenLoRA balanced, low_rank" "LoRA r8"
 	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
 	$(BIN)/python benchmarks/study/report.py --docs docs/study.md
-	$(BIN)/python benchmarks/study/causal.py zoo tune test $(CAUSAL)
+	$(BIN)/python benchmarks/study/causal.py tune test $(CAUSAL)
 	$(BIN)/python benchmarks/study/causal.py test $(CAUSAL) --rate 0.03 --methods "EigenLoRA K=32" "EigenLoRA K=8"
 	$(BIN)/python benchmarks/study/causal_report.py --docs docs/study.md
-	$(BIN)/python recipes/train_zoo.py --data $(DATA) --out study-work/one_seed --seed 11 --steps 100 --batch_size 16 --bf16 true \
+	test -d study-work/one_seed || $(BIN)/python recipes/train_zoo.py --data $(DATA) --out study-work/one_seed --seed 11 --steps 100 --batch_size 16 --bf16 true \
 	  --max_length 48 --base $$($(BIN)/python -c "from eigenpeft.demo.assets import base_model; print(base_model())")
 	$(BIN)/python benchmarks/study/same_seed.py --data $(DATA) --zoos study-work/one_seed --docs docs/study.md
 

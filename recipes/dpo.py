@@ -10,7 +10,7 @@ Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bf
 Time:      12 steps of 4 short pairs on SmolLM2-135M took 43 CPU seconds on one thread, loading and judging included
            (benchmarks/smollm2.py).
 Expected:  a first loss of ln 2 = 0.693 (anything else means that the adapter does not start at the reference), then
-           rewards/accuracies above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, --method lora.
+           rewards/accuracies above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, same_parameters, lora.
            In those 12 steps (one seed) the training loss did not fall yet; on 32 held-out pairs the loss went from 0.693 to
            0.663, with LoRA r 16 to 0.673, accuracy 0.69 for both: within chance.
 """
@@ -22,8 +22,8 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, TrlParser
 
-from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, export_lora
-from eigenpeft.subspace import random_subspace
+from eigenpeft import AdapterCollection, EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft.tuners import control_config
 
 
 @dataclass
@@ -32,10 +32,11 @@ class Arguments:
     dataset: str = field(metadata={"help": "Folder of JSONL files (train.jsonl, test.jsonl) or Hub id."})
     dataset_config: str | None = field(default=None)
     subspace: str | None = field(default=None, metadata={"help": "Subspace: local path or Hub id."})
-    method: Literal["eigenlora", "random", "moslora", "lora"] = field(
+    method: Literal["eigenlora", "moslora", "random", "shuffled", "mean_only", "same_parameters", "lora"] = field(
         default="eigenlora",
-        metadata={"help": "'random' (a random subspace of the same size) and 'lora' are the controls."},
+        metadata={"help": "From 'random' on: controls of 'eigenlora', a learning rate of its own for each."},
     )
+    adapters: str | None = field(default=None, metadata={"help": "What the subspace was built from, for 'mean_only'."})
     r: int = field(default=16)
     lora_alpha: int = field(default=32)
     core: Literal["low_rank", "mixer", "diagonal"] = field(default="low_rank")
@@ -43,16 +44,17 @@ class Arguments:
 
 def peft_config(arguments: Arguments) -> LoraConfig:
     shared = {"r": arguments.r, "lora_alpha": arguments.lora_alpha, "task_type": "CAUSAL_LM"}
-    if arguments.method in ("moslora", "lora"):
+    if arguments.method == "moslora" or (arguments.method == "lora" and arguments.subspace is None):
         return {"moslora": MosLoraConfig, "lora": LoraConfig}[arguments.method](**shared)
     if arguments.subspace is None:
         raise SystemExit(
             f"--method {arguments.method} needs --subspace, a folder or Hub id (recipes/build_subspace.py)."
         )
-    subspace = PrincipalSubspace.from_pretrained(arguments.subspace)
-    if arguments.method == "random":
-        subspace = random_subspace(like=subspace)
-    return EigenLoraConfig(subspace=subspace, core=arguments.core, **shared)
+    config = EigenLoraConfig(subspace=arguments.subspace, core=arguments.core, **shared)
+    if arguments.method == "eigenlora":
+        return config
+    adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+    return control_config(config, arguments.method, adapters=adapters)
 
 
 def main(arguments: Arguments, training: DPOConfig) -> None:

@@ -9,7 +9,7 @@ Command:   accelerate launch recipes/kto.py --config recipes/kto.yaml --subspace
 Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
 Time:      not measured; the tests run two steps on a tiny model.
 Expected:  a first loss of 0.5 (anything else means that the adapter does not start at the reference), then a falling one;
-           OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, --method lora.
+           OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, same_parameters, lora.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import KTOConfig, KTOTrainer, TrlParser
 
-from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, export_lora
-from eigenpeft.subspace import random_subspace
+from eigenpeft import AdapterCollection, EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft.tuners import control_config
 
 
 @dataclass
@@ -29,10 +29,11 @@ class Arguments:
     dataset: str = field(metadata={"help": "Folder of JSONL files (train.jsonl, test.jsonl) or Hub id."})
     dataset_config: str | None = field(default=None)
     subspace: str | None = field(default=None, metadata={"help": "Subspace: local path or Hub id."})
-    method: Literal["eigenlora", "random", "moslora", "lora"] = field(
+    method: Literal["eigenlora", "moslora", "random", "shuffled", "mean_only", "same_parameters", "lora"] = field(
         default="eigenlora",
-        metadata={"help": "'random' (a random subspace of the same size) and 'lora' are the controls."},
+        metadata={"help": "From 'random' on: controls of 'eigenlora', a learning rate of its own for each."},
     )
+    adapters: str | None = field(default=None, metadata={"help": "What the subspace was built from, for 'mean_only'."})
     r: int = field(default=16)
     lora_alpha: int = field(default=32)
     core: Literal["low_rank", "mixer", "diagonal"] = field(default="low_rank")
@@ -40,16 +41,17 @@ class Arguments:
 
 def peft_config(arguments: Arguments) -> LoraConfig:
     shared = {"r": arguments.r, "lora_alpha": arguments.lora_alpha, "task_type": "CAUSAL_LM"}
-    if arguments.method in ("moslora", "lora"):
+    if arguments.method == "moslora" or (arguments.method == "lora" and arguments.subspace is None):
         return {"moslora": MosLoraConfig, "lora": LoraConfig}[arguments.method](**shared)
     if arguments.subspace is None:
         raise SystemExit(
             f"--method {arguments.method} needs --subspace, a folder or Hub id (recipes/build_subspace.py)."
         )
-    subspace = PrincipalSubspace.from_pretrained(arguments.subspace)
-    if arguments.method == "random":
-        subspace = random_subspace(like=subspace)
-    return EigenLoraConfig(subspace=subspace, core=arguments.core, **shared)
+    config = EigenLoraConfig(subspace=arguments.subspace, core=arguments.core, **shared)
+    if arguments.method == "eigenlora":
+        return config
+    adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+    return control_config(config, arguments.method, adapters=adapters)
 
 
 def main(arguments: Arguments, training: KTOConfig) -> None:

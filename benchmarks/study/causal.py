@@ -1,8 +1,9 @@
 """Does recycling pay on a causal LM? Left-out T0 tasks and gsm8k on SmolLM2-135M, every method beside its controls.
 
 Paper:     EigenLoRAx, arXiv 2502.04700.
-Command:   python benchmarks/study/causal.py zoo tune test --model MODEL --data DIR --work WORK
-           (MODEL and DIR: see benchmarks/smollm2_data.py; WORK keeps the zoo), then causal_report.py.
+Command:   python benchmarks/study/causal.py tune test --model MODEL --data DIR --work WORK
+           (MODEL and DIR: see benchmarks/smollm2_data.py; WORK keeps the zoo, trained when a cell needs it), then
+           causal_report.py.
 Hardware:  1 CPU core with bfloat16 instructions; 10 to 30 s a cell, about an hour in all.
 Writes:    benchmarks/results/study/causal.jsonl, a line a cell. Started again, it goes on where it stopped.
 
@@ -68,7 +69,7 @@ def plain_lora(sources: AdapterCollection, seed: int) -> LoraConfig:
 
 
 def small_lora(sources: AdapterCollection, seed: int, *, n_components: int) -> LoraConfig:
-    config = same_parameters_lora(recycled(sources, n_components), r=RANK)
+    config = same_parameters_lora(recycled(sources, n_components), r=RANK, place="spread")
     config.task_type = "CAUSAL_LM"
     return config
 
@@ -185,10 +186,11 @@ def cells(stage: str, results: Path, *, seeds: list[int], methods: list[str], ra
                 yield {"target": target, "method": name, "rate": rate or best_rate(read(results), name), "seed": seed}
 
 
-def build_zoo(halves: Halves, load: Callable[[str], Task], work: Path, results: Path) -> None:
+def trained_zoo(halves: Halves, load: Callable[[str], Task], work: Path, results: Path) -> AdapterCollection:
+    """The zoo, each adapter trained unless WORK has it, and audited."""
     for number, name in enumerate(ZOO):
         cell = {"stage": "zoo", "target": name, "seed": ZOO_SEED + number, "rate": ZOO_RATE}
-        if any(cell.items() <= row.items() for row in read(results)) and (work / "zoo" / name).exists():
+        if (work / "zoo" / name).exists():
             continue
         task = load(name)
         set_seed(cell["seed"])
@@ -206,8 +208,12 @@ def build_zoo(halves: Halves, load: Callable[[str], Task], work: Path, results: 
         model.peft_config["default"].base_model_name_or_path = BASE_NAME  # what readers can find
         model.save_pretrained(work / "zoo" / name)
         sizes = {"steps": ZOO_STEPS, "batch_size": ZOO_BATCH_SIZE, "loss_before": before}
-        append(results, {**cell, **sizes, **result, "environment": environment()})
+        if not any(cell.items() <= row.items() for row in read(results)):
+            append(results, {**cell, **sizes, **result, "environment": environment()})
         print(f"zoo {name}: {before} -> {result['loss']}, {result['cpu_seconds']} s", flush=True)
+    zoo = AdapterCollection.from_pretrained(work / "zoo")
+    audit_zoo(zoo, results)
+    return zoo
 
 
 def audit_zoo(zoo: AdapterCollection, results: Path) -> None:
@@ -244,7 +250,7 @@ def without(zoo: AdapterCollection, name: str) -> AdapterCollection:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="+", choices=["zoo", "tune", "test"])
+    parser.add_argument("stages", nargs="+", choices=["tune", "test"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -257,17 +263,14 @@ def main() -> None:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     halves = Halves(arguments.model)
     load = lru_cache(maxsize=8)(partial(load_task, data=arguments.data, halves=halves, n_train=N_TRAIN))
-    if "zoo" in arguments.stages:
-        build_zoo(halves, load, arguments.work, arguments.results)
-    zoo = AdapterCollection.from_pretrained(arguments.work / "zoo")
-    if "zoo" in arguments.stages:
-        audit_zoo(zoo, arguments.results)
-    for stage in [stage for stage in arguments.stages if stage != "zoo"]:
+    zoo = None
+    for stage in arguments.stages:
         planned = {"seeds": arguments.seeds, "methods": arguments.methods, "rate": arguments.rate}
         for cell in cells(stage, arguments.results, **planned):
             cell |= {"stage": stage, "steps": STEPS, "batch_size": BATCH_SIZE}
             if any(cell.items() <= row.items() for row in read(arguments.results)):
                 continue
+            zoo = zoo or trained_zoo(halves, load, arguments.work, arguments.results)
             result = run(cell, task=load(cell["target"]), zoo=zoo, halves=halves)
             append(arguments.results, {**cell, **result, "environment": environment()})
             shown = [cell.get("seed"), cell.get("rate"), result["loss"], result["exact"], result.get("cpu_seconds")]

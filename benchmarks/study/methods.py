@@ -126,11 +126,11 @@ def plain(name: str, config_cls, rates, tuned_as=None, **settings):
     return Method(name, rates, adapt, tuned_as=tuned_as)
 
 
-def few_as_placed(make: Make):
-    """A LoRA of as many parameters where `same_parameters_lora` puts it: rank 1 on evenly spaced modules."""
+def few_spread(make: Make):
+    """A LoRA of as many parameters as `same_parameters_lora` spreads it: rank 1 on evenly spaced modules."""
 
     def adapt(base, situation):
-        config = same_parameters_lora(make(situation), r=8)
+        config = same_parameters_lora(make(situation), r=8, place="spread")
         config.task_type = "SEQ_CLS"
         return get_peft_model(base, config)
 
@@ -187,9 +187,9 @@ METHODS = {
             target_modules=VALUES,
         ),
         Method(
-            "LoRA, equal parameters to K=8, as eigenpeft places it",
+            "LoRA, equal parameters to K=8, spread",
             (),
-            few_as_placed(recycled(n_components=8)),
+            few_spread(recycled(n_components=8)),
             tuned_as="LoRA, equal parameters to K=8",
         ),
         *pair("K=64", recycled(n_components=64), tuned_as=OURS),

@@ -84,6 +84,14 @@ def test_other_methods_and_a_file_of_flags(run, place):
     assert json.loads((place / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+@pytest.mark.parametrize(("control", "peft_type"), [("shuffled", "EIGENLORA"), ("same_parameters", "LORA")])
+def test_a_control_by_one_flag(run, place, control, peft_type):
+    ran = run(*arguments("sft", "--subspace", "subspace", "--control", control))
+    assert ran.code == 0, ran.err
+    config = json.loads((place / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["subspace"] if peft_type == "EIGENLORA" else None) == (peft_type, None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -95,6 +103,8 @@ def test_other_methods_and_a_file_of_flags(run, place):
             "--init_mixer mean nothing to --peft_method eigenlora",
         ),
         (["--subspace", "subspace", "--n_components", "0"], "n_components=0"),
+        (["--subspace", "subspace", "--control", "mean_only"], "control='mean_only' needs adapters="),
+        (["--peft_method", "lora", "--control", "random"], "--control mean nothing to --peft_method lora"),
         (["--subspace", "subspace", "--dataset_name", ""], "No data"),
     ],
 )

@@ -67,10 +67,10 @@ def test_classification_prints_every_control(recipe, tmp_path):
         *flags(output_dir="out", **TRAINING),
     )
     sizes = dict(re.findall(r"^(\w+) +([\d,]+) trainable parameters  \d\.\d+ \(", printed, re.MULTILINE))
-    assert list(sizes) == ["head", "random", "eigenlora", "lora_few", "lora"]
+    assert list(sizes) == ["head", "random", "eigenlora", "same_parameters", "lora"]
     numbers = {name: int(size.replace(",", "")) - int(sizes["head"]) for name, size in sizes.items()}
     assert numbers["random"] == numbers["eigenlora"] == 4 * 2 * 2 * 6  # modules, sides, rank, components
-    assert 0 < numbers["lora_few"] <= max(numbers["eigenlora"], 64) < numbers["lora"]
+    assert 0 < numbers["same_parameters"] <= max(numbers["eigenlora"], 64) < numbers["lora"]
     assert json.loads(Path("out/eigenlora/adapter_config.json").read_text())["peft_type"] == "EIGENLORA"
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
+from eigenpeft import PrincipalSubspace
+from eigenpeft.tuners.controls import CONTROLS
+from tests.factories import make_collection
 from tests.recipes.conftest import RECIPES
 from tests.recipes.tiny import TARGETS, rows, tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace
@@ -60,6 +63,38 @@ def test_two_steps_leave_an_adapter_and_a_plain_lora(recipe, place, monkeypatch,
             not torch.equal(ours, tiny_model(kind)(tokens).logits) or name == "grpo"
         )  # its reward may be 0 throughout
     torch.testing.assert_close(plain, ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_control_by_one_flag(place, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = runpy.run_path(str(RECIPES / f"{name}.py"))
+    modules = list(PrincipalSubspace.from_pretrained("subspace"))
+    shapes = {module: tuple(tiny_model().get_submodule(module).weight.shape) for module in modules}
+    made = make_collection(tmp_path / "adapters", modules=shapes, n_adapters=3)
+    configs = {
+        method: make["peft_config"](
+            make["Arguments"](
+                model="base", dataset="data", subspace="subspace", method=method, r=4, adapters=str(made.folder)
+            )
+        )
+        for method in ("eigenlora", *CONTROLS)
+    }
+    task_type = "SEQ_CLS" if name == "reward" else "CAUSAL_LM"
+    assert {config.task_type for config in configs.values()} == {task_type}
+    assert [config.peft_type for config in configs.values()] == ["EIGENLORA"] * 4 + ["LORA"] * 2
+    sizes = {
+        method: sum(
+            p.numel()
+            for key, p in get_peft_model(tiny_model(), config).named_parameters()
+            if "lora_" in key and p.requires_grad
+        )
+        for method, config in configs.items()
+        if name != "reward"
+    }
+    assert all(sizes.values())
+    assert len({sizes[method] for method in sizes if method not in ("same_parameters", "lora")}) <= 1
+    assert all(sizes[method] <= sizes["eigenlora"] for method in sizes if method != "lora")
 
 
 def test_without_a_subspace_it_says_what_is_missing(recipe, place):

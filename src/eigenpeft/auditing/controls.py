@@ -1,6 +1,8 @@
 """Controls that are adapters rather than subspaces: the nearest source adapter, a plain LoRA of as many parameters."""
 
+import re
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -46,18 +48,25 @@ def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[T
 
 
 def same_parameters_lora(
-    subspace: PrincipalSubspace, *, r: int, core: str = "low_rank", lora_alpha: int | None = None
+    subspace: PrincipalSubspace,
+    *,
+    r: int,
+    core: str = "low_rank",
+    lora_alpha: int | None = None,
+    place: Literal["last", "spread"] = "last",
 ) -> LoraConfig:
     """A plain LoRA with at most as many trainable parameters as an EigenLoRA on `subspace`, and as near as it gets.
 
-    A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA; it is then put on evenly spaced modules
-    only, as many as the budget pays for.
+    A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA; it is then put on as many modules as the
+    budget pays for.
 
     Args:
         subspace: Gives modules, widths and K.
         r: The EigenLoRA's rank.
         core: The EigenLoRA's core: "low_rank" (2 K r a module), "mixer" (K²) or "diagonal" (K).
         lora_alpha: Of the LoRA; default: twice its rank.
+        place: Which modules, where not all can be paid for: the "last" of the network, by the numbers in their names
+            (the better control: docs/study.md), or "spread" evenly.
 
     Returns:
         PEFT's `LoraConfig` with `r` and `target_modules` set; add task_type and modules_to_save to it.
@@ -75,6 +84,8 @@ def same_parameters_lora(
         (1, ['q', 'v'])
     """
     sizes = {"low_rank": lambda k: 2 * k * r, "mixer": lambda k: k * k, "diagonal": lambda k: k}
+    if place not in ("last", "spread"):
+        raise SubspaceError(f"place={place!r} must be 'last' or 'spread'.")
     if core not in sizes or r < 1:
         raise SubspaceError(f"core={core!r} and r={r} must be one of {', '.join(map(repr, sizes))} and at least 1.")
     budget = sum(sizes[core](bases.n_components) for bases in subspace.values())
@@ -82,15 +93,20 @@ def same_parameters_lora(
     rank = budget // sum(cost.values())
     names = list(cost)
     if rank == 0:
-        rank, names = 1, _affordable(cost, budget)
+        rank, names = 1, _affordable({name: cost[name] for name in sorted(cost, key=_by_number)}, budget, place)
     return LoraConfig(r=rank, lora_alpha=lora_alpha or 2 * rank, target_modules=names)
 
 
-def _affordable(cost: Mapping[str, int], budget: int) -> list[str]:
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _affordable(cost: Mapping[str, int], budget: int, place: str) -> list[str]:
     names = list(cost)
     for count in range(len(names), 0, -1):
-        places = torch.linspace(0, len(names) - 1, count).round().int().tolist() if count > 1 else [len(names) - 1]
-        chosen = [names[i] for i in places]
+        spread = torch.linspace(0, len(names) - 1, count).round().int().tolist() if count > 1 else [len(names) - 1]
+        chosen = names[-count:] if place == "last" else [names[i] for i in spread]
         if sum(cost[name] for name in chosen) <= budget:
             return chosen
     raise SubspaceError(

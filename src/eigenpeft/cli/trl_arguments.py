@@ -7,8 +7,10 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig
 from trl.trainer.model_config import ModelConfig
 
+from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig
+from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, control_config
+from eigenpeft.tuners.controls import Control
 
 
 def _described(config: type[PeftConfig], name: str) -> dict[str, str]:
@@ -33,6 +35,16 @@ class EigenModelConfig(ModelConfig):
     init_from: str | None = field(default=None, metadata=_described(EigenLoraConfig, "init_from"))
     save_subspace: Literal["reference", "embed"] = field(
         default="reference", metadata=_described(EigenLoraConfig, "save_subspace")
+    )
+    control: Control | None = field(
+        default=None,
+        metadata={
+            "help": "EigenLoRA: train a control of this run instead: another subspace of the same size, or a plain LoRA with "
+            "as many parameters or of the same rank. Each wants a learning rate of its own."
+        },
+    )
+    adapters: list[str] | None = field(
+        default=None, metadata={"help": "The adapters that the subspace was built from, for --control mean_only."}
     )
     init_mixer: Literal["kaiming", "orthogonal", "identity"] = field(
         default="kaiming", metadata=_described(MosLoraConfig, "init_mixer")
@@ -75,7 +87,11 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
     if arguments.lora_target_parameters is not None:
         shared["target_parameters"] = arguments.lora_target_parameters
     if method == "eigenlora":
-        return EigenLoraConfig(**shared, **{name: getattr(arguments, name) for name in EIGENLORA_FIELDS})
+        config = EigenLoraConfig(**shared, **{name: getattr(arguments, name) for name in EIGENLORA_FIELDS})
+        if arguments.control is None:
+            return config
+        adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+        return control_config(config, arguments.control, adapters=adapters)
     if method == "moslora":
         return MosLoraConfig(**shared, init_mixer=arguments.init_mixer)
     return LoraConfig(**shared)
@@ -89,7 +105,7 @@ def _check_flags(arguments: EigenModelConfig) -> None:
             "Or choose --peft_method moslora or lora, which need none."
         )
     defaults = {each.name: each.default for each in dataclasses.fields(EigenModelConfig)}
-    foreign = () if method == "eigenlora" else EIGENLORA_FIELDS
+    foreign = () if method == "eigenlora" else (*EIGENLORA_FIELDS, "control", "adapters")
     foreign += () if method == "moslora" else ("init_mixer",)
     given = [f"--{name}" for name in foreign if getattr(arguments, name) != defaults[name]]
     if given:

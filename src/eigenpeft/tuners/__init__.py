@@ -1,5 +1,6 @@
 """The PEFT methods; importing this package registers them with PEFT."""
 
+from eigenpeft.tuners.controls import control_config
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.export import export_lora
 from eigenpeft.tuners.mixed_models import FactorMixedModel
@@ -34,6 +35,7 @@ __all__ = [
     "MosLoraConfig",
     "MosLoraModel",
     "TaskBank",
+    "control_config",
     "convert_reference_checkpoint",
     "export_lora",
 ]
