@@ -13,7 +13,7 @@ from eigenpeft.tuners import EigenLoraConfig
 RANK = 8
 ALPHA = 16
 N_COMPONENTS = 32
-STEPS = 150
+STEPS = 100
 BATCH_SIZE = 32
 TARGETS = ["query", "value"]
 # LoRA of rank 1 on this many of the last layers has exactly as many parameters as EigenLoRA on all six:
