@@ -59,18 +59,9 @@ benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 	$(PYTHON) -m venv .peers && .peers/bin/python -m pip install --quiet torch==2.13.0 vlora-dev==1.0.0 lorashare==0.1.3
 	$(BIN)/python benchmarks/peers.py --peers-python .peers/bin/python
 
-K8 = "head only" "EigenLoRA K=8" "random subspace K=8" "LoRA, equal parameters to K=8"
-FRESH = mr mrpc sick_entail sts_similar
 CAUSAL = --model smollm2/model --data $(DATA)/.. --work study-work
 study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` with those of docs/study.md (hours)
-	$(BIN)/python benchmarks/study/encoder.py tune --data $(DATA)
-	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA)
-	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train 64 --methods $(K8)
-	for rows in 256 64; do \
-	  $(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train $$rows --methods $(K8) --targets $(FRESH) || exit 1; \
-	done
-	$(BIN)/python benchmarks/study/encoder.py test --data $(DATA) --n-train 6000 --steps 400 --seeds 0 --targets subj trec6 sst2 \
-	  --methods $(K8) "EigenLoRA balanced, low_rank" "LoRA r8"
+	$(BIN)/python benchmarks/study/plan.py --data $(DATA)
 	$(BIN)/python benchmarks/study/gradient.py --data $(DATA)
 	$(BIN)/python benchmarks/study/report.py --docs docs/study.md
 	$(BIN)/python benchmarks/study/causal.py tune test $(CAUSAL)

@@ -3,8 +3,8 @@
 Papers:    EigenLoRAx, arXiv 2502.04700; MoSLoRA, arXiv 2406.11909.
 Command:   python benchmarks/study/encoder.py tune --data DIR && python benchmarks/study/encoder.py test --data DIR
            (DIR holds the tasks of recipes/train_zoo.yaml); in slices: --methods, --seeds, --n-train, or --shard 0/2 and
-           --shard 1/2 side by side.
-Hardware:  CPU, one thread; 5 to 20 s a cell: 25 minutes for `tune`, 40 for one seed of all methods in `test`.
+           --shard 1/2 side by side. plan.py runs what docs/study.md shows.
+Hardware:  CPU, one thread; 10 to 25 s a cell of 100 steps.
 Writes:    benchmarks/results/study/encoder.jsonl, a line a cell. Started again, it goes on where it stopped.
 
 The zoo is the ten adapters that ship with eigenpeft; the target's own adapter is left out of the subspace. Learning rates are
@@ -19,6 +19,8 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -136,20 +138,49 @@ def append(results: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def cells(stage: str, rows: list[dict], *, n_train: int, methods: list[str], seeds: list[int], targets: list[str]):
-    head_first = sorted(methods, key=lambda name: name != "head only")
-    if stage == "tune":
-        for name in head_first:
-            method = METHODS[name]
-            for rate in method.rates if method.tuned_as is None and len(method.rates) > 1 else ():
-                for target in TUNING_TASKS:
-                    yield {"target": target, "method": name, "rate": rate, "seed": TUNING_SEED, "n_train": TUNING_ROWS}
-    else:
-        for seed in seeds:
-            for target in targets:
+@dataclass(frozen=True)
+class Slice:
+    """Part of the study: every one of these methods on every one of these targets with every one of these seeds.
+
+    Attributes:
+        stage: "tune" (the tuning tasks, every learning rate of the methods) or "test" (at the rate that was best).
+        methods: Names.
+        targets: Of the stage test, and so are the others.
+        seeds: Of the rows, the head and the adapter.
+        n_train: Training rows.
+        steps: Optimiser steps.
+    """
+
+    stage: str
+    methods: Sequence[str] = tuple(METHODS)
+    targets: Sequence[str] = TARGETS
+    seeds: Sequence[int] = SEEDS
+    n_train: int = 256
+    steps: int = STEPS
+
+    def cells(self, rows: list[dict]) -> Iterator[dict]:
+        """Its cells in order; `rows` tell the rates."""
+        head_first = sorted(self.methods, key=lambda name: name != "head only")
+        if self.stage == "tune":
+            sizes = {"seed": TUNING_SEED, "n_train": TUNING_ROWS, "stage": "tune", "steps": STEPS}
+            for name in head_first:
+                method = METHODS[name]
+                for rate in method.rates if method.tuned_as is None and len(method.rates) > 1 else ():
+                    for target in TUNING_TASKS:
+                        yield {"target": target, "method": name, "rate": rate, "batch_size": BATCH_SIZE, **sizes}
+            return
+        sizes = {"n_train": self.n_train, "stage": "test", "steps": self.steps, "batch_size": BATCH_SIZE}
+        for seed in self.seeds:
+            for target in self.targets:
                 for name in head_first:
-                    rate = best_rate(rows, name)
-                    yield {"target": target, "method": name, "rate": rate, "seed": seed, "n_train": n_train}
+                    yield {"target": target, "method": name, "rate": best_rate(rows, name), "seed": seed, **sizes}
+
+    def missing(self, results: Path, *, zoo: str | None = None, shard: str = "0/1") -> list[dict]:
+        """Its cells, or every n-th from the i-th where `shard` is "i/n", that the results do not hold yet."""
+        rows, (number, n_shards) = read(results), map(int, shard.split("/"))
+        done = [row for row in rows if row.get("zoo") == zoo]
+        mine = list(self.cells(rows))[number::n_shards]
+        return [cell for cell in mine if not any(cell.items() <= row.items() for row in done)]
 
 
 def quiet() -> None:
@@ -189,6 +220,23 @@ def run(cell: dict, *, task, zoo: AdapterCollection, head_rate: float, results: 
     return {"accuracy": judge(model, task), "parameters": parameters, "seconds": seconds}
 
 
+def run_slice(part: Slice, *, data: Path, zoo: Path | None = None, shard: str = "0/1", results: Path = RESULTS) -> None:
+    """Train and judge what is missing of a slice, a line a cell."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    named = {"zoo": zoo.name} if zoo else {}
+    load = lru_cache(maxsize=8)(partial(load_task, data=data))
+    with AdapterCollection.from_pretrained(zoo or shipped_adapters()) as adapters:
+        for cell in part.missing(results, zoo=named.get("zoo"), shard=shard):
+            task = load(cell["target"], n_train=cell["n_train"], seed=cell["seed"])
+            head_rate = cell["rate"] if cell["method"] == "head only" else best_rate(read(results), "head only")
+            result = run(cell, task=task, zoo=adapters, head_rate=head_rate, results=results)
+            append(results, {**cell, **named, "head_rate": head_rate, **result, "environment": environment()})
+            print(
+                f"{cell['target']:14} {cell['method']:32} {cell['rate']:<7g} {result['accuracy']:.3f} {result['seconds']} s",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["tune", "test"])
@@ -201,37 +249,10 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path, help="folder of other adapters of the same tasks, named in the rows")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     quiet()
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    shard, n_shards = map(int, arguments.shard.split("/"))
-    zoo = AdapterCollection.from_pretrained(arguments.zoo or shipped_adapters())
-    named = {"zoo": arguments.zoo.name} if arguments.zoo else {}
-    load = lru_cache(maxsize=8)(partial(load_task, data=arguments.data))
-    rows = read(arguments.results)
-    planned = cells(
-        arguments.stage,
-        rows,
-        n_train=arguments.n_train,
-        methods=arguments.methods,
-        seeds=arguments.seeds,
-        targets=arguments.targets,
-    )
-    for i, cell in enumerate(planned):
-        steps = arguments.steps if arguments.stage == "test" else STEPS
-        cell |= {"stage": arguments.stage, "steps": steps, "batch_size": BATCH_SIZE, **named}
-        done = (row for row in rows if row.get("zoo") == cell.get("zoo"))
-        if i % n_shards != shard or any(cell.items() <= row.items() for row in done):
-            continue
-        task = load(cell["target"], n_train=cell["n_train"], seed=cell["seed"])
-        head_first = cell["method"] == "head only"
-        head_rate = cell["rate"] if head_first else best_rate(read(arguments.results), "head only")
-        result = run(cell, task=task, zoo=zoo, head_rate=head_rate, results=arguments.results)
-        append(arguments.results, {**cell, "head_rate": head_rate, **result, "environment": environment()})
-        print(
-            f"{cell['target']:14} {cell['method']:32} {cell['rate']:<7g} {result['accuracy']:.3f} {result['seconds']} s",
-            flush=True,
-        )
+    part = Slice(given.stage, given.methods, given.targets, given.seeds, given.n_train, given.steps)
+    run_slice(part, data=given.data, zoo=given.zoo, shard=given.shard, results=given.results)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ METHODS = {
             few_spread(recycled(n_components=8)),
             tuned_as="LoRA, equal parameters to K=8",
         ),
-        *pair("K=64", recycled(n_components=64), tuned_as=OURS),
+        *pair("K=64", recycled(n_components=64), rates=(3e-3, 1e-2, 3e-2)),
         plain(
             "LoRA, equal parameters to K=64",
             LoraConfig,
