@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from encoder import RESULTS, SEEDS, TARGETS, append, best_rate, environment, nearest_source, quiet, read, train
-from methods import METHODS, Situation
+from encoder import RESULTS, TARGETS, append, best_rate, environment, nearest_source, quiet, read, train
+from methods import METHODS, OURS, RANDOM, Situation
 from tasks import load_task
 
 from eigenpeft.auditing import gradient_share
@@ -24,20 +24,22 @@ GRADIENT_RESULTS = RESULTS.with_name("gradient.jsonl")
 N_ROWS, BATCH_SIZE = 64, 16
 
 
-def measured_methods() -> list[str]:
-    """Methods whose only difference is the subspace: core, alpha and start are the default ones."""
-    others = ("mixer", "diagonal", "alpha", "warm")
-    return [
-        name for name, method in METHODS.items() if method.subspace is not None and not any(o in name for o in others)
-    ]
+# Methods whose only difference is the subspace: rank, core, alpha and start are the default ones.
+MEASURED = (
+    *(OURS, RANDOM, "EigenLoRA K=8", "random subspace K=8", "EigenLoRA K=16", "random subspace K=16"),
+    *("EigenLoRA K=64", "random subspace K=64"),
+    *("EigenLoRA eigenlorax", "EigenLoRA hooi", "EigenLoRA hosvd", "EigenLoRA energy"),
+    *("mean-only subspace", "shuffled subspace"),
+)
+MEASURED_SEEDS = (0, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--n-train", type=int, default=256)
-    parser.add_argument("--methods", nargs="+", default=measured_methods(), choices=measured_methods())
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--methods", nargs="+", default=list(MEASURED), choices=list(MEASURED))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(MEASURED_SEEDS))
     arguments = parser.parse_args()
     quiet()
     zoo = AdapterCollection.from_pretrained(shipped_adapters())
