@@ -3,7 +3,7 @@
 Paper:    LoRe, arXiv 2504.14439; GRPO, arXiv 2402.03300.
 Command:  python benchmarks/lore_policies.py --model MODEL --data DIR --work WORK
           (after benchmarks/lore_smollm2.py, in the same WORK: the reward model is its LoRA with two rows, half 0)
-Hardware: 1 CPU core with bf16 instructions; 15 to 30 minutes a policy on a busy one. Started again, it goes on where it stopped.
+Hardware: 1 CPU core with bf16 instructions; 17 CPU minutes a policy. Started again, it goes on where it stopped.
 Writes:   benchmarks/results/lore_policies.json and lore_smollm2.png
 
 `GRPOTrainer` with `reward_func(user_column=...)`: the rewards of both users are logged, only the own one is trained on. Prompts to
