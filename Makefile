@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt
 
 setup: $(VENV)/.installed ## Make .venv with everything the other targets need
 
-demo: setup ## Recycle a zoo of real adapters for a new task, with controls (about 6 minutes, set-up included)
+demo: setup ## Recycle a zoo of real adapters for a new task, with controls (5 to 6 minutes, set-up included)
 	$(BIN)/eigenpeft demo --out demo-output
 
 smollm2: setup ## Write a small language model and four tasks to smollm2/, for the README's walk through

@@ -18,7 +18,7 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every training.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Recycle ten shipped adapters for a task none of them saw, beside its controls (about 5 minutes on 2 cores).
+    """Recycle ten shipped adapters for a task none of them saw, beside its controls (4 to 5 minutes on 2 cores).
 
     Example: eigenpeft demo --out demo-output
     """
