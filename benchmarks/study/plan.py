@@ -16,10 +16,11 @@ K8 = "EigenLoRA K=8"
 CONTROLS_OF_K8 = ("random subspace K=8", f"{FEW} to K=8")
 # Tuned by themselves and run with three seeds.
 MAIN = (HEAD, RANDOM, OURS, FEW, "LoRA r8", K8, *CONTROLS_OF_K8, f"{FEW} to K=8, spread")
-# Of the sweep, those that bear on a default (fit, weighting, core, K, start), once more.
+# Of the sweep, those that bear on a default (fit, weighting, core, rank, K, start), once more.
 TWICE = (
     *("EigenLoRA mixer", "random subspace mixer", f"{FEW} to K=64", "EigenLoRA K=64", "random subspace K=64"),
     *("EigenLoRA diagonal", "random subspace diagonal", "LoRA, rank 1 on one module"),
+    *("EigenLoRA r=2", "random subspace r=2"),
     *("EigenLoRA K=16", "random subspace K=16", f"{FEW} to K=16"),
     *("EigenLoRA hooi", "EigenLoRA hosvd", "EigenLoRA eigenlorax", "EigenLoRA energy"),
     *("shuffled subspace", "mean-only subspace", "EigenLoRA warm start"),

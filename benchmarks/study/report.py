@@ -151,10 +151,11 @@ def tables(rows: list[dict], shares: list[dict]) -> dict[str, str]:
         found["comparisons-all"] = comparison_table(common(whole))
     kinds = {method: found for method, found in accuracies(rows, 256).items() if " r=" not in method}
     found["sweep"] = sweep_table(common(on(kinds, targets=TARGETS, seeds=[0])))
-    found["sweep-twice"] = sweep_table(common(on(only(kinds, (*MAIN, *TWICE)), targets=TARGETS, seeds=[0, 1])))
-    ranks = {
-        method: cells for method, cells in accuracies(rows, 256).items() if " r=" in method or method in (OURS, RANDOM)
-    }
+    found["sweep-twice"] = sweep_table(
+        common(on(only(accuracies(rows, 256), (*MAIN, *TWICE)), targets=TARGETS, seeds=[0, 1]))
+    )
+    beside = (OURS, RANDOM, FEW, f"{FEW} to K=8")
+    ranks = {method: cells for method, cells in accuracies(rows, 256).items() if " r=" in method or method in beside}
     found["rank"] = sweep_table(common(on(ranks, targets=TARGETS, seeds=[0])))
     records = correlations(accuracies(rows, 256), [row for row in shares if row["n_train"] == 256])
     if records:
