@@ -178,9 +178,11 @@ class Slice:
     def missing(self, results: Path, *, zoo: str | None = None, shard: str = "0/1") -> list[dict]:
         """Its cells, or every n-th from the i-th where `shard` is "i/n", that the results do not hold yet."""
         rows, (number, n_shards) = read(results), map(int, shard.split("/"))
-        done = [row for row in rows if row.get("zoo") == zoo]
-        mine = list(self.cells(rows))[number::n_shards]
-        return [cell for cell in mine if not any(cell.items() <= row.items() for row in done)]
+        return [cell for cell in list(self.cells(rows))[number::n_shards] if not held(cell, rows, zoo=zoo)]
+
+
+def held(cell: dict, rows: list[dict], *, zoo: str | None) -> bool:
+    return any(row.get("zoo") == zoo and cell.items() <= row.items() for row in rows)
 
 
 def quiet() -> None:
@@ -227,6 +229,8 @@ def run_slice(part: Slice, *, data: Path, zoo: Path | None = None, shard: str = 
     load = lru_cache(maxsize=8)(partial(load_task, data=data))
     with AdapterCollection.from_pretrained(zoo or shipped_adapters()) as adapters:
         for cell in part.missing(results, zoo=named.get("zoo"), shard=shard):
+            if held(cell, read(results), zoo=named.get("zoo")):  # by another process since
+                continue
             task = load(cell["target"], n_train=cell["n_train"], seed=cell["seed"])
             head_rate = cell["rate"] if cell["method"] == "head only" else best_rate(read(results), "head only")
             result = run(cell, task=task, zoo=adapters, head_rate=head_rate, results=results)
