@@ -196,8 +196,7 @@ METHODS = {
         plain(
             "LoRA, equal parameters to K=64",
             LoraConfig,
-            (),
-            FEW,
+            (3e-3, 1e-2),
             r=2,
             lora_alpha=4,
             layers_to_transform=FEW_PARAMETER_LAYERS,
@@ -214,15 +213,14 @@ METHODS = {
         inside("shuffled subspace", shuffled(recycled()), tuned_as=OURS),
         inside("mean-only subspace", mean_only, tuned_as=OURS),
         # Core, alpha, place.
-        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer", twin_rate=True),
-        *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal", twin_rate=True),
+        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer"),
+        *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal"),
         *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64, twin_rate=True),
         # No LoRA is as small as "diagonal" (384): rank 1 on the last module has 768.
         plain(
             "LoRA, rank 1 on one module",
             LoraConfig,
-            (),
-            "LoRA, equal parameters to K=8",
+            (1e-2, 3e-2),
             r=1,
             lora_alpha=2,
             target_modules=LAST_TWO[1:],

@@ -28,7 +28,7 @@ from encoder import FRESH_TARGETS, RESULTS, TARGETS, read
 from figure import draw
 from gradient import GRADIENT_RESULTS
 from methods import FEW, OURS, RANDOM
-from plan import ALL_ROWS, ALL_ROWS_STEPS, K8, MAIN, TWICE
+from plan import ALL_ROWS, ALL_ROWS_STEPS, CONTENDERS, K8, MAIN
 
 FIGURE = RESULTS.with_name("study.png")
 _MARK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -71,10 +71,12 @@ def method_table(cells: Cells) -> str:
     return "\n".join(lines)
 
 
-def comparison_table(cells: Cells) -> str:
+def comparison_table(cells: Cells, methods: Iterable[str] | None = None) -> str:
+    """Every method, or some of them, beside its controls and, of those that do best for their size, beside larger ones."""
     lines = ["| comparison | over targets and seeds | over targets |", "|---|---|---|"]
-    for method in cells:
-        others = [*controls_of(method), *([OURS, FEW, "LoRA r8"] if method == K8 else [])]
+    for method in cells if methods is None else methods:
+        larger = [OURS, FEW, "LoRA r8"] if method == K8 else [OURS, "LoRA r8"] if method in CONTENDERS else []
+        others = [*controls_of(method), *(larger if method.startswith("EigenLoRA") else [])]
         for other in dict.fromkeys(others):
             found = difference(cells, method, other)
             if other is not None and found is not None:
@@ -151,9 +153,8 @@ def tables(rows: list[dict], shares: list[dict]) -> dict[str, str]:
         found["comparisons-all"] = comparison_table(common(whole))
     kinds = {method: found for method, found in accuracies(rows, 256).items() if " r=" not in method}
     found["sweep"] = sweep_table(common(on(kinds, targets=TARGETS, seeds=[0])))
-    found["sweep-twice"] = sweep_table(
-        common(on(only(accuracies(rows, 256), (*MAIN, *TWICE)), targets=TARGETS, seeds=[0, 1]))
-    )
+    found["contenders"] = sweep_table(common(on(only(accuracies(rows, 256), (*MAIN, *CONTENDERS)), targets=TARGETS)))
+    found["contender-comparisons"] = comparison_table(accuracies(rows, 256), CONTENDERS)
     beside = (OURS, RANDOM, FEW, f"{FEW} to K=8")
     ranks = {method: cells for method, cells in accuracies(rows, 256).items() if " r=" in method or method in beside}
     found["rank"] = sweep_table(common(on(ranks, targets=TARGETS, seeds=[0])))
