@@ -110,11 +110,11 @@ def best_rate(rows: list[dict], name: str) -> float:
     method = METHODS[METHODS[name].tuned_as or name]
     if len(method.rates) == 1:
         return method.rates[0]
-    found = defaultdict(list)
+    found = defaultdict(dict)
     for row in rows:
         if row["stage"] == "tune" and row["method"] == method.name and row["n_train"] == TUNING_ROWS:
-            found[row["rate"]].append(row["accuracy"])
-    complete = {rate: fmean(values) for rate, values in found.items() if len(values) == len(TUNING_TASKS)}
+            found[row["rate"]][row["target"]] = row["accuracy"]
+    complete = {rate: fmean(values.values()) for rate, values in found.items() if len(values) == len(TUNING_TASKS)}
     if len(complete) < len(method.rates):
         raise SystemExit(f"{method.name} is not tuned yet: run the stage `tune` first.")
     return max(complete, key=complete.get)
