@@ -7,7 +7,7 @@ Writes:   entries "large" and "mapped" of benchmarks/results/lore_simulated.json
 Users, settings and the published procedure as in lore_simulated.py. Times are CPU seconds of this process. `mapped` under a limit
 that counts the pages of its files too (Linux, as root): a control group of 6 GB for this shell and what it starts,
 
-    mkdir /sys/fs/cgroup/memory/six && echo 6G > /sys/fs/cgroup/memory/six/memory.limit_in_bytes
+    mkdir /sys/fs/cgroup/memory/six && echo 6000000000 > /sys/fs/cgroup/memory/six/memory.limit_in_bytes
     echo $$ > /sys/fs/cgroup/memory/six/cgroup.procs
 """
 
