@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
-from eigenpeft.collection.diagnosis import Diagnosis, Finding, independent_groups
+from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.fitting import (
@@ -18,6 +18,7 @@ from eigenpeft.linalg.fitting import (
     Method,
     Weighting,
 )
+from eigenpeft.subspace.choosing import independent_starts
 from eigenpeft.subspace.distributed import Team, module_cost
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module_fitter import AUTO, MERGEABLE, ModuleFitter
@@ -211,8 +212,7 @@ class SubspaceBuilder:
             raise SubspaceError(f"method={self.method!r} must be one of {', '.join(map(repr, METHODS))}.")
         if self.weighting not in WEIGHTINGS:
             raise SubspaceError(f"weighting={self.weighting!r} must be one of {', '.join(map(repr, WEIGHTINGS))}.")
-        values = self.n_components.values() if isinstance(self.n_components, Mapping) else [self.n_components]
-        for value in values:
+        for value in self._asked_components():
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not whole and value != AUTO and not (isinstance(value, float) and 0 < value <= 1):
                 raise SubspaceError(
@@ -228,6 +228,9 @@ class SubspaceBuilder:
                 f"memory_limit={self.memory_limit!r} must be a number of bytes, such as 500_000_000, or None for no limit."
             )
 
+    def _asked_components(self) -> list[int | float | str]:
+        return list(self.n_components.values()) if isinstance(self.n_components, Mapping) else [self.n_components]
+
     def _check_addition(self, collection: AdapterCollection) -> None:
         if self.method not in MERGEABLE:
             raise SubspaceError(
@@ -241,7 +244,6 @@ class SubspaceBuilder:
             )
 
     def _fitter(self, collection: AdapterCollection) -> ModuleFitter:
-        asked = self.n_components.values() if isinstance(self.n_components, Mapping) else [self.n_components]
         return ModuleFitter(
             n_components=self.n_components,
             method=self.method,
@@ -250,7 +252,7 @@ class SubspaceBuilder:
             seed=self.seed,
             tol=self.tol,
             memory_limit=self.memory_limit,
-            groups=_groups(collection) if AUTO in asked else {},
+            groups=independent_starts(collection) if AUTO in self._asked_components() else {},
         )
 
     def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
@@ -320,15 +322,6 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
             # One adapter at a time: this must not take more memory than the fit.
             diagnosis.compare(collection.each_factors(module))
     return diagnosis.findings()
-
-
-def _groups(collection: AdapterCollection) -> dict[str, str]:
-    """Adapter to a label, the same for those of one random start or run, told from a few modules."""
-    diagnosis = Diagnosis()
-    for module in collection.modules:
-        if diagnosis.compares(collection.members(module)):
-            diagnosis.compare(collection.each_factors(module))
-    return independent_groups(collection.names, diagnosis.findings())
 
 
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Hashable, Sequence
 
+from eigenpeft.collection.diagnosis import Diagnosis, independent_groups
+from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.linalg.fitting import Method
 from eigenpeft.linalg.leave_one_out import choose_n_components, held_out_curves
 from eigenpeft.linalg.nulls import chance_curve
@@ -47,3 +49,16 @@ def automatic_n_components(
     share = held_out_curves(stacks, n_components=most, groups=labels).both.mean(dim=0)
     chance = chance_curve(most, stacks.rows_out.shape[1], stacks.rows_in.shape[1])
     return choose_n_components(share, chance=chance)
+
+
+def independent_starts(collection: AdapterCollection) -> dict[str, str]:
+    """Adapter to a label, the same for those of one random start or run, told from a few modules.
+
+    Args:
+        collection: The adapters that are compared.
+    """
+    diagnosis = Diagnosis()
+    for module in collection.modules:
+        if diagnosis.compares(collection.members(module)):
+            diagnosis.compare(collection.each_factors(module))
+    return independent_groups(collection.names, diagnosis.findings())
