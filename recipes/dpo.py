@@ -44,8 +44,10 @@ class Arguments:
 
 def peft_config(arguments: Arguments) -> LoraConfig:
     shared = {"r": arguments.r, "lora_alpha": arguments.lora_alpha, "task_type": "CAUSAL_LM"}
-    if arguments.method == "moslora" or (arguments.method == "lora" and arguments.subspace is None):
-        return {"moslora": MosLoraConfig, "lora": LoraConfig}[arguments.method](**shared)
+    if arguments.method == "moslora":
+        return MosLoraConfig(**shared)
+    if arguments.method == "lora" and arguments.subspace is None:
+        return LoraConfig(**shared)
     if arguments.subspace is None:
         raise SystemExit(
             f"--method {arguments.method} needs --subspace, a folder or Hub id (recipes/build_subspace.py)."
