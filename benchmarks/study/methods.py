@@ -126,6 +126,12 @@ def plain(name: str, config_cls, rates, tuned_as=None, **settings):
     return Method(name, rates, adapt, tuned_as=tuned_as)
 
 
+def few_late(kind: str, *, r: int, rates=(), tuned_as: str | None = None) -> Method:
+    """A LoRA of as many parameters as `kind` has, on the last four layers."""
+    name, layers = f"{FEW} to {kind}", FEW_PARAMETER_LAYERS
+    return plain(name, LoraConfig, rates, tuned_as, r=r, lora_alpha=2 * r, layers_to_transform=layers)
+
+
 def few_spread(make: Make):
     """A LoRA of as many parameters as `same_parameters_lora` spreads it: rank 1 on evenly spaced modules."""
 
@@ -193,14 +199,7 @@ METHODS = {
             tuned_as="LoRA, equal parameters to K=8",
         ),
         *pair("K=64", recycled(n_components=64), rates=(3e-3, 1e-2, 3e-2)),
-        plain(
-            "LoRA, equal parameters to K=64",
-            LoraConfig,
-            (3e-3, 1e-2),
-            r=2,
-            lora_alpha=4,
-            layers_to_transform=FEW_PARAMETER_LAYERS,
-        ),
+        few_late("K=64", r=2, rates=(3e-3, 1e-2)),
         inside("EigenLoRA K by budget", recycled(n_components=BUDGET_SHARE), tuned_as=OURS),
         # A start from another task, and what it does without a subspace.
         inside("EigenLoRA warm start", recycled(), rates=(1e-2, 3e-2), warm=True),
@@ -227,15 +226,7 @@ METHODS = {
         ),
         *pair("r=2", recycled(), rates=(1e-2, 3e-2, 1e-1), r=2, alpha=4),  # the same scaling as r = 8 with alpha 16
         *pair("r=32", recycled(), rates=(3e-3, 1e-2, 3e-2), r=32, alpha=64),
-        plain(
-            "LoRA, equal parameters to r=32",
-            LoraConfig,
-            (),
-            FEW,
-            r=4,
-            lora_alpha=8,
-            layers_to_transform=FEW_PARAMETER_LAYERS,
-        ),
+        few_late("r=32", r=4, tuned_as=FEW),
         *pair("late layers", recycled(layers=LATE_LAYERS), tuned_as=OURS),
         plain("MoSLoRA r8", MosLoraConfig, (1e-3, 3e-3), r=8, lora_alpha=16),
         plain("VeRA r256", VeraConfig, (1e-2, 3e-2), r=256),
