@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace
 from eigenpeft.demo.assets import base_model
-from eigenpeft.linalg.low_rank_update import choose_route
+from eigenpeft.linalg.layer_update import choose_route
 from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.subspace import ModuleSubspace
 

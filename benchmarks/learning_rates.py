@@ -20,11 +20,11 @@ import transformers
 from huggingface_hub.utils import disable_progress_bars
 
 import eigenpeft
+from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, methods
 from eigenpeft.demo.training import Task, load_task, train
-from eigenpeft.subspace import SubspaceBuilder
 
 RESULTS = Path(__file__).parent / "results" / "learning_rates.json"
 # The head first: its best rate is HEAD_LEARNING_RATE of all methods. Widened until the best is no end of the grid.

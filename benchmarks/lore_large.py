@@ -24,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars
 from lore_simulated import FIXED, Setting, published_fit, read_results, write_results
 
 from eigenpeft.reward import LoReFitter
-from eigenpeft.reward.simulation import SimulatedUsers
+from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 
 
 def large():

@@ -27,9 +27,9 @@ from huggingface_hub.utils import disable_progress_bars
 
 import eigenpeft
 from eigenpeft.linalg.orthogonal import principal_angles
-from eigenpeft.linalg.preference_users import fit_all_user_weights
+from eigenpeft.linalg.preference.users import fit_all_user_weights
 from eigenpeft.reward import LoReFitter, LowRankRewardModel
-from eigenpeft.reward.simulation import SimulatedUsers
+from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 
 RESULTS = Path(__file__).parent / "results" / "lore_simulated.json"
 FIXED = {"shared_scale": 2.0, "deviation_scale": 2.0, "concentration": 1.0, "strength": 1.0}

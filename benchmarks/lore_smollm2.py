@@ -36,8 +36,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from eigenpeft import EigenLoraConfig, LowRankRewardModel, PrincipalSubspace
 from eigenpeft.reward import LoReFitter
-from eigenpeft.reward.features import embed_preferences
-from eigenpeft.reward.text import classify
+from eigenpeft.reward.text.features import embed_preferences
+from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 RESULTS = Path(__file__).parent / "results" / "lore_smollm2.json"

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eigenpeft import CoefficientStore, EigenLoraConfig
 from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.tuners.serving import TaskBank
+from eigenpeft.tuners.serving.bank import TaskBank
 
 RESULTS = Path(__file__).parent / "results"
 N_ROWS, N_TASKS = 64, 1000

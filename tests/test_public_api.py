@@ -17,13 +17,34 @@ CONFIGS = [name for name in NAMES if name.endswith("Config")]
 
 
 def test_names_exist_and_are_few():
-    assert len(NAMES) <= 12
+    assert len(NAMES) <= 16
     assert all(hasattr(eigenpeft, name) for name in eigenpeft.__all__)
 
 
 def test_no_public_name_hides_a_module():
     modules = {info.name for info in pkgutil.iter_modules(eigenpeft.__path__)}
     assert not modules & set(NAMES)
+
+
+def test_audit_is_short_for_audit_adapters_and_its_package_is_still_found():
+    from eigenpeft.audit import AuditReport
+
+    assert eigenpeft.audit is eigenpeft.audit_adapters
+    assert AuditReport.__module__ == "eigenpeft.audit.report"
+
+
+def test_old_places_still_work_and_name_the_new_ones():
+    import eigenpeft.auditing
+    import eigenpeft.subspace
+
+    with pytest.warns(DeprecationWarning, match=r"use eigenpeft\.audit\.gradient_share"):
+        assert eigenpeft.auditing.gradient_share is not None
+    with pytest.warns(DeprecationWarning, match=r"use eigenpeft\.audit\.audit_adapters"):
+        assert eigenpeft.auditing.audit is eigenpeft.audit_adapters
+    with pytest.warns(DeprecationWarning, match=r"use eigenpeft\.SubspaceBuilder"):
+        assert eigenpeft.subspace.SubspaceBuilder is eigenpeft.SubspaceBuilder
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = eigenpeft.auditing.nothing
 
 
 @pytest.mark.parametrize("name", NAMES)

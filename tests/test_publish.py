@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder
-from eigenpeft.auditing import AuditReport, audit
+from eigenpeft.audit import AuditReport, audit_adapters
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare, push
 from tests.factories import make_collection
@@ -137,7 +137,7 @@ def test_the_card_embeds_an_audit(tmp_path, hub):
     with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
         subspace = SubspaceBuilder(4).fit(collection).subspace_
         CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
-        report = audit(collection, n_components=6, progress=False)
+        report = audit_adapters(collection, n_components=6, progress=False)
     subspace.save_pretrained(tmp_path / "subspace")
     assert "audit.png" in prepare(tmp_path / "store", repo_id="me/store", audit=report).card
     push(prepare(tmp_path / "subspace", repo_id="me/bases", audit=report))
@@ -159,7 +159,7 @@ def test_an_audit_of_other_adapters_is_refused(tmp_path):
     SubspaceBuilder(4).fit(AdapterCollection.from_pretrained(tmp_path / "adapters")).subspace_.save_pretrained(
         tmp_path / "subspace"
     )
-    report = audit(AdapterCollection.from_pretrained(tmp_path / "others"), n_components=4, progress=False)
+    report = audit_adapters(AdapterCollection.from_pretrained(tmp_path / "others"), n_components=4, progress=False)
     with pytest.raises(ArtifactError, match=r"audit is of other adapters: 'b-.* \(4 of 4\)"):
         prepare(tmp_path / "subspace", repo_id="me/bases", audit=report)
     save_adapter(tmp_path / "adapter", MosLoraConfig(r=2, target_modules=["q_proj"]))
@@ -169,7 +169,7 @@ def test_an_audit_of_other_adapters_is_refused(tmp_path):
 
 def test_a_report_comes_back_from_json(tmp_path):
     made = make_collection(tmp_path, n_adapters=4, rank=4, n_shared=6)
-    report = audit(AdapterCollection.from_pretrained(made.folder), n_components=4, progress=False)
+    report = audit_adapters(AdapterCollection.from_pretrained(made.folder), n_components=4, progress=False)
     assert AuditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     with pytest.raises(ArtifactError, match="it has no advice"):
         AuditReport.from_dict({key: value for key, value in report.to_dict().items() if key != "advice"})

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.auditing import audit, same_parameters_lora
+from eigenpeft.audit import audit_adapters, same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.subspace import mean_only_subspace, random_subspace
 
@@ -220,7 +220,7 @@ def audit_zoo(zoo: AdapterCollection, results: Path) -> None:
     """What `eigenpeft audit` says of the zoo, in a row."""
     if any(row["stage"] == "audit" for row in read(results)):
         return
-    report = audit(zoo, n_components=64, progress=False)
+    report = audit_adapters(zoo, n_components=64, progress=False)
     places = (8, 32, 64)
     shares = {
         f"{kind}_{source}": {str(k): round(getattr(getattr(report, kind), source)[k - 1], 4) for k in places}

@@ -16,7 +16,7 @@ from encoder import RESULTS, TARGETS, append, best_rate, environment, nearest_so
 from methods import METHODS, OURS, RANDOM, Situation
 from tasks import load_task
 
-from eigenpeft.auditing import gradient_share
+from eigenpeft.audit import gradient_share
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 

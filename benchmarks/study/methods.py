@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.auditing import same_parameters_lora
+from eigenpeft.audit import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.methods import FEW_PARAMETER_LAYERS
 from eigenpeft.subspace import mean_only_subspace, random_subspace, shuffled_subspace

@@ -25,7 +25,7 @@ from methods import OURS
 from tasks import load_task
 
 from eigenpeft import SubspaceBuilder
-from eigenpeft.auditing import audit
+from eigenpeft.audit import audit_adapters
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.errors import SubspaceError
@@ -46,7 +46,7 @@ TITLES = {
 
 def audited(name: str, zoo: AdapterCollection) -> dict:
     """What the audit says of a zoo, and the components that "auto" takes for a module, in the mean (None: refuses)."""
-    report = audit(zoo, n_components=max(PLACES), progress=False)
+    report = audit_adapters(zoo, n_components=max(PLACES), progress=False)
     curves = {"explained": report.explained, "held_out": report.held_out, "held_out_alone": report.held_out_alone}
     curves |= {"held_out_alone_in": report.held_out_alone_in, "held_out_out": report.held_out_out}
     shares = {

@@ -3,13 +3,16 @@
 Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 """
 
-from eigenpeft.auditing import audit
+from eigenpeft.audit import audit_adapters
+from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
 from eigenpeft.version import __version__
+
+audit = audit_adapters  # The short name. `from eigenpeft.audit import ...` still finds the package.
 
 __all__ = [
     "AdapterCollection",
@@ -22,6 +25,6 @@ __all__ = [
     "SubspaceBuilder",
     "TaskBank",
     "__version__",
-    "audit",
+    "audit_adapters",
     "export_lora",
 ]

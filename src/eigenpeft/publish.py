@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from eigenpeft.auditing import AuditReport
+from eigenpeft.audit import AuditReport
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png

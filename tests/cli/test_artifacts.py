@@ -112,7 +112,7 @@ def test_ctrl_c_while_writing_leaves_nothing(adapters, tmp_path):
     # The tensors' writer sleeps, so that the signal arrives in the middle of writing.
     code = (
         "import sys, time\n"
-        "import eigenpeft.subspace.storage as storage\n"
+        "import eigenpeft.artifacts.storage as storage\n"
         "save = storage.save_file\n"
         "def slow(tensors, path, *args):\n"
         "    save(tensors, path, *args)\n"

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
-from eigenpeft.subspace import storage
+from eigenpeft.artifacts import storage
 from tests.factories import MODULES, random_factors, write_adapter
 
 

@@ -55,7 +55,7 @@ def _give_subspaces() -> None:
                 cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
             subspace = random_subspace(model, parameters=bool(config.target_parameters))
             _alive.append(subspace)
-            config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.basis_store.remember(subspace)
+            config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.layers.shared_bases.remember(subspace)
         return injecting(cls, model, config, adapter_name)
 
     EigenLoraModel.injecting = classmethod(injecting_with_subspace)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from eigenpeft import LowRankRewardModel
 from eigenpeft.cli import app
-from eigenpeft.reward.simulation import SimulatedUsers
+from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 
 
 def run(*arguments):

@@ -9,8 +9,8 @@ from transformers import AutoModelForSequenceClassification
 from eigenpeft import LowRankRewardModel, MosLoraConfig
 from eigenpeft.errors import RewardModelError
 from eigenpeft.reward import LoReFitter
-from eigenpeft.reward.features import embed_texts
-from eigenpeft.reward.text import classify
+from eigenpeft.reward.text.features import embed_texts
+from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
-from eigenpeft.tuners.factors import InputFactor, MixedFactor, OutputFactor
+from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
 
 METHODS = ("moslora", "low_rank", "mixer", "diagonal")

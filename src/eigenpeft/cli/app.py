@@ -16,8 +16,8 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 
+from eigenpeft.building.team import Team, share_threads
 from eigenpeft.errors import CollectionError, EigenPeftError, LostProcessError, SubspaceError
-from eigenpeft.subspace.distributed import Team, share_threads
 from eigenpeft.version import __version__
 
 # A launcher stops all processes 0.1 s after the first one fails; so long the silent ones let the main one print.

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from eigenpeft.building import SubspaceBuilder
 from eigenpeft.cli.app import (
     Adapters,
     AllowDifferentBaseModels,
@@ -23,7 +24,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
 from eigenpeft.tuners import convert_reference_checkpoint, export_lora
 
 

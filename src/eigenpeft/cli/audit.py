@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from eigenpeft.auditing import audit as run_audit
+from eigenpeft.audit import audit_adapters as run_audit
 from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
 from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection

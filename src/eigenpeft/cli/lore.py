@@ -16,8 +16,8 @@ from eigenpeft.cli.rows import open_rows
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
-from eigenpeft.reward.backbone import reference_head
-from eigenpeft.reward.features import embed_preferences
+from eigenpeft.reward.text.backbone import reference_head
+from eigenpeft.reward.text.features import embed_preferences
 
 lore = typer.Typer(
     help="Personalised reward models: one reward basis, a few numbers a user (LoRe).", no_args_is_help=True

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel
 from rich.markup import escape
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from eigenpeft.atomic import atomic_folder
+from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
 from eigenpeft.errors import EigenPeftError
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from eigenpeft.auditing import AuditReport
+from eigenpeft.audit import AuditReport
 from eigenpeft.cli.app import Json, app, console, print_json, quiet
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare

@@ -11,13 +11,13 @@ import numpy as np
 from peft import PeftModel
 from torch import nn
 
-from eigenpeft.auditing import AuditReport, audit
+from eigenpeft.audit import AuditReport, audit_adapters
+from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods
 from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
 from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.subspace import SubspaceBuilder
 from eigenpeft.tuners import export_lora
 
 
@@ -117,7 +117,7 @@ def run_demo(
     with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
         subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
         n_adapters = len(collection)
-        shared = audit(collection, n_components=2 * N_COMPONENTS, progress=False)
+        shared = audit_adapters(collection, n_components=2 * N_COMPONENTS, progress=False)
     subspace.save_pretrained(out / "subspace")
     task = load_task()
     report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")

@@ -29,7 +29,7 @@ from eigenpeft.linalg.fitting import (
     stack_rows,
 )
 from eigenpeft.linalg.incremental import Merged, merge_components
-from eigenpeft.linalg.low_rank_update import (
+from eigenpeft.linalg.layer_update import (
     Route,
     choose_route,
     low_rank_update,

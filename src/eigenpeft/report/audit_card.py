@@ -1,6 +1,6 @@
 """An audit as a section of a model card."""
 
-from eigenpeft.auditing import AuditReport
+from eigenpeft.audit import AuditReport
 
 AUDIT_FIGURE = "audit.png"
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)

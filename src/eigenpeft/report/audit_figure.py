@@ -7,7 +7,7 @@ import tempfile
 from html import escape
 from pathlib import Path
 
-from eigenpeft.auditing import AuditReport, Curve
+from eigenpeft.audit import AuditReport, Curve
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.plots import new_figure, save_figure
 

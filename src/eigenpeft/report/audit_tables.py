@@ -3,7 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from eigenpeft.auditing import AuditReport, GradientShare
+from eigenpeft.audit import AuditReport, GradientShare
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.reward.evaluation import LoReEvaluation
+from eigenpeft.reward.evaluation.evaluate import LoReEvaluation
 
 
 def plot_evaluation(found: LoReEvaluation, path: str | Path) -> None:

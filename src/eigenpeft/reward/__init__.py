@@ -1,10 +1,10 @@
 """Low-rank personalised reward models (LoRe): one reward basis, a few numbers a user."""
 
-from eigenpeft.reward.evaluation import LoReEvaluation, Share, evaluate_lore
-from eigenpeft.reward.fitting import LoReFitter
-from eigenpeft.reward.model import LowRankRewardModel, UserPosterior
-from eigenpeft.reward.selection import Candidate
-from eigenpeft.reward.users import UserTable
+from eigenpeft.reward.artifact.model import LowRankRewardModel, UserPosterior
+from eigenpeft.reward.artifact.users import UserTable
+from eigenpeft.reward.evaluation.evaluate import LoReEvaluation, Share, evaluate_lore
+from eigenpeft.reward.fitting.fitter import LoReFitter
+from eigenpeft.reward.fitting.selection import Candidate
 
 __all__ = [
     "Candidate",

@@ -1,6 +1,6 @@
-"""Principal subspaces: the artifact, its builder, and stores of coefficients on it."""
+"""Principal subspaces, their controls, and stores of coefficients on them: the artifacts."""
 
-from eigenpeft.subspace.builder import SubspaceBuilder
+from eigenpeft.deprecation import moved_names
 from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import Coefficients, ModuleSubspace
@@ -12,9 +12,10 @@ __all__ = [
     "Coefficients",
     "ModuleSubspace",
     "PrincipalSubspace",
-    "SubspaceBuilder",
     "SubspaceInfo",
     "mean_only_subspace",
     "random_subspace",
     "shuffled_subspace",
 ]
+
+__getattr__ = moved_names(__name__, {"SubspaceBuilder": "eigenpeft.SubspaceBuilder"})

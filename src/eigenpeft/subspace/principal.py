@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
-from eigenpeft.subspace import storage
 from eigenpeft.subspace.card import ModuleRow, subspace_card
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import TENSOR_FIELDS, Coefficients, ModuleSubspace

@@ -10,10 +10,10 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from torch import Tensor
 
+from eigenpeft.artifacts import storage
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.subspace import storage
 from eigenpeft.subspace.card import subspace_card
 from eigenpeft.subspace.module import Coefficients, ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace

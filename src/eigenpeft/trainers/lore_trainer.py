@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.trainer.reward_trainer import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.linalg.preference import simplex, simplex_logits
+from eigenpeft.linalg.preference.objective import simplex, simplex_logits
 from eigenpeft.reward import LowRankRewardModel
-from eigenpeft.reward.backbone import score_head, with_head
+from eigenpeft.reward.text.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
 from eigenpeft.trainers.lore_config import LoReConfig
 from eigenpeft.trainers.user_mixing import (

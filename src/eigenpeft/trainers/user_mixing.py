@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenpeft.linalg.preference import simplex
-from eigenpeft.reward.backbone import score_head
+from eigenpeft.linalg.preference.objective import simplex
+from eigenpeft.reward.text.backbone import score_head
 
 # Name of the embedding in the model: it is trained, saved in checkpoints and wrapped by PEFT under it.
 USER_LOGITS = "lore_user_logits"

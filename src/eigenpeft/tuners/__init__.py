@@ -2,14 +2,14 @@
 
 from eigenpeft.tuners.controls import control_config
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
-from eigenpeft.tuners.export import export_lora
-from eigenpeft.tuners.mixed_models import FactorMixedModel
+from eigenpeft.tuners.files.export import export_lora
+from eigenpeft.tuners.files.reference_checkpoints import convert_reference_checkpoint
+from eigenpeft.tuners.host.mixed_models import FactorMixedModel
+from eigenpeft.tuners.host.rank_padding import pad_ranks
+from eigenpeft.tuners.host.registration import admit_to_mixed_models, check_lorafa, register, replace_rank_padding
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
-from eigenpeft.tuners.rank_padding import pad_ranks
-from eigenpeft.tuners.reference_checkpoints import convert_reference_checkpoint
-from eigenpeft.tuners.registration import admit_to_mixed_models, check_lorafa, register, replace_rank_padding
-from eigenpeft.tuners.serving import TaskBank
+from eigenpeft.tuners.serving.bank import TaskBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from eigenpeft.auditing.controls import same_parameters_lora
+from eigenpeft.audit.controls import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace, mean_only_subspace, random_subspace, shuffled_subspace

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.tuners.basis_store import Basis, attach_basis, attach_empty_basis, recall, resolve
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
-from eigenpeft.tuners.factors import InputFactor
-from eigenpeft.tuners.swapping import factor_dicts, weight_name, weight_shape
+from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
+from eigenpeft.tuners.layers.linear import InputFactor
+from eigenpeft.tuners.layers.shared_bases import Basis, attach_basis, attach_empty_basis, recall, resolve
 
 _EMBEDDED = {"lora_A": "components_in", "lora_B": "components_out"}
 

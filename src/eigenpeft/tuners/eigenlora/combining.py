@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
-from eigenpeft.tuners.convolution_factors import is_convolution
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
-from eigenpeft.tuners.swapping import factor_dicts
+from eigenpeft.tuners.layers.convolution import is_convolution
+from eigenpeft.tuners.layers.kinds import factor_dicts
 
 _LINEAR_ALGEBRA = ("linear", "cat", "svd")
 # PEFT's own functions of (tensors, weights, density), for cores whose coefficients are one tensor.

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.tuners.adapter_card import ExplainedConfig
-from eigenpeft.tuners.basis_store import remember
-from eigenpeft.tuners.registration import peft_type
-from eigenpeft.tuners.restrictions import check_lora_options
+from eigenpeft.tuners.host.adapter_card import ExplainedConfig
+from eigenpeft.tuners.host.registration import peft_type
+from eigenpeft.tuners.host.restrictions import check_lora_options
+from eigenpeft.tuners.layers.shared_bases import remember
 from eigenpeft.version import __version__
 
 CORES = ("low_rank", "mixer", "diagonal")

@@ -7,9 +7,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn, tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eigenpeft.tuners.exact_merging import ExactLinear
-from eigenpeft.tuners.factors import InputFactor, OutputFactor
-from eigenpeft.tuners.routes import add_update, add_updates, owns_output
+from eigenpeft.tuners.host.exact_merging import ExactLinear
+from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
+from eigenpeft.tuners.layers.routes import add_update, add_updates, owns_output
 
 
 class EigenLinear(ExactLinear):

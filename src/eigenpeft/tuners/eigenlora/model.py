@@ -10,8 +10,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.basis_store import drop_unused_bases
-from eigenpeft.tuners.convolution_factors import is_convolution
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
     embedded_counts,
@@ -25,7 +23,9 @@ from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
-from eigenpeft.tuners.factor_model import FactorModel
+from eigenpeft.tuners.host.factor_model import FactorModel
+from eigenpeft.tuners.layers.convolution import is_convolution
+from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
 
 
 class EigenLoraModel(FactorModel):

@@ -8,14 +8,14 @@ from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.basis_store import Basis
-from eigenpeft.tuners.convolution_factors import ConvolutionInputFactor, ConvolutionOutputFactor, is_convolution
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.start import initial_coefficients, initial_embedding_coefficients
-from eigenpeft.tuners.embedding_factors import EmbeddingInputFactor, EmbeddingOutputFactor
-from eigenpeft.tuners.expert_factors import ExpertDiagonalFactor, RepeatedInputFactor
-from eigenpeft.tuners.factors import InputFactor, OutputFactor
-from eigenpeft.tuners.swapping import factor_dicts, replace_factor
+from eigenpeft.tuners.layers.convolution import ConvolutionInputFactor, ConvolutionOutputFactor, is_convolution
+from eigenpeft.tuners.layers.embedding import EmbeddingInputFactor, EmbeddingOutputFactor
+from eigenpeft.tuners.layers.experts import ExpertDiagonalFactor, RepeatedInputFactor
+from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor
+from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
+from eigenpeft.tuners.layers.shared_bases import Basis
 
 Start = tuple[Tensor | None, Tensor]
 

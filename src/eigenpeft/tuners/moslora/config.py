@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.adapter_card import ExplainedConfig
-from eigenpeft.tuners.registration import peft_type
-from eigenpeft.tuners.restrictions import check_lora_options
+from eigenpeft.tuners.host.adapter_card import ExplainedConfig
+from eigenpeft.tuners.host.registration import peft_type
+from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.version import __version__
 
 MIXER_STARTS = ("kaiming", "orthogonal", "identity")

@@ -8,14 +8,14 @@ from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.convolution_factors import MixedConvolutionFactor, is_convolution
-from eigenpeft.tuners.embedding_factors import MixedEmbeddingFactor
-from eigenpeft.tuners.expert_factors import MixedExpertFactor
-from eigenpeft.tuners.factor_model import FactorModel
-from eigenpeft.tuners.factors import MixedFactor
+from eigenpeft.tuners.host.factor_model import FactorModel
+from eigenpeft.tuners.layers.convolution import MixedConvolutionFactor, is_convolution
+from eigenpeft.tuners.layers.embedding import MixedEmbeddingFactor
+from eigenpeft.tuners.layers.experts import MixedExpertFactor
+from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor
+from eigenpeft.tuners.layers.linear import MixedFactor
 from eigenpeft.tuners.moslora.config import MosLoraConfig
 from eigenpeft.tuners.moslora.start import initial_mixer
-from eigenpeft.tuners.swapping import factor_dicts, replace_factor
 
 
 class MosLoraModel(FactorModel):

@@ -1,0 +1,1 @@
+"""Artifacts on disk and on the Hub: written whole, verified, pushed."""

@@ -1,0 +1,234 @@
+"""Does a subspace suit a new task? The share of the task's gradient that lies in it, before any training."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.token_gradients import EnergySplit, append_tokens, split_energy
+from eigenpeft.subspace.controls import random_subspace
+from eigenpeft.subspace.principal import PrincipalSubspace
+
+Tokens = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ModuleGradient:
+    """Shares of the squared norm of one weight's gradient G.
+
+    Attributes:
+        module: Its name in the subspace.
+        energy: ‖G‖².
+        share: In the subspace, `‖V_out G V_inᵀ‖² / ‖G‖²`: what the cores "low_rank" (r = K) and "mixer" can reach.
+        diagonal: What the core "diagonal" can reach.
+        optimum: In the best subspace of that size, the leading singular directions of G itself.
+        random: In random subspaces of that size, one a seed.
+        curve: `share` of the first 1, 2, ..., K components.
+        random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
+        optimum_curve: The same of the best subspaces.
+    """
+
+    module: str
+    energy: float
+    share: float
+    diagonal: float
+    optimum: float
+    random: tuple[float, ...]
+    curve: tuple[float, ...]
+    random_curve: tuple[float, ...]
+    optimum_curve: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GradientShare:
+    """Shares over all modules, weighted by the energy of their gradients, and each module's own.
+
+    Attributes:
+        share: Of the subspace.
+        diagonal: Of the core "diagonal" in it.
+        optimum: Of the best subspace of that size.
+        random: Of random subspaces of that size, one a seed.
+        curve: `share` with the first 1, 2, ..., K components of every module (all of a module that has fewer).
+        random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
+        optimum_curve: The same of the best subspaces.
+        n_batches: Batches whose gradients were added.
+        modules: One record a module.
+    """
+
+    share: float
+    diagonal: float
+    optimum: float
+    random: tuple[float, ...]
+    curve: tuple[float, ...]
+    random_curve: tuple[float, ...]
+    optimum_curve: tuple[float, ...]
+    n_batches: int
+    modules: tuple[ModuleGradient, ...]
+
+
+def gradient_share(
+    model: nn.Module,
+    batches: Iterable[Any],
+    subspace: PrincipalSubspace,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> GradientShare:
+    """The share of the gradient of each adapted weight that lies inside a subspace.
+
+    For one weight `G = Σ_t δ_t x_tᵀ` over the tokens of all batches, x the input and δ the gradient by the output. G is
+    what the first step of full fine-tuning would follow; the first steps of a subspace see only `V_out G V_inᵀ`. G is
+    kept as token factors. The subspace is worth having only where its share is above that of the random ones.
+
+    A new head matters: gradients behind an untrained head are those of a random direction. Train the head first.
+
+    Args:
+        model: Base model with the task's head, such as a Transformers model. It is left as it was; dropout is off.
+        batches: A few batches of the new task, as the loss takes them.
+        subspace: The subspace to judge.
+        seeds: Of the random subspaces of the same size.
+        loss: Takes the model and a batch; default: `model(**batch).loss`.
+
+    Returns:
+        A `GradientShare`.
+
+    Raises:
+        SubspaceError: If no module of the model is in the subspace, widths differ, there are no batches or no gradient.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from eigenpeft import PrincipalSubspace
+        >>> from eigenpeft.audit import gradient_share
+        >>> from eigenpeft.subspace import ModuleSubspace
+        >>> eye, ones = torch.eye(2, 4), torch.ones(2)
+        >>> subspace = PrincipalSubspace({"0": ModuleSubspace(eye, torch.eye(2, 3), ones, ones, ones / 2)})
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> found = gradient_share(model, [torch.eye(4)[:1]], subspace, loss=lambda model, x: model(x)[:, :2].sum())
+        >>> round(found.share, 6), round(found.optimum, 6)
+        (1.0, 1.0)
+    """
+    loss = loss or (lambda model, batch: model(**batch).loss)
+    targets = _targets(model, subspace)
+    tokens, n_batches = _gather(model, targets, batches, loss)
+    if not tokens:
+        raise SubspaceError(
+            f"No gradient reached the {len(targets)} modules in {n_batches} batches; pass at least one batch whose loss "
+            "depends on them."
+        )
+    controls = [random_subspace(like=subspace, seed=seed) for seed in seeds]
+    splits = {name: _split(pair, subspace, name) for name, pair in tokens.items()}
+    random = {name: [_split(pair, control, name).inside for control in controls] for name, pair in tokens.items()}
+    total = sum(split.total for split in splits.values())
+    if not total > 0:
+        raise SubspaceError(f"The gradient is {total} in all {len(targets)} modules; the loss does not depend on them.")
+    inside, best = (_summed([getattr(split, side) for split in splits.values()]) / total for side in ("inside", "best"))
+    by_seed = [_summed([curves[i] for curves in random.values()]) / total for i in range(len(controls))]
+    return GradientShare(
+        share=float(inside[-1]),
+        diagonal=sum(split.diagonal for split in splits.values()) / total,
+        optimum=float(best[-1]),
+        random=tuple(float(curve[-1]) for curve in by_seed),
+        curve=tuple(inside.tolist()),
+        random_curve=_mean(by_seed),
+        optimum_curve=tuple(best.tolist()),
+        n_batches=n_batches,
+        modules=tuple(_module(name, split, random[name]) for name, split in splits.items()),
+    )
+
+
+def _module(name: str, split: EnergySplit, random: Sequence[Tensor]) -> ModuleGradient:
+    total = max(split.total, torch.finfo(torch.float64).tiny)  # a module the loss does not reach: all shares are 0
+    return ModuleGradient(
+        module=name,
+        energy=split.total,
+        share=float(split.inside[-1]) / total,
+        diagonal=split.diagonal / total,
+        optimum=float(split.best[-1]) / total,
+        random=tuple(float(curve[-1]) / total for curve in random),
+        curve=tuple((split.inside / total).tolist()),
+        random_curve=_mean([curve / total for curve in random]),
+        optimum_curve=tuple((split.best / total).tolist()),
+    )
+
+
+def _summed(curves: Sequence[Tensor]) -> Tensor:
+    """Energies by K over all modules; a module with fewer components keeps what its last one reached."""
+    most = max(len(curve) for curve in curves)
+    return torch.stack([torch.cat([curve, curve[-1:].expand(most - len(curve))]) for curve in curves]).sum(dim=0)
+
+
+def _mean(curves: Sequence[Tensor]) -> tuple[float, ...]:
+    return tuple(torch.stack(list(curves)).mean(dim=0).tolist()) if curves else ()
+
+
+def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) -> EnergySplit:
+    bases = subspace[name]
+    if (pair[0].shape[1], pair[1].shape[1]) != (bases.out_features, bases.in_features):
+        raise SubspaceError(
+            f"{name!r} maps {pair[1].shape[1]} features to {pair[0].shape[1]} in the model, {bases.in_features} to "
+            f"{bases.out_features} in the subspace; use the base model of the adapters."
+        )
+    return split_energy(*pair, components_out=bases.components_out, components_in=bases.components_in)
+
+
+def _targets(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
+    targets: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        known = subspace.find(name.removesuffix(".base_layer")) if name else None
+        if known is not None:
+            targets[known] = module  # a base_layer comes after the PEFT layer around it, and takes its place
+    if not targets:
+        raise SubspaceError(
+            f"None of the {len(subspace)} modules of the subspace, such as {subspace.modules[0]!r}, is in the model; use "
+            "the base model of the adapters."
+        )
+    return targets
+
+
+def _gather(
+    model: nn.Module, targets: dict[str, nn.Module], batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
+) -> tuple[Tokens, int]:
+    tokens: Tokens = {}
+    n_batches = 0
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in batches:
+            n_batches += 1
+            with _watched(targets, tokens) as probes, torch.enable_grad():
+                torch.autograd.grad(loss(model, batch), list(probes.values()), allow_unused=True)
+    finally:
+        for module, was in training:
+            module.training = was
+    return tokens, n_batches
+
+
+@contextmanager
+def _watched(targets: dict[str, nn.Module], tokens: Tokens) -> Iterator[dict[str, Tensor]]:
+    """Hooks that add each call's tokens; a zero added to the output makes its gradient known, trainable or not."""
+    handles, probes = [], {}
+    for name, module in targets.items():
+        parameter = next(module.parameters())
+        probes[name] = torch.zeros((), device=parameter.device, requires_grad=True)
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, name: str = name) -> Tensor:
+            x = inputs[0].detach().flatten(0, -2)  # (tokens, in_features)
+
+            def add(gradient: Tensor) -> None:
+                tokens[name] = append_tokens(tokens.get(name), gradient.detach().flatten(0, -2), x)
+
+            watched = output + probes[name].to(output.dtype)
+            watched.register_hook(add)
+            return watched
+
+        handles.append(module.register_forward_hook(watch))
+    try:
+        yield probes
+    finally:
+        for handle in handles:
+            handle.remove()

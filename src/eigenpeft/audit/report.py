@@ -1,0 +1,156 @@
+"""What an audit found, as frozen plain data."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
+
+from eigenpeft.audit.gradient import GradientShare, ModuleGradient
+from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.errors import ArtifactError
+
+Verdict = Literal["shared", "shared only through a common seed", "shared only by related runs", "not shared"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A share for K = 1, 2, ... components, beside the same of the matched null.
+
+    Attributes:
+        real: Of the adapters, mean.
+        low: Lower end of the bootstrap interval over adapters (5 %); equal to `real` where none was taken.
+        high: Upper end (95 %).
+        null: Of random adapters with the same singular values and shapes, mean over draws.
+        null_high: Largest of the draws.
+    """
+
+    real: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    null: tuple[float, ...]
+    null_high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModuleAudit:
+    """One module.
+
+    Attributes:
+        shape: (out_features, in_features).
+        n_adapters: Trained adapters that have it.
+        effective_rank_in: Directions of equal weight that would spread as the input rows do.
+        effective_rank_out: The same for the output rows.
+        null_effective_rank_in: Of the matched null.
+        null_effective_rank_out: Of the matched null.
+        explained: Share of the adapters' squared norms inside a subspace fitted to all of them.
+        held_out: The same, each adapter's share in a subspace fitted to the others.
+    """
+
+    shape: tuple[int, int]
+    n_adapters: int
+    effective_rank_in: float
+    effective_rank_out: float
+    null_effective_rank_in: float
+    null_effective_rank_out: float
+    explained: Curve
+    held_out: Curve
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The whole collection.
+
+    Attributes:
+        verdict: "shared", "shared only through a common seed", "shared only by related runs", or "not shared".
+        advice: What that means and what to do, in a few sentences.
+        n_components: Where the held-out share stops growing more than by chance (`choose_n_components`).
+        adapters: Trained adapters, in order.
+        groups: Adapters that were left out together, because they share a start or a run.
+        clusters: Groups by the overlap of their row spaces, single adapters included; one group where all are alike.
+        cluster_gain: Held-out share, at `n_components`, by the adapter's own cluster less that by all others; above 0, one
+            subspace a cluster is better. None where there are no two clusters of at least three adapters.
+        explained: Mean over the modules.
+        held_out: Mean over modules and adapters; adapters of one group are left out together.
+        held_out_alone: The same, each adapter left out alone: what it gains through its group is in it.
+        held_out_unrelated: As `held_out`, each adapter left out with every adapter related to it too (cosine of ΔW above
+            0.2), mean over those that have at least two strangers. None where no two are related but by their group, or
+            where fewer than half of the adapters have two strangers.
+        held_out_in: As `held_out`, with the input side alone projected.
+        held_out_alone_in: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
+        held_out_out: As `held_out`, with the output side alone projected.
+        outside: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
+        similarity: Mean cosine of ΔW of every pair, (n, n).
+        modules: Module name to its audit.
+        findings: What was noticed about single adapters and pairs.
+        weighting: "equal": every adapter's update of a module counts alike.
+        seed: Of the nulls and the bootstrap.
+        gradient: The share of a new task's gradient inside the adapters' subspace, where a model and a data set were given.
+    """
+
+    verdict: Verdict
+    advice: str
+    n_components: int
+    adapters: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    clusters: tuple[tuple[str, ...], ...]
+    cluster_gain: float | None
+    explained: Curve
+    held_out: Curve
+    held_out_alone: Curve
+    held_out_unrelated: Curve | None
+    held_out_in: Curve
+    held_out_alone_in: Curve
+    held_out_out: Curve
+    outside: dict[str, float]
+    similarity: tuple[tuple[float, ...], ...]
+    modules: dict[str, ModuleAudit]
+    findings: tuple[Finding, ...]
+    weighting: str
+    seed: int
+    gradient: GradientShare | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AuditReport":
+        """The report that `to_dict` gave, also after JSON.
+
+        Args:
+            data: What `to_dict` returned, or what `eigenpeft audit --json` printed.
+
+        Raises:
+            ArtifactError: If fields are missing or of another kind, as in reports of other versions.
+        """
+        known = {field.name for field in fields(cls)}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        missing = sorted(required - set(data)) if isinstance(data, Mapping) else sorted(required)
+        if missing:
+            raise ArtifactError(
+                f"This is no report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
+                "--json` again."
+            )
+        try:
+            values = {name: _restored(name, data[name]) for name in known & set(data)}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"The audit report is damaged ({error}); run `eigenpeft audit ... --json` again."
+            ) from error
+        return cls(**values)
+
+
+def _restored(name: str, value: Any) -> Any:
+    if name == "modules":
+        return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
+    if name == "gradient" and isinstance(value, Mapping):
+        modules = tuple(ModuleGradient(**{k: _tuples(v) for k, v in module.items()}) for module in value["modules"])
+        return GradientShare(**{**{k: _tuples(v) for k, v in value.items()}, "modules": modules})
+    if name == "findings":
+        return tuple(Finding(**{**found, "adapters": tuple(found["adapters"])}) for found in value)
+    if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):
+        return Curve(**{key: tuple(shares) for key, shares in value.items()})
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(each) for each in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,111 @@
+"""Whether the adapters' subspace suits a new task, and which K, modules and core, from a few batches before training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from eigenpeft.audit.gradient import GradientShare, gradient_share
+from eigenpeft.audit.report import AuditReport
+from eigenpeft.building.module_fitter import ModuleFitter
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.linalg.leave_one_out import choose_n_components
+from eigenpeft.subspace.principal import PrincipalSubspace
+
+_BATCH_SIZE = 8
+# A diagonal core has K numbers a module where low_rank has 2 r K: it is named where it reaches at least this part.
+_DIAGONAL_ENOUGH = 0.5
+_NAMED = 3
+# What is missing to this share of ‖ΔW‖² is rounding: the module has no further components.
+_WHOLE = 1.0 - 1e-6
+
+
+def task_gradient(
+    collection: AdapterCollection,
+    model: nn.Module,
+    dataset: Any,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None,
+    n_rows: int,
+    n_components: Mapping[str, int],
+) -> GradientShare:
+    """The share of a new task's gradient in the subspace of a collection.
+
+    Args:
+        collection: Trained adapters.
+        model: Base model with the task's head.
+        dataset: Tokenised rows with labels.
+        data_collator: Makes batches; default: `transformers.default_data_collator`.
+        n_rows: Rows used.
+        n_components: Module to its number of components.
+
+    Raises:
+        SubspaceError: If the model has no module of the collection, or no gradient reaches one.
+    """
+    subspace = PrincipalSubspace({name: _fitter(k).fit(name, collection).bases for name, k in n_components.items()})
+    rows: Any = list(islice(iter(dataset), n_rows))
+    loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
+    device = next(model.parameters()).device
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
+    return gradient_share(model, batches, subspace)
+
+
+def components_at_hand(report: AuditReport) -> dict[str, int]:
+    """For each module the components that explain its adapters whole, or as many as the audit looked at.
+
+    Args:
+        report: Of the collection.
+    """
+    return {name: _first_whole(module.explained.real) for name, module in report.modules.items()}
+
+
+def _first_whole(curve: Sequence[float]) -> int:
+    return next((k for k, share in enumerate(curve, start=1) if share > _WHOLE), len(curve))
+
+
+def _fitter(n_components: int) -> ModuleFitter:
+    return ModuleFitter(
+        n_components=n_components,
+        method="balanced",
+        weighting="equal",
+        n_pseudo_components=0,
+        seed=0,
+        tol=1e-4,
+        memory_limit=None,
+    )
+
+
+def advice_on_task(found: GradientShare) -> str:
+    """Sentences: better than random or not, which K, which modules, which core.
+
+    Args:
+        found: Of the adapters' subspace.
+    """
+    chance, k = max(found.random), len(found.curve)
+    numbers = (
+        f"Of the new task's gradient, before any training, {found.share:.1%} lies in their subspace of {k} components a "
+        f"module, {chance:.1%} at most in one of {len(found.random)} random subspaces of that size, and {found.optimum:.1%} "
+        "in the best one."
+    )
+    if found.share <= chance:
+        return f"{numbers} It suits this task no better than a random one: train a plain LoRA, or in a random subspace."
+    best_k = choose_n_components(torch.tensor(found.curve), chance=torch.tensor(found.random_curve))
+    worse = [module.module for module in found.modules if module.share <= max(module.random)]
+    where = "in every module"
+    if worse:
+        named = ", ".join(worse[:_NAMED]) + (", ..." if len(worse) > _NAMED else "")
+        where = f"in {len(found.modules) - len(worse)} of {len(found.modules)} modules (not in {named})"
+    part = found.diagonal / found.share
+    core = (
+        f"the core 'diagonal' reaches {part:.0%} of that with the fewest numbers"
+        if part >= _DIAGONAL_ENOUGH
+        else f"the core 'diagonal' would reach {part:.0%} of that: take 'low_rank' or 'mixer'"
+    )
+    return (
+        f"{numbers} It suits this task better than a random one, {where}; most of the advantage is there with K = {best_k}, "
+        f"and {core}. Within a task such shares rank subspaces much as training does; across tasks they do less."
+    )

@@ -1,0 +1,330 @@
+"""From a collection of adapters to its principal subspace, one module at a time."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from eigenpeft.building.choosing import independent_starts
+from eigenpeft.building.module_fitter import AUTO, MERGEABLE, ModuleFitter
+from eigenpeft.building.team import Team, module_cost
+from eigenpeft.building.work_folder import FittedModule, Shards
+from eigenpeft.collection.diagnosis import Diagnosis, Finding
+from eigenpeft.collection.reader import AdapterCollection
+from eigenpeft.errors import CollectionError, SubspaceError
+from eigenpeft.linalg.fitting import (
+    METHODS,
+    WEIGHTINGS,
+    Method,
+    Weighting,
+)
+from eigenpeft.subspace.info import SubspaceInfo
+from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class SubspaceBuilder:
+    """Fits a `PrincipalSubspace` to the adapters of an `AdapterCollection`.
+
+    Modules are fitted one after another and only one module's factors are in memory. The same adapters and seed give
+    the same subspace, sign included, whatever the order of the modules and the number of processes.
+
+    Args:
+        n_components: Components K of every module and side: a number; or a share in (0, 1], which takes for each module
+            the fewest components that explain this share of Σ‖ΔW_i‖²; or "auto", the number at which the others stop
+            explaining more of a left-out adapter than chance (at most 64; see `audit`); or any of them by module, as a
+            mapping from `fnmatch` patterns ("*.query") to values, of which the first that fits counts. Defaults to 32,
+            the paper's.
+        method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
+            ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
+            "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it.
+        weighting: "equal" (default) scales every adapter's update of a module to unit Frobenius norm, so that one
+            diverged adapter cannot own the subspace; "energy" takes the updates as they are.
+        n_pseudo_components: Random directions added to each module, orthonormal to the principal ones (the paper's
+            augmentation for collections of few adapters).
+        seed: Seed of the random directions and of the iterative solver's start.
+        tol: Tolerance of the iterative solver, the relative error of what it captures.
+        memory_limit: Bytes that the tensors of one module may take while it is fitted; None (default) for no limit. Where
+            the factors of all adapters do not fit, they are read in chunks and merged in a single pass that keeps 2 K
+            directions ("balanced" and "hosvd", K a number). `subspace_.info.missed_energy_bound` tells what that cost
+            at most.
+
+    Attributes:
+        subspace_: The fitted `PrincipalSubspace`.
+        findings_: What was noticed about the adapters: untrained ones, outliers, shared starts.
+
+    Examples:
+        >>> from eigenpeft import AdapterCollection, SubspaceBuilder
+        >>> collection = AdapterCollection.from_pretrained(adapters)  # doctest: +SKIP
+        >>> subspace = SubspaceBuilder(n_components=16).fit(collection).subspace_  # doctest: +SKIP
+        >>> subspace.save_pretrained("my-subspace")  # doctest: +SKIP
+    """
+
+    subspace_: PrincipalSubspace
+    findings_: tuple[Finding, ...]
+
+    def __init__(
+        self,
+        n_components: int | float | str | Mapping[str, int | float | str] = 32,
+        *,
+        method: Method = "balanced",
+        weighting: Weighting = "equal",
+        n_pseudo_components: int = 0,
+        seed: int = 0,
+        tol: float = 1e-4,
+        memory_limit: int | None = None,
+    ):
+        self.n_components = n_components
+        self.method: Method = method
+        self.weighting: Weighting = weighting
+        self.n_pseudo_components = n_pseudo_components
+        self.seed = seed
+        self.tol = tol
+        self.memory_limit = memory_limit
+        self._seen: list[AdapterCollection] = []
+
+    @classmethod
+    def from_subspace(cls, subspace: PrincipalSubspace) -> "SubspaceBuilder":
+        """A builder that goes on from a saved subspace: `from_subspace(subspace).partial_fit(new_adapters)`.
+
+        Args:
+            subspace: As `fit` made it, possibly loaded from disk.
+        """
+        info = subspace.info
+        builder = cls(
+            32 if info.n_components is None else info.n_components,
+            method=info.method,  # pyright: ignore[reportArgumentType] (checked when used)
+            weighting=info.weighting,  # pyright: ignore[reportArgumentType]
+            n_pseudo_components=info.n_pseudo_components,
+            seed=info.seed,
+        )
+        builder.subspace_, builder.findings_ = subspace, ()
+        return builder
+
+    def fit(self, collection: AdapterCollection, *, work_dir: str | Path | None = None) -> "SubspaceBuilder":
+        """Fit to the adapters of `collection`, forgetting what was fitted before.
+
+        Args:
+            collection: At least one adapter with an update that is not zero.
+            work_dir: Folder for finished modules, removed at the end. With it an interrupted fit goes on where it stopped
+                when it is called again, and the processes of a `torchrun` or `accelerate launch` share the modules
+                among them (the folder must be one that all of them see). Without it nothing is written, and every
+                process of a launch would do all the work. The result is the same in each case.
+
+        Returns:
+            The builder itself, with `subspace_` and `findings_` set, in every process.
+
+        Raises:
+            SubspaceError: If an argument is out of range, a module has fewer independent directions than `n_components`
+                (one message names all such modules), or the work folder is another build's.
+            CollectionError: If a tensor cannot be read or is not finite.
+            LostProcessError: If another process of the launch ended.
+        """
+        self._check_arguments()
+        team = Team() if work_dir is None else Team.of_this_launch()
+        shards = None if work_dir is None else Shards(work_dir, self._plan(collection))
+        fitted = self._fit_modules(collection, team, shards)
+        # Adapters are hashed for the record: the other half of the reading, shared out as well.
+        records = team.gather(
+            [(i, adapter.record()) for i, adapter in enumerate(collection.adapters) if i % team.size == team.rank],
+            doing="hashing the adapters",
+        )
+        if shards is not None and team.is_main:  # the gathering above waited until everybody had loaded all modules
+            shards.remove()
+        self._seen = [collection]
+        self.findings_ = (*collection.findings, *_diagnose(collection, fitted))
+        bounds = [module.missed_bound for module in fitted.values()]
+        self.subspace_ = PrincipalSubspace(
+            {name: module.bases for name, module in fitted.items()},
+            info=SubspaceInfo(
+                base_model_name_or_path=collection.base_model_name_or_path,
+                method=self.method,
+                weighting=self.weighting,
+                n_components=dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
+                n_pseudo_components=self.n_pseudo_components,
+                seed=self.seed,
+                sources=tuple(record for _, record in sorted(records, key=lambda entry: entry[0])),
+                measured_on=collection.names,
+                fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
+                embeddings=tuple(module for module in collection.modules if collection.is_embedding(module)),
+                missed_energy_bound=max(bounds) if any(bounds) else None,
+            ),
+        )
+        return self
+
+    def partial_fit(self, collection: AdapterCollection) -> "SubspaceBuilder":
+        """Add adapters of any rank to the fitted subspace; the number of components of a module stays as it is.
+
+        The old components, scaled by their singular values, stand for the old adapters, so that these are not read
+        again and directions that were left out before stay left out (`fit` on all adapters has them). The explained
+        shares are measured on all adapters this builder has seen; after `from_subspace`, on the added ones alone.
+
+        Args:
+            collection: New adapters, none of them in the subspace yet.
+
+        Returns:
+            The builder itself.
+
+        Raises:
+            SubspaceError: If the method cannot be updated, a name is already taken, or shapes differ.
+        """
+        if not hasattr(self, "subspace_"):
+            return self.fit(collection)
+        self._check_arguments()
+        self._check_addition(collection)
+        old, seen = self.subspace_, [*self._seen, collection]
+        modules, problems, diagnosis = dict(old), [], Diagnosis()
+        names = {module: old.find(module) or module for module in collection.modules}
+        fitter = self._fitter(collection)
+        for module, name in tqdm(names.items(), desc="Updating", unit="module"):
+            factors = collection.factors(module)
+            diagnosis.observe(name, factors)
+            known = [other.factors(module) for other in self._seen if module in other.modules]
+            try:
+                if name in old:
+                    measured_on = [*sum(known, []), *factors]
+                    modules[name] = fitter.update(name, old[name], factors, measured_on=measured_on)
+                else:
+                    modules[name] = fitter.fit(module, collection).bases
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        if problems:
+            raise SubspaceError(_summarise(problems, n_modules=len(names)))
+        self._seen, self.findings_ = seen, (*collection.findings, *diagnosis.findings())
+        self.subspace_ = PrincipalSubspace(
+            modules,
+            info=replace(
+                old.info,
+                sources=(*old.info.sources, *(adapter.record() for adapter in collection.adapters)),
+                measured_on=tuple(name for other in seen for name in other.names),
+            ),
+        )
+        return self
+
+    def _check_arguments(self) -> None:
+        if self.method not in METHODS:
+            raise SubspaceError(f"method={self.method!r} must be one of {', '.join(map(repr, METHODS))}.")
+        if self.weighting not in WEIGHTINGS:
+            raise SubspaceError(f"weighting={self.weighting!r} must be one of {', '.join(map(repr, WEIGHTINGS))}.")
+        for value in self._asked_components():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and value != AUTO and not (isinstance(value, float) and 0 < value <= 1):
+                raise SubspaceError(
+                    f"n_components={value!r} must be a whole number of at least 1, a share between 0 and 1 of the "
+                    "adapters' squared norms to explain, or 'auto'."
+                )
+        if not isinstance(self.n_pseudo_components, int) or self.n_pseudo_components < 0:
+            raise SubspaceError(
+                f"n_pseudo_components={self.n_pseudo_components!r} must be a whole number of at least 0."
+            )
+        if self.memory_limit is not None and (not isinstance(self.memory_limit, int) or self.memory_limit < 1):
+            raise SubspaceError(
+                f"memory_limit={self.memory_limit!r} must be a number of bytes, such as 500_000_000, or None for no limit."
+            )
+
+    def _asked_components(self) -> list[int | float | str]:
+        return list(self.n_components.values()) if isinstance(self.n_components, Mapping) else [self.n_components]
+
+    def _check_addition(self, collection: AdapterCollection) -> None:
+        if self.method not in MERGEABLE:
+            raise SubspaceError(
+                f"method={self.method!r} cannot be updated, only {', '.join(map(repr, MERGEABLE))} can: "
+                "call fit with all adapters, or build with one of those."
+            )
+        taken = sorted({str(source["name"]) for source in self.subspace_.info.sources} & set(collection.names))
+        if taken:
+            raise SubspaceError(
+                f"Already in the subspace: {', '.join(map(repr, taken))}. Pass new adapters only, or rename them."
+            )
+
+    def _fitter(self, collection: AdapterCollection) -> ModuleFitter:
+        return ModuleFitter(
+            n_components=self.n_components,
+            method=self.method,
+            weighting=self.weighting,
+            n_pseudo_components=self.n_pseudo_components,
+            seed=self.seed,
+            tol=self.tol,
+            memory_limit=self.memory_limit,
+            groups=independent_starts(collection) if AUTO in self._asked_components() else {},
+        )
+
+    def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
+        """Everything a finished module depends on; files by size and time, since hashing them all takes its time."""
+        files = [Path(adapter.weights_path).stat() for adapter in collection.adapters]
+        names = ("n_components", "method", "weighting", "n_pseudo_components", "seed", "tol", "memory_limit")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "n_components": dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
+            "adapters": [
+                [name, file.st_size, file.st_mtime_ns] for name, file in zip(collection.names, files, strict=True)
+            ],
+            "modules": list(collection.modules),
+            "versions": {"eigenpeft": __version__, "torch": torch.__version__},
+        }
+
+    def _fit_modules(self, collection: AdapterCollection, team: Team, shards: Shards | None) -> dict[str, FittedModule]:
+        """All modules, fitted by this process or, with a work folder, by any process of the team, now or earlier."""
+        costs = {
+            module: module_cost(sum(collection.ranks(module).values()), collection.shapes[module])
+            for module in collection.modules
+            if shards is None or module not in shards
+        }
+        if len(costs) < len(collection.modules) and team.is_main:
+            n_modules = len(collection.modules)
+            logger.info("%d of %d modules were finished before", n_modules - len(costs), n_modules)
+        # Everybody has looked at what is left to do before anybody finishes a module.
+        team.gather([], doing="starting")
+        fitter = self._fitter(collection)
+        fitted: dict[str, FittedModule] = {}
+        problems: list[tuple[str, str | CollectionError]] = []
+        for module in tqdm(team.part(costs), desc="Fitting", unit="module", disable=not team.is_main):
+            try:
+                result = fitter.fit(module, collection)
+            except CollectionError as error:
+                problems.append((module, error))
+                break
+            except ValueError as error:
+                problems.append((module, f"{module}: {error}"))
+                continue
+            if shards is None:
+                fitted[module] = result
+            elif not problems:
+                shards.save(module, result)
+        problems = team.gather(problems, doing="fitting modules")
+        if problems:
+            if shards is not None and team.is_main:
+                shards.remove()  # of no use: what is wrong must be changed, and then it is another build
+            unreadable = [error for _, error in problems if isinstance(error, CollectionError)]
+            if unreadable:
+                raise CollectionError([line for error in unreadable for line in error.problems])
+            order = {module: i for i, module in enumerate(collection.modules)}
+            lines = [str(line) for _, line in sorted(problems, key=lambda problem: order[problem[0]])]
+            raise SubspaceError(_summarise(lines, n_modules=len(collection.modules)))
+        if shards is None:
+            return fitted
+        return {module: shards.load(module) for module in collection.modules}
+
+
+def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
+    """`AdapterCollection.diagnose` with the norms that fitting found: only a few modules are read again, to be compared."""
+    diagnosis = Diagnosis()
+    for module, result in fitted.items():
+        names = collection.members(module)
+        diagnosis.observe_norms(names, result.norms)
+        if diagnosis.compares(names):
+            # One adapter at a time: this must not take more memory than the fit.
+            diagnosis.compare(collection.each_factors(module))
+    return diagnosis.findings()
+
+
+def _summarise(problems: Sequence[str], *, n_modules: int) -> str:
+    shown = "\n".join(f"- {problem}" for problem in problems[:5])
+    rest = f"\n- ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return f"{len(problems)} of {n_modules} modules cannot be fitted as asked:\n{shown}{rest}"

@@ -1,0 +1,1 @@
+"""The mathematics of preferences: objective, joint fit, users, heads, calibration."""

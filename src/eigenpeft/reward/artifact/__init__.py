@@ -1,0 +1,1 @@
+"""The reward model as an artifact: model, users, files, card."""

@@ -1,0 +1,179 @@
+"""A reward model as an artifact: what it consists of, saving and loading it, its card, the way to the Hub."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from eigenpeft.errors import RewardModelError
+from eigenpeft.reward.artifact import storage
+from eigenpeft.reward.artifact.card import reward_card
+from eigenpeft.reward.artifact.users import UserTable
+from eigenpeft.reward.text.backbone import with_head
+
+Model = TypeVar("Model", bound="RewardModelArtifact")
+
+
+class RewardModelArtifact:
+    """Basis, population, users and backbone of a `LowRankRewardModel`, which describes the arguments.
+
+    Attributes:
+        reward_basis: (n_basis, n_features), float32 on the CPU.
+        concentration: (n_basis,) Dirichlet pseudo-counts of the population.
+        users: Weights of the known users.
+        backbone: Sequence classifier whose head is the basis, or None.
+        processing_class: Its tokenizer, or None.
+        info: Where the basis comes from.
+    """
+
+    def __init__(
+        self,
+        reward_basis: Tensor,
+        *,
+        concentration: Tensor | None = None,
+        users: UserTable | None = None,
+        backbone: Any = None,
+        processing_class: Any = None,
+        info: Mapping[str, Any] | None = None,
+    ):
+        basis = reward_basis.detach().cpu().float()
+        if basis.ndim != 2 or not len(basis) or not bool(torch.isfinite(basis).all()):
+            raise RewardModelError(
+                f"reward_basis of shape {tuple(basis.shape)} must be a finite matrix (n_basis, n_features)."
+            )
+        if concentration is None:
+            concentration = torch.full((len(basis),), 1 / len(basis))
+        concentration = concentration.detach().cpu().float()
+        if concentration.shape != (len(basis),) or not bool((concentration > 0).all()):
+            raise RewardModelError(
+                f"concentration {concentration.tolist()} must be {len(basis)} positive numbers, one a basis row."
+            )
+        self.reward_basis = basis
+        self.concentration = concentration
+        self.users = users if users is not None else UserTable(len(basis))
+        self.backbone = None if backbone is None else with_head(backbone, basis)
+        self.processing_class = processing_class
+        self.info = dict(info or {})
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(n_basis={self.n_basis}, n_features={self.n_features}, users={len(self.users)}, "
+            f"backbone={type(self.backbone).__name__ if self.backbone is not None else None})"
+        )
+
+    @property
+    def n_basis(self) -> int:
+        """Rows of the basis, and length of a user's weights."""
+        return len(self.reward_basis)
+
+    @property
+    def n_features(self) -> int:
+        """Width of the features."""
+        return self.reward_basis.shape[1]
+
+    @property
+    def population_weights(self) -> Tensor:
+        """(n_basis,) weights of a user without history."""
+        return self.concentration / self.concentration.sum()
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the model, its users and a card; with a backbone, as a stock classifier of n_basis labels besides.
+
+        Args:
+            save_directory: Folder to make or to update; whole or not at all.
+
+        Raises:
+            ArtifactError: If it cannot be written.
+        """
+        storage.write(
+            save_directory,
+            basis=self.reward_basis,
+            concentration=self.concentration,
+            users=self.users,
+            backbone=self.backbone,
+            processing_class=self.processing_class,
+            info=self.info,
+            card=self.card(),
+        )
+
+    def save_users(self, save_directory: str | Path) -> None:
+        """Write the table of users alone into a folder that `save_pretrained` made; the model's files are not touched.
+
+        Args:
+            save_directory: The folder.
+
+        Raises:
+            ArtifactError: If the folder holds another basis, or cannot be written.
+        """
+        storage.write_users(save_directory, basis=self.reward_basis, users=self.users)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | Path,
+        *,
+        load_backbone: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """Read a model from a local folder or from the Hub; the table of users is mapped, not read.
+
+        Args:
+            path_or_id: Folder or Hub id.
+            load_backbone: Load the classifier too, where there is one.
+            revision: Hub branch, tag or commit.
+            token: Hub token; None takes the logged-in one.
+            cache_dir: Hub cache.
+            local_files_only: Use the Hub cache alone.
+
+        Raises:
+            ArtifactError: If files are missing, truncated, altered or of different models.
+        """
+        parts = storage.read(
+            path_or_id,
+            load_backbone=load_backbone,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        model = cls(parts.basis, concentration=parts.concentration, users=parts.users, info=parts.info)
+        model.backbone, model.processing_class = parts.backbone, parts.processing_class
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload low-rank reward model",
+    ) -> str:
+        """Upload to the Hub, users included; returns the commit's address.
+
+        Args:
+            repo_id: `owner/name`; made when it does not exist.
+            private: Visibility of a new repository.
+            token: Hub token; None takes the logged-in one.
+            commit_message: Message of the commit.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save_pretrained(folder)
+            return storage.push(folder, repo_id, private=private, token=token, message=commit_message)
+
+    def card(self) -> str:
+        """Text of the model card."""
+        return reward_card(
+            self.info,
+            n_basis=self.n_basis,
+            n_features=self.n_features,
+            n_users=len(self.users),
+            population=self.population_weights.tolist(),
+            backbone=self.backbone is not None,
+        )

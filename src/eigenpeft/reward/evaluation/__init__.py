@@ -1,0 +1,1 @@
+"""Evaluation of reward models beside their controls."""

@@ -1,0 +1,304 @@
+"""Does personalisation pay: a low-rank reward model beside its controls, on users and prompts it did not see."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenpeft.errors import RewardModelError
+from eigenpeft.linalg.preference.calibration import Calibration, calibration
+from eigenpeft.linalg.preference.users import fit_all_user_weights
+from eigenpeft.reward.artifact.model import LowRankRewardModel
+from eigenpeft.reward.artifact.pairs import Features, difference_chunks, index_users
+from eigenpeft.reward.artifact.users import UserId
+from eigenpeft.reward.evaluation.controls import choose_scale, user_heads
+from eigenpeft.reward.evaluation.user_encoder import encoded_heads
+from eigenpeft.reward.fitting.fitter import LoReFitter
+
+SHOTS = (0, 1, 2, 5, 10, 20, 50)
+QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new users, new prompts")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of comparisons in the right order, or a difference of two, each user counting the same.
+
+    Attributes:
+        mean: Mean over users.
+        low: 2.5 % point of the bootstrap over users.
+        high: 97.5 % point.
+        n_users: Users that were asked.
+        n_pairs: Their comparisons.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n_users: int
+    n_pairs: int
+
+
+@dataclass(frozen=True)
+class LoReEvaluation:
+    """What `evaluate_lore` found.
+
+    Attributes:
+        accuracy: Share by quadrant, by method.
+        gain_over_shared: LoRe minus the shared head, by quadrant.
+        gain_over_population: LoRe minus LoRe with everybody's weights the population's, by quadrant: what a better shared
+            direction brings is not counted as personalisation.
+        few_shot: Share by number of comparisons a new user gave, by method.
+        few_shot_gain: LoRe minus LoRe's population, by number of comparisons.
+        calibration: Predicted against observed shares for new users and prompts, by method that predicts probabilities.
+        n_basis: Size of the basis that was chosen.
+        verdict: The findings in a sentence.
+    """
+
+    accuracy: dict[str, dict[str, Share]]
+    gain_over_shared: dict[str, Share]
+    gain_over_population: dict[str, Share]
+    few_shot: dict[str, dict[int, Share]]
+    few_shot_gain: dict[int, Share]
+    calibration: dict[str, Calibration]
+    n_basis: int
+    verdict: str
+
+    @property
+    def gain(self) -> dict[str, Share]:
+        """By quadrant the smaller of both gains: what personalisation adds to the better population."""
+        return {
+            quadrant: min(share, self.gain_over_population[quadrant], key=lambda one: one.mean)
+            for quadrant, share in self.gain_over_shared.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able numbers."""
+        return asdict(self)
+
+
+def evaluate_lore(
+    chosen: Features,
+    rejected: Features,
+    *,
+    user_ids: Sequence[UserId],
+    prompt_ids: Sequence[Any] | None = None,
+    reference_head: Tensor | None = None,
+    true_margins: Tensor | None = None,
+    fitter: LoReFitter | None = None,
+    shots: Sequence[int] = SHOTS,
+    holdout_users: float = 0.3,
+    holdout_prompts: float = 0.3,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> LoReEvaluation:
+    """Fit LoRe and its controls to some users' comparisons on some prompts, and ask about the others.
+
+    Controls: the reference head; one Bradley-Terry head shared by all; a head for each user alone, from the reference
+    and from the shared head (scales chosen by held-out comparisons, as LoRe's settings are); an encoder that reads a
+    user's comparisons (VPL-style, on the shared head). New users are fitted from
+    their comparisons on the training prompts, and asked about the held-out prompts.
+
+    Args:
+        chosen: (n, n_features).
+        rejected: (n, n_features).
+        user_ids: User of each comparison.
+        prompt_ids: Prompt of each comparison; None: each its own.
+        reference_head: (n_features,) of a scalar reward model, or None.
+        true_margins: (n,) where the true reward is known: the oracle's row.
+        fitter: Settings of the fit; None chooses everything.
+        shots: Numbers of comparisons of the few-shot curve; its users are those who have the most of them.
+        holdout_users: Share of users held out.
+        holdout_prompts: Share of prompts held out.
+        n_bootstrap: Draws of users for the intervals.
+        seed: Of split, shots and bootstrap.
+
+    Raises:
+        RewardModelError: If there are too few users or comparisons to hold any out.
+    """
+    names, rows = index_users(user_ids, n_pairs=len(chosen))
+    differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
+    parts = _Parts.draw(rows, len(names), prompt_ids, holdout_users, holdout_prompts, seed)
+    nothing = torch.zeros(1, 1).expand_as(differences)
+    fitter = fitter if fitter is not None else LoReFitter(seed=seed)
+    train = parts.train
+    keywords = {
+        "user_ids": rows[train].tolist(),
+        "prompt_ids": None if prompt_ids is None else [prompt_ids[i] for i in train.nonzero()[:, 0].tolist()],
+        "reference_head": reference_head,
+    }
+    lore = fitter.fit(differences[train], nothing[train], **keywords).model_
+    shared = LoReFitter(n_basis=1, seed=seed).fit(differences[train], nothing[train], **keywords).model_.reward_basis[0]
+    margins = _all_margins(differences, rows, parts, lore, shared, reference_head, len(names), seed)
+    if true_margins is not None:
+        margins["oracle"] = true_margins
+    masks = dict(zip(QUADRANTS, (parts.train, parts.seen, parts.queries), strict=True))
+    draws = _Bootstrap(rows, len(names), n_bootstrap, seed)
+    accuracy = {
+        method: {quadrant: draws.share(values, mask) for quadrant, mask in masks.items()}
+        for method, values in margins.items()
+    }
+    over_shared, over_population = (
+        {quadrant: draws.gain(margins["LoRe"], margins[other], mask) for quadrant, mask in masks.items()}
+        for other in ("shared head", "LoRe, population")
+    )
+    few_shot, few_shot_gain = _few_shot(differences, rows, parts, lore, shared, shots, draws, seed)
+    calibrated = {
+        method: calibration(margins[method], parts.queries) for method in ("shared head", "LoRe, population", "LoRe")
+    }
+    found = LoReEvaluation(
+        accuracy, over_shared, over_population, few_shot, few_shot_gain, calibrated, lore.n_basis, ""
+    )
+    return replace(found, verdict=_verdict(found.gain, lore.n_basis))
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Masks over the comparisons, and users ranked for the shots."""
+
+    train: Tensor
+    seen: Tensor
+    pool: Tensor
+    queries: Tensor
+
+    @staticmethod
+    def draw(
+        rows: Tensor, n_users: int, prompt_ids: Sequence[Any] | None, users: float, prompts: float, seed: int
+    ) -> "_Parts":
+        generator = torch.Generator().manual_seed(seed)
+        if prompt_ids is None:
+            of_prompt = torch.arange(len(rows))
+        else:
+            numbers: dict[Any, int] = {}
+            of_prompt = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompt_ids])
+        new_prompt = (torch.rand(int(of_prompt.max()) + 1, generator=generator) < prompts)[of_prompt]
+        new = torch.zeros(n_users, dtype=torch.bool)
+        new[torch.randperm(n_users, generator=generator)[: round(users * n_users)]] = True
+        new_user = new[rows]
+        parts = _Parts(~new_user & ~new_prompt, ~new_user & new_prompt, new_user & ~new_prompt, new_user & new_prompt)
+        for what, mask in vars(parts).items():
+            if not bool(mask.any()):
+                raise RewardModelError(
+                    f"Nothing is left for the part {what!r} with {n_users} users, {len(rows)} comparisons, "
+                    f"holdout_users={users}, holdout_prompts={prompts}; evaluation needs a few dozen users with a few "
+                    "dozen comparisons each."
+                )
+        return parts
+
+
+class _Bootstrap:
+    """Shares with intervals: users are drawn with replacement, each user's comparisons stay together."""
+
+    def __init__(self, rows: Tensor, n_users: int, n_draws: int, seed: int):
+        self.rows, self.n_users, self.n_draws = rows, n_users, n_draws
+        self.seed = seed
+
+    def share(self, margins: Tensor, mask: Tensor) -> Share:
+        return self._of(_right(margins), mask)
+
+    def gain(self, margins: Tensor, others: Tensor, mask: Tensor) -> Share:
+        return self._of(_right(margins) - _right(others), mask)
+
+    def _of(self, values: Tensor, mask: Tensor) -> Share:
+        rows = self.rows[mask]
+        counts = torch.bincount(rows, minlength=self.n_users)
+        sums = torch.zeros(self.n_users, dtype=torch.float64).index_add_(0, rows, values[mask].double())
+        of_users = sums[counts > 0] / counts[counts > 0]
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randint(len(of_users), (self.n_draws, len(of_users)), generator=generator)
+        means = of_users[drawn].mean(dim=1)
+        low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Share(float(of_users.mean()), low, high, len(of_users), len(rows))
+
+
+def _right(margins: Tensor) -> Tensor:
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
+
+
+def _all_margins(
+    differences: Tensor,
+    rows: Tensor,
+    parts: _Parts,
+    lore: LowRankRewardModel,
+    shared: Tensor,
+    reference_head: Tensor | None,
+    n_users: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Margins of every comparison under every method; users are fitted to `train` and `pool`."""
+    fitted = parts.train | parts.pool
+    weights = fit_all_user_weights(
+        (differences @ lore.reward_basis.mT)[fitted], rows[fitted], n_users=n_users, concentration=lore.concentration
+    ).float()
+    margins = {} if reference_head is None else {"reference head": differences @ reference_head.float()}
+    margins["shared head"] = differences @ shared
+    total_variance = float(differences[parts.train].square().mean(dim=0).sum())
+    start = torch.zeros_like(shared) if reference_head is None else reference_head.float()
+    for name, head in (("head a user", start), ("head a user, from the shared one", shared)):
+        options = {"n_users": n_users, "start": head, "total_variance": total_variance}
+        scale = choose_scale(differences[parts.train], rows[parts.train], seed=seed, **options)
+        heads = user_heads(differences[fitted], rows[fitted], scale=scale, **options)
+        margins[name] = (differences * heads[rows]).sum(dim=1)
+    heads = encoded_heads(
+        differences, rows, train=parts.train, fitted=fitted, shared=shared, n_users=n_users, seed=seed
+    )
+    margins["user encoder"] = (differences * heads[rows]).sum(dim=1)
+    margins["LoRe, population"] = differences @ lore.reward_head()
+    margins["LoRe"] = ((differences @ lore.reward_basis.mT) * weights[rows]).sum(dim=1)
+    return margins
+
+
+def _few_shot(
+    differences: Tensor,
+    rows: Tensor,
+    parts: _Parts,
+    lore: LowRankRewardModel,
+    shared: Tensor,
+    shots: Sequence[int],
+    draws: _Bootstrap,
+    seed: int,
+) -> tuple[dict[str, dict[int, Share]], dict[int, Share]]:
+    """Accuracy on the queries of new users by number of comparisons, on the users who have the largest number."""
+    n_users = draws.n_users
+    generator = torch.Generator().manual_seed(seed + 1)
+    order = torch.rand(len(rows), generator=generator)
+    pool = parts.pool.nonzero()[:, 0]
+    pool = pool[order[pool].argsort()]
+    pool = pool[rows[pool].argsort(stable=True)]  # by user, in random order
+    counts = torch.bincount(rows[pool], minlength=n_users)
+    first = (counts.cumsum(0) - counts)[rows[pool]]
+    rank = torch.arange(len(pool)) - first
+    usable = [n for n in shots if n <= int(counts.max())]
+    enough = counts >= max(usable, default=0)
+    asked = parts.queries & enough[rows]
+    by_basis = differences @ lore.reward_basis.mT
+    curve: dict[str, dict[int, Share]] = {"shared head": {}, "LoRe": {}}
+    gain: dict[int, Share] = {}
+    for n in usable:
+        mine = pool[rank < n]
+        weights = fit_all_user_weights(
+            by_basis[mine], rows[mine], n_users=n_users, concentration=lore.concentration
+        ).float()
+        personal, common = (by_basis * weights[rows]).sum(dim=1), differences @ shared
+        curve["LoRe"][n] = draws.share(personal, asked)
+        curve["shared head"][n] = draws.share(common, asked)
+        gain[n] = draws.gain(personal, differences @ lore.reward_head(), asked)
+    return curve, gain
+
+
+def _verdict(gain: dict[str, Share], n_basis: int) -> str:
+    seen, new = gain[QUADRANTS[1]], gain[QUADRANTS[2]]
+    told = " and ".join(
+        f"{100 * share.mean:+.1f} points [{100 * share.low:+.1f}, {100 * share.high:+.1f}] for {who}"
+        for share, who in ((seen, "known users"), (new, "new users"))
+    )
+    against = f"on new prompts, against the better of two heads for everybody ({told}; basis of {n_basis})"
+    if n_basis == 1:
+        return f"Personalisation does not pay on this data: held-out comparisons chose one shared head, {against}."
+    if seen.low <= 0 and new.low <= 0:
+        return f"Personalisation does not pay on this data: no gain outside the interval {against}."
+    if seen.low > 0 and new.low > 0:
+        return f"Personalisation pays on this data, for known and for new users, {against}."
+    who = "known users alone" if seen.low > 0 else "new users alone"
+    return f"Personalisation pays on this data for {who}, {against}."

@@ -1,0 +1,1 @@
+"""From text to features and rewards."""

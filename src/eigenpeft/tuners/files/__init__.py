@@ -1,0 +1,1 @@
+"""Adapters as files: plain LoRA, export, the papers' own checkpoints."""

@@ -1,0 +1,130 @@
+"""Any of our adapters as an ordinary LoRA adapter that needs no eigenpeft to load."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, ParamWrapper
+from torch import Tensor
+
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg.factored import truncate
+from eigenpeft.subspace import CoefficientStore
+from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
+from eigenpeft.tuners.layers.convolution import is_convolution
+from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name
+
+_INSIDE_ATTENTION = ".base_layer.out_proj"  # where LoRA keeps the layer of an attention's output projection
+_KEPT_FIELDS = (
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "bias",
+    "lora_dropout",
+)
+
+
+def export_lora(
+    model_or_store: PeftModel | CoefficientStore,
+    out_dir: str | Path,
+    *,
+    adapter_name: str = "default",
+    rank: int | None = None,
+) -> None:
+    """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
+
+    Exact at the adapter's own rank (the number of components for the cores "mixer" and "diagonal"). No matrix of the
+    size of a weight is formed. Trained heads and biases of a model are written too. Linear layers, embeddings,
+    convolutions, attention and parameters (`target_parameters`) are all written as LoRA keeps them.
+
+    Args:
+        model_or_store: A PEFT model with the adapter, or a store with it as a member.
+        out_dir: Folder to make. An adapter that is already there is replaced.
+        adapter_name: Which adapter.
+        rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
+
+    Raises:
+        AdapterConfigError: If there is no such adapter, it is DoRA, `rank` is not positive, or is asked of a layer with
+            several experts or groups.
+        ArtifactError: If the folder holds something else or cannot be written.
+    """
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")
+    read = _from_store if isinstance(model_or_store, CoefficientStore) else _from_model
+    updates, fields, others = read(model_or_store, adapter_name)  # pyright: ignore[reportArgumentType]
+    if rank is not None:
+        updates = [_truncated(update, rank) for update in updates]
+    write_lora(Path(out_dir), updates, fields, others)
+
+
+Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]
+"""Updates, fields of LoRA's configuration, and further tensors of the adapter's file by key."""
+
+
+def _from_store(store: CoefficientStore, name: str) -> Contents:
+    member = store.member(name)
+    updates = [
+        LoraUpdate(*pair, 1.0, module, lora_keys(module, is_embedding=module in store.subspace.info.embeddings))
+        for module in store.subspace
+        if (pair := store.factors(name, module)) is not None
+    ]
+    base = member.get("base_model") or store.subspace.info.base_model_name_or_path
+    transposed = any(update.target in store.subspace.info.fan_in_fan_out for update in updates)
+    fields = {"task_type": member.get("task_type"), "base_model_name_or_path": base, "fan_in_fan_out": transposed}
+    return updates, fields, {}
+
+
+def _from_model(model: PeftModel, name: str) -> Contents:
+    configs = getattr(model, "peft_config", {})
+    if name not in configs:
+        raise AdapterConfigError(
+            f"adapter_name={name!r} is not in the model; it has {', '.join(map(repr, configs)) or 'none'}."
+        )
+    config = configs[name]
+    if getattr(config, "use_dora", False):
+        raise AdapterConfigError(f"{name!r} uses DoRA, whose update is no product of two factors; merge it instead.")
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    updates = [
+        _update(path.removeprefix(PREFIX), layer, name)
+        for path, layer in layers.items()
+        if name in factor_dicts(layer)[0]
+    ]
+    if not updates:
+        raise AdapterConfigError(f"{name!r} adapts no layer of the model; there is nothing to export.")
+    own = tuple(f"{path}.lora_" for path in layers)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    others = {key: value for key, value in state.items() if not key.startswith(own)}
+    fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
+    return updates, fields, others
+
+
+def _update(path: str, layer: Any, name: str) -> LoraUpdate:
+    lora_A, lora_B = (getattr(factors[name], "weight", factors[name]).detach() for factors in factor_dicts(layer))
+    kind, n_blocks, base = "module", 1, layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        kind, n_blocks = "parameter", layer.num_experts
+    elif is_convolution(base):
+        n_blocks = base.groups
+    elif path.endswith(_INSIDE_ATTENTION):
+        kind = "inside"
+    keys = lora_keys(path, is_embedding=isinstance(layer, Embedding))
+    scaling = float(layer.scaling[name])
+    return LoraUpdate(lora_B, lora_A, scaling, weight_name(path, layer), keys, kind=kind, n_blocks=n_blocks)
+
+
+def _truncated(update: LoraUpdate, rank: int) -> LoraUpdate:
+    if update.n_blocks > 1:
+        what = "experts" if update.kind == "parameter" else "groups"
+        raise AdapterConfigError(
+            f"rank={rank}: {update.target!r} has {update.n_blocks} {what}, whose updates cannot be truncated together; "
+            "leave rank out."
+        )
+    lora_B, lora_A = update.lora_B.float(), update.lora_A.float()
+    smaller_B, smaller_A = truncate(lora_B.flatten(1), lora_A.flatten(1), rank=min(rank, len(lora_A)))
+    kernels = (side.shape[2:] for side in (lora_B, lora_A))
+    smaller_B, smaller_A = smaller_B.view(*smaller_B.shape, *next(kernels)), smaller_A.view(-1, *lora_A.shape[1:])
+    return replace(update, lora_B=smaller_B, lora_A=smaller_A)

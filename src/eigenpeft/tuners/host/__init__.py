@@ -1,0 +1,1 @@
+"""What meets PEFT: registration, the shared model class, mixed models, cards."""

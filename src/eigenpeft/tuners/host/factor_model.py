@@ -1,0 +1,195 @@
+"""What our tuners share: LoRA's model with factor modules in the place of its own factors."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from torch import nn
+
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.host.exact_merging import make_exact
+from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
+from eigenpeft.tuners.layers.tied import TransposedFactor
+
+
+class FactorModel(LoraModel):
+    """LoRA's tuner, whose layers get our factor modules as soon as PEFT has made them."""
+
+    # Adapters that `add_weighted_adapter` makes, which are plain LoRA, while it makes them.
+    _plain: Sequence[str] = ()
+
+    @staticmethod
+    @abstractmethod
+    def swap(layer: LoraLayer, config: Any, adapter_name: str, module: str) -> None:
+        """Put factor modules in the place of LoRA's own.
+
+        Args:
+            layer: LoRA layer that has just got the adapter.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+            module: Name of the adapted weight in the base model.
+        """
+
+    @classmethod
+    @contextmanager
+    def injecting(cls, model: nn.Module, config: Any, adapter_name: str) -> Iterator[None]:
+        """What a method does to its configuration around the injection of an adapter; nothing here.
+
+        Args:
+            model: Model to adapt.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+        """
+        yield
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As LoRA's.
+
+        Args:
+            model: Model to adapt.
+            adapter_name: Name of the new adapter.
+            *args: PEFT's own.
+            **kwargs: PEFT's own.
+        """
+        with self.injecting(model, self.peft_config[adapter_name], adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self, lora_config, adapter_name: str, target, target_name: str, parent, current_key: str, **kwargs
+    ) -> None:
+        had = has_adapter(target, adapter_name)
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        if adapter_name not in self._plain:
+            # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
+            extended = not had and has_adapter(target, adapter_name)
+            tuned: Any = target if extended else getattr(parent, target_name)
+            give_factors(self, type(self), tuned, lora_config, adapter_name, target_name, current_key)
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        return make_exact(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if getattr(config, "core", None) != "diagonal":  # whose tensors have one axis
+            # PEFT's warning of tensors that are still sharded, which it gives for its own methods only.
+            _validate_lora_adapter_state_dict(selected, adapter_name=adapter_name)
+        return selected
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Any = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """Combine adapters into a new one, which is plain LoRA: `lora_A` and `lora_B` of the sources are what it takes.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One a name; negative ones subtract.
+            adapter_name: Name of the new adapter.
+            combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
+            **kwargs: PEFT's own.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self._plain = (adapter_name,)
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+        finally:
+            self._plain = ()
+        self.peft_config[adapter_name] = self._plain_config(adapter_name)
+
+    def _plain_config(self, adapter_name: str) -> LoraConfig:
+        """LoRA's configuration of an adapter with plain factors, its rank being what the factors have."""
+        ours = self.peft_config[adapter_name]
+        values: dict[str, Any] = {field.name: getattr(ours, field.name) for field in fields(LoraConfig) if field.init}
+        values |= {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and adapter_name in factor_dicts(layer)[0]:
+                rank = _fill_to_rank(layer, adapter_name)
+                if rank != layer.r[adapter_name]:  # the sources' core has a rank of its own
+                    key = "^" + weight_name(path, layer).replace(".", r"\.")
+                    values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
+        return LoraConfig(**values)
+
+
+@torch.no_grad()
+def _fill_to_rank(layer: LoraLayer, adapter_name: str) -> int:
+    """Fill plain factors with zeros to the rank that the layer was made with, where the weight itself is narrower.
+
+    Returns:
+        The rank that the factors have then.
+    """
+    lora_A, lora_B = (
+        getattr(factors[adapter_name], "weight", factors[adapter_name]) for factors in factor_dicts(layer)
+    )
+    missing = layer.r[adapter_name] - len(lora_A)
+    if missing > 0 and lora_B.shape[1] == len(lora_A):  # not a grouped convolution's
+        lora_A.data = torch.cat([lora_A, lora_A.new_zeros(missing, *lora_A.shape[1:])])
+        lora_B.data = torch.cat([lora_B, lora_B.new_zeros(len(lora_B), missing, *lora_B.shape[2:])], dim=1)
+    return len(lora_A)
+
+
+def has_adapter(layer: Any, adapter_name: str) -> bool:
+    """Whether a module is a LoRA layer that has an adapter already.
+
+    Args:
+        layer: Any module.
+        adapter_name: The adapter.
+    """
+    return isinstance(layer, LoraLayer) and adapter_name in factor_dicts(layer)[1]
+
+
+def give_factors(
+    tuner: BaseTuner,
+    method: type[FactorModel],
+    tuned: nn.Module,
+    config: LoraConfig,
+    adapter_name: str,
+    target_name: str,
+    key: str,
+) -> None:
+    """Swap the factors of a layer that PEFT has just made or extended.
+
+    Args:
+        tuner: Tuner that the layer belongs to: the method's own, or PEFT's mixed one.
+        method: Whose factors the layer gets.
+        tuned: The layer.
+        config: Configuration of the adapter.
+        adapter_name: The adapter.
+        target_name: Name of the layer in its parent.
+        key: Name of the target in the model; of the parameter, for bare parameters.
+
+    Raises:
+        AdapterConfigError: If the layer has none of LoRA's factors.
+    """
+    for module, layer in tuned_layers(tuned, key):
+        if not has_adapter(layer, adapter_name):
+            raise AdapterConfigError(
+                f"{module!r} became a {type(layer).__name__} without LoRA's factors, which {method.__name__} could "
+                "replace; leave it out with exclude_modules."
+            )
+        tied = isinstance(layer, Linear) and target_name in (getattr(config, "target_modules_to_tie", None) or ())
+        if tied:
+            _share_factors(tuner.model.get_input_embeddings(), layer, adapter_name)
+        else:
+            method.swap(layer, config, adapter_name, module)
+        settle(layer, adapter_name, config=config, active_adapters=tuner.active_adapters)
+
+
+def _share_factors(embedding: Any, layer: LoraLayer, adapter_name: str) -> None:
+    """Share the embedding's factors with a layer that `ensure_weight_tying` ties to it."""
+    replace_factor(layer.lora_A, adapter_name, TransposedFactor(embedding.lora_embedding_B[adapter_name]))
+    replace_factor(layer.lora_B, adapter_name, TransposedFactor(embedding.lora_embedding_A[adapter_name]))

@@ -1,0 +1,1 @@
+"""Factor modules for each kind of layer, and the bases that they share."""

@@ -1,0 +1,146 @@
+"""Factor modules that stand in for LoRA's `lora_A` / `lora_B`: modules whose weight is computed."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eigenpeft.tuners.layers.shared_bases import Basis
+
+
+class InputFactor(nn.Module):
+    """`A = C_in V_in`, (r, in_features): trainable coefficients on frozen components.
+
+    With no coefficients it is `A = V_in` itself, (K, in_features): the input side of a mixer.
+
+    Args:
+        basis: Where the components live; not a submodule of this one, so that they move and are counted once.
+        coefficients: (r, n_components), or None.
+    """
+
+    def __init__(self, basis: Basis, *, coefficients: Tensor | None):
+        super().__init__()
+        self._owned_elsewhere = (basis,)  # in a tuple, so that it is no submodule: the LoRA layer owns it
+        self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
+        self.follows: tuple[Any, ...] = ()  # the output side, whose dtype is the adapter's when there is nothing here
+        self.bias = None
+        self.in_features = basis.components_in.shape[1]
+        self.out_features = len(basis.components_in) if coefficients is None else len(coefficients)
+
+    @property
+    def basis(self) -> Basis:
+        """The shared components."""
+        return self._owned_elsewhere[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """(r, in_features), as LoRA's own `lora_A.weight`."""
+        components = self.basis.components_in
+        if self.coefficients is None:
+            # A copy, since PEFT writes into weights and the components are everybody's; in the adapter's dtype, as LoRA's.
+            return components.to(self.follows[0].coefficients.dtype if self.follows else components.dtype, copy=True)
+        return self.coefficients @ components.to(self.coefficients.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`A x` for x (..., in_features)."""
+        components = self.basis.components_in.to(x.dtype)
+        if self.coefficients is None:
+            return F.linear(x, components)
+        if _chain_is_cheaper(x, self.coefficients):
+            return F.linear(F.linear(x, components), self.coefficients.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class OutputFactor(nn.Module):
+    """`B = V_outᵀ C_out`, (out_features, r): trainable coefficients on frozen components.
+
+    Args:
+        basis: Where the components live; not a submodule of this one.
+        coefficients: (n_components, r); or (n_components,), the diagonal of a square matrix.
+    """
+
+    def __init__(self, basis: Basis, *, coefficients: Tensor):
+        super().__init__()
+        self._owned_elsewhere = (basis,)
+        self.coefficients = nn.Parameter(coefficients)
+        self.bias = None
+        self.in_features = coefficients.shape[-1]
+        self.out_features = basis.components_out.shape[1]
+
+    @property
+    def basis(self) -> Basis:
+        """The shared components."""
+        return self._owned_elsewhere[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, r), as LoRA's own `lora_B.weight`."""
+        components = self.basis.components_out.to(self.coefficients.dtype)
+        if self.coefficients.ndim == 1:
+            return components.mT * self.coefficients
+        return components.mT @ self.coefficients
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`B h` for h (..., r)."""
+        components = self.basis.components_out.to(h.dtype)
+        coefficients = self.coefficients.to(h.dtype)
+        if coefficients.ndim == 1:
+            return (h * coefficients) @ components
+        if _chain_is_cheaper(h, coefficients):
+            return F.linear(h, coefficients) @ components
+        return F.linear(h, self.weight.to(h.dtype))
+
+
+class MixedFactor(nn.Module):
+    """`B M`, (out_features, r): LoRA's B behind a trainable r x r mixer (MoSLoRA, arXiv 2406.11909, equation 3).
+
+    Stands in for the linear layer that LoRA made for B; other layers have subclasses.
+
+    Args:
+        replaced: LoRA's own module; its weight becomes the trainable B.
+        mixer: (r, r).
+        train_mixer: Whether it is a parameter; otherwise it is a buffer, saved but never trained.
+    """
+
+    mixer: Tensor
+
+    def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
+        super().__init__()
+        self.factor = nn.Parameter(replaced.weight.detach())
+        if train_mixer:
+            self.mixer = nn.Parameter(mixer)
+        else:
+            self.register_buffer("mixer", mixer)
+        self.bias: Tensor | None = replaced.bias
+        self.in_features = mixer.shape[1]
+        self.out_features = len(self.factor)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, r), as LoRA's own `lora_B.weight`."""
+        return self.factor @ self.mixer.to(self.factor.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, as a linear layer prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`B M h` for h (..., r)."""
+        return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), self.bias)
+
+
+def _chain_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:
+    # Multiply-adds per feature of the wide side: chain T K, materialised K r + T r. Products narrower than 16
+    # columns run as slowly as those of 16, so r counts as at least that.
+    n_tokens = x.numel() // x.shape[-1]
+    n_components, rank = sorted(coefficients.shape, reverse=True)
+    rank = max(rank, 16)
+    return n_tokens * n_components <= n_components * rank + n_tokens * rank

@@ -1,0 +1,87 @@
+"""The controls are what their names say."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from eigenpeft import PrincipalSubspace, SubspaceBuilder
+from eigenpeft.audit import nearest_adapter, same_parameters_lora
+from eigenpeft.errors import SubspaceError
+from eigenpeft.subspace import ModuleSubspace, mean_only_subspace, shuffled_subspace
+from tests.factories import tiny_llama
+
+
+def test_shuffled_takes_every_basis_from_another_module(planted):
+    subspace = SubspaceBuilder(4).fit(planted()).subspace_
+    shuffled = shuffled_subspace(subspace, seed=1)
+    assert shuffled == shuffled_subspace(subspace, seed=1)
+    taken = []
+    for name in subspace:
+        matches = [other for other in subspace if subspace[other].components_in is shuffled[name].components_in]
+        assert matches
+        assert name not in matches
+        assert shuffled[name].explained_share == 0
+        taken += matches
+    assert sorted(taken) == sorted(subspace)
+
+
+def test_shuffling_needs_a_partner():
+    bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+    with pytest.raises(SubspaceError, match="the only ones of their shape"):
+        shuffled_subspace(PrincipalSubspace({"alone": bases}))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_mean_only_is_the_svd_of_the_mean(planted, update, k):
+    collection = planted(n_adapters=5)
+    subspace = mean_only_subspace(collection, n_components=k, progress=False)
+    for module, bases in subspace.items():
+        updates = [update(collection, module, name) for name in collection.names]
+        mean = sum(delta / delta.norm() for delta in updates) / 5
+        u, s, vh = torch.linalg.svd(mean)
+        torch.testing.assert_close(bases.singular_values_in.double(), s[:k], rtol=1e-5, atol=1e-6)
+        outer = bases.components_in.double() @ vh[:k].mT
+        torch.testing.assert_close(outer.abs(), torch.eye(k, dtype=torch.float64), atol=1e-4, rtol=0)
+        kept = bases.components_out.double().mT @ bases.components_out.double() @ mean
+        torch.testing.assert_close(kept, u[:, :k] * s[:k] @ vh[:k], atol=1e-5, rtol=0)
+
+
+def test_mean_only_refuses_a_rank_it_has_not(planted):
+    with pytest.raises(SubspaceError, match="must be between 1 and 20"):
+        mean_only_subspace(planted(n_adapters=5), n_components=21, progress=False)
+
+
+def test_nearest_adapter_of_a_disturbed_copy(planted):
+    collection = planted(n_adapters=5)
+    factors = {}
+    for module in collection.modules:
+        read = next(read for read in collection.factors(module) if read.adapter == "adapter-3")
+        factors[module] = (2.0 * read.lora_B, read.lora_A)
+    assert nearest_adapter(collection, factors) == ("adapter-3", pytest.approx(1.0))
+    with pytest.raises(SubspaceError, match="0 of its 1 modules are known there"):
+        nearest_adapter(collection, {"other": factors[collection.modules[0]]})
+
+
+@pytest.mark.parametrize(("r", "k"), [(1, 4), (4, 8), (16, 16)])
+@pytest.mark.parametrize("core", ["low_rank", "mixer"])
+def test_lora_has_as_many_parameters_as_it_can(r, k, core):
+    model = tiny_llama()
+    names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
+    bases = ModuleSubspace(torch.eye(k, 16), torch.eye(k, 16), torch.ones(k), torch.ones(k), torch.ones(k) / k)
+    subspace = PrincipalSubspace(dict.fromkeys(names, bases))
+    budget = 4 * (2 * k * r if core == "low_rank" else k * k)
+    if budget < 32:
+        with pytest.raises(SubspaceError, match="does not pay for"):
+            same_parameters_lora(subspace, r=r, core=core)
+        return
+    config = same_parameters_lora(subspace, r=r, core=core)
+    count = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    assert count <= budget
+    step = 32 if budget < 4 * 32 else 4 * 32  # one more module, or one more rank on all
+    assert count + step > budget
+
+
+def test_unknown_core_is_refused():
+    bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 4), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+    with pytest.raises(SubspaceError, match="core='other'"):
+        same_parameters_lora(PrincipalSubspace({"q": bases}), r=2, core="other")

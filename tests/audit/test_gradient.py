@@ -1,0 +1,144 @@
+"""The gradient share against autograd's own dense gradients, on Linear, Conv1D and shared modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from eigenpeft import PrincipalSubspace
+from eigenpeft.audit import gradient_share
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg import orthonormal_rows
+from eigenpeft.linalg.token_gradients import append_tokens, split_energy
+from eigenpeft.subspace import ModuleSubspace, random_subspace
+from tests.factories import tiny_bert, tiny_gpt2, tiny_llama
+
+CASES = {
+    "bert": (tiny_bert, ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]),
+    "gpt2": (tiny_gpt2, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]),
+    "llama": (tiny_llama, ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]),
+}
+
+
+def shape(model, name):
+    weight = model.get_submodule(name).weight
+    return tuple(weight.shape) if isinstance(model.get_submodule(name), nn.Linear) else tuple(weight.shape)[::-1]
+
+
+def made_subspace(model, names, *, k=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name in names:
+        m, n = shape(model, name)
+        rows = [orthonormal_rows(torch.randn(k, width, generator=generator)) for width in (n, m)]
+        modules[name] = ModuleSubspace(*rows, torch.ones(k), torch.ones(k), torch.ones(k) / k)
+    return PrincipalSubspace(modules)
+
+
+def made_batches(kind, *, count=3):
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, 64, (3, 7), generator=generator)
+        labels = torch.randint(0, 3, (3,), generator=generator) if kind == "bert" else ids
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def dense_gradient(model, name, batches):
+    weight = model.get_submodule(name).weight
+    total = sum(torch.autograd.grad(model(**batch).loss, weight)[0] for batch in batches)
+    return total.double() if isinstance(model.get_submodule(name), nn.Linear) else total.double().mT
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_equals_dense_gradients(kind, frozen):
+    make, names = CASES[kind]
+    model, batches = make(), made_batches(kind)
+    subspace = made_subspace(model, names)
+    gradients = {name: dense_gradient(model, name, batches) for name in names}
+    model.requires_grad_(not frozen)
+    found = gradient_share(model, batches, subspace, seeds=(0, 1))
+    inside = energy = best = 0.0
+    for row in found.modules:
+        gradient, bases = gradients[row.module], subspace[row.module]
+        core = bases.components_out.double() @ gradient @ bases.components_in.double().mT
+        values = torch.linalg.svdvals(gradient).square()
+        total = float(values.sum())
+        assert row.energy == pytest.approx(total, rel=1e-4)
+        assert row.share == pytest.approx(float(core.square().sum()) / total, rel=1e-4)
+        assert row.curve == pytest.approx([float(core[:k, :k].square().sum()) / total for k in (1, 2, 3, 4)], rel=1e-4)
+        assert row.diagonal == pytest.approx(float(core.diagonal().square().sum()) / total, rel=1e-4)
+        assert row.optimum == pytest.approx(float(values[:4].sum()) / total, rel=1e-4)
+        control = random_subspace(like=subspace, seed=1)[row.module]
+        other = control.components_out.double() @ gradient @ control.components_in.double().mT
+        assert row.random[1] == pytest.approx(float(other.square().sum()) / total, rel=1e-4)
+        inside, energy, best = inside + row.share * total, energy + total, best + row.optimum * total
+    assert found.share == pytest.approx(inside / energy)
+    assert found.optimum == pytest.approx(best / energy)
+    assert found.n_batches == 3
+
+
+def test_model_is_left_as_it_was():
+    model = tiny_bert(hidden_dropout_prob=0.5).train()
+    model.bert.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    gradient_share(model, made_batches("bert"), made_subspace(model, CASES["bert"][1]))
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_many_tokens_are_compressed_without_loss():
+    generator = torch.Generator().manual_seed(0)
+    kept, whole = None, torch.zeros(6, 9, dtype=torch.float64)
+    for _ in range(5):
+        deltas, inputs = torch.randn(8, 6, generator=generator), torch.randn(8, 9, generator=generator)
+        kept = append_tokens(kept, deltas, inputs)
+        whole += deltas.double().mT @ inputs.double()
+    assert len(kept[0]) == 6
+    torch.testing.assert_close(kept[0].mT @ kept[1], whole)
+
+
+def test_own_directions_are_the_optimum():
+    generator = torch.Generator().manual_seed(0)
+    deltas, inputs = (torch.randn(20, n, generator=generator, dtype=torch.float64) for n in (12, 15))
+    u, _, vh = torch.linalg.svd(deltas.mT @ inputs)
+    split = split_energy(deltas, inputs, components_out=u.mT[:3], components_in=vh[:3])
+    torch.testing.assert_close(split.inside, split.best)
+    assert split.diagonal == pytest.approx(float(split.best[-1]))
+
+
+def test_other_model_is_one_message():
+    subspace = made_subspace(tiny_bert(), CASES["bert"][1])
+    with pytest.raises(SubspaceError, match="None of the 2 modules of the subspace"):
+        gradient_share(tiny_llama(), made_batches("llama"), subspace)
+
+
+def test_other_width_is_one_message():
+    subspace = made_subspace(tiny_bert(), CASES["bert"][1])
+    with pytest.raises(SubspaceError, match="maps 24 features to 32 in the model, 24 to 16"):
+        gradient_share(tiny_bert(hidden_size=32), made_batches("bert"), subspace)
+
+
+def test_no_batch_is_one_message():
+    model = tiny_bert()
+    with pytest.raises(SubspaceError, match="in 0 batches"):
+        gradient_share(model, [], made_subspace(model, CASES["bert"][1]))
+
+
+def test_curves_count_every_module_and_end_at_the_shares():
+    model, names = tiny_bert(), CASES["bert"][1]
+    modules = dict(made_subspace(model, names).items())
+    modules[names[0]] = modules[names[0]].truncate(2)  # K = 3 and 4 keep what its two reach
+    found = gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=(0, 1, 2))
+    total = sum(row.energy for row in found.modules)
+    for k, value in enumerate(found.curve):
+        assert value * total == pytest.approx(
+            sum(row.energy * row.curve[min(k, len(row.curve) - 1)] for row in found.modules)
+        )
+    assert {row.module: len(row.curve) for row in found.modules} == {names[0]: 2, names[1]: 4}
+    assert found.curve[-1] == found.share
+    assert found.optimum_curve[-1] == found.optimum
+    assert found.random_curve[-1] == pytest.approx(sum(found.random) / 3)
+    assert gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=()).random_curve == ()
