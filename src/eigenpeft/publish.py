@@ -144,6 +144,8 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
     card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
     if not card or _UNFINISHED in card:
         card = _adapter_card(folder, config)
+    elif card.startswith("## "):  # nothing but the section that an export writes
+        card = _adapter_card(folder, config).rstrip() + "\n\n" + card
     elif "eigenpeft" not in card:
         card = card.rstrip() + "\n\n" + _how_to_load(config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n" if config != given else None

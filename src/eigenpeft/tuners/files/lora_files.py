@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,15 @@ from eigenpeft.errors import ArtifactError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 PREFIX = "base_model.model."
+_CARD_HEADING = "## Rank and scaling"
+_CARD_SECTION = """{heading}
+
+An ordinary LoRA adapter with one rank, {r}, and one `lora_alpha`, {alpha:g}, in all of its {n_modules} modules: the update of a
+weight is `{scaling:g} * B @ A`. Software that knows one rank and one alpha for a whole adapter (vLLM, SGLang, llama.cpp) applies
+the same update as PEFT.{how}
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,9 @@ def lora_keys(path: str, *, is_embedding: bool) -> tuple[str, str]:
 def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, Any], others: dict[str, Tensor]) -> None:
     """Write a folder that plain PEFT loads. An adapter that is already there is replaced.
 
+    All modules get one rank and one alpha (`with_one_rank_and_alpha`), and README.md says so; what else a README.md that is
+    already there says is kept.
+
     Args:
         out_dir: Folder to make.
         updates: Factors of every weight.
@@ -72,18 +84,14 @@ def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, A
     """
     if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / CONFIG_NAME).is_file():
         raise ArtifactError(f"{str(out_dir)!r} is not empty and holds no adapter; choose another folder, or empty it.")
-    updates = _with_common_rank(updates)
-    ranks = {update.target: update.rank for update in updates}
-    alphas = {update.target: update.scaling * update.rank for update in updates}
-    # The commonest rank and alpha are the config's; modules that differ are listed.
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    given, updates = updates, with_one_rank_and_alpha(updates)
+    r = max((update.rank for update in updates), default=1)
+    scaling = updates[0].scaling if updates else 1.0
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (need not be whole: PEFT only divides it by r)
+        lora_alpha=scaling * r,  # pyright: ignore[reportArgumentType] (need not be whole: PEFT only divides it by r)
         target_modules=sorted(update.target for update in updates if update.kind == "module"),
         target_parameters=sorted(update.target for update in updates if update.kind == "parameter") or None,
-        rank_pattern={_exactly(target): value for target, value in ranks.items() if value != r},
-        alpha_pattern={_exactly(target): value for target, value in alphas.items() if value != alpha},
         inference_mode=True,
         **fields,
     )
@@ -94,26 +102,69 @@ def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, A
     with atomic_folder(out_dir, last=CONFIG_NAME) as scratch, torch.no_grad():
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
+        (scratch / CARD_NAME).write_text(_card(out_dir, given, r=r, scaling=scaling), encoding="utf-8")
 
 
-def _with_common_rank(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
-    """Attention and its output projection, which LoRA gives one rank and alpha, padded with zeros to the larger rank."""
-    by_target = {update.target: update for update in updates}
-    for inside in updates:
-        if inside.kind == "inside":
-            around = by_target[inside.target.removesuffix(".out_proj")]
-            rank = max(inside.rank, around.rank)
-            by_target |= {each.target: _padded(each, rank, around.scaling) for each in (inside, around)}
-    return list(by_target.values())
+def with_one_rank_and_alpha(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
+    """The same updates at one rank and one scaling: smaller ranks are padded with zeros, other scalings folded into B.
+
+    PEFT reads a rank and an alpha of every module (`rank_pattern`, `alpha_pattern`). llama.cpp divides the one alpha of the
+    file by the rank of each tensor, and vLLM applies `lora_alpha / r` of the config to all modules: both are right only
+    when the whole adapter has one rank and one alpha. Updates that agree already are returned unchanged.
+
+    Args:
+        updates: Of one adapter.
+
+    Examples:
+        >>> import torch
+        >>> first = LoraUpdate(torch.ones(3, 2), torch.ones(2, 4), 2.0, "a", ("a.lora_A.weight", "a.lora_B.weight"))
+        >>> second = LoraUpdate(torch.ones(3, 1), torch.ones(1, 4), 4.0, "b", ("b.lora_A.weight", "b.lora_B.weight"))
+        >>> [(update.rank, update.scaling) for update in with_one_rank_and_alpha([first, second])]
+        [(2, 2.0), (2, 2.0)]
+    """
+    ranks, scalings = {update.rank for update in updates}, Counter(update.scaling for update in updates)
+    if len(ranks) <= 1 and len(scalings) <= 1:
+        return list(updates)
+    # PEFT gives each group of a convolution an equal part of the rank.
+    multiple = lcm(*(update.n_blocks for update in updates if update.kind != "parameter"))
+    rank = max(ranks) if len(ranks) == 1 else -(-max(ranks) // multiple) * multiple
+    nonzero = Counter({scaling: count for scaling, count in scalings.items() if scaling})
+    scaling = (nonzero or scalings).most_common(1)[0][0]
+    return [_padded(update, rank, scaling) for update in updates]
 
 
 def _padded(update: LoraUpdate, rank: int, scaling: float) -> LoraUpdate:
-    missing = rank - update.rank
-    lora_A = torch.nn.functional.pad(update.lora_A, (0, 0, 0, missing))
-    lora_B = torch.nn.functional.pad(update.lora_B * (update.scaling / scaling), (0, missing))
+    lora_A, lora_B = update.lora_A, update.lora_B
+    if update.scaling != scaling:
+        # In float32 or better: 16 bits would round the product.
+        lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * (update.scaling / scaling)
+    if update.rank != rank:
+        # A holds its experts or groups one after the other. B holds the experts of each rank one after the other, and the
+        # share of the rank that one group of a convolution sees.
+        experts = update.n_blocks if update.kind == "parameter" else 1
+        by_block = lora_A.reshape(update.n_blocks, -1, *lora_A.shape[1:])
+        share = rank if update.kind == "parameter" else rank // update.n_blocks
+        lora_A = _with_zeros(by_block, 1, share).reshape(-1, *lora_A.shape[1:])
+        lora_B = _with_zeros(lora_B, 1, share * experts)
     return replace(update, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
 
 
-def _exactly(target: str) -> str:
-    # PEFT reads pattern keys as the end of a module's name, so that "0.query" would also be "10.query": anchor them.
-    return "^" + target.replace(".", r"\.")
+def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[axis] = size - tensor.shape[axis]
+    return torch.cat((tensor, tensor.new_zeros(missing)), dim=axis)
+
+
+def _card(out_dir: Path, given: Sequence[LoraUpdate], *, r: int, scaling: float) -> str:
+    """README.md of the folder: what is there, with the section on rank and scaling added or brought up to date."""
+    path = out_dir / CARD_NAME
+    there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    before, _, old = there.partition(_CARD_HEADING)
+    after = old[old.index("\n## ") + 1 :] if "\n## " in old else ""
+    how = ""
+    if any(update.rank != r or update.scaling != scaling for update in given):
+        how = " Smaller ranks are padded with zeros, and scalings that differ are folded into B."
+    section = _CARD_SECTION.format(
+        heading=_CARD_HEADING, r=r, alpha=r * scaling, n_modules=len(given), scaling=scaling, how=how
+    )
+    return "\n".join(f"{part.strip()}\n" for part in (before, section, after) if part.strip())
