@@ -1,0 +1,24 @@
+"""Merging updates: published rules as pure functions of cores, and the core space that they work in."""
+
+from eigenpeft.linalg.merging.apply import MergedUpdate, merge_updates
+from eigenpeft.linalg.merging.core_space import CoreSpace, core_factors, core_space, with_model_inputs
+from eigenpeft.linalg.merging.measures import MergeMeasures, measure_merge
+from eigenpeft.linalg.merging.pico import norm_scale
+from eigenpeft.linalg.merging.registry import CALIBRATIONS, RULES, Rule, find_rule, merge_cores
+
+__all__ = [
+    "CALIBRATIONS",
+    "RULES",
+    "CoreSpace",
+    "MergeMeasures",
+    "MergedUpdate",
+    "Rule",
+    "core_factors",
+    "core_space",
+    "find_rule",
+    "measure_merge",
+    "merge_cores",
+    "merge_updates",
+    "norm_scale",
+    "with_model_inputs",
+]

@@ -1,0 +1,85 @@
+"""Updates of one weight, as factors or on common axes, merged to the factors of one LoRA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.merging.core_space import EXACT, CoreSpace, core_factors, core_space, with_model_inputs
+from eigenpeft.linalg.merging.measures import MergeMeasures, measure_merge
+from eigenpeft.linalg.merging.pico import norm_scale
+from eigenpeft.linalg.merging.registry import find_rule, merge_cores
+from eigenpeft.linalg.merging.spectral import triplets, weighted
+from eigenpeft.linalg.stacking import Factors
+
+
+@dataclass(frozen=True)
+class MergedUpdate:
+    """One weight's merged update.
+
+    Attributes:
+        lora_B: Left factor, float64; the scaling is 1.
+        lora_A: Right factor, of equal norm.
+        scale: λ that was applied.
+        rank: Numerical rank before the cut.
+        measures: What the merge did.
+    """
+
+    lora_B: Float[Tensor, "m r"]
+    lora_A: Float[Tensor, "r n"]
+    scale: float
+    rank: int
+    measures: MergeMeasures
+
+
+def merge_updates(
+    updates: Sequence[Factors] | CoreSpace,
+    *,
+    method: str = "task_arithmetic",
+    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    scale: float | str | None = None,
+    rank: int | None = None,
+    calibrate: Sequence[str] = (),
+    **options: Any,
+) -> MergedUpdate:
+    """Merge updates of one weight into one LoRA: core space, rule, λ, optimal truncation.
+
+    Args:
+        updates: `(lora_B (m, r_t), lora_A (r_t, n))` of each, scaling folded in; or a `CoreSpace` that has them.
+        method: Name in `RULES`.
+        weights: One number per update, which scales it; None for 1.
+        scale: λ, the final multiplier; "auto" makes the merged norm the mean of the updates' norms, weights included; None
+            takes the rule's own.
+        rank: Rank of the factors, filled up with zeros where there is less; None loses nothing.
+        calibrate: As for `merge_cores`.
+        **options: As for `merge_cores`.
+
+    Returns:
+        `MergedUpdate`.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range, or the updates do not fit together.
+
+    Example:
+        >>> import torch
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> merged = merge_updates([(B, A), (2 * B, A)], weights=[1.0, -0.25])
+        >>> torch.allclose(merged.lora_B @ merged.lora_A, 0.5 * (B @ A).double(), atol=1e-5)
+        True
+    """
+    rule = find_rule(method)
+    scale = rule.scale if scale is None else scale
+    if isinstance(scale, str) and scale != "auto":
+        raise ValueError(f"scale={scale!r} is unknown; pass a number, 'auto', or None for the rule's own.")
+    space = updates if isinstance(updates, CoreSpace) else core_space(updates)
+    if rule.model_inputs:
+        space = with_model_inputs(space)
+    merged = merge_cores(space.cores, method=method, weights=weights, calibrate=calibrate, **options)
+    if isinstance(scale, str):
+        scale = float(norm_scale(merged, weighted(space.cores, weights)))
+    parts = triplets(scale * merged, noise=EXACT)
+    lora_B, lora_A = core_factors(parts, space, rank=rank)
+    measures = measure_merge(parts, space.cores, rank=rank)
+    return MergedUpdate(lora_B, lora_A, scale=scale, rank=len(parts.S), measures=measures)

@@ -1,0 +1,57 @@
+"""What a merge did, in numbers of one module: distance to each source, over-counting, stable rank, share kept."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.factored import FactoredSvd
+from eigenpeft.linalg.merging.svc import response
+
+
+@dataclass(frozen=True)
+class MergeMeasures:
+    """Of one module; squares and inner products add up over modules, so that a report can.
+
+    Attributes:
+        inner_products: ⟨ΔW_s, ΔW_t⟩; the diagonal holds ‖ΔW_t‖².
+        distances: ‖ΔW - ΔW_t‖² of each source, ΔW cut off at its rank and scaled.
+        energy: ‖ΔW‖² before it is cut off.
+        kept: Energy of the leading singular values that the rank keeps.
+        largest: Largest singular value of ΔW.
+        over_counting: Mean of SVC's responses over updates and directions, weighted by the directions' energy: 1 where the
+            merged update is along its directions as strong as the updates are, more where they were counted repeatedly.
+    """
+
+    inner_products: Float[Tensor, "t t"]
+    distances: Float[Tensor, "t"]
+    energy: float
+    kept: float
+    largest: float
+    over_counting: float
+
+
+def measure_merge(
+    parts: FactoredSvd, cores: Float[Tensor, "t k_out k_in"], *, rank: int | None = None
+) -> MergeMeasures:
+    """Numbers of one merged module.
+
+    Args:
+        parts: Singular triplets of the merged update, scaled, before it is cut off.
+        cores: The sources without weights, on the same axes.
+        rank: Rank it is cut off at; None for no cut.
+    """
+    energies = parts.S.square()
+    kept = slice(None, rank)
+    cut = (parts.U[:, kept] * parts.S[kept]) @ parts.Vh[kept]
+    rows = cores.flatten(1)
+    counted = response(parts, cores).clamp(min=0.0).mean(dim=0)
+    total = float(energies.sum())
+    return MergeMeasures(
+        inner_products=rows @ rows.mT,
+        distances=(rows - cut.flatten()).square().sum(dim=1),
+        energy=total,
+        kept=float(energies[kept].sum()),
+        largest=float(parts.S[0]) if len(parts.S) else 0.0,
+        over_counting=float((counted * energies).sum()) / total if total else 0.0,
+    )

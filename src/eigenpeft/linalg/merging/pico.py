@@ -1,0 +1,40 @@
+"""Pico: output directions that many updates share are turned down before a merge; and its rule for the merged norm."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
+    """`B'_t := (I + U diag(a - 1) Uᵀ) B'_t` for balanced `M_t = B'_t A'_t`, `a_k = 1 / (1 + (T - 1) c_k)` (arXiv 2604.16826).
+
+    `[B'_1 ... B'_T] = U σ Vᵀ` and `c_k = σ_k² / Σσ²`. Since `B'_t B'_tᵀ = (M_t M_tᵀ)^{1/2}`, U and σ² are the eigenvectors and
+    eigenvalues of `Σ (M_t M_tᵀ)^{1/2}`: a function of the updates alone.
+
+    Args:
+        cores: Updates on common axes, weights included.
+
+    Returns:
+        The calibrated updates, to be merged by any rule.
+    """
+    left, values, _ = torch.linalg.svd(cores, full_matrices=False)
+    gram = ((left * values[:, None, :]) @ left.mT).sum(dim=0)
+    energies, directions = torch.linalg.eigh(gram)
+    shares = energies.clamp(min=0.0) / energies.sum().where(energies.sum() > 0, 1.0)
+    factors = 1.0 / (1.0 + (len(cores) - 1) * shares)
+    return ((directions * factors) @ directions.mT) @ cores
+
+
+def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, ""]:
+    """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's rescaling): as strong as one update, without data.
+
+    Args:
+        merged: Result of a rule.
+        cores: The updates that were merged, weights included.
+
+    Returns:
+        λ, or 1 where the merged update is zero.
+    """
+    norm = merged.norm()
+    target = torch.linalg.vector_norm(cores, dim=(1, 2)).mean()
+    return torch.where(norm > 0, target / norm.where(norm > 0, 1.0), 1.0)

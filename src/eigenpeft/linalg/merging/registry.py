@@ -1,0 +1,148 @@
+"""The merging rules by name: the function, where it comes from, what it needs, and how it is applied to factors."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.merging.boosting import boosting
+from eigenpeft.linalg.merging.compress import compress_then_merge
+from eigenpeft.linalg.merging.dare import dare, dare_ties
+from eigenpeft.linalg.merging.isotropic import iso_c, iso_cts
+from eigenpeft.linalg.merging.knots import knots
+from eigenpeft.linalg.merging.pico import pico
+from eigenpeft.linalg.merging.regmean import regmean
+from eigenpeft.linalg.merging.spectral import weighted
+from eigenpeft.linalg.merging.sums import mean, task_arithmetic
+from eigenpeft.linalg.merging.svc import svc
+from eigenpeft.linalg.merging.ties import ties
+from eigenpeft.linalg.merging.tsv import tsv
+from eigenpeft.linalg.merging.wudi import wudi
+
+CALIBRATIONS = ("pico", "svc")
+"""What can be put around any rule: Pico before it, SVC after it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to merge updates.
+
+    Attributes:
+        merge: Function of `(cores, weights=..., **options)`.
+        title: Its name in the literature.
+        paper: Where it comes from.
+        options: Further arguments that a user may set, with their defaults.
+        needs: What must be passed besides: "statistics" of each task's inputs, "seeds" of random draws.
+        model_inputs: Whether the rule is defined on the model's own input coordinates (see `with_model_inputs`).
+        calibrations: What is put around the function to make the published method.
+        scale: Final multiplier λ of the published method; "auto" for Pico's rule of the norm.
+    """
+
+    merge: Callable[..., Tensor]
+    title: str
+    paper: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    model_inputs: bool = False
+    calibrations: tuple[str, ...] = ()
+    scale: float | str = 1.0
+
+
+_TIES = {"density": 0.2, "agreement": "mean"}
+_SEEDS = frozenset({"seeds"})
+
+RULES: dict[str, Rule] = {
+    "task_arithmetic": Rule(task_arithmetic, "Task arithmetic", "arXiv 2212.04089"),
+    "mean": Rule(mean, "Mean of the updates", "arXiv 2203.05482"),
+    "ties": Rule(ties, "TIES", "arXiv 2306.01708", options=_TIES),
+    "dare": Rule(dare, "DARE", "arXiv 2311.03099", options={"drop": 0.5}, needs=_SEEDS),
+    "dare_ties": Rule(
+        dare_ties, "DARE-TIES", "arXiv 2311.03099", options={"drop": 0.5, "agreement": "mean"}, needs=_SEEDS
+    ),
+    "knots": Rule(knots, "KnOTS-TIES", "arXiv 2410.19735", options=_TIES, model_inputs=True),
+    "tsv": Rule(tsv, "TSV-M", "arXiv 2412.00081"),
+    "iso_c": Rule(iso_c, "Iso-C", "arXiv 2502.04959"),
+    "iso_cts": Rule(iso_cts, "Iso-CTS", "arXiv 2502.04959", options={"common_share": 0.8}),
+    "boosting": Rule(boosting, "Subspace Boosting", "arXiv 2506.16506", options={"beta": 0.01}),
+    "svc": Rule(task_arithmetic, "SVC", "arXiv 2602.05536", calibrations=("svc",)),
+    "pico": Rule(task_arithmetic, "Pico", "arXiv 2604.16826", calibrations=("pico",), scale="auto"),
+    "wudi": Rule(wudi, "WUDI, closed form", "arXiv 2503.08099", options={"ridge": 1e-3}),
+    "regmean": Rule(
+        regmean,
+        "RegMean",
+        "arXiv 2212.09849",
+        options={"shrink": 0.95, "ridge": 1e-4},
+        needs=frozenset({"statistics"}),
+    ),
+    "compress": Rule(
+        compress_then_merge, "Compress-then-Merge", "arXiv 2606.03723", options={"n_components": 16, "beta": 0.25}
+    ),
+}
+"""The rules of `merge_cores`, by the name a user passes as `method`. A new rule is one file and one row."""
+
+
+def find_rule(method: str) -> Rule:
+    """The rule of a name.
+
+    Args:
+        method: Name in `RULES`.
+
+    Raises:
+        ValueError: If there is none; the message names all.
+    """
+    if method not in RULES:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, RULES))}.")
+    return RULES[method]
+
+
+def merge_cores(
+    cores: Float[Tensor, "t k_out k_in"],
+    *,
+    method: str,
+    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    calibrate: Sequence[str] = (),
+    **options: Any,
+) -> Float[Tensor, "k_out k_in"]:
+    """Merge updates on common axes by any rule, with Pico before it or SVC after it where asked for.
+
+    Args:
+        cores: Updates on common axes: of `core_space`, or the cores of a store's members on one module. For a rule with
+            `model_inputs`, those of `with_model_inputs`.
+        weights: One number per update, which scales it; None for 1.
+        method: Name in `RULES`.
+        calibrate: Names in `CALIBRATIONS`, besides the rule's own.
+        **options: The rule's own: `RULES[method].options`, and `grams` or `seeds` where it needs them.
+
+    Returns:
+        The merged update on the same axes, before λ.
+
+    Raises:
+        ValueError: If a name is unknown, an option is not the rule's, or a value is out of range.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.tensor([[[4.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
+        >>> merge_cores(cores, method="iso_c")
+        tensor([[3., 0.],
+                [0., 3.]], dtype=torch.float64)
+    """
+    rule = find_rule(method)
+    unknown = [name for name in calibrate if name not in CALIBRATIONS]
+    if unknown:
+        raise ValueError(f"calibrate={unknown} is unknown; pass some of {', '.join(map(repr, CALIBRATIONS))}.")
+    allowed = {*rule.options, *({"grams"} if "statistics" in rule.needs else ()), *(rule.needs & {"seeds"})}
+    if foreign := sorted(set(options) - allowed):
+        takes = ", ".join(sorted(allowed)) or "no options"
+        raise ValueError(
+            f"{foreign[0]}={options[foreign[0]]!r} is no option of method={method!r}, which takes {takes}."
+        )
+    if "statistics" in rule.needs and "grams" not in options:
+        raise ValueError(f"method={method!r} needs statistics of each task's inputs; pass grams.")
+    if not cores[0].numel():
+        return cores.sum(dim=0)  # every update is zero
+    wanted = {*calibrate, *rule.calibrations}
+    updates = pico(weighted(cores, weights)) if "pico" in wanted else cores
+    merged = rule.merge(updates, weights=None if "pico" in wanted else weights, **options)
+    return svc(merged, weighted(cores, weights)) if "svc" in wanted else merged

@@ -1,0 +1,74 @@
+"""Parts of a core that rules on singular values share: its triplets without rounding noise, the polar factor, checked weights."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.factored import FactoredSvd
+
+# A rule that raises small singular values would raise rounding noise as well, whose directions are arbitrary: values below
+# this share of the largest are not there. Squares of float64 numbers, which several rules take, cannot tell less.
+NOISE = 1e-7
+
+
+def triplets(core: Float[Tensor, "a b"], *, most: int | None = None, noise: float = NOISE) -> FactoredSvd:
+    """Singular triplets of a core, leading first, without those whose values are rounding noise.
+
+    Args:
+        core: Any matrix.
+        most: Keep at most so many; None keeps all.
+        noise: Leave out values that are not above this share of the largest.
+
+    Returns:
+        `FactoredSvd` with at most min(a, b) triplets, none for a core of zeros.
+    """
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    rank = count_present(values, noise=noise)
+    kept = rank if most is None else min(most, rank)
+    return FactoredSvd(U=left[:, :kept], S=values[:kept], Vh=right[:kept])
+
+
+def count_present(values: Float[Tensor, "k"], *, noise: float) -> int:
+    """How many singular values are above a share of the largest.
+
+    Args:
+        values: Not negative.
+        noise: The share.
+    """
+    return int(values.gt(noise * values.max()).sum()) if len(values) else 0
+
+
+def polar(columns: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:
+    """The orthonormal polar factor `U Vᵀ` of `X = U S Vᵀ`: of all matrices with orthonormal columns the nearest to X.
+
+    Where columns depend on each other, only directions that are there are kept (a partial isometry).
+
+    Args:
+        columns: X, tall or wide.
+    """
+    parts = triplets(columns)
+    return parts.U @ parts.Vh
+
+
+def weighted(
+    cores: Float[Tensor, "t k_out k_in"], weights: Float[Tensor, "t"] | Sequence[float] | None
+) -> Float[Tensor, "t k_out k_in"]:
+    """`w_t M_t`: a weight scales the update itself, in every rule; a negative one turns it around.
+
+    Args:
+        cores: Updates on common axes.
+        weights: One number per update; None for 1.
+
+    Raises:
+        ValueError: If there are more or fewer weights than updates, or one is not finite.
+    """
+    if weights is None:
+        return cores
+    factors = torch.as_tensor(weights, dtype=cores.dtype, device=cores.device)
+    if factors.shape != (len(cores),) or not factors.isfinite().all():
+        raise ValueError(
+            f"weights={factors.tolist()} do not fit {len(cores)} updates; pass one finite number for each."
+        )
+    return factors[:, None, None] * cores
