@@ -7,7 +7,7 @@ Writes:   benchmarks/results/serving.json and serving.png: the forward pass of o
 
 "PEFT adapter_names" is PEFT's own mixed batch with 64 LoRA adapters of the same rank, "TaskBank" the forward hook of a bank with
 1,000 tasks, "PEFT path, EigenLoRA" `adapter_names` with 64 EigenLoRA adapters of one subspace. All compute the same kind of
-update; the bank's rows are checked against the loop in tests/tuners/test_serving.py.
+update; the bank's rows are checked against the loop in tests/tuners/serving/test_bank.py.
 """
 
 import argparse

@@ -19,6 +19,7 @@ def moved_names(module: str, new_places: Mapping[str, str]) -> Callable[[str], A
     Examples:
         >>> find = moved_names("old.place", {"sqroot": "math.sqrt"})
         >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
         ...     find("sqroot")(4.0)
         2.0
         >>> print(caught[0].message)

@@ -13,11 +13,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
+from eigenpeft.artifacts import storage
 from eigenpeft.audit import AuditReport
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace, storage
+from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CARD = "README.md"

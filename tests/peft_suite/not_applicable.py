@@ -33,12 +33,12 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         r"test_save_pretrained_warns_for_unsharded_state_dict",
         ("eigenlora",),
-        "writes into LoRA's weight in place; tests/tuners/test_rank_padding.py has the warning of sharded coefficients",
+        "writes into LoRA's weight in place; tests/tuners/host/test_rank_padding.py has the warning of sharded coefficients",
     ),
     (
         r"test_lorafa_respects_layer_specific_scaling_patterns",
         ("eigenlora-low_rank",),
-        "gives LoRA's weight a gradient by hand; tests/tuners/test_mixed_models.py has the step with its scaling",
+        "gives LoRA's weight a gradient by hand; tests/tuners/host/test_mixed_models.py has the step with its scaling",
     ),
     (
         r"TestDynamicDispatch::test_target_layer_without_in_features_out_features",
@@ -58,19 +58,19 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         r"TestWeightTying::.*target_modules",
         ("eigenlora", "moslora"),
-        "compares addresses of LoRA's bare tensors; tests/tuners/test_combining.py checks that ours are shared",
+        "compares addresses of LoRA's bare tensors; tests/tuners/eigenlora/test_combining.py checks that ours are shared",
     ),
     (
         r"test_only_params_are_updated\[Embedding \+ transformers Conv1D [23] LoRA",
         ("eigenlora",),
         "its learning rate suits LoRA's embedding, whose gradients do not spread over orthonormal components; "
-        "tests/tuners/test_layer_kinds.py checks that every coefficient learns",
+        "tests/tuners/layers/test_kinds.py checks that every coefficient learns",
     ),
     (
         r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA",
         ("moslora",),
         "its three steps move LoRA's B by 1.3e-4, just over its tolerance, and ours, behind the mixer, by 0.4e-4; "
-        "tests/tuners/test_layer_kinds.py checks that every tensor learns",
+        "tests/tuners/layers/test_kinds.py checks that every tensor learns",
     ),
     (
         r"test_add_weighted_adapter_with_different_scaling\[magnitude_prune_svd-0.9-0.1-weights2\]",
@@ -139,7 +139,7 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
         r"test_targeting_module_and_targeting_param_equivalent)",
         ("eigenlora", "moslora"),
         "writes into LoRA's weights in place; ours are computed from the trained tensors, and "
-        "tests/tuners/test_layer_kinds.py checks that a weight is adapted as its module is",
+        "tests/tuners/layers/test_kinds.py checks that a weight is adapted as its module is",
     ),
     (
         r"TestModelAndLayerStatus::test_model_(status_with_modules_to_save|status_with_trainable_tokens|"
