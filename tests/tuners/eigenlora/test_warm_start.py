@@ -9,7 +9,7 @@ from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, Subs
 from eigenpeft.errors import AdapterConfigError, CollectionError
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
-from tests.tuners.test_layer_kinds import KINDS
+from tests.tuners.layers.test_kinds import KINDS
 
 
 @pytest.fixture
