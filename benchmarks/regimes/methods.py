@@ -1,0 +1,175 @@
+"""Methods of the study: how each starts, what it trains, and the learning rates tried for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import zoos
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from eigenpeft import EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.subspace import random_subspace
+
+LAST_TWO = [f"bert.encoder.layer.5.attention.self.{name}" for name in ("query", "value")]
+HEAD_RATES = (3e-2, 1e-1, 3e-1, 1.0)
+COEFFICIENT_RATES = (1e-2, 3e-2, 1e-1)
+LORA_RATES = (1e-3, 3e-3, 1e-2)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a method may look at: a part of a zoo, the seed, λ chosen on held-out rows, the nearest adapter's name."""
+
+    zoo: str
+    size: int
+    draw: int
+    work: Path
+    seed: int
+    scale: Callable[[], float]
+    nearest: Callable[[], str]
+
+    @property
+    def part(self) -> tuple[str, int, int, Path]:
+        return self.zoo, self.size, self.draw, self.work
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a new task.
+
+    Attributes:
+        name: In rows and tables.
+        adapt: Makes the trainable model.
+        rates: Learning rates tried on the tuning tasks.
+        tuned_as: The method whose chosen rate it takes, instead of trials of its own.
+        uses_zoo: Whether the adapters matter to it; a control that does not use them is run once for all zoos.
+        merged: Whether it starts at the base plus λ times the mean update.
+    """
+
+    name: str
+    adapt: Callable[[PreTrainedModel, Situation], nn.Module]
+    rates: tuple[float, ...] = ()
+    tuned_as: str | None = None
+    uses_zoo: bool = True
+    merged: bool = False
+
+
+def head_only(base, situation):
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier."))
+    return base
+
+
+def lora(**settings):
+    settings.setdefault("target_modules", zoos.MODULES)
+    return lambda base, situation: get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **settings))
+
+
+@lru_cache(maxsize=8)
+def subspace_of(zoo: str, size: int, draw: int, work: Path, n_components: int) -> PrincipalSubspace:
+    return SubspaceBuilder(n_components).fit(zoos.collection(zoo, size, draw, work)).subspace_
+
+
+def recycled(situation: Situation, n_components: int) -> PrincipalSubspace:
+    return subspace_of(*situation.part, n_components)
+
+
+def eigenlora(n_components: int, *, random: bool = False, r: int = 8, **settings):
+    def adapt(base, situation):
+        subspace = recycled(situation, n_components)
+        if random:
+            subspace = random_subspace(like=subspace, seed=situation.seed)
+        config = EigenLoraConfig(subspace=subspace, r=r, lora_alpha=2 * r, task_type="SEQ_CLS", **settings)
+        return get_peft_model(base, config)
+
+    return adapt
+
+
+def add_mean(base: nn.Module, situation: Situation, scale: float) -> None:
+    """W0 := W0 + λ · mean ΔW."""
+    with torch.no_grad():
+        for module, update in zoos.mean_update(*situation.part).items():
+            base.get_submodule(module).weight.add_(update, alpha=scale)
+
+
+def merged(then):
+    def adapt(base, situation):
+        add_mean(base, situation, situation.scale())
+        return then(base, situation)
+
+    return adapt
+
+
+def lora_at(model: nn.Module, situation: Situation, values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> nn.Module:
+    """Set the factors of a LoRA r 8 with alpha 8."""
+    for module, (lora_b, lora_a) in values.items():
+        layer = model.base_model.model.get_submodule(module)
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(lora_a)
+            layer.lora_B["default"].weight.copy_(lora_b)
+    return model
+
+
+def init_at_components(base, situation):
+    """EigenLoRAx-INIT: LoRA r 8 whose A starts at the leading components of the input side, B at zero."""
+    model = lora(r=8, lora_alpha=16)(base, situation)
+    bases = recycled(situation, 8)
+    values = {name: (torch.zeros(each.out_features, 8), each.components_in) for name, each in bases.items()}
+    return lora_at(model, situation, values)
+
+
+def nearest_continued(base, situation):
+    model, name = lora(r=8, lora_alpha=8)(base, situation), situation.nearest()
+    found = zoos.factors(*situation.part)
+    values = {module: next((b, a) for own, b, a in parts if own == name) for module, parts in found.items()}
+    return lora_at(model, situation, values)
+
+
+class Mixture(nn.Module):
+    """A frozen linear layer plus Σ_t w_t ΔW_t, the weights w of one module trained from 1/T."""
+
+    def __init__(self, base: nn.Module, parts: list[tuple[str, torch.Tensor, torch.Tensor]]):
+        super().__init__()
+        self.base, self.rank = base, parts[0][2].shape[0]
+        self.register_buffer("b", torch.cat([b for _, b, _ in parts], dim=1))
+        self.register_buffer("a", torch.cat([a for _, _, a in parts], dim=0))
+        self.weights = nn.Parameter(torch.full((len(parts),), 1.0 / len(parts)))
+
+    def forward(self, x):
+        return self.base(x) + (x @ self.a.mT * self.weights.repeat_interleave(self.rank)) @ self.b.mT
+
+
+def mixture(base, situation):
+    """The weights of all adapters, per module, by gradient."""
+    head_only(base, situation)
+    for module, parts in zoos.factors(*situation.part).items():
+        parent, _, name = module.rpartition(".")
+        setattr(base.get_submodule(parent), name, Mixture(base.get_submodule(module), parts))
+    return base
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("head", head_only, HEAD_RATES, uses_zoo=False),
+        Method("LoRA r8", lora(r=8, lora_alpha=16), LORA_RATES, uses_zoo=False),
+        Method("LoRA equal", lora(r=1, lora_alpha=2, target_modules=LAST_TWO), (1e-2, 3e-2, 1e-1), uses_zoo=False),
+        Method("random K8", eigenlora(8, random=True), COEFFICIENT_RATES, uses_zoo=False),
+        Method("EigenLoRA K8", eigenlora(8), COEFFICIENT_RATES),
+        Method("merged, head", merged(head_only), tuned_as="head", merged=True),
+        Method("merged, LoRA r8", merged(lora(r=8, lora_alpha=16)), tuned_as="LoRA r8", merged=True),
+        Method("merged, EigenLoRA K8", merged(eigenlora(8)), tuned_as="EigenLoRA K8", merged=True),
+        Method("LoRA r1", lora(r=1, lora_alpha=2), (3e-3, 1e-2, 3e-2), uses_zoo=False),
+        Method("diagonal K32", eigenlora(32, core="diagonal"), (3e-2, 1e-1, 3e-1)),
+        Method("INIT r8", init_at_components, tuned_as="LoRA r8"),
+        Method("nearest continued", nearest_continued, tuned_as="LoRA r8"),
+        Method("mixture", mixture, (3e-2, 1e-1, 3e-1)),
+        Method("EigenLoRA K32", eigenlora(32), COEFFICIENT_RATES),
+        Method("random K32", eigenlora(32, random=True), COEFFICIENT_RATES, uses_zoo=False),
+        Method("full K8", eigenlora(8, core="mixer"), tuned_as="EigenLoRA K8"),
+    )
+}

@@ -1,0 +1,96 @@
+"""What the study runs, in order of value: slices of methods, targets, zoos, sizes, rows and seeds."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from customers import Customer
+
+STEPS, TUNING_ROWS, TUNING_SEEDS = 40, 64, (100, 101)
+PRIMARY = ("head", "EigenLoRA K8", "LoRA equal", "LoRA r8", "random K8", "merged, head")
+ON_TOP = ("merged, LoRA r8", "merged, EigenLoRA K8")
+OTHERS = (
+    "diagonal K32",
+    "INIT r8",
+    "nearest continued",
+    "mixture",
+    "LoRA r1",
+    "full K8",
+    "EigenLoRA K32",
+    "random K32",
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Every one of these methods on every one of these targets.
+
+    Attributes:
+        name: On the command line.
+        methods: Names.
+        source: Only targets of "banking77" or "clinc150"; all where None.
+        zoo: "own" (the target's relatives), "other" (the other zoo of the same data set), "far" (a zoo of the other data set),
+            "shipped" or "mixed".
+        size: Adapters of the zoo.
+        rows: Training rows.
+        seeds: Of the rows, the head, the batches and the adapter.
+        draws: Whether the seed also draws which adapters are in the zoo.
+        stage: "tune" or "test".
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    source: str | None = None
+    zoo: str = "own"
+    size: int = 20
+    rows: int = 64
+    seeds: tuple[int, ...] = (0,)
+    draws: bool = False
+    stage: str = "test"
+
+    def targets(self, customers: Mapping[str, Customer]) -> list[str]:
+        found = [c for c in customers.values() if c.name.startswith("tune_") == (self.stage == "tune")]
+        return [c.name for c in found if self.source in (None, c.source)]
+
+    def zoo_of(self, customer: Customer) -> str:
+        own = customer.relatives
+        if self.zoo == "own":
+            return own
+        if self.zoo == "other":
+            return own[:-1] + {"a": "b", "b": "a"}[own[-1]]
+        if self.zoo == "far":
+            return {"bank": "clinc", "clinc": "bank"}[own[:-2]] + own[-2:]
+        return self.zoo
+
+    def zoos(self, customers: Mapping[str, Customer]) -> Iterable[tuple[str, int]]:
+        return dict.fromkeys((self.zoo_of(customers[name]), self.size) for name in self.targets(customers))
+
+
+CHEAP = ("EigenLoRA K8", "merged, head")
+PLAN = (
+    Slice("tune", ("head", "EigenLoRA K8", "LoRA r8", "random K8", "LoRA equal"), stage="tune"),
+    # The two primary cells: zoo of 20, 64 rows, related targets.
+    Slice("primary-bank", PRIMARY, "banking77"),
+    Slice("primary-clinc", PRIMARY, "clinc150"),
+    Slice("on-top", ON_TOP),
+    # A target without relatives: the other domains of clinc150, the other data set, the ten unrelated tasks.
+    Slice("unrelated", CHEAP, "clinc150", zoo="other"),
+    Slice("shipped", CHEAP, zoo="shipped", size=10),
+    Slice("growth-5", CHEAP, size=5),
+    Slice("growth-10", CHEAP, size=10),
+    Slice("primary-again", (*PRIMARY, *ON_TOP), seeds=(1,)),
+    Slice("mixed", CHEAP, zoo="mixed"),
+    Slice("far", CHEAP, "banking77", zoo="far"),
+    Slice("rows-16", (*PRIMARY, *ON_TOP), rows=16),
+    Slice(
+        "tune-others",
+        tuple(name for name in OTHERS if name not in ("INIT r8", "nearest continued", "full K8")),
+        stage="tune",
+    ),
+    Slice("others", OTHERS),
+    Slice("growth-40", CHEAP, size=40),
+    Slice("rows-256", (*PRIMARY, *ON_TOP), rows=256),
+    Slice("unrelated-again", CHEAP, "clinc150", zoo="other", seeds=(1,)),
+    Slice("growth-5-again", CHEAP, size=5, seeds=(1, 2), draws=True),
+    Slice("growth-10-again", CHEAP, size=10, seeds=(1, 2), draws=True),
+    Slice("primary-third", (*PRIMARY, *ON_TOP), seeds=(2,)),
+)

@@ -1,0 +1,258 @@
+"""When does recycling pay? Related and unrelated zoos of customers on all-MiniLM-L6-v2, every method beside its controls.
+
+Papers:    EigenLoRAx, arXiv 2502.04700; LoRA, arXiv 2106.09685.
+Command:   python benchmarks/regimes/run.py --data DIR --work DIR   (DIR of data holds banking77/ and clinc150/, JSONL)
+Hardware:  CPU, one thread; 2 to 9 s of CPU time per cell of 40 steps, 7 to 11 s per adapter of a zoo.
+Writes:    WORK/zoos, WORK/cells.jsonl (a line per cell), WORK/scales.jsonl (λ). Started again, it goes on where it stopped.
+
+What is run, in order of value: plan.py. Rates are chosen on two customers that are never targets; the head has one rate for all
+methods, chosen with the head alone. Same rows, steps, batches and head for all methods of a (target, seed).
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import fmean
+
+import customers
+import datasets
+import torch
+import training
+import transformers
+import zoos
+from huggingface_hub.utils import disable_progress_bars
+from methods import METHODS, Situation, add_mean
+from plan import PLAN, STEPS, TUNING_ROWS, TUNING_SEEDS, Slice
+from torch import Tensor
+
+import eigenpeft
+
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+N_FOLDS = 4
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, row: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict:
+    return {
+        "eigenpeft": eigenpeft.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+    }
+
+
+class Study:
+    """The cells of a work folder: which exist, which rate a method takes, and how a missing one is run."""
+
+    def __init__(self, data: Path, work: Path):
+        self.data, self.work = data, work
+        self.path, self.scales = work / "cells.jsonl", work / "scales.jsonl"
+        (work / "zoos").mkdir(parents=True, exist_ok=True)
+        self.rows = read(self.path)
+        self.done = {self.key(row) for row in self.rows}
+        self.customers = {c.name: c for c in (*customers.targets(data), *customers.tuning_customers(data))}
+        self.task = lru_cache(maxsize=4)(self._task)
+
+    @staticmethod
+    def key(cell: dict) -> tuple:
+        return tuple(
+            cell[name] for name in ("stage", "zoo", "size", "draw", "target", "rows", "seed", "method", "rate")
+        )
+
+    def _task(self, target: str, rows: int, seed: int) -> training.Task:
+        return training.tokenized(
+            *customers.rows_of_target(self.customers[target], n_rows=rows, seed=seed, data=self.data)
+        )
+
+    def rate(self, name: str) -> float:
+        """The rate of the highest mean accuracy on the tuning customers; of equal ones the lowest."""
+        method = METHODS[METHODS[name].tuned_as or name]
+        found = {
+            rate: [
+                row["accuracy"]
+                for row in self.rows
+                if row["stage"] == "tune" and row["method"] == method.name and row["rate"] == rate
+            ]
+            for rate in method.rates
+        }
+        return max(sorted(found), key=lambda rate: fmean(found[rate] or [0.0]))
+
+    def cells(self, part: Slice) -> list[dict]:
+        """The cells of a slice; methods that use no adapters appear once for all zoos."""
+        found = []
+        for seed in part.seeds if part.stage == "test" else TUNING_SEEDS:
+            for name in part.targets(self.customers):
+                zoo = part.zoo_of(self.customers[name])
+                for method in part.methods:
+                    uses = METHODS[method].uses_zoo
+                    rates = METHODS[method].rates if part.stage == "tune" else (self.rate(method),)
+                    for rate in rates:
+                        found.append(
+                            {
+                                "stage": part.stage,
+                                "zoo": zoo if uses else None,
+                                "size": (10 if zoo == "shipped" else part.size) if uses else 0,
+                                "draw": (seed if part.draws else 0) if uses else 0,
+                                "target": name,
+                                "rows": part.rows if part.stage == "test" else TUNING_ROWS,
+                                "seed": seed,
+                                "method": method,
+                                "rate": rate,
+                            }
+                        )
+        return found
+
+    def features(self, task: training.Task, situation: Situation | None, scale: float) -> Tensor:
+        base = training.fresh_base(task.n_labels, seed=0)
+        if scale and situation is not None:
+            add_mean(base, situation, scale)
+        return training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+
+    def held_out(self, task: training.Task, features: Tensor, *, seed: int) -> tuple[float, float]:
+        """Accuracy and loss of a head alone, trained on three quarters of the rows and judged on the fourth."""
+        fold = torch.arange(len(features)) // task.n_labels % N_FOLDS
+        right, loss = 0.0, 0.0
+        for k in range(N_FOLDS):
+            head = training.train_head(
+                features[fold != k],
+                task.labels[fold != k],
+                task.n_labels,
+                rate=self.rate("head"),
+                steps=STEPS,
+                seed=seed,
+            )
+            with torch.no_grad():
+                logits = head(features[fold == k])
+                right += float((logits.argmax(1) == task.labels[fold == k]).sum())
+                loss += float(torch.nn.functional.cross_entropy(logits, task.labels[fold == k], reduction="sum"))
+        return right / len(features), loss / len(features)
+
+    def scale(self, cell: dict, situation: Situation) -> float:
+        """λ of the highest held-out accuracy, of equal ones the lowest loss; remembered with all that was tried."""
+        asked = {name: cell[name] for name in ("zoo", "size", "draw", "target", "rows", "seed")}
+        for row in read(self.scales):
+            if row["kind"] == "scale" and asked.items() <= row.items():
+                return row["scale"]
+        task = self.task(cell["target"], cell["rows"], cell["seed"])
+        tried = {s: self.held_out(task, self.features(task, situation, s), seed=cell["seed"]) for s in SCALES}
+        best = max(tried, key=lambda s: (tried[s][0], -tried[s][1]))
+        found = {str(s): [round(value, 5) for value in pair] for s, pair in tried.items()}
+        append(self.scales, {"kind": "scale", **asked, "scale": best, "tried": found})
+        return best
+
+    def nearest(self, cell: dict, situation: Situation) -> str:
+        """The adapter behind which a head does best on held-out rows."""
+        asked = {name: cell[name] for name in ("zoo", "size", "draw", "target", "rows", "seed")}
+        for row in read(self.scales):
+            if row["kind"] == "nearest" and asked.items() <= row.items():
+                return row["name"]
+        task, tried = self.task(cell["target"], cell["rows"], cell["seed"]), {}
+        found = zoos.factors(*situation.part)
+        for name in [each for each, _, _ in next(iter(found.values()))]:
+            base = training.fresh_base(task.n_labels, seed=0)
+            with torch.no_grad():
+                for module, parts in found.items():
+                    for own, b, a in parts:
+                        if own == name:
+                            base.get_submodule(module).weight.add_(b @ a)
+            features = training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+            tried[name] = self.held_out(task, features, seed=cell["seed"])
+        best = max(tried, key=lambda name: (tried[name][0], -tried[name][1]))
+        tried = {name: [round(value, 5) for value in pair] for name, pair in tried.items()}
+        append(self.scales, {"kind": "nearest", **asked, "name": best, "tried": tried})
+        return best
+
+    def run(self, cell: dict) -> dict:
+        """Train and judge one cell."""
+        # A random subspace has the sizes of any zoo's; it is drawn beside the shipped one.
+        zoo = (cell["zoo"], cell["size"], cell["draw"]) if cell["zoo"] else ("shipped", 10, 0)
+        situation = Situation(*zoo, work=self.work, seed=cell["seed"], scale=lambda: 0.0, nearest=lambda: "")
+        situation = Situation(
+            *zoo,
+            work=self.work,
+            seed=cell["seed"],
+            scale=partial(self.scale, cell, situation),
+            nearest=partial(self.nearest, cell, situation),
+        )
+        task = self.task(cell["target"], cell["rows"], cell["seed"])
+        method, start = METHODS[cell["method"]], time.perf_counter()
+        torch.manual_seed(cell["seed"])
+        model = method.adapt(training.fresh_base(task.n_labels, seed=cell["seed"]), situation).eval()
+        adapted = round(time.perf_counter() - start, 1)
+        head_rate = cell["rate"] if (method.tuned_as or method.name) == "head" else self.rate("head")
+        steps = STEPS if cell["rows"] <= 64 else 2 * STEPS
+        parameters, seconds = training.train(
+            model, task, rate=cell["rate"], head_rate=head_rate, steps=steps, seed=cell["seed"]
+        )
+        right = training.accuracy(model, task.test_ids, task.test_labels)
+        found = {"accuracy": round(right, 5), "n_test": len(task.test_ids), "parameters": parameters}
+        if method.merged:
+            found["scale"] = situation.scale()
+        times = {"seconds": round(seconds, 1), "seconds_before": adapted}
+        return {**cell, "steps": steps, "head_rate": head_rate, **found, **times, "environment": environment()}
+
+    def fill(self, part: Slice) -> None:
+        for zoo, size in part.zoos(self.customers):
+            for member in zoos.missing_members(zoo, size, data=self.data, work=self.work):
+                record = zoos.train_member(member, data=self.data, folder=self.work / "zoos" / member.name)
+                print(
+                    f"{time.strftime('%H:%M:%S')} {member.name:14} {record['accuracy']:.3f} {record['seconds']} s",
+                    flush=True,
+                )
+        for cell in self.cells(part):
+            if self.key(cell) in self.done:
+                continue
+            row = self.run(cell)
+            append(self.path, row)
+            self.rows.append(row)
+            self.done.add(self.key(row))
+            where = f"{cell['zoo'] or '':8} {cell['size']:3} {cell['target']:22} {cell['method']:22} {cell['rate']:<6g}"
+            took = f"{row['seconds_before']}+{row['seconds']} s"
+            print(f"{time.strftime('%H:%M:%S')} {part.name:14} {where} {row['accuracy']:.3f} {took}", flush=True)
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.captureWarnings(True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--slices", nargs="*", help="only these of plan.py")
+    parser.add_argument("--missing", action="store_true", help="count the cells that are missing, and stop")
+    given = parser.parse_args()
+    quiet()
+    study = Study(given.data, given.work)
+    for part in PLAN:
+        if given.slices and part.name not in given.slices:
+            continue
+        if given.missing:
+            cells = study.cells(part)
+            left = sum(study.key(cell) not in study.done for cell in cells)
+            print(f"{part.name:16} {left:4} of {len(cells)} cells missing")
+        else:
+            study.fill(part)
+
+
+if __name__ == "__main__":
+    main()

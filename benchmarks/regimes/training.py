@@ -1,0 +1,140 @@
+"""Train one classifier in a short loop of its own and judge it; the head alone in milliseconds, on frozen features."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from customers import Rows
+from packing import Packed, embedded, first_trained_layer, forward
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from eigenpeft.demo.assets import base_model
+
+MAX_LENGTH, BATCH_SIZE = 40, 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tokenised task: ids and classes of its training and of its test rows."""
+
+    ids: list[list[int]]
+    labels: Tensor
+    test_ids: list[list[int]]
+    test_labels: Tensor
+    n_labels: int
+
+
+@lru_cache(maxsize=1)
+def tokenizer():
+    return AutoTokenizer.from_pretrained(base_model())
+
+
+def tokenized(train: Rows, test: Rows) -> Task:
+    def ids(rows: Rows) -> list[list[int]]:
+        return tokenizer()(rows.texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+
+    labels = torch.tensor(train.labels)
+    return Task(ids(train), labels, ids(test), torch.tensor(test.labels), int(labels.max()) + 1)
+
+
+@lru_cache(maxsize=1)
+def _weights() -> dict[str, Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(base_model()).state_dict()
+
+
+def fresh_base(n_labels: int, *, seed: int) -> PreTrainedModel:
+    """The base with a head drawn by seed, in evaluation mode: nothing here uses dropout."""
+    config = AutoModelForSequenceClassification.from_pretrained(base_model()).config
+    config.num_labels = n_labels
+    model = AutoModelForSequenceClassification.from_config(config)
+    head = {"classifier.weight": torch.zeros(n_labels, config.hidden_size), "classifier.bias": torch.zeros(n_labels)}
+    head["classifier.weight"].normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+    model.load_state_dict({**_weights(), **head})
+    return model.eval()
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The BERT classifier inside a PEFT model, or itself."""
+    return model.base_model.model if hasattr(model, "peft_config") else model
+
+
+def prefix(bert: nn.Module, ids: Sequence[Sequence[int]], *, layer: int, at_once: int = 64) -> Packed:
+    """All texts through the layers before `layer`, without gradients."""
+    start = embedded(bert, ids)
+    if layer == 0:
+        return start
+    n_layers, parts = len(bert.encoder.layer), []
+    with torch.no_grad():
+        for i in range(0, len(ids), at_once):
+            chosen = range(i, min(i + at_once, len(ids)))
+            parts.append(forward(bert, start.batch(chosen, n_layers), until=layer if layer < n_layers else None))
+    return Packed(torch.cat([part.hidden for part in parts]), start.lengths, parts[0].layer)
+
+
+def batches(n_rows: int, *, steps: int, seed: int) -> list[list[int]]:
+    """Indices of every step: passes over all rows in random order."""
+    generator, order, found = random.Random(f"batches/{seed}"), [], []
+    for _ in range(steps):
+        while len(order) < min(BATCH_SIZE, n_rows):
+            order += generator.sample(range(n_rows), n_rows)
+        found.append(order[:BATCH_SIZE])
+        order = order[BATCH_SIZE:]
+    return found
+
+
+def optimizer_of(groups: list[dict], *, steps: int):
+    """AdamW without decay, warm-up over a tenth and then linear to zero; and its schedule."""
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    warmup = max(1, steps // 10)
+
+    def share(i: int) -> float:
+        return (i + 1) / warmup if i < warmup else (steps - i) / (steps - warmup)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def train_head(features: Tensor, labels: Tensor, n_labels: int, *, rate: float, steps: int, seed: int) -> nn.Module:
+    """A head alone on frozen features, as `train` trains it."""
+    head = nn.Linear(features.shape[1], n_labels)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        head.bias.zero_()
+    optimizer, schedule = optimizer_of([{"params": list(head.parameters()), "lr": rate}], steps=steps)
+    for chosen in batches(len(features), steps=steps, seed=seed):
+        nn.functional.cross_entropy(head(features[chosen]), labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return head
+
+
+def train(model: nn.Module, task: Task, *, rate: float, head_rate: float, steps: int, seed: int) -> tuple[int, float]:
+    """Train adapter and head; the number of trained adapter values and the seconds."""
+    classifier = inner(model)
+    bert, head = classifier.bert, classifier.classifier
+    n_layers = len(bert.encoder.layer)
+    of_head = [p for p in head.parameters() if p.requires_grad]
+    known = {id(p) for p in of_head}
+    adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": of_head, "lr": head_rate}, {"params": adapter, "lr": rate}]
+    optimizer, schedule = optimizer_of(groups, steps=steps)
+    start = time.perf_counter()
+    fixed = prefix(bert, task.ids, layer=first_trained_layer(bert))
+    for chosen in batches(len(task.ids), steps=steps, seed=seed):
+        logits = head(forward(bert, fixed.batch(chosen, n_layers)).hidden)
+        nn.functional.cross_entropy(logits, task.labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return sum(p.numel() for p in adapter), time.perf_counter() - start
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, ids: Sequence[Sequence[int]], labels: Tensor) -> float:
+    classifier = inner(model)
+    pooled = prefix(classifier.bert, ids, layer=len(classifier.bert.encoder.layer)).hidden
+    return float((classifier.classifier(pooled).argmax(1) == labels).double().mean())
