@@ -1,19 +1,17 @@
 """Does a subspace suit a new task? The share of the task's gradient that lies in it, before any training."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eigenpeft.audit.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.token_gradients import EnergySplit, append_tokens, split_energy
+from eigenpeft.linalg.token_gradients import EnergySplit, split_energy
 from eigenpeft.subspace.controls import random_subspace
 from eigenpeft.subspace.principal import PrincipalSubspace
-
-Tokens = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def gradient_share(
     subspace: PrincipalSubspace,
     *,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> GradientShare:
     """The share of the gradient of each adapted weight that lies inside a subspace.
 
@@ -112,20 +110,30 @@ def gradient_share(
         >>> round(found.share, 6), round(found.optimum, 6)
         (1.0, 1.0)
     """
-    loss = loss or (lambda model, batch: model(**batch).loss)
-    targets = _targets(model, subspace)
-    tokens, n_batches = _gather(model, targets, batches, loss)
-    if not tokens:
-        raise SubspaceError(
-            f"No gradient reached the {len(targets)} modules in {n_batches} batches; pass at least one batch whose loss "
-            "depends on them."
-        )
+    tokens, n_batches = gather_tokens(model, modules_in(model, subspace), batches, loss=loss)
+    return share_of_tokens(tokens, subspace, seeds=seeds, n_batches=n_batches)
+
+
+def share_of_tokens(
+    tokens: Tokens, subspace: PrincipalSubspace, *, seeds: Sequence[int], n_batches: int
+) -> GradientShare:
+    """`gradient_share` of gradients that were gathered before.
+
+    Args:
+        tokens: From `gather_tokens`.
+        subspace: The subspace to judge.
+        seeds: Of the random subspaces of the same size.
+        n_batches: Batches whose gradients were added.
+
+    Raises:
+        SubspaceError: If the gradient is zero in all modules, or widths differ.
+    """
     controls = [random_subspace(like=subspace, seed=seed) for seed in seeds]
     splits = {name: _split(pair, subspace, name) for name, pair in tokens.items()}
     random = {name: [_split(pair, control, name).inside for control in controls] for name, pair in tokens.items()}
     total = sum(split.total for split in splits.values())
     if not total > 0:
-        raise SubspaceError(f"The gradient is {total} in all {len(targets)} modules; the loss does not depend on them.")
+        raise SubspaceError(f"The gradient is {total} in all {len(tokens)} modules; the loss does not depend on them.")
     inside, best = (_summed([getattr(split, side) for split in splits.values()]) / total for side in ("inside", "best"))
     by_seed = [_summed([curves[i] for curves in random.values()]) / total for i in range(len(controls))]
     return GradientShare(
@@ -176,7 +184,8 @@ def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) 
     return split_energy(*pair, components_out=bases.components_out, components_in=bases.components_in)
 
 
-def _targets(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
+def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
+    """The model's modules that a subspace adapts, by their names there."""
     targets: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         known = subspace.find(name.removesuffix(".base_layer")) if name else None
@@ -188,47 +197,3 @@ def _targets(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Modu
             "the base model of the adapters."
         )
     return targets
-
-
-def _gather(
-    model: nn.Module, targets: dict[str, nn.Module], batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
-) -> tuple[Tokens, int]:
-    tokens: Tokens = {}
-    n_batches = 0
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for batch in batches:
-            n_batches += 1
-            with _watched(targets, tokens) as probes, torch.enable_grad():
-                torch.autograd.grad(loss(model, batch), list(probes.values()), allow_unused=True)
-    finally:
-        for module, was in training:
-            module.training = was
-    return tokens, n_batches
-
-
-@contextmanager
-def _watched(targets: dict[str, nn.Module], tokens: Tokens) -> Iterator[dict[str, Tensor]]:
-    """Hooks that add each call's tokens; a zero added to the output makes its gradient known, trainable or not."""
-    handles, probes = [], {}
-    for name, module in targets.items():
-        parameter = next(module.parameters())
-        probes[name] = torch.zeros((), device=parameter.device, requires_grad=True)
-
-        def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, *, name: str = name) -> Tensor:
-            x = inputs[0].detach().flatten(0, -2)  # (tokens, in_features)
-
-            def add(gradient: Tensor) -> None:
-                tokens[name] = append_tokens(tokens.get(name), gradient.detach().flatten(0, -2), x)
-
-            watched = output + probes[name].to(output.dtype)
-            watched.register_hook(add)
-            return watched
-
-        handles.append(module.register_forward_hook(watch))
-    try:
-        yield probes
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,62 @@
+"""Which adapters are nearest to a new task: whose update points downhill on its loss, before any training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenpeft.audit.task_gradients import Tokens
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.factored import frobenius_norm, inner_product
+
+
+@dataclass(frozen=True)
+class Downhill:
+    """How far updates point along the negative gradient of a task's loss, as cosines over all modules together.
+
+    Attributes:
+        adapters: Adapter to its cosine `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)`, the largest first.
+        mean: The same of the mean update of all of them.
+    """
+
+    adapters: dict[str, float]
+    mean: float
+
+
+def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
+    """The cosine between each adapter's update and the negative gradient, `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)` with `G = ΔᵀX`.
+
+    To first order, a small step along ΔW lowers the loss by that much of what a step of its length along -G would.
+
+    Args:
+        collection: Trained adapters.
+        tokens: From `gather_tokens`, of modules of the collection.
+
+    Raises:
+        SubspaceError: If the gradient or the updates are zero in all modules.
+    """
+    inner, squares = dict.fromkeys(collection.names, 0.0), dict.fromkeys(collection.names, 0.0)
+    gradient_square = mean_square = 0.0
+    for module, (deltas, inputs) in tokens.items():
+        gradient_square += float(frobenius_norm(deltas.mT, inputs)) ** 2
+        factors: list[tuple[Tensor, Tensor]] = []
+        for read in collection.factors(module):
+            lora_b, lora_a = read.lora_B.to(torch.float64), read.lora_A.to(torch.float64)
+            inner[read.adapter] -= float(inner_product(deltas.mT, inputs, lora_b, lora_a))
+            squares[read.adapter] += float(frobenius_norm(lora_b, lora_a)) ** 2
+            factors.append((lora_b, lora_a))
+        if factors:
+            columns, rows = torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
+            mean_square += float(frobenius_norm(columns, rows)) ** 2 / len(collection) ** 2
+    if not gradient_square > 0 or not any(squares.values()):
+        raise SubspaceError("The gradient or every update is zero in all modules; there is nothing to compare.")
+    length = gradient_square**0.5
+    cosines = _cosines(inner, squares, length)
+    mean = sum(inner.values()) / len(collection) / (length * mean_square**0.5) if mean_square > 0 else 0.0
+    return Downhill(adapters=dict(sorted(cosines.items(), key=lambda item: -item[1])), mean=mean)
+
+
+def _cosines(inner: Mapping[str, float], squares: Mapping[str, float], length: float) -> dict[str, float]:
+    return {name: inner[name] / (length * square**0.5) for name, square in squares.items() if square > 0}

@@ -1,0 +1,69 @@
+"""Downhill cosines against dense gradients in float64; the adapter that was made from the task's own gradient comes first."""
+
+import pytest
+import torch
+
+from eigenpeft import AdapterCollection
+from eigenpeft.audit.gradient import modules_in
+from eigenpeft.audit.reuse import downhill
+from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.building import SubspaceBuilder
+from eigenpeft.errors import SubspaceError
+from tests.factories import tiny_bert, write_adapter
+
+NAMES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A model, a batch, its dense gradients, and four adapters of which "own" descends."""
+    model = tiny_bert(hidden_dropout_prob=0.0).eval()
+    generator = torch.Generator().manual_seed(5)
+    batch = {"input_ids": torch.randint(3, 64, (12, 7), generator=generator), "labels": torch.arange(12) % 2}
+    weights = [model.get_submodule(name).weight for name in NAMES]
+    gradients = dict(zip(NAMES, torch.autograd.grad(model(**batch).loss, weights), strict=True))
+    folder = tmp_path_factory.mktemp("adapters")
+    for i in range(3):
+        factors = {
+            name: (torch.randn(len(g), 2, generator=generator), torch.randn(2, g.shape[1], generator=generator))
+            for name, g in gradients.items()
+        }
+        write_adapter(folder / f"other-{i}", factors, task_type="SEQ_CLS")
+    own = {name: (-u[:, :2] * s[:2], vh[:2]) for name, g in gradients.items() for u, s, vh in [torch.linalg.svd(g)]}
+    write_adapter(folder / "own", own, task_type="SEQ_CLS")
+    return model, batch, gradients, AdapterCollection.from_pretrained(folder)
+
+
+def found(task):
+    model, batch, _, collection = task
+    subspace = SubspaceBuilder(2).fit(collection).subspace_
+    tokens, _ = gather_tokens(model, modules_in(model, subspace), [batch])
+    return downhill(collection, tokens)
+
+
+def test_cosines_are_those_of_dense_matrices(task):
+    _, _, gradients, collection = task
+    wide = torch.cat([gradients[name].double().flatten() for name in NAMES])
+    updates = {}
+    for name in collection.names:
+        parts = [read for module in NAMES for read in collection.factors(module) if read.adapter == name]
+        updates[name] = torch.cat([(read.lora_B.double() @ read.lora_A.double()).flatten() for read in parts])
+    measured = found(task)
+    for name, update in updates.items():
+        expected = float(torch.nn.functional.cosine_similarity(-wide, update, dim=0))
+        assert measured.adapters[name] == pytest.approx(expected, abs=1e-5)
+    mean = torch.stack(list(updates.values())).mean(0)
+    assert measured.mean == pytest.approx(float(torch.nn.functional.cosine_similarity(-wide, mean, dim=0)), abs=1e-5)
+
+
+def test_the_adapter_that_descends_comes_first(task):
+    measured = found(task)
+    assert next(iter(measured.adapters)) == "own"
+    assert measured.adapters["own"] > 0.5
+
+
+def test_a_gradient_of_zero_is_refused(task):
+    *_, collection = task
+    tokens = {name: (torch.zeros(1, 16), torch.zeros(1, 16)) for name in NAMES}
+    with pytest.raises(SubspaceError, match="zero in all modules"):
+        downhill(collection, tokens)
