@@ -1,6 +1,7 @@
 """The public surface: few names, each documented, each argument in its docstring, everything after the first keyword-only."""
 
 import dataclasses
+import importlib
 import inspect
 import pkgutil
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 import eigenpeft
+from eigenpeft.deprecation import MOVED_MODULES
 
 NAMES = [name for name in eigenpeft.__all__ if name != "__version__"]
 # Subclasses of PEFT's dataclass configs: their fields are described once, in metadata["help"].
@@ -45,6 +47,17 @@ def test_old_places_still_work_and_name_the_new_ones():
         assert eigenpeft.subspace.SubspaceBuilder is eigenpeft.SubspaceBuilder
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = eigenpeft.auditing.nothing
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED_MODULES.items())
+def test_old_modules_still_import_and_name_the_new_ones(old, new):
+    sys.modules.pop(f"eigenpeft.{old}", None)
+    with pytest.warns(DeprecationWarning, match=rf"eigenpeft\.{old} is deprecated .* import eigenpeft\.{new}\."):
+        alias = importlib.import_module(f"eigenpeft.{old}")
+    module = importlib.import_module(f"eigenpeft.{new}")
+    names = [name for name in vars(module) if not name.startswith("__")]
+    assert names
+    assert all(getattr(alias, name) is getattr(module, name) for name in names)
 
 
 @pytest.mark.parametrize("name", NAMES)

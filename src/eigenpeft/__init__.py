@@ -6,12 +6,14 @@ Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 from eigenpeft.audit import audit_adapters
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.deprecation import find_moved_modules
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
 from eigenpeft.version import __version__
 
+find_moved_modules()
 audit = audit_adapters  # The short name. `from eigenpeft.audit import ...` still finds the package.
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 from eigenpeft.deprecation import moved_names
 
+__path__: list[str] = []  # so that its modules are looked for, and found at their new places
+
 __getattr__ = moved_names(
     __name__,
     {
