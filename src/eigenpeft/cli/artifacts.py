@@ -21,11 +21,12 @@ from eigenpeft.cli.app import (
     quiet,
 )
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table
 from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
-from eigenpeft.tuners import convert_reference_checkpoint, export_lora
+from eigenpeft.tuners import convert_reference_checkpoint, export_gguf, export_lora
 
 
 @app.command()
@@ -161,18 +162,36 @@ def export(
     name: Annotated[str, typer.Argument(help="Name of an adapter in it.")],
     out: Out,
     rank: Annotated[int | None, typer.Option(help="Smaller rank to truncate to, optimally; default: exact.")] = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="peft: a folder that PEFT and vLLM load; gguf: a file for llama.cpp.")
+    ] = "peft",
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="For gguf: folder or Hub id of the base model; default: the one that the store names."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one adapter of a store as an ordinary LoRA adapter that needs no eigenpeft.
 
     Example: eigenpeft export store my-adapter --out my-adapter-lora
+
+    For llama.cpp: eigenpeft export store my-adapter --format gguf --out my-adapter.gguf
     """
     quiet(as_json)
-    export_lora(CoefficientStore.from_pretrained(store), out, adapter_name=name, rank=rank)
+    if file_format not in ("peft", "gguf"):
+        raise EigenPeftError(f"--format {file_format!r} must be peft or gguf.")
+    if base_model is not None and file_format != "gguf":
+        raise EigenPeftError("--base-model is read for --format gguf alone; leave it out.")
+    opened = CoefficientStore.from_pretrained(store)
+    if file_format == "gguf":
+        export_gguf(opened, out, adapter_name=name, rank=rank, base_model=base_model)
+    else:
+        export_lora(opened, out, adapter_name=name, rank=rank)
     if as_json:
-        print_json({"path": str(out), "adapter": name, "rank": rank})
+        print_json({"path": str(out), "adapter": name, "rank": rank, "format": file_format})
         return
-    console.print(f"Wrote the plain LoRA adapter {escape(str(out))}.")
+    what = "LoRA file for llama.cpp" if file_format == "gguf" else "plain LoRA adapter"
+    console.print(f"Wrote the {what} {escape(str(out))}.")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from eigenpeft.tuners.controls import control_config
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.files.export import export_lora
+from eigenpeft.tuners.files.gguf_files import export_gguf
 from eigenpeft.tuners.files.reference_checkpoints import convert_reference_checkpoint
 from eigenpeft.tuners.host.mixed_models import FactorMixedModel
 from eigenpeft.tuners.host.rank_padding import pad_ranks
@@ -37,5 +38,6 @@ __all__ = [
     "TaskBank",
     "control_config",
     "convert_reference_checkpoint",
+    "export_gguf",
     "export_lora",
 ]

@@ -52,17 +52,33 @@ def export_lora(
             several experts or groups.
         ArtifactError: If the folder holds something else or cannot be written.
     """
+    updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
+    write_lora(Path(out_dir), updates, fields, others)
+
+
+Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]
+"""Updates, fields of LoRA's configuration, and further tensors of the adapter's file by key."""
+
+
+def read_adapter(model_or_store: PeftModel | CoefficientStore, adapter_name: str, *, rank: int | None) -> Contents:
+    """What an exported file of one adapter holds, in whichever format it is written.
+
+    Args:
+        model_or_store: A PEFT model with the adapter, or a store with it as a member.
+        adapter_name: Which adapter.
+        rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
+
+    Raises:
+        AdapterConfigError: If there is no such adapter, it is DoRA, `rank` is not positive, or is asked of a layer with
+            several experts or groups.
+    """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")
     read = _from_store if isinstance(model_or_store, CoefficientStore) else _from_model
     updates, fields, others = read(model_or_store, adapter_name)  # pyright: ignore[reportArgumentType]
     if rank is not None:
         updates = [_truncated(update, rank) for update in updates]
-    write_lora(Path(out_dir), updates, fields, others)
-
-
-Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]
-"""Updates, fields of LoRA's configuration, and further tensors of the adapter's file by key."""
+    return updates, fields, others
 
 
 def _from_store(store: CoefficientStore, name: str) -> Contents:
