@@ -16,7 +16,7 @@ from eigenpeft.tuners.files.export import read_adapter
 from eigenpeft.tuners.files.lora_files import LoraUpdate, with_one_rank_and_alpha
 
 try:
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports] (an extra)
 except ImportError:
     gguf: Any = None
 
