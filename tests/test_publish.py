@@ -144,10 +144,12 @@ def test_the_card_embeds_an_audit(tmp_path, hub):
     assert (hub / "audit.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(hub / "README.md")
     assert "](audit.png)" in card.text
-    assert f"**{report.verdict.capitalize()}.**" in card.text
+    for question, _, text in report.answers:
+        assert f"**{question}** {text}" in card.text
+    assert f"A detail: {report.verdict}." in card.text
     for k in (1, 4, 6):
         assert f"| {k} | {report.explained.real[k - 1]:.3f} |" in card.text
-    assert card.text.index("## Is there something to recycle?") < card.text.index("## Modules")
+    assert card.text.index("## What can be done with these adapters?") < card.text.index("## Modules")
     assert "audit.png" not in (tmp_path / "subspace" / "README.md").read_text()  # the folder is left alone
 
 

@@ -13,9 +13,13 @@ def test_audit_says_it_in_words_and_in_json(run, adapters, tmp_path):
     shown = run("audit", adapters.folder, "-k", 8)
     assert shown.code == 0
     assert "held out" in shown.out
-    assert "Shared." in shown.out
+    for word in ("Compress:", "Train:", "Reuse:", "A detail, how much the adapters share: shared."):
+        assert word in shown.out
     report = json.loads(run("audit", adapters.folder, "-k", 8, "--json").out)
     assert report["verdict"] == "shared"
+    assert report["compress"]["answer"] in ("yes", "no")
+    assert report["train"]["answer"] == "unknown"  # the calibration has no adapters of this base model
+    assert report["reuse"]["answer"] == "not asked"
     assert set(report["modules"]) == set(adapters.components_in)
 
 

@@ -42,6 +42,7 @@ class ModuleMeasures:
         seed_nulls: The same, adapters of one group sharing their input directions; empty where no group has two.
         similarity: (n, n) cosines of ΔW.
         overlap: (n, n) overlaps of the row spaces.
+        lora_numbers: Of all adapters' factors together.
     """
 
     shape: tuple[int, int]
@@ -51,6 +52,7 @@ class ModuleMeasures:
     seed_nulls: tuple[Shares, ...]
     similarity: Tensor
     overlap: Tensor
+    lora_numbers: int
 
 
 def measure(
@@ -89,6 +91,7 @@ def measure(
         seed_nulls=tuple(draw(labels) for _ in range(n_nulls)) if grouped else (),
         similarity=cosines(stacks),
         overlap=overlaps(stacks),
+        lora_numbers=sum(each.lora_A.numel() + each.lora_B.numel() for each in trained),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
+from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
 from eigenpeft.audit.gradient import GradientShare, ModuleGradient
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import ArtifactError
@@ -57,11 +58,15 @@ class ModuleAudit:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The whole collection.
+    """The whole collection: three answers, and the measures behind them.
 
     Attributes:
-        verdict: "shared", "shared only through a common seed", "shared only by related runs", or "not shared".
-        advice: What that means and what to do, in a few sentences.
+        compress: May these adapters be kept in fewer numbers?
+        train: Will a new task gain by starting from them?
+        reuse: Which of them is nearest to the new task?
+        verdict: A detail, whether an adapter may be replaced by its projection on the others' subspace: "shared", "shared only
+            through a common seed", "shared only by related runs", or "not shared". It is no answer to the three questions.
+        advice: What that means, in a few sentences.
         n_components: Where the held-out share stops growing more than by chance (`choose_n_components`).
         adapters: Trained adapters, in order.
         groups: Adapters that were left out together, because they share a start or a run.
@@ -86,6 +91,9 @@ class AuditReport:
         gradient: The share of a new task's gradient inside the adapters' subspace, where a model and a data set were given.
     """
 
+    compress: Compress
+    train: Train
+    reuse: Reuse
     verdict: Verdict
     advice: str
     n_components: int
@@ -107,6 +115,15 @@ class AuditReport:
     weighting: str
     seed: int
     gradient: GradientShare | None = None
+
+    @property
+    def answers(self) -> tuple[tuple[str, str, str], ...]:
+        """Question, answer in a word and answer in sentences, for each of the three."""
+        return (
+            ("Compress: may these adapters be kept in fewer numbers?", self.compress.answer, self.compress.text),
+            ("Train: will a new task gain by starting from them?", self.train.answer, self.train.text),
+            ("Reuse: which of them is nearest to the new task?", self.reuse.answer, self.reuse.text),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -140,6 +157,12 @@ class AuditReport:
 
 
 def _restored(name: str, value: Any) -> Any:
+    if name == "compress":
+        return Compress(**{**value, "rows": tuple(CompressRow(**row) for row in value["rows"])})
+    if name == "train":
+        return Train(**{**value, "chances": tuple(Chance(**chance) for chance in value["chances"])})
+    if name == "reuse":
+        return Reuse(**{**value, "nearest": _tuples(value["nearest"])})
     if name == "modules":
         return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
     if name == "gradient" and isinstance(value, Mapping):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eigenpeft.audit.answers import Reuse
 from eigenpeft.audit.task_gradients import Tokens
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import SubspaceError
@@ -60,3 +61,37 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
 
 def _cosines(inner: Mapping[str, float], squares: Mapping[str, float], length: float) -> dict[str, float]:
     return {name: inner[name] / (length * square**0.5) for name, square in squares.items() if square > 0}
+
+
+_NAMED = 3
+
+
+def reuse_answer(found: Downhill | None) -> Reuse:
+    """The third answer: which adapters are nearest to the task.
+
+    Args:
+        found: From `downhill`; None where no rows of a task were given.
+    """
+    if found is None:
+        return Reuse(
+            "not asked",
+            "Not asked: pass a model and rows of the new task, and the nearest adapters are named.",
+            (),
+            None,
+        )
+    nearest = tuple(found.adapters.items())
+    named = ", ".join(f"{name} ({cosine:+.3f})" for name, cosine in nearest[:_NAMED])
+    if nearest[0][1] <= 0:
+        return Reuse(
+            "no",
+            f"No. No adapter's update points downhill on this task's loss; the nearest are {named}.",
+            nearest,
+            found.mean,
+        )
+    return Reuse(
+        "yes",
+        f"Start from {nearest[0][0]} if you continue one adapter. Nearest to this task, by the cosine of the update with the "
+        f"negative gradient: {named}; of the mean of all adapters it is {found.mean:+.3f}.",
+        nearest,
+        found.mean,
+    )

@@ -1,18 +1,23 @@
 """The audit from end to end: group, measure every module beside its nulls, average, judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from huggingface_hub.utils import tqdm
 from torch import nn
 
+from eigenpeft.audit.answers import Train
 from eigenpeft.audit.averages import by_pair
+from eigenpeft.audit.calibration import Calibration, load_calibration
 from eigenpeft.audit.measures import ModuleMeasures, measure
 from eigenpeft.audit.relatives import cluster_gain, related_findings, without_relatives
-from eigenpeft.audit.report import AuditReport
+from eigenpeft.audit.report import AuditReport, Curve
+from eigenpeft.audit.reuse import reuse_answer
 from eigenpeft.audit.suitability import advice_on_task, components_at_hand, task_gradient
 from eigenpeft.audit.summary import summarise
+from eigenpeft.audit.training_answer import measures_of_adapters, measures_of_task, train_answer
 from eigenpeft.audit.verdict import advice_on_clusters
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import independent_groups
@@ -27,13 +32,20 @@ def audit_adapters(
     dataset: Any = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     n_rows: int = 64,
+    n_train: int = 64,
+    calibration: Calibration | None = None,
     n_components: int = 64,
     n_nulls: int = 3,
     seed: int = 0,
     progress: bool = True,
 ) -> AuditReport:
-    """Is there anything to recycle in these adapters? From their weights alone, beside matched nulls.
+    """What can be done with these adapters? Compress them, train a new task from them, reuse one: three answers.
 
+    *Compress*: the error against the numbers per adapter, in a subspace fitted to all of them. *Train*: the probability that a
+    new task gains over LoRA, from a calibration on zoos and tasks that were trained, or "unknown" where it has seen nothing
+    like these adapters. *Reuse*: the adapters nearest to the task, where its rows are given.
+
+    Behind them are measures of the weights beside matched nulls.
     For every module the share of each adapter's ‖ΔW‖² that lies in the subspace of the *others*, for every K, beside the
     same of random adapters with the same singular values and shapes. Adapters that started from one seed, or are nearly
     equal, are left out together, so that they cannot vouch for each other.
@@ -49,13 +61,15 @@ def audit_adapters(
         data_collator: Makes a batch of rows, as for a Trainer; default: `transformers.default_data_collator`, which needs
             rows of one length.
         n_rows: Rows of the data set to use, from the first, in batches of 8.
+        n_train: Training rows that the new task has, for the second answer: few rows gain more.
+        calibration: Where the probabilities of the second answer come from; default: the one that ships (docs/regimes.md).
         n_components: Largest K looked at.
         n_nulls: Draws of random adapters.
         seed: Of the nulls and the bootstrap.
         progress: Show a progress bar.
 
     Returns:
-        `AuditReport`; its `verdict` and `advice` say it in words.
+        `AuditReport`; its `compress`, `train` and `reuse` say it in words.
 
     Raises:
         SubspaceError: If an argument is out of range, fewer than three adapters change anything, or the model has none of
@@ -65,18 +79,77 @@ def audit_adapters(
     if (model is None) != (dataset is None):
         given, missing = ("dataset", "model") if model is None else ("model", "dataset")
         raise SubspaceError(f"audit got {given}= without {missing}=; the gradient of a new task needs both.")
-    for name, value in (("n_components", n_components), ("n_nulls", n_nulls), ("n_rows", n_rows)):
+    sizes = {"n_components": n_components, "n_nulls": n_nulls, "n_rows": n_rows, "n_train": n_train}
+    for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SubspaceError(f"{name}={value!r} must be a whole number of at least 1.")
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
+    names = _enough(collection, untrained)
+    groups = independent_groups(names, findings)
+    measured = _measured(
+        collection, groups=groups, n_components=n_components, n_nulls=n_nulls, seed=seed, progress=progress
+    )
+    similarity = by_pair(names, [(module.adapters, module.similarity) for module in measured.values()])
+    findings += related_findings(names, similarity)
+    modules = tuple(measured)
+    unrelated = without_relatives(
+        collection, modules=modules, names=names, groups=groups, similarity=similarity, n_components=n_components
+    )
+    known = calibration or load_calibration()
+    answer = partial(_train, known, similarity=similarity.tolist(), n_train=n_train, collection=collection)
+    report = summarise(
+        names,
+        groups=groups,
+        measured=measured,
+        similarity=similarity,
+        unrelated=unrelated,
+        findings=findings,
+        seed=seed,
+        train=answer,
+    )
+    gain = cluster_gain(
+        collection, modules=modules, names=names, clusters=report.clusters, n_components=report.n_components
+    )
+    report = replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
+    if model is None:
+        return report
+    gradient, near = task_gradient(
+        collection.subset(names),
+        model,
+        dataset,
+        data_collator=data_collator,
+        n_rows=n_rows,
+        n_components=components_at_hand(report),
+    )
+    return replace(
+        report,
+        gradient=gradient,
+        reuse=reuse_answer(near),
+        train=answer(report.held_out, task=measures_of_task(gradient, near)),
+        advice=f"{report.advice} {advice_on_task(gradient)}",
+    )
+
+
+def _enough(collection: AdapterCollection, untrained: set[str]) -> tuple[str, ...]:
     names = tuple(name for name in collection.names if name not in untrained)
     if len(names) < 3:
         raise SubspaceError(
             f"An audit leaves adapters out and needs at least 3 that change something; of the {len(collection)} given, "
             f"{len(names)} do. Add adapters of the same base model."
         )
-    groups = independent_groups(names, findings)
+    return names
+
+
+def _measured(
+    collection: AdapterCollection,
+    *,
+    groups: Mapping[str, Hashable],
+    n_components: int,
+    n_nulls: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, ModuleMeasures]:
     measured: dict[str, ModuleMeasures] = {}
     for module in tqdm(collection.modules, desc="Auditing", unit="module", disable=not progress):
         found = measure(
@@ -90,33 +163,23 @@ def audit_adapters(
             measured[module] = found
     if not measured:
         raise SubspaceError("No module is changed by two adapters; there is nothing that they could share.")
-    similarity = by_pair(names, [(module.adapters, module.similarity) for module in measured.values()])
-    findings += related_findings(names, similarity)
-    modules = tuple(measured)
-    unrelated = without_relatives(
-        collection, modules=modules, names=names, groups=groups, similarity=similarity, n_components=n_components
+    return measured
+
+
+def _train(
+    calibration: Calibration,
+    held_out: Curve,
+    *,
+    similarity: list[list[float]],
+    n_train: int,
+    collection: AdapterCollection,
+    task: Mapping[str, float] | None = None,
+) -> Train:
+    measures = measures_of_adapters(held_out.real, held_out.null, similarity, n_rows=n_train)
+    return train_answer(
+        calibration,
+        {**measures, **(task or {})},
+        base_model=collection.base_model_name_or_path,
+        n_rows=n_train,
+        with_task=task is not None,
     )
-    report = summarise(
-        names,
-        groups=groups,
-        measured=measured,
-        similarity=similarity,
-        unrelated=unrelated,
-        findings=findings,
-        seed=seed,
-    )
-    gain = cluster_gain(
-        collection, modules=modules, names=names, clusters=report.clusters, n_components=report.n_components
-    )
-    report = replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
-    if model is None:
-        return report
-    found = task_gradient(
-        collection.subset(names),
-        model,
-        dataset,
-        data_collator=data_collator,
-        n_rows=n_rows,
-        n_components=components_at_hand(report),
-    )
-    return replace(report, gradient=found, advice=f"{report.advice} {advice_on_task(found)}")

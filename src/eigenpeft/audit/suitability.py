@@ -9,14 +9,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from eigenpeft.audit.gradient import GradientShare, gradient_share
+from eigenpeft.audit.gradient import GradientShare, modules_in, share_of_tokens
 from eigenpeft.audit.report import AuditReport
+from eigenpeft.audit.reuse import Downhill, downhill
+from eigenpeft.audit.task_gradients import gather_tokens
 from eigenpeft.building.module_fitter import ModuleFitter
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.linalg.leave_one_out import choose_n_components
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 _BATCH_SIZE = 8
+_SEEDS = (0, 1, 2, 3, 4)
 # A diagonal core has K numbers a module where low_rank has 2 r K: it is named where it reaches at least this part.
 _DIAGONAL_ENOUGH = 0.5
 _NAMED = 3
@@ -32,8 +35,8 @@ def task_gradient(
     data_collator: Callable[[list[Any]], Any] | None,
     n_rows: int,
     n_components: Mapping[str, int],
-) -> GradientShare:
-    """The share of a new task's gradient in the subspace of a collection.
+) -> tuple[GradientShare, Downhill]:
+    """The share of a new task's gradient in the subspace of a collection, and how far its adapters point downhill.
 
     Args:
         collection: Trained adapters.
@@ -51,7 +54,9 @@ def task_gradient(
     loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
     device = next(model.parameters()).device
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
-    return gradient_share(model, batches, subspace)
+    tokens, n_batches = gather_tokens(model, modules_in(model, subspace), batches)
+    found = share_of_tokens(tokens, subspace, seeds=_SEEDS, n_batches=n_batches)
+    return found, downhill(collection, tokens)
 
 
 def components_at_hand(report: AuditReport) -> dict[str, int]:

@@ -7,10 +7,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from eigenpeft.audit.answers import Train
 from eigenpeft.audit.averages import by_adapter, by_pair
+from eigenpeft.audit.compression import compress_answer
 from eigenpeft.audit.groups import clusters
 from eigenpeft.audit.measures import ModuleMeasures, Shares
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
+from eigenpeft.audit.reuse import reuse_answer
 from eigenpeft.audit.verdict import HeldOutCurves, judge
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.linalg.leave_one_out import choose_n_components
@@ -63,8 +66,9 @@ def summarise(
     unrelated: Tensor | None,
     findings: Sequence[Finding],
     seed: int,
+    train: Callable[[Curve], Train],
 ) -> AuditReport:
-    """The report, but for the gain of clusters.
+    """The report of the adapters alone, but for the gain of clusters.
 
     Args:
         names: Trained adapters.
@@ -74,6 +78,7 @@ def summarise(
         unrelated: (n, K) held-out shares without relatives, if these change anything.
         findings: What was noticed.
         seed: Of the bootstrap.
+        train: The second answer, from the held-out shares.
     """
     generator = torch.Generator().manual_seed(seed)
     resample = torch.randint(len(names), (_N_BOOTSTRAP, len(names)), generator=generator)
@@ -93,6 +98,9 @@ def summarise(
     )
     own = averages.shares("held_out.both")[:, n_components - 1]
     return AuditReport(
+        compress=compress_answer(measured, n_adapters=len(names)),
+        train=train(held_out),
+        reuse=reuse_answer(None),
         verdict=judgement.verdict,
         advice=judgement.advice,
         n_components=n_components,

@@ -1,4 +1,4 @@
-"""The command audit: whether there is anything to recycle in a collection of adapters."""
+"""The command audit: what can be done with a collection of adapters."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
-from eigenpeft.report.audit_tables import gradient_table, outside_table, share_table
+from eigenpeft.report.audit_tables import answers_text, gradient_table, outside_table, share_table
 from eigenpeft.report.tables import findings_text
 
 
@@ -36,14 +36,16 @@ def audit(
         ),
     ] = None,
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
+    n_train: Annotated[int, typer.Option(help="Training rows that the new task has, for the second answer.")] = 64,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
-    """Measure what adapters share, beside random adapters of the same sizes; weights alone, seconds to minutes.
+    """Say what can be done with adapters: compress them, train a new task from them, reuse one. Seconds to minutes.
 
-    With --model and --dataset also how much of a new task's gradient lies in their subspace, before any training.
+    From the weights alone, beside random adapters of the same sizes. With --model and --dataset also for a task of yours: its
+    gradient before any training, and the adapters nearest to it.
 
     Example: eigenpeft audit adapters/ --html audit.html
     """
@@ -60,6 +62,7 @@ def audit(
             dataset=None if task is None else task.rows,
             data_collator=None if task is None else task.collator,
             n_rows=n_rows,
+            n_train=n_train,
             n_components=n_components,
             n_nulls=n_nulls,
             seed=seed,
@@ -79,7 +82,8 @@ def audit(
     if report.findings:
         console.print("Noticed about the adapters:")
         console.print(findings_text(report.findings))
-    console.print(f"[bold]{escape(report.verdict.capitalize())}.[/bold] {escape(report.advice)}")
+    console.print(f"A detail, how much the adapters share: {escape(report.verdict)}. {escape(report.advice)}\n")
+    console.print(answers_text(report))
     for path in (plot, html):
         if path is not None:
             console.print(f"Wrote {escape(str(path))}.")

@@ -7,7 +7,7 @@ _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def audit_section(report: AuditReport) -> str:
-    """Markdown: verdict, shares beside chance, the figure by its name beside the card, what was noticed.
+    """Markdown: the three answers, shares beside chance, the figure by its name beside the card, what was noticed.
 
     Args:
         report: From `audit`.
@@ -19,10 +19,23 @@ def audit_section(report: AuditReport) -> str:
         f"{held_out.low[k - 1]:.3f} to {held_out.high[k - 1]:.3f} | {held_out.null[k - 1]:.3f} |"
         for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most})
     ]
+    answers = "\n\n".join(f"**{question}** {_plain(text)}" for question, _, text in report.answers)
+    compressed = "\n".join(
+        f"| {row.n_components} | {row.numbers:,} | {row.kept:.1%} | {row.error:.1%} | {row.ratio:.0%} |"
+        for row in report.compress.rows
+    )
     noticed = "\n".join(f"- {_plain(finding.message)}" for finding in report.findings) or "- nothing"
-    return f"""## Is there something to recycle?
+    return f"""## What can be done with these adapters?
 
-**{report.verdict.capitalize()}.** {_plain(report.advice)}
+{answers}
+
+| K | numbers per adapter | ‖ΔW‖² kept | error | size beside plain LoRAs |
+|---|---|---|---|---|
+{compressed}
+
+### How much they share
+
+A detail: {_plain(report.verdict)}. {_plain(report.advice)}
 
 Measured by `eigenpeft audit` on {len(report.adapters)} adapters and {len(report.modules)} modules, weights alone. Explained:
 of the adapters that the components were fitted to. Held out: of an adapter, by components fitted to the others. By
@@ -32,7 +45,7 @@ chance: random adapters of the same sizes and singular values. Shares of ‖ΔW�
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-![Explained and held-out shares, held-out share by module, similarity of the adapters]({AUDIT_FIGURE})
+![The three answers, held-out share, held-out share by module, similarity of the adapters]({AUDIT_FIGURE})
 
 Noticed about the adapters:
 

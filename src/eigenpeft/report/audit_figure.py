@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import tempfile
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from eigenpeft.errors import ArtifactError
 from eigenpeft.report.plots import new_figure, save_figure
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_NEAREST = 5
 
 
 def plot_audit(report: AuditReport, path: str | Path) -> None:
-    """Draw explained and held-out shares with their nulls, the held-out share by layer, and the adapters' similarity.
+    """Draw the three answers, the held-out share with its null and by layer, and the adapters' similarity.
 
     Args:
         report: From `audit`.
@@ -42,7 +44,7 @@ def audit_png(report: AuditReport) -> bytes:
 
 
 def write_page(report: AuditReport, path: str | Path) -> None:
-    """Write the verdict, the figure and the numbers as one HTML file that needs nothing else.
+    """Write the three answers, the figure and the numbers as one HTML file that needs nothing else.
 
     Args:
         report: From `audit`.
@@ -65,13 +67,15 @@ def write_page(report: AuditReport, path: str | Path) -> None:
         f"<tr><td>{escape(name)}</td><td>{share:.3f}</td></tr>"
         for name, share in sorted(report.outside.items(), key=lambda item: -item[1])
     )
-    text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit: {escape(report.verdict)}</title>
+    text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit of {len(report.adapters)} adapters</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}}img{{max-width:100%}}
 table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}}</style>
-<h1>Is there anything to recycle? {escape(report.verdict.capitalize())}.</h1><p>{escape(report.advice)}</p>
+<h1>What can be done with these {len(report.adapters)} adapters?</h1>
+{_answers(report)}
+<img alt="The three answers, held-out shares, heat map and similarity matrix" src="data:image/png;base64,{picture}">
+<h2>How much they share</h2><p>A detail: {escape(report.verdict)}. {escape(report.advice)}</p>
 <p>{len(report.adapters)} adapters, {len(report.modules)} modules. Held-out share at K = {report.n_components}:
 {held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
-<img alt="Curves, heat map and similarity matrix" src="data:image/png;base64,{picture}">
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
 {_gradient(report)}<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
@@ -85,6 +89,34 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
         Path(file.name).replace(path)
     except OSError as error:
         raise ArtifactError(f"Cannot write {str(path)!r}: {error.strerror or error}. Choose another place.") from error
+
+
+def _answers(report: AuditReport) -> str:
+    """One section per answer: question, words, table."""
+    compress = "".join(
+        f"<tr><td>{row.n_components}</td><td>{row.numbers:,}</td><td>{row.error:.1%}</td><td>{row.ratio:.0%}</td></tr>"
+        for row in report.compress.rows
+    )
+    train = "".join(
+        f"<tr><td>{escape(chance.event)}</td><td>"
+        f"{'unknown' if chance.probability is None else format(chance.probability, '.0%')}</td>"
+        f"<td>{chance.base_rate:.0%}</td></tr>"
+        for chance in report.train.chances
+    )
+    reuse = "".join(
+        f"<tr><td>{escape(name)}</td><td>{cosine:+.4f}</td></tr>" for name, cosine in report.reuse.nearest[:_NEAREST]
+    )
+    tables = (
+        f"<tr><th>K</th><th>numbers per adapter</th><th>error</th><th>size beside plain LoRAs</th></tr>{compress}",
+        f"<tr><th>event, {report.train.n_rows} training rows</th><th>probability</th><th>how often in the calibration</th></tr>"
+        f"{train}",
+        f"<tr><th>adapter</th><th>cosine with the negative gradient</th></tr>{reuse}" if reuse else "",
+    )
+    return "\n".join(
+        f'<section id="{question.partition(":")[0].lower()}"><h2>{escape(question)}</h2><p>{escape(text)}</p>'
+        f"{f'<table>{table}</table>' if table else ''}</section>"
+        for (question, _, text), table in zip(report.answers, tables, strict=True)
+    )
 
 
 def _gradient(report: AuditReport) -> str:
@@ -103,9 +135,11 @@ def _gradient(report: AuditReport) -> str:
 
 
 def _figure(report: AuditReport):
-    figure, ((spectrum, held_out), (heat, similarity)) = new_figure(2, 2, width=12.5, height=9.5)
-    _curves(spectrum, report.explained, "Explained: fitted to all of them")
-    _curves(held_out, report.held_out, "Held out: fitted to the others")
+    figure, ((compress, train, reuse), (held_out, heat, similarity)) = new_figure(2, 3, width=17.0, height=9.5)
+    _compress(compress, report)
+    _train(train, report)
+    _reuse(reuse, report)
+    _curves(held_out, report.held_out, "Held out: share of an adapter in the others' subspace")
     if report.held_out_unrelated is not None:
         without = report.held_out_unrelated.real
         held_out.plot(range(1, len(without) + 1), without, color="tab:green", linestyle="-.", label="without relatives")
@@ -118,8 +152,45 @@ def _figure(report: AuditReport):
     similarity.set_xticks(places, report.adapters, rotation=90, fontsize=7)
     similarity.set_yticks(places, report.adapters, fontsize=7)
     similarity.set_title("Mean cosine of ΔW")
-    figure.suptitle(f"Audit of {len(report.adapters)} adapters: {report.verdict}")
+    figure.suptitle(f"What can be done with these {len(report.adapters)} adapters?")
     return figure
+
+
+def _compress(axes, report: AuditReport) -> None:
+    rows = report.compress.rows
+    axes.plot([row.numbers for row in rows], [row.error for row in rows], color="tab:blue", marker="o")
+    for row in rows:
+        axes.annotate(
+            f"K {row.n_components}", (row.numbers, row.error), xytext=(4, 4), textcoords="offset points", fontsize=7
+        )
+    axes.axvline(report.compress.lora_numbers, color="tab:grey", linestyle=":", label="one plain LoRA")
+    axes.set(xlabel="numbers per adapter", ylabel="error of ΔW", xscale="log", ylim=(0, 1.02))
+    axes.set_title(f"Compress: {report.compress.answer}")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _train(axes, report: AuditReport) -> None:
+    chances = report.train.chances[::-1]
+    places = range(len(chances))
+    axes.barh(places, [chance.probability or 0.0 for chance in chances], color="tab:blue", label="here")
+    rates = [chance.base_rate for chance in chances]
+    axes.plot(rates, places, linestyle="none", marker="d", color="tab:orange", label="how often in the calibration")
+    axes.set_yticks(places, [textwrap.fill(chance.event, 28) for chance in chances], fontsize=8)
+    axes.set(xlim=(0, 1), xlabel="probability", title=f"Train, {report.train.n_rows} rows: {report.train.answer}")
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _reuse(axes, report: AuditReport) -> None:
+    axes.set_title(f"Reuse: {report.reuse.answer}")
+    nearest = report.reuse.nearest[:_NEAREST][::-1]
+    if not nearest:
+        axes.text(0.5, 0.5, "no rows of a task were given", ha="center", va="center", fontsize=10, color="tab:grey")
+        axes.set_axis_off()
+        return
+    axes.barh(range(len(nearest)), [cosine for _, cosine in nearest], color="tab:blue")
+    axes.set_yticks(range(len(nearest)), [name for name, _ in nearest], fontsize=8)
+    axes.set(xlabel="cosine of the update with the negative gradient")
 
 
 def _curves(axes, curve: Curve, title: str) -> None:

@@ -1,11 +1,74 @@
 """An audit as rich tables for a terminal."""
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.audit import AuditReport, GradientShare
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_NEAREST = 5
+
+
+def answers_text(report: AuditReport) -> Group:
+    """The three answers, question by question, each with its table where there is one.
+
+    Args:
+        report: From `audit`.
+    """
+    parts: list[object] = []
+    tables = (compress_table(report), train_table(report), reuse_table(report))
+    for (question, _, text), table in zip(report.answers, tables, strict=True):
+        parts += [f"[bold]{escape(question)}[/bold]", escape(text), *([table] if table is not None else []), ""]
+    return Group(*parts)
+
+
+def compress_table(report: AuditReport) -> Table:
+    """Error against numbers per adapter.
+
+    Args:
+        report: From `audit`.
+    """
+    table = Table()
+    for title in ("K", "numbers per adapter", "‖ΔW‖² kept", "error", "size beside plain LoRAs"):
+        table.add_column(title, justify="right")
+    for row in report.compress.rows:
+        cells = (f"{row.numbers:,}", f"{row.kept:.1%}", f"{row.error:.1%}", f"{row.ratio:.0%}")
+        table.add_row(str(row.n_components), *cells)
+    table.add_row("LoRA", f"{report.compress.lora_numbers:,}", "100.0%", "0.0%", "100%")
+    return table
+
+
+def train_table(report: AuditReport) -> Table:
+    """The probability of each event, beside how often it happened in the calibration.
+
+    Args:
+        report: From `audit`.
+    """
+    table = Table()
+    table.add_column(f"event, {report.train.n_rows} training rows")
+    for title in ("probability", "how often in the calibration", "predictable"):
+        table.add_column(title, justify="right")
+    for chance in report.train.chances:
+        probability = "unknown" if chance.probability is None else f"{chance.probability:.0%}"
+        table.add_row(escape(chance.event), probability, f"{chance.base_rate:.0%}", "yes" if chance.predicted else "no")
+    return table
+
+
+def reuse_table(report: AuditReport) -> Table | None:
+    """The nearest adapters; None where no rows of a task were given.
+
+    Args:
+        report: From `audit`.
+    """
+    if not report.reuse.nearest:
+        return None
+    table = Table()
+    table.add_column("adapter")
+    table.add_column("cosine with the negative gradient", justify="right")
+    for name, cosine in report.reuse.nearest[:_NEAREST]:
+        table.add_row(escape(name), f"{cosine:+.4f}")
+    return table
 
 
 def share_table(report: AuditReport) -> Table:

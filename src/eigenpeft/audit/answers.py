@@ -1,0 +1,96 @@
+"""The audit's three answers, compress, train and reuse, as frozen plain data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CompressRow:
+    """One way to keep these adapters in a subspace that is fitted to all of them.
+
+    Attributes:
+        core: "full" (K² numbers per module).
+        n_components: K.
+        numbers: Per adapter, over all modules.
+        kept: Share of ‖ΔW‖², mean over modules.
+        error: Relative error of ΔW, `sqrt(1 - kept)`.
+        ratio: Numbers of the bases and of all adapters in them, over the numbers of the plain LoRAs.
+    """
+
+    core: str
+    n_components: int
+    numbers: int
+    kept: float
+    error: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Compress:
+    """May these adapters be kept in fewer numbers?
+
+    Attributes:
+        answer: "yes", or "no" where nothing that keeps enough is smaller.
+        text: The answer in plain words.
+        lora_numbers: Of one plain LoRA, mean over the adapters.
+        rows: Error against numbers, by K.
+    """
+
+    answer: Literal["yes", "no"]
+    text: str
+    lora_numbers: int
+    rows: tuple[CompressRow, ...]
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The probability of one event.
+
+    Attributes:
+        event: What is meant, such as "EigenLoRA K 8 ahead of a LoRA of as many numbers".
+        probability: Of it; None where the calibration has seen nothing like these adapters.
+        base_rate: How often it happened in the calibration, whatever the audit said.
+        predicted: Whether the calibration did better than the base rate on zoos and tasks that it was not fitted on; where not,
+            the probability is the base rate.
+    """
+
+    event: str
+    probability: float | None
+    base_rate: float
+    predicted: bool
+
+
+@dataclass(frozen=True)
+class Train:
+    """Will a new task gain by starting from these adapters?
+
+    Attributes:
+        answer: "likely", "open", "unlikely", or "unknown" where nothing like these adapters was seen.
+        text: The answer in plain words.
+        n_rows: Training rows of the new task that it is for.
+        with_task: Whether rows of the task were looked at; without them it is for a task of the same kind as the adapters'.
+        chances: By event.
+    """
+
+    answer: Literal["likely", "open", "unlikely", "unknown"]
+    text: str
+    n_rows: int
+    with_task: bool
+    chances: tuple[Chance, ...]
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Which adapter is nearest to the new task?
+
+    Attributes:
+        answer: "yes" (at least one points downhill), "no", or "not asked" where no rows were given.
+        text: The answer in plain words.
+        nearest: Names and cosines of the update with the negative gradient, the largest first.
+        mean: The same cosine of the mean update; None where no rows were given.
+    """
+
+    answer: Literal["yes", "no", "not asked"]
+    text: str
+    nearest: tuple[tuple[str, float], ...]
+    mean: float | None

@@ -1,0 +1,68 @@
+"""The first answer: what error the adapters have in how many numbers, in a subspace fitted to all of them."""
+
+from collections.abc import Mapping
+
+from eigenpeft.audit.answers import Compress, CompressRow
+from eigenpeft.audit.measures import ModuleMeasures
+
+# Of ‖ΔW‖², which is an error of 22 % of ‖ΔW‖. And how much smaller the whole must be. Conventions: the table has the rest.
+KEPT_ENOUGH, SMALL_ENOUGH = 0.95, 0.9
+_SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) -> Compress:
+    """Error against numbers per adapter for several K, and whether any that keeps 95 % of ‖ΔW‖² is smaller.
+
+    Args:
+        measured: Module name to its measures.
+        n_adapters: All of them; a module that an adapter does not have costs it nothing.
+    """
+    most = max(len(module.real.explained) for module in measured.values())
+    lora_numbers = sum(module.lora_numbers for module in measured.values())
+    rows = tuple(_row(measured, k, lora_numbers, n_adapters) for k in sorted({*(k for k in _SHOWN if k <= most), most}))
+    enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
+    each = round(lora_numbers / n_adapters)
+    if enough:
+        best = min(enough, key=lambda row: row.ratio)
+        return Compress(
+            answer="yes",
+            text=f"Yes. With {best.n_components} components per module every adapter keeps {best.kept:.1%} of ‖ΔW‖² (an error of "
+            f"{best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of them share, that "
+            f"is {best.ratio:.0%} of the plain LoRAs. Judge one adapter on its own "
+            "task before you throw its LoRA away.",
+            lora_numbers=each,
+            rows=rows,
+        )
+    nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
+    best_found = (
+        f"The best that is smaller than the LoRAs, {nearest.n_components} components per module, keeps {nearest.kept:.1%} "
+        f"(an error of {nearest.error:.1%})."
+        if nearest
+        else "No number of components looked at is smaller than the LoRAs."
+    )
+    return Compress(
+        answer="no",
+        text=f"No. {n_adapters} adapters of {each:,} numbers need so many components to keep 95 % of ‖ΔW‖² that nothing is "
+        f"saved. {best_found} More adapters share the cost of the bases: ask again with more.",
+        lora_numbers=each,
+        rows=rows,
+    )
+
+
+def _row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int, n_adapters: int) -> CompressRow:
+    kept, core, bases, total = 0.0, 0, 0, 0
+    for module in measured.values():
+        own = min(k, *module.shape, len(module.real.explained))
+        kept += float(module.real.explained[own - 1]) / len(measured)
+        core += own * own
+        bases += own * sum(module.shape)
+        total += own * own * len(module.adapters)
+    kept = min(kept, 1.0)
+    return CompressRow(
+        core="full",
+        n_components=k,
+        numbers=core,
+        kept=kept,
+        error=max(1.0 - kept, 0.0) ** 0.5,
+        ratio=(bases + total) / max(lora_numbers, 1),
+    )

@@ -1,0 +1,131 @@
+"""The three answers: compressing against counted numbers, probabilities of a known calibration, and when nothing is known."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from eigenpeft import AdapterCollection
+from eigenpeft.audit import Calibration, audit_adapters, load_calibration
+from eigenpeft.audit.calibration import Event
+from eigenpeft.audit.training_answer import measures_of_adapters, train_answer
+from eigenpeft.errors import ArtifactError
+from tests.factories import make_collection, random_factors, write_adapter
+
+MODULES = {"layer.0.query": (60, 80), "layer.1.query": (60, 80)}
+
+
+def audited(folder, **options):
+    return audit_adapters(AdapterCollection.from_pretrained(folder), progress=False, n_components=16, **options)
+
+
+def event(*, gain=(0.05, 0.01, 0.09), weights=(2.0,)):
+    return Event("EigenLoRA ahead", ("held_out",), (-1.0,), (0.5,), weights, 0.3, 0.6, 0.2, 0.25, gain)
+
+
+def calibration(**changes):
+    settings = {
+        "source": "a test",
+        "base_models": ("tiny",),
+        "n_adapters": (5, 20),
+        "n_zoos": 3,
+        "n_tasks": 10,
+        "seen": {"adapters": {"held_out": (-2.0, 0.0), "rows": (-2.0, 2.0)}, "task": {}},
+        "events": {"adapters": (event(),), "task": ()},
+    }
+    return Calibration(**{**settings, **changes})
+
+
+MEASURES = {"held_out": -0.5, "rows": 0.0}
+
+
+def asked(found=None, *, measures=None, base_model="owner/Tiny"):
+    return train_answer(found or calibration(), measures or MEASURES, base_model=base_model, n_rows=64, with_task=False)
+
+
+def test_compressing_pays_where_many_adapters_share_few_directions(tmp_path):
+    made = make_collection(tmp_path, n_adapters=20, modules=MODULES, rank=4, n_shared=6, noise=0.01, seed=0)
+    found = audited(made.folder).compress
+    assert found.answer == "yes"
+    assert found.lora_numbers == 2 * 4 * (60 + 80)
+    row = next(row for row in found.rows if row.n_components == 8)
+    assert row.numbers == 2 * 8 * 8
+    assert row.kept > 0.99
+    assert row.error == pytest.approx(math.sqrt(1 - row.kept))
+    assert row.ratio == pytest.approx((2 * 8 * (60 + 80) + 20 * row.numbers) / (20 * found.lora_numbers))
+    assert [each.error for each in found.rows] == sorted((each.error for each in found.rows), reverse=True)
+
+
+def test_compressing_does_not_pay_for_a_few_strangers(tmp_path):
+    for i in range(4):
+        write_adapter(tmp_path / f"a{i}", random_factors(modules=MODULES, rank=4, seed=i))
+    found = audited(tmp_path).compress
+    assert found.answer == "no"
+    assert found.text.startswith("No.")
+
+
+def test_a_probability_is_that_of_the_logistic_model():
+    found = asked()
+    expected = 1 / (1 + math.exp(-(0.3 + 2.0 * (-0.5 + 1.0) / 0.5)))
+    assert found.chances[0].probability == pytest.approx(expected)
+    assert found.answer == "likely"
+    assert "EigenLoRA ahead 91%" in found.text
+
+
+@pytest.mark.parametrize(("weights", "answer"), [((-2.0,), "unlikely"), ((-0.3,), "open")])
+def test_the_answer_follows_the_probability(weights, answer):
+    assert asked(calibration(events={"adapters": (event(weights=weights),), "task": ()})).answer == answer
+
+
+def test_a_model_that_is_no_better_than_the_base_rate_gives_the_base_rate_and_says_so():
+    found = asked(calibration(events={"adapters": (event(gain=(0.01, -0.01, 0.03)),), "task": ()}))
+    assert found.chances[0].probability == 0.6
+    assert not found.chances[0].predicted
+    assert "predicts better than how often it happened" in found.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base_model": "someone/else"}, "adapters of tiny and none of else"),
+        ({"base_model": None}, "none of an unnamed model"),
+        (
+            {"measures": {"held_out": -0.5, "rows": 4.0}},
+            r"number of rows \(log2 of it over 64\) is 4, and -2 to 2 was seen",
+        ),
+    ],
+)
+def test_what_was_never_seen_is_unknown(changes, reason):
+    found = asked(**changes)
+    assert found.answer == "unknown"
+    assert found.chances[0].probability is None
+    assert found.text.startswith("Unknown.")
+    assert re.search(reason, found.text)
+
+
+def test_measures_of_adapters():
+    similarity = torch.full((5, 5), 0.2).fill_diagonal_(1.0).tolist()
+    found = measures_of_adapters([0.0] * 7 + [0.101], [0.0] * 7 + [0.001], similarity, n_rows=16)
+    assert found == pytest.approx({"held_out": -1.0, "adapters": -2.0, "pair_cosine": 0.2, "rows": -2.0})
+
+
+def test_the_answers_survive_json(tmp_path):
+    made = make_collection(tmp_path, n_adapters=6, modules=MODULES, rank=2, n_shared=4, noise=0.1, seed=0)
+    report = audited(made.folder)
+    again = type(report).from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
+    assert (again.compress, again.train, again.reuse) == (report.compress, report.train, report.reuse)
+    assert report.reuse.answer == "not asked"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"source": 1}'])
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ArtifactError, match="is no calibration"):
+        load_calibration(tmp_path / "c.json")
+
+
+def test_the_shipped_calibration_is_read():
+    found = load_calibration()
+    assert set(found.events) == set(found.seen) == {"adapters", "task"}
