@@ -19,7 +19,7 @@ LAYERS = {
     "collection": 2,
     "subspace": 3,
     "building": 4,
-    "combining": 4,
+    "combining": 5,
     "audit": 5,
     "tuners": 5,
     "reward": 5,

@@ -6,6 +6,7 @@ Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
 from eigenpeft.audit import audit_adapters
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.combining import merge
 from eigenpeft.deprecation import find_moved_modules
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
@@ -29,4 +30,5 @@ __all__ = [
     "__version__",
     "audit_adapters",
     "export_lora",
+    "merge",
 ]

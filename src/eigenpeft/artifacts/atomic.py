@@ -62,6 +62,7 @@ def _publish(scratch: Path, path: Path, *, last: str) -> None:
     if not path.exists():
         scratch.rename(path)
         return
-    names = sorted(file.name for file in scratch.iterdir())
+    names = sorted(str(file.relative_to(scratch)) for file in scratch.rglob("*") if file.is_file())
     for name in [name for name in names if name != last] + [last]:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).replace(path / name)

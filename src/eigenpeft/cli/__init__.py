@@ -5,6 +5,7 @@ from eigenpeft.cli import audit as audit
 from eigenpeft.cli import demo as demo
 from eigenpeft.cli import doctor as doctor
 from eigenpeft.cli import lore as lore
+from eigenpeft.cli import merge as merge
 from eigenpeft.cli import merge_base as merge_base
 from eigenpeft.cli import publish as publish
 from eigenpeft.cli import trl as trl

@@ -116,7 +116,7 @@ Most restrictive licence among them: **{licence}**{note}.
 
 | adapter | source | revision | rank | alpha | licence | sha256 |
 |---|---|---|---|---|---|---|
-{chr(10).join(_source_row(source) for source in info.sources)}
+{chr(10).join(source_row(source) for source in info.sources)}
 
 SHA-256 of the tensors' names, shapes and values: `{fingerprint}`.
 
@@ -131,7 +131,12 @@ def _module_row(row: ModuleRow) -> str:
     return f"| `{row.module}` | {row.shape[0]} × {row.shape[1]} | {row.n_components} | {row.explained_share:.3f} |"
 
 
-def _source_row(source: dict[str, Any]) -> str:
+def source_row(source: dict[str, Any]) -> str:
+    """One source adapter as a row of a card's table.
+
+    Args:
+        source: Its record.
+    """
     cells = [source.get(key) for key in ("name", "source", "revision", "rank", "lora_alpha", "licence")]
     # Names come from other people's files: nothing in them may end the cell or the row.
     texts = [str(cell if cell is not None else "").replace("|", "\\|").replace("\n", " ") for cell in cells]

@@ -3,8 +3,9 @@
 from eigenpeft.linalg.merging.apply import MergedUpdate, merge_updates
 from eigenpeft.linalg.merging.core_space import CoreSpace, core_factors, core_space, with_model_inputs
 from eigenpeft.linalg.merging.measures import MergeMeasures, measure_merge
+from eigenpeft.linalg.merging.moments import input_directions, moments_on_axes
 from eigenpeft.linalg.merging.pico import norm_scale
-from eigenpeft.linalg.merging.registry import CALIBRATIONS, RULES, Rule, find_rule, merge_cores
+from eigenpeft.linalg.merging.registry import CALIBRATIONS, RULES, Rule, check_options, find_rule, merge_cores
 
 __all__ = [
     "CALIBRATIONS",
@@ -13,12 +14,15 @@ __all__ = [
     "MergeMeasures",
     "MergedUpdate",
     "Rule",
+    "check_options",
     "core_factors",
     "core_space",
     "find_rule",
+    "input_directions",
     "measure_merge",
     "merge_cores",
     "merge_updates",
+    "moments_on_axes",
     "norm_scale",
     "with_model_inputs",
 ]

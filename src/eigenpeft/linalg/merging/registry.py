@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -95,6 +96,22 @@ def find_rule(method: str) -> Rule:
     if method not in RULES:
         raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, RULES))}.")
     return RULES[method]
+
+
+def check_options(method: str, *, calibrate: Sequence[str] = (), **options: Any) -> None:
+    """Check a method's name and options before anything is read, by merging one number.
+
+    Args:
+        method: Name in `RULES`.
+        calibrate: As for `merge_cores`.
+        **options: The rule's own, without `grams` and `seeds`.
+
+    Raises:
+        ValueError: As `merge_cores`.
+    """
+    number = torch.ones(1, 1, 1, dtype=torch.float64)
+    needed = {"grams": number} if "statistics" in find_rule(method).needs else {}
+    merge_cores(number, method=method, calibrate=calibrate, **options, **needed)
 
 
 def merge_cores(

@@ -74,7 +74,7 @@ def read_adapter(model_or_store: PeftModel | CoefficientStore, adapter_name: str
     """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")
-    read = _from_store if isinstance(model_or_store, CoefficientStore) else _from_model
+    read = _from_store if isinstance(model_or_store, CoefficientStore) else contents_of_model
     updates, fields, others = read(model_or_store, adapter_name)  # pyright: ignore[reportArgumentType]
     if rank is not None:
         updates = [_truncated(update, rank) for update in updates]
@@ -94,7 +94,16 @@ def _from_store(store: CoefficientStore, name: str) -> Contents:
     return updates, fields, {}
 
 
-def _from_model(model: PeftModel, name: str) -> Contents:
+def contents_of_model(model: PeftModel, name: str) -> Contents:
+    """What a model has of one adapter: its updates as factors, its configuration's fields, its other trained tensors.
+
+    Args:
+        model: A PEFT model.
+        name: The adapter.
+
+    Raises:
+        AdapterConfigError: If there is no such adapter, it is DoRA, or it adapts nothing.
+    """
     configs = getattr(model, "peft_config", {})
     if name not in configs:
         raise AdapterConfigError(

@@ -1,7 +1,7 @@
 """A plain LoRA adapter on disk: updates as factors, written as PEFT writes them, whole or not at all."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
@@ -67,7 +67,14 @@ def lora_keys(path: str, *, is_embedding: bool) -> tuple[str, str]:
     return f"{path}.{ends[0]}", f"{path}.{ends[1]}"
 
 
-def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, Any], others: dict[str, Tensor]) -> None:
+def write_lora(
+    out_dir: Path,
+    updates: Sequence[LoraUpdate],
+    fields: dict[str, Any],
+    others: dict[str, Tensor],
+    *,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a folder that plain PEFT loads. An adapter that is already there is replaced.
 
     All modules get one rank and one alpha (`with_one_rank_and_alpha`), and README.md says so; what else a README.md that is
@@ -78,6 +85,7 @@ def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, A
         updates: Factors of every weight.
         fields: Further fields of LoRA's configuration.
         others: Further tensors of the file, by key: heads and biases.
+        files: Further files, by path inside the folder; a README.md among them takes the place of one that is there.
 
     Raises:
         ArtifactError: If the folder holds something else or cannot be written.
@@ -102,7 +110,11 @@ def write_lora(out_dir: Path, updates: Sequence[LoraUpdate], fields: dict[str, A
     with atomic_folder(out_dir, last=CONFIG_NAME) as scratch, torch.no_grad():
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
-        (scratch / CARD_NAME).write_text(_card(out_dir, given, r=r, scaling=scaling), encoding="utf-8")
+        for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_bytes(content)
+        there = scratch if CARD_NAME in (files or {}) else out_dir
+        (scratch / CARD_NAME).write_text(_card(there, given, r=r, scaling=scaling), encoding="utf-8")
 
 
 def with_one_rank_and_alpha(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
@@ -155,9 +167,9 @@ def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(missing)), dim=axis)
 
 
-def _card(out_dir: Path, given: Sequence[LoraUpdate], *, r: int, scaling: float) -> str:
+def _card(folder: Path, given: Sequence[LoraUpdate], *, r: int, scaling: float) -> str:
     """README.md of the folder: what is there, with the section on rank and scaling added or brought up to date."""
-    path = out_dir / CARD_NAME
+    path = folder / CARD_NAME
     there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     before, _, old = there.partition(_CARD_HEADING)
     after = old[old.index("\n## ") + 1 :] if "\n## " in old else ""

@@ -1,0 +1,186 @@
+"""The command merge: any folder of LoRA adapters to one plain LoRA."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.cli.rows import load_task, open_rows
+from eigenpeft.combining import MergedAdapter, load_statistics, merge
+from eigenpeft.combining.recipe import MergeRecipe, read_recipe
+from eigenpeft.combining.scoring import HeldOutTask, held_out_score
+from eigenpeft.combining.sources import open_sources
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.linalg.merging import RULES
+from eigenpeft.report.merge_tables import grid_table, merge_table
+
+_BATCH = 32
+_MAX_LENGTH = 512
+
+
+@app.command("merge")
+def merge_command(
+    out: Out,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids, in any mix; none with --recipe."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(RULES)}; default: task_arithmetic.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of every module; default: what is needed to lose nothing.")
+    ] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER, once for each adapter that does not have the weight 1.")
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(help="Final multiplier: a number, auto, or several with commas to choose by --dataset."),
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the method, such as density=0.2.")] = None,
+    calibrate: Annotated[list[str] | None, typer.Option(help="pico (before) or svc (after) around any method.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with adapters, weights and settings.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Folder that save_statistics wrote, for regmean.")] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out rows to choose the scale by: FILE for a language model, TASK=FILE for a classifier."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model for --dataset; default: the one the adapters name.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="accuracy or loss; default: accuracy where rows have labels.")
+    ] = None,
+    n_rows: Annotated[int, typer.Option(help="Rows of each dataset to use.")] = 100,
+    head: Annotated[str | None, typer.Option(help="Adapter whose head becomes the merged adapter's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws of dare.")] = 0,
+    allow_different_base_models: AllowDifferentBaseModels = False,
+    as_json: Json = False,
+) -> None:
+    """Merge LoRA adapters of one base model, whatever their ranks and alphas, into one plain LoRA.
+
+    Example: eigenpeft merge adapters/ --method tsv --rank 16 --out merged
+    """
+    quiet(as_json)
+    written = _recipe(adapters, recipe)
+    arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **written.settings, **written.options}
+    given = {"method": method, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    arguments |= {name: yaml.safe_load(value) for name, value in _pairs(option, "--option").items()}
+    sources = open_sources(list(written.adapters), allow_different_base_models=allow_different_base_models)
+    if written.weights:
+        weights = (
+            dict(zip(sources.names, written.weights, strict=True))
+            if len(sources.names) == len(written.weights)
+            else None
+        )
+        if weights is None:
+            raise EigenPeftError(
+                f"The recipe lists {len(written.weights)} adapters, in whose folders {len(sources.names)} were found; name each."
+            )
+    else:
+        weights = dict.fromkeys(sources.names, 1.0)
+    typed = {name: _number(value, f"--weight {name}") for name, value in _pairs(weight, "--weight").items()}
+    score = (
+        None if dataset is None else _score(dataset, model or sources.base_model, metric, n_rows, sources.parts.heads)
+    )
+    merged = merge(
+        list(written.adapters),
+        weights=weights | typed,
+        score=score,
+        statistics=None if statistics is None else load_statistics(statistics),
+        allow_different_base_models=allow_different_base_models,
+        progress=not as_json,
+        **arguments,
+    )
+    merged.save_pretrained(out, head=head)
+    _show(merged, out, as_json=as_json)
+
+
+def _show(merged: MergedAdapter, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"path": str(out), "heads": sorted(merged.heads), **merged.report.to_dict()})
+        return
+    if merged.report.grid:
+        console.print(grid_table(merged.report))
+    console.print(merge_table(merged.report))
+    beside = f", with {len(merged.heads)} heads in {escape(str(out / 'heads'))}" if merged.heads else ""
+    console.print(f"Wrote the plain LoRA adapter {escape(str(out))}{beside}.")
+
+
+def _recipe(adapters: list[str] | None, path: Path | None) -> MergeRecipe:
+    if (path is None) == (not adapters):
+        raise EigenPeftError("Name adapters, or a --recipe that lists them: one of the two.")
+    return MergeRecipe(tuple(adapters or ()), ()) if path is None else read_recipe(path)
+
+
+def _scale(text: str | None) -> float | str | list[float] | None:
+    if text is None or text == "auto":
+        return text
+    numbers = [_number(part, "--scale") for part in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _pairs(values: list[str] | None, flag: str) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values or ()]
+    wrong = [name for name, sign, _ in pairs if not sign or not name]
+    if wrong:
+        raise EigenPeftError(f"{flag} {wrong[0]!r} must be written NAME=VALUE.")
+    return {name: value for name, _, value in pairs}
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise EigenPeftError(f"{flag} {text!r} must be a number.") from None
+
+
+def _score(
+    datasets: list[str], base: str | None, metric: str | None, n_rows: int, heads: Any
+) -> Callable[[MergedAdapter], float]:
+    """Held-out tasks as a score: classifiers get the head of the adapter they are named after."""
+    if base is None:
+        raise EigenPeftError("The adapters name no base model; pass --model for --dataset.")
+    tasks, labelled = [], False
+    for text in datasets:
+        name, sign, path = text.rpartition("=")
+        if not sign:
+            task = load_task(base, Path(path), n_rows=n_rows)
+            batches = [task.collator(task.rows[i : i + _BATCH]) for i in range(0, len(task.rows), _BATCH)]
+            tasks.append(HeldOutTask(path, task.model.eval(), batches))
+            continue
+        if name not in heads:
+            raise EigenPeftError(f"--dataset {text}: {name!r} is no adapter with a head; those are {sorted(heads)}.")
+        labelled = True
+        tasks.append(_classifier(name, Path(path), base, heads[name], n_rows))
+    return held_out_score(tasks, metric=metric or ("accuracy" if labelled else "loss"))
+
+
+def _classifier(name: str, path: Path, base: str, head: Any, n_rows: int) -> HeldOutTask:
+    rows: list[Any] = list(islice(iter(open_rows(path)), n_rows))
+    n_labels = max(tensor.shape[0] for tensor in head.values())
+    labels = [row.get("label") for row in rows]
+    if not labels or not all(isinstance(label, int) and 0 <= label < n_labels for label in labels):
+        raise EigenPeftError(
+            f"{str(path)!r} must have a column label with whole numbers from 0 to {n_labels - 1}, the classes of the head of "
+            f"{name!r}; it has {sorted(set(map(str, labels)))[:5]}."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    collate = DataCollatorWithPadding(tokenizer)
+    encoded = [
+        {
+            **tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=_MAX_LENGTH),
+            "labels": row["label"],
+        }  # pyright: ignore
+        for row in rows
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels).eval()
+    return HeldOutTask(name, model, [collate(encoded[i : i + _BATCH]) for i in range(0, len(encoded), _BATCH)])

@@ -1,0 +1,165 @@
+"""What a merge did: the numbers of all modules together, as frozen plain data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenpeft.linalg.merging import MergeMeasures
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source adapter in a merge.
+
+    Attributes:
+        name: The adapter.
+        source: Where it came from.
+        license: License its README names.
+        weight: Weight of its update.
+        n_modules: Modules it adapts.
+        norm: ‖ΔW_t‖ over all modules, Frobenius.
+        relative_distance: ‖ΔW - ΔW_t‖ / ‖ΔW_t‖ over all modules: 0 where the merged update is this adapter's, 1 as far away
+            as the base model is; None for an untrained adapter.
+        cosine: Mean cosine of its update with those of the other sources.
+    """
+
+    name: str
+    source: str | None
+    license: str | None
+    weight: float
+    n_modules: int
+    norm: float
+    relative_distance: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merge in numbers.
+
+    Attributes:
+        method: Name of the rule.
+        title: Its name in the literature.
+        paper: Where the rule comes from.
+        options: What it was called with.
+        calibrate: Calibrations put around it.
+        scale: The λ that was asked for: a number or "auto".
+        scale_range: Least and largest λ of the modules ("auto" has one for each).
+        rank: Rank of every module.
+        full_rank: Largest rank that the merged updates had before they were cut off.
+        n_modules: Modules of the merged adapter.
+        sources: One entry per source adapter.
+        cosines: Cosine of the updates of every pair of sources, over the modules that both have: how far apart they are.
+        norm: ‖ΔW‖ of the merged update after the cut.
+        kept_share: Share of ‖ΔW‖² that the cut to `rank` kept.
+        stable_rank: Mean over the modules of ‖ΔW‖² / σ₁².
+        over_counting: How often the merged update counts what the sources have along its directions, as SVC measures it; 1 is
+            as strong as the sources are.
+        grid: What was tried to choose λ: `{"scale": ..., "score": ...}` each; empty where nothing was.
+    """
+
+    method: str
+    title: str
+    paper: str
+    options: dict[str, Any]
+    calibrate: tuple[str, ...]
+    scale: float | str
+    scale_range: tuple[float, float]
+    rank: int
+    full_rank: int
+    n_modules: int
+    sources: tuple[SourceReport, ...]
+    cosines: tuple[tuple[float | None, ...], ...]
+    norm: float
+    kept_share: float
+    stable_rank: float
+    over_counting: float
+    grid: tuple[dict[str, Any], ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able values."""
+        return asdict(self)
+
+
+@dataclass
+class MergeTotals:
+    """Sums over modules from which the report is made.
+
+    Args:
+        names: Source adapters.
+    """
+
+    names: Sequence[str]
+    inner: Tensor = field(init=False)
+    squares: dict[str, float] = field(default_factory=dict)
+    distances: dict[str, float] = field(default_factory=dict)
+    n_modules: dict[str, int] = field(default_factory=dict)
+    pair_norms: Tensor = field(init=False)
+    kept: float = 0.0
+    energy: float = 0.0
+    counted: float = 0.0
+    stable_ranks: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        n = len(self.names)
+        self.inner, self.pair_norms = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+
+    def add(self, present: Sequence[str], measures: MergeMeasures) -> None:
+        """Count one module.
+
+        Args:
+            present: Adapters that have it, in the order of the measures.
+            measures: Its numbers.
+        """
+        places = torch.tensor([list(self.names).index(name) for name in present])
+        self.inner[places[:, None], places] += measures.inner_products.cpu()
+        squares = measures.inner_products.diagonal().cpu()
+        self.pair_norms[places[:, None], places] += squares[:, None]  # ‖ΔW_s‖² over the modules that t has as well
+        for name, square, distance in zip(present, squares.tolist(), measures.distances.tolist(), strict=True):
+            self.squares[name] = self.squares.get(name, 0.0) + square
+            self.distances[name] = self.distances.get(name, 0.0) + distance
+            self.n_modules[name] = self.n_modules.get(name, 0) + 1
+        for name in set(self.names) - set(present):  # there its update is zero
+            self.distances[name] = self.distances.get(name, 0.0) + measures.kept
+        self.kept, self.energy = self.kept + measures.kept, self.energy + measures.energy
+        self.counted += measures.over_counting * measures.energy
+        if measures.largest:
+            self.stable_ranks.append(measures.energy / measures.largest**2)
+
+    def cosines(self) -> tuple[tuple[float | None, ...], ...]:
+        """Cosine of every pair of sources; None where one is zero or they share no module."""
+        norms = (self.pair_norms * self.pair_norms.mT).sqrt()
+        return tuple(
+            tuple(float(a / b) if b > 0 else None for a, b in zip(row, other, strict=True))
+            for row, other in zip(self.inner.tolist(), norms.tolist(), strict=True)
+        )
+
+    def sources(self, records: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> tuple[SourceReport, ...]:
+        """One entry per source adapter.
+
+        Args:
+            records: Of the adapters, in order.
+            weights: Of the adapters, by name.
+        """
+        cosines = self.cosines()
+        reports = []
+        for i, (name, record) in enumerate(zip(self.names, records, strict=True)):
+            others = [value for j, value in enumerate(cosines[i]) if j != i and value is not None]
+            square = self.squares.get(name, 0.0)
+            distance = self.distances.get(name, 0.0)
+            reports.append(
+                SourceReport(
+                    name=name,
+                    source=record.get("source"),
+                    license=record.get("license") or record.get("licence"),
+                    weight=float(weights[name]),
+                    n_modules=self.n_modules.get(name, 0),
+                    norm=square**0.5,
+                    relative_distance=(max(distance, 0.0) / square) ** 0.5 if square > 0 else None,
+                    cosine=sum(others) / len(others) if others else None,
+                )
+            )
+        return tuple(reports)
