@@ -33,7 +33,7 @@ class Arguments:
     dataset: str = field(metadata={"help": "Folder of JSONL files or Hub id, with a column `prompt`."})
     r: int = field(default=16)
     lora_alpha: int = field(default=32)
-    core: Literal["low_rank", "mixer", "diagonal"] = field(default="low_rank")
+    core: Literal["low_rank", "full", "diagonal"] = field(default="low_rank")
     n_measured: int = field(default=32, metadata={"help": "Prompts on which the divergence is measured."})
 
 

@@ -39,7 +39,7 @@ class Arguments:
     adapters: str | None = field(default=None, metadata={"help": "What the subspace was built from, for 'mean_only'."})
     r: int = field(default=16)
     lora_alpha: int = field(default=32)
-    core: Literal["low_rank", "mixer", "diagonal"] = field(default="low_rank")
+    core: Literal["low_rank", "full", "diagonal"] = field(default="low_rank")
 
 
 def peft_config(arguments: Arguments) -> LoraConfig:

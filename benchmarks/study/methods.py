@@ -212,7 +212,7 @@ METHODS = {
         inside("shuffled subspace", shuffled(recycled()), tuned_as=OURS),
         inside("mean-only subspace", mean_only, tuned_as=OURS),
         # Core, alpha, place.
-        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="mixer"),
+        *pair("mixer", recycled(), rates=(1e-2, 3e-2), core="full"),
         *pair("diagonal", recycled(), rates=(3e-2, 1e-1), core="diagonal"),
         *pair("alpha=64", recycled(), rates=(3e-3, 1e-2), alpha=64, twin_rate=True),
         # No LoRA is as small as "diagonal" (384): rank 1 on the last module has 768.

@@ -63,7 +63,7 @@ def test_nearest_adapter_of_a_disturbed_copy(planted):
 
 
 @pytest.mark.parametrize(("r", "k"), [(1, 4), (4, 8), (16, 16)])
-@pytest.mark.parametrize("core", ["low_rank", "mixer"])
+@pytest.mark.parametrize("core", ["low_rank", "full"])
 def test_lora_has_as_many_parameters_as_it_can(r, k, core):
     model = tiny_llama()
     names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]

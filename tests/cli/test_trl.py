@@ -62,10 +62,10 @@ def arguments(name, *more):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_steps_in_a_subspace(run, place, name):
-    ran = run(*arguments(name, "--subspace", "subspace", "--core", "mixer", "--n_components", 6))
+    ran = run(*arguments(name, "--subspace", "subspace", "--core", "full", "--n_components", 6))
     assert ran.code == 0, ran.err
     config = json.loads((place / "out" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["core"], config["n_components"]) == ("EIGENLORA", "mixer", 6)
+    assert (config["peft_type"], config["core"], config["n_components"]) == ("EIGENLORA", "full", 6)
     trainer = "reward" if name == "reward" else "sft"
     loaded = PeftModel.from_pretrained(tiny_model(trainer), place / "out")
     assert all(p.any() for key, p in loaded.named_parameters() if "lora_B" in key)
@@ -97,7 +97,7 @@ def test_a_control_by_one_flag(run, place, control, peft_type):
     [
         ([], "EigenLoRA needs --subspace"),
         (["--subspace", "nowhere"], "nowhere"),
-        (["--peft_method", "moslora", "--core", "mixer"], "--core mean nothing to --peft_method moslora"),
+        (["--peft_method", "moslora", "--core", "full"], "--core mean nothing to --peft_method moslora"),
         (
             ["--subspace", "subspace", "--init_mixer", "identity"],
             "--init_mixer mean nothing to --peft_method eigenlora",

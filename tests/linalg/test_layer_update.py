@@ -26,7 +26,7 @@ def problem(core="low_rank", *, tokens=7, n=9, m=11, k=5, r=3, dtype=torch.float
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     coefficients_in = normal(r, k) if core == "low_rank" else None
-    coefficients_out = {"low_rank": normal(k, r), "mixer": normal(k, k), "diagonal": normal(k)}[core]
+    coefficients_out = {"low_rank": normal(k, r), "full": normal(k, k), "diagonal": normal(k)}[core]
     return normal(tokens, m), normal(tokens, n), normal(k, n), coefficients_in, coefficients_out, normal(k, m)
 
 
@@ -56,7 +56,7 @@ def test_every_route_is_the_dense_update_and_its_gradients(route):
         torch.testing.assert_close(value, wanted)
 
 
-@pytest.mark.parametrize("core", ["mixer", "diagonal"])
+@pytest.mark.parametrize("core", ["full", "diagonal"])
 def test_cores_without_a_rank(core):
     y, x, *matrices = problem(core)
     x.requires_grad_()

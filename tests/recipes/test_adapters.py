@@ -79,13 +79,13 @@ def test_distilling_gets_nearer_to_the_adapter(recipe, lora):
     rows("distillation").to_json(lora / "prompts" / "train.jsonl")
     printed = recipe(
         "distill_lora",
-        *flags(model="base", lora="lora", subspace="subspace", dataset="prompts", output_dir="out", core="mixer"),
+        *flags(model="base", lora="lora", subspace="subspace", dataset="prompts", output_dir="out", core="full"),
         *flags(**TRAINING | {"max_steps": 8, "bf16": False, "max_completion_length": 6, "learning_rate": 0.05}),
     )
     base, projected, distilled = (float(number) for number in re.findall(r"divergence .*: ([\d.]+)", printed))
     assert base > projected > 0
     assert distilled < projected
-    assert json.loads(Path("out/adapter_config.json").read_text())["core"] == "mixer"
+    assert json.loads(Path("out/adapter_config.json").read_text())["core"] == "full"
 
 
 def test_exporting_changes_nothing_and_says_how_to_serve(recipe, lora):

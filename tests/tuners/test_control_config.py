@@ -42,7 +42,7 @@ def count(config):
         ("mean_only", lambda subspace, adapters: mean_only_subspace(adapters, n_components=8, progress=False)),
     ],
 )
-@pytest.mark.parametrize("core", ["low_rank", "mixer"])
+@pytest.mark.parametrize("core", ["low_rank", "full"])
 def test_another_subspace_of_the_same_size(adapters, subspace, control, made, core):
     config = EigenLoraConfig(subspace=subspace, r=4, lora_alpha=6, core=core, lora_dropout=0.1)
     found = control_config(config, control, adapters=adapters, seed=3)

@@ -13,7 +13,7 @@ from tests.tuners.conftest import VOCABULARY, random_subspace, tiny_llama
 
 CONFIGS = {
     "eigenlora": lambda subspace: EigenLoraConfig(subspace=subspace, r=4, task_type="CAUSAL_LM"),
-    "eigenlora mixer": lambda subspace: EigenLoraConfig(subspace=subspace, r=4, core="mixer", task_type="CAUSAL_LM"),
+    "eigenlora full": lambda subspace: EigenLoraConfig(subspace=subspace, r=4, core="full", task_type="CAUSAL_LM"),
     "moslora": lambda subspace: MosLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
 }
 

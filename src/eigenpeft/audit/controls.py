@@ -11,6 +11,7 @@ from torch import Tensor
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 
@@ -63,7 +64,7 @@ def same_parameters_lora(
     Args:
         subspace: Gives modules, widths and K.
         r: The EigenLoRA's rank.
-        core: The EigenLoRA's core: "low_rank" (2 K r a module), "mixer" (K²) or "diagonal" (K).
+        core: The EigenLoRA's core: "low_rank" (2 K r per module), "full" (K²) or "diagonal" (K).
         lora_alpha: Of the LoRA; default: twice its rank.
         place: Which modules, where not all can be paid for: the "last" of the network, by the numbers in their names
             (the better control: docs/study.md), or "spread" evenly.
@@ -83,12 +84,12 @@ def same_parameters_lora(
         >>> config.r, sorted(config.target_modules)
         (1, ['q', 'v'])
     """
-    sizes = {"low_rank": lambda k: 2 * k * r, "mixer": lambda k: k * k, "diagonal": lambda k: k}
+    kind = core_kind(core)
     if place not in ("last", "spread"):
         raise SubspaceError(f"place={place!r} must be 'last' or 'spread'.")
-    if core not in sizes or r < 1:
-        raise SubspaceError(f"core={core!r} and r={r} must be one of {', '.join(map(repr, sizes))} and at least 1.")
-    budget = sum(sizes[core](bases.n_components) for bases in subspace.values())
+    if r < 1:
+        raise SubspaceError(f"r={r} must be at least 1.")
+    budget = sum(kind.n_parameters(len(each.components_in), len(each.components_out), r) for each in subspace.values())
     cost = {name: bases.in_features + bases.out_features for name, bases in subspace.items()}
     rank = budget // sum(cost.values())
     names = list(cost)

@@ -21,7 +21,7 @@ class ModuleGradient:
     Attributes:
         module: Its name in the subspace.
         energy: ‖G‖².
-        share: In the subspace, `‖V_out G V_inᵀ‖² / ‖G‖²`: what the cores "low_rank" (r = K) and "mixer" can reach.
+        share: In the subspace, `‖V_out G V_inᵀ‖² / ‖G‖²`: what the cores "low_rank" (r = K) and "full" can reach.
         diagonal: What the core "diagonal" can reach.
         optimum: In the best subspace of that size, the leading singular directions of G itself.
         random: In random subspaces of that size, one a seed.

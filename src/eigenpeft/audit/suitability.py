@@ -108,7 +108,7 @@ def advice_on_task(found: GradientShare) -> str:
     core = (
         f"the core 'diagonal' reaches {part:.0%} of that with the fewest numbers"
         if part >= _DIAGONAL_ENOUGH
-        else f"the core 'diagonal' would reach {part:.0%} of that: take 'low_rank' or 'mixer'"
+        else f"the core 'diagonal' would reach {part:.0%} of that: take 'low_rank' or 'full'"
     )
     return (
         f"{numbers} It suits this task better than a random one, {where}; most of the advantage is there with K = {best_k}, "

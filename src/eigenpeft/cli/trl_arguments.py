@@ -29,7 +29,7 @@ class EigenModelConfig(ModelConfig):
     subspace: str | None = field(default=None, metadata=_described(EigenLoraConfig, "subspace"))
     subspace_revision: str | None = field(default=None, metadata=_described(EigenLoraConfig, "subspace_revision"))
     n_components: int | None = field(default=None, metadata=_described(EigenLoraConfig, "n_components"))
-    core: Literal["low_rank", "mixer", "diagonal"] = field(
+    core: Literal["low_rank", "full", "diagonal", "mixer"] = field(
         default="low_rank", metadata=_described(EigenLoraConfig, "core")
     )
     init_from: str | None = field(default=None, metadata=_described(EigenLoraConfig, "init_from"))

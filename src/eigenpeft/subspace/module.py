@@ -1,4 +1,4 @@
-"""The subspace of one adapted weight, and an adapter's place in it."""
+"""The subspace of one adapted weight."""
 
 from dataclasses import dataclass
 
@@ -95,16 +95,3 @@ class ModuleSubspace:
     def tensors(self) -> dict[str, Tensor]:
         """The module's tensors by field name."""
         return {name: getattr(self, name) for name in TENSOR_FIELDS}
-
-
-@dataclass(frozen=True, eq=False)
-class Coefficients:
-    """An adapter's place in the subspace of one module: `ΔW ≈ V_outᵀ C_out C_in V_in`, scaling included.
-
-    Attributes:
-        coefficients_out: (n_components, r).
-        coefficients_in: (r, n_components).
-    """
-
-    coefficients_out: Tensor
-    coefficients_in: Tensor

@@ -12,8 +12,9 @@ from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.subspace.card import ModuleRow, subspace_card
+from eigenpeft.subspace.cores import Coefficients
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.module import TENSOR_FIELDS, Coefficients, ModuleSubspace
+from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
 
 class PrincipalSubspace(Mapping[str, ModuleSubspace]):

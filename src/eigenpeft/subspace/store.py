@@ -15,7 +15,8 @@ from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.card import subspace_card
-from eigenpeft.subspace.module import Coefficients, ModuleSubspace
+from eigenpeft.subspace.cores import Coefficients
+from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
 
 

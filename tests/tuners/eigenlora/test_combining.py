@@ -35,7 +35,7 @@ def updates(model, name):
     return {path: layer.get_delta_weight(name).detach() for path, layer in layers.items()}
 
 
-@pytest.mark.parametrize("method", ["moslora", "low_rank", "mixer", "diagonal"])
+@pytest.mark.parametrize("method", ["moslora", "low_rank", "full", "diagonal"])
 @pytest.mark.parametrize("combination", ["cat", "svd"])
 def test_weighted_sum_is_exact(method, combination):
     model = two_adapters(method)
@@ -56,7 +56,7 @@ def test_svd_of_a_smaller_rank_is_the_best_approximation():
         torch.testing.assert_close(torch.linalg.norm(update.double() - whole), best, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["low_rank", "mixer", "diagonal"])
+@pytest.mark.parametrize("method", ["low_rank", "full", "diagonal"])
 def test_sums_of_one_subspace_stay_coefficients(method, tmp_path):
     model = two_adapters(method)
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", "cat")
@@ -68,7 +68,7 @@ def test_sums_of_one_subspace_stay_coefficients(method, tmp_path):
         assert torch.equal(update, expected[path])
 
 
-@pytest.mark.parametrize("core", ["mixer", "diagonal"])
+@pytest.mark.parametrize("core", ["full", "diagonal"])
 @pytest.mark.parametrize("combination", ["ties", "magnitude_prune"])
 def test_entrywise_combinations_of_coefficients_stay_coefficients(core, combination):
     model = two_adapters(core)
@@ -92,7 +92,7 @@ def test_entrywise_combinations_of_coefficients_stay_coefficients(core, combinat
 
 def test_entrywise_combinations_need_a_density():
     with pytest.raises(AdapterConfigError, match="needs density="):
-        two_adapters("mixer").add_weighted_adapter(["default", "second"], [1, 1], "sum", "ties")
+        two_adapters("full").add_weighted_adapter(["default", "second"], [1, 1], "sum", "ties")
 
 
 @pytest.mark.parametrize("method", ["moslora", "low_rank"])
@@ -112,7 +112,7 @@ def test_ranks_that_differ_cannot_be_summed_linearly():
         two_adapters("low_rank", ranks=(4, 2)).add_weighted_adapter(["default", "second"], [1, 1], "sum", "linear")
 
 
-@pytest.mark.parametrize("method", ["moslora", "low_rank", "mixer"])
+@pytest.mark.parametrize("method", ["moslora", "low_rank", "full"])
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_tied_weights_share_what_is_trained(method, tmp_path, tokens):
     def make():
@@ -144,7 +144,7 @@ def test_parameter_groups():
     assert all(p.shape == (4, 4) for p in groups["mixer"]["params"])
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups.values()) == len(trained)
-    eigen = {group["name"]: group for group in parameter_groups(two_adapters("mixer"), lr=1e-3, coefficients_lr=0.1)}
+    eigen = {group["name"]: group for group in parameter_groups(two_adapters("full"), lr=1e-3, coefficients_lr=0.1)}
     assert {name: group["lr"] for name, group in eigen.items()} == {"coefficients": 0.1}
 
 

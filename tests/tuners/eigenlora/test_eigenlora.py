@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from eigenpeft.errors import AdapterConfigError, ArtifactError, SubspaceError, S
 from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
 
-CORES = ("low_rank", "mixer", "diagonal")
+CORES = ("low_rank", "full", "diagonal")
 
 
 def adapted(architecture, tmp_path, *, name="subspace", **settings):
@@ -49,7 +50,7 @@ def test_starts_at_the_base_model_and_trains_coefficients_alone(architecture, tm
         assert torch.equal(layer.lora_A["default"].basis.components_in, bases_before[name])
 
 
-@pytest.mark.parametrize(("core", "parameters"), [("low_rank", 2 * 12 * 4), ("mixer", 12 * 12), ("diagonal", 12)])
+@pytest.mark.parametrize(("core", "parameters"), [("low_rank", 2 * 12 * 4), ("full", 12 * 12), ("diagonal", 12)])
 def test_number_of_parameters_a_module(architecture, tmp_path, core, parameters):
     model = adapted(architecture, tmp_path, core=core)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -64,7 +65,7 @@ def test_update_is_the_formula(architecture, tmp_path, tokens, core, rslora, sca
     for layer in factors(model).values():
         basis = layer.lora_A["default"].basis
         C_in, C_out = (getattr(layer, side)["default"].coefficients for side in ("lora_A", "lora_B"))
-        P = {"low_rank": lambda: C_out @ C_in, "mixer": lambda: C_out, "diagonal": lambda: torch.diag(C_out)}[core]()  # noqa: B023
+        P = {"low_rank": lambda: C_out @ C_in, "full": lambda: C_out, "diagonal": lambda: torch.diag(C_out)}[core]()  # noqa: B023
         expected = scaling * basis.components_out.double().T @ P.double() @ basis.components_in.double()
         update = layer.get_delta_weight("default").double()
         update = update.T if getattr(layer, "fan_in_fan_out", False) else update
@@ -192,7 +193,7 @@ def test_several_adapters_switch_disable_and_delete(architecture, tmp_path, toke
     base = logits(architecture[0](), tokens)
     model = adapted(architecture, tmp_path)
     first = train(model, tokens)
-    model.add_adapter("second", EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=3, core="mixer"))
+    model.add_adapter("second", EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=3, core="full"))
     model.set_adapter("second")
     second = train(model, tokens)
     assert (first - second).abs().max() > 1e-4
@@ -338,7 +339,7 @@ def test_dropout_acts_in_training_only(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"core": "full"}, AdapterConfigError, "core='full' must be one of 'low_rank', 'mixer', 'diagonal'"),
+        ({"core": "mixture"}, AdapterConfigError, "core='mixture' must be one of 'low_rank', 'full', 'diagonal'"),
         ({"save_subspace": "no"}, AdapterConfigError, "save_subspace='no' must be one of"),
         ({"n_components": 0}, AdapterConfigError, "n_components=0 must be None or a whole number"),
         ({"n_components": 40}, SubspaceError, "n_components=40 must be between 1 and the 12 components"),
@@ -369,3 +370,17 @@ def test_another_base_model_is_refused():
         get_peft_model(tiny_llama(), EigenLoraConfig(subspace=subspace, r=4))
     with pytest.raises(AdapterConfigError, match="None of the subspace's 2 modules"):
         get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=4))
+
+
+def test_the_old_name_of_the_full_core_warns_users_and_not_readers_of_files(tmp_path):
+    with pytest.warns(DeprecationWarning, match="core='mixer' is deprecated .* use core='full'") as caught:
+        config = EigenLoraConfig(subspace="subspace", core="mixer")
+    assert caught[0].filename == __file__
+    assert config.core == "full"
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"core": "mixer"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert EigenLoraConfig.from_pretrained(tmp_path).core == "full"
+        assert PeftConfig.from_pretrained(tmp_path).core == "full"

@@ -40,7 +40,7 @@ def load(architecture, folder):
     return PeftModel.from_pretrained(architecture[0](), folder)
 
 
-@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 7), ("mixer", 4)])
+@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 7), ("full", 4)])
 @pytest.mark.parametrize("source", ["first", "store#first"])
 def test_starts_where_the_adapter_is(architecture, trained, core, r, source):
     config = EigenLoraConfig(
@@ -70,7 +70,7 @@ def test_a_smaller_rank_starts_at_the_best_approximation(architecture, trained):
 def test_a_diagonal_core_starts_at_the_diagonal(architecture, trained):
     subspace = str(trained / "subspace")
     mixer = get_peft_model(
-        architecture[0](), EigenLoraConfig(subspace=subspace, r=4, core="mixer", init_from=str(trained / "first"))
+        architecture[0](), EigenLoraConfig(subspace=subspace, r=4, core="full", init_from=str(trained / "first"))
     )
     diagonal = get_peft_model(
         architecture[0](), EigenLoraConfig(subspace=subspace, r=4, core="diagonal", init_from=str(trained / "first"))
@@ -118,7 +118,7 @@ def embedded(tmp_path, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 6), ("mixer", 4)])
+@pytest.mark.parametrize(("core", "r"), [("low_rank", 4), ("low_rank", 6), ("full", 4)])
 @pytest.mark.parametrize("source", ["first", "store#first"])
 def test_embeddings_start_where_the_adapter_is(embedded, tokens, core, r, source):
     folder = embedded / "subspace"

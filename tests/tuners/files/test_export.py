@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.errors import AdapterConfigError, ArtifactError
-from eigenpeft.tuners.lora_files import LoraUpdate, with_one_rank_and_alpha
+from eigenpeft.tuners.files.lora_files import LoraUpdate, with_one_rank_and_alpha
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
 
 PLAIN = """
@@ -36,7 +36,7 @@ def configs():
     common = {"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"}
     return {
         "low_rank": EigenLoraConfig(subspace=subspace, **common),
-        "mixer": EigenLoraConfig(subspace=subspace, core="mixer", **common),
+        "full": EigenLoraConfig(subspace=subspace, core="full", **common),
         "diagonal": EigenLoraConfig(subspace=subspace, core="diagonal", use_rslora=True, **common),
         "patterns": EigenLoraConfig(
             subspace=subspace, rank_pattern={"0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 3}, **common
@@ -45,7 +45,7 @@ def configs():
     }
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "mixer", "diagonal", "patterns", "moslora"])
+@pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal", "patterns", "moslora"])
 def test_export_is_a_plain_lora_with_the_same_logits(tmp_path, tokens, kind):
     model, expected = trained(tokens, configs()[kind])
     export_lora(model, tmp_path / "lora")
@@ -69,7 +69,7 @@ def test_export_loads_where_eigenpeft_is_never_imported(tmp_path, tokens):
 
 
 def test_smaller_rank_is_the_best_approximation(tmp_path, tokens):
-    model, _ = trained(tokens, configs()["mixer"])
+    model, _ = trained(tokens, configs()["full"])
     export_lora(model, tmp_path / "lora", rank=3)
     plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
     ours, theirs = (

@@ -26,7 +26,7 @@ def adapter(subspace, *, rank, core="low_rank"):
     return get_peft_model(tiny_llama(), EigenLoraConfig(subspace=subspace, r=rank, core=core, **settings)).eval()
 
 
-@pytest.mark.parametrize("core", ["low_rank", "mixer", "diagonal"])
+@pytest.mark.parametrize("core", ["low_rank", "full", "diagonal"])
 def test_padding_changes_nothing_and_other_ranks_swap_in(subspace, tokens, tmp_path, core):
     expected = {}
     for rank in (3, 6):

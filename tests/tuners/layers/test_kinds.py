@@ -64,7 +64,7 @@ KINDS = {
     "experts": (lambda: Around(Experts()), (5, 8), {"target_modules": [], "target_parameters": ["target.weight"]}),
     "attention": (Attention, (2, 5, 8), {}),
 }
-METHODS = ("moslora", "low_rank", "mixer", "diagonal")
+METHODS = ("moslora", "low_rank", "full", "diagonal")
 UNDEFINED = {("grouped", "diagonal")}
 UNMERGEABLE = {"grouped"}  # by LoRA itself
 
@@ -139,7 +139,7 @@ def test_exports_as_plain_lora(kind, method, tmp_path):
 
 @pytest.mark.parametrize("kind", ["embedding", "conv2d"])
 def test_exports_the_nearest_update_of_a_smaller_rank(kind, tmp_path):
-    base, _, model = adapted(kind, "mixer", init=False)
+    base, _, model = adapted(kind, "full", init=False)
     export_lora(model, tmp_path, rank=2)
     plain = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     ours, theirs = (each.base_model.model.target.get_delta_weight("default").detach() for each in (model, plain))
@@ -227,7 +227,7 @@ def test_groups_must_divide_the_inner_channels():
     subspace = PrincipalSubspace(
         {"target": ModuleSubspace(*sides, spectrum, spectrum, spectrum / 3)}, info=SubspaceInfo()
     )
-    config = EigenLoraConfig(subspace=subspace, r=4, target_modules=["target"], core="mixer")
+    config = EigenLoraConfig(subspace=subspace, r=4, target_modules=["target"], core="full")
     with pytest.raises(AdapterConfigError, match="has 3 inner channels for 'target', a convolution with 2 groups"):
         get_peft_model(base, config)
 

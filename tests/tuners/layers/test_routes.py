@@ -14,7 +14,7 @@ from eigenpeft.tuners.layers import routes
 from eigenpeft.tuners.layers.routes import add_update, owns_output
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_gpt2, tiny_llama, train
 
-CORES = ["low_rank", "mixer", "diagonal"]
+CORES = ["low_rank", "full", "diagonal"]
 
 
 def matrices(core="low_rank", *, n=9, m=11, k=5, r=3, dtype=torch.float64):
@@ -26,7 +26,7 @@ def matrices(core="low_rank", *, n=9, m=11, k=5, r=3, dtype=torch.float64):
     return {
         "components_in": normal(k, n),
         "coefficients_in": normal(r, k) if core == "low_rank" else None,
-        "coefficients_out": {"low_rank": normal(k, r), "mixer": normal(k, k), "diagonal": normal(k)}[core],
+        "coefficients_out": {"low_rank": normal(k, r), "full": normal(k, k), "diagonal": normal(k)}[core],
         "components_out": normal(k, m),
     }
 
@@ -76,7 +76,7 @@ def test_gradcheck_of_every_route(route, monkeypatch):
     assert torch.autograd.gradcheck(update, leaves)
 
 
-@pytest.mark.parametrize("core", ["mixer", "diagonal"])
+@pytest.mark.parametrize("core", ["full", "diagonal"])
 def test_gradcheck_of_cores_without_a_rank(core):
     fixed = matrices(core)
     leaves = [torch.randn(4, 11).double(), torch.randn(4, 9).double(), fixed.pop("coefficients_out")]
@@ -261,7 +261,7 @@ def test_dora_goes_its_own_way(tokens):
 def test_two_active_adapters_add_up(tokens):
     model = adapted()
     config = model.peft_config["default"]
-    model.add_adapter("second", EigenLoraConfig(subspace=config._subspace, r=2, core="mixer"))
+    model.add_adapter("second", EigenLoraConfig(subspace=config._subspace, r=2, core="full"))
     model.base_model.set_adapter(["default", "second"])
     moved(model)
     for value, wanted in zip(

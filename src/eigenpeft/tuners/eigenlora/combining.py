@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.convolution import is_convolution
@@ -29,7 +30,7 @@ _ENTRYWISE: dict[str, Any] = {
 def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> bool:
     """Whether adapters can be combined in coefficient space: one core, the same bases in every layer.
 
-    Linear algebra is exact there. What works entry by entry is taken on the one coefficient tensor of the cores "mixer" and
+    Linear algebra is exact there. What works entry by entry is taken on the one coefficient tensor of the cores "full" and
     "diagonal": on LoRA's two factors, of which A is the same for all of them, opposite weights would cancel it.
 
     Args:
@@ -40,13 +41,14 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
     """
     if not all(isinstance(config, EigenLoraConfig) for config in configs):
         return False
-    if combination not in _LINEAR_ALGEBRA and (combination not in _ENTRYWISE or configs[0].core == "low_rank"):
+    is_factored = core_kind(configs[0].core).is_factored
+    if combination not in _LINEAR_ALGEBRA and (combination not in _ENTRYWISE or is_factored):
         return False
     if len({config.core for config in configs}) > 1 or any(config.use_dora for config in configs):
         return False
     if len({(config.subspace_sha256, config.n_components) for config in configs}) > 1:
         return False
-    if configs[0].core != "low_rank":
+    if not is_factored:
         return True
     layers = [layer for name in adapters for _, layer, _ in adapted_layers(model, name)]
     # The channels of a grouped convolution's B are bound to the groups; ranks that differ within one layer do not add.

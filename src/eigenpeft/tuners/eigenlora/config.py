@@ -5,18 +5,17 @@ from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
+from eigenpeft.subspace.cores import FROM_ZERO, core_kind
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.tuners.layers.shared_bases import remember
 from eigenpeft.version import __version__
 
-CORES = ("low_rank", "mixer", "diagonal")
-
 
 @dataclass
 class EigenLoraConfig(ExplainedConfig):
-    """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ P V_in` (arXiv 2502.04700).
+    """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ M V_in` (arXiv 2502.04700).
 
     All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
     scaling `s = lora_alpha / r` (or `/ sqrt(r)` with `use_rslora`) of the cores that have no rank of their own.
@@ -27,8 +26,8 @@ class EigenLoraConfig(ExplainedConfig):
 
     Examples:
         >>> from eigenpeft import EigenLoraConfig
-        >>> EigenLoraConfig(subspace="my-subspace", r=8, core="mixer").core
-        'mixer'
+        >>> EigenLoraConfig(subspace="my-subspace", r=8, core="full").core
+        'full'
     """
 
     method_name = "EigenLoRA"
@@ -47,11 +46,12 @@ class EigenLoraConfig(ExplainedConfig):
     n_components: int | None = field(
         default=None, metadata={"help": "Use only the first n_components of each module; None uses all."}
     )
-    core: Literal["low_rank", "mixer", "diagonal"] = field(
+    core: Literal["low_rank", "full", "diagonal"] = field(
         default="low_rank",
         metadata={
-            "help": "Form of P (K, K). 'low_rank': C_out C_in with 2 K r parameters a module (EigenLoRAx); 'mixer': all "
-            "K² entries (LoRA-XS, MoSLoRA's mixer); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0."
+            "help": "Form of M (K, K). 'low_rank': C_out C_in with 2 K r parameters per module (EigenLoRAx); 'full': all "
+            "K² entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0. 'mixer', the old name "
+            "of 'full', is deprecated."
         },
     )
     init_from: str | None = field(
@@ -79,11 +79,14 @@ class EigenLoraConfig(ExplainedConfig):
     eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
+        from_file = self.peft_type is not None  # which users leave out, and PEFT's files always have
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
         self._warm_start: Any = None  # where `init_from` leads, while an adapter is injected
         check_lora_options(self, method="EigenLoRA")
-        for name, allowed in (("core", CORES), ("save_subspace", ("reference", "embed"))):
+        if self.core == "mixer":
+            self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
+        for name, allowed in (("core", FROM_ZERO), ("save_subspace", ("reference", "embed"))):
             if getattr(self, name) not in allowed:
                 raise AdapterConfigError(
                     f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}."

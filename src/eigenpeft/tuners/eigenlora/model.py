@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
     embedded_counts,
@@ -63,14 +64,22 @@ class EigenLoraModel(FactorModel):
             AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
         """
         name, basis = basis_for(layer, subspace_of(config), config, module)
-        coefficients = start(layer, adapter_name, basis=basis, config=config, module=module)
+        core = core_kind(config.core)
+        parts = start(layer, adapter_name, basis=basis, config=config, module=module)
         if config._warm_start is not None and name in config._warm_start.modules:
             _check_warm_start(layer, config, module)
-            coefficients = config._warm_start.coefficients(
-                name, start=coefficients, core=config.core, scaling=layer.scaling[adapter_name]
-            )
-        place(layer, adapter_name, basis=basis, coefficients=coefficients, core=config.core)
+            parts = config._warm_start.parts(name, start=parts, core=core, scaling=layer.scaling[adapter_name])
+        place(layer, adapter_name, basis=basis, parts=parts, core=core)
         adopt(layer, adapter_name)
+
+    @classmethod
+    def has_matrices(cls, config: EigenLoraConfig) -> bool:
+        """`FactorModel.has_matrices`: a diagonal has one axis.
+
+        Args:
+            config: Configuration of the adapter.
+        """
+        return core_kind(config.core).is_matrix
 
     def add_weighted_adapter(
         self,
@@ -83,7 +92,7 @@ class EigenLoraModel(FactorModel):
     ) -> None:
         """Combine adapters into a new one: in coefficient space, exactly, where that can be; else into a plain LoRA.
 
-        Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "mixer" and
+        Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "full" and
         "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself; "ties",
         "dare_ties", "dare_linear" and "magnitude_prune" work on the entries of their coefficients. Other combinations work
         on LoRA's factors or on the update's entries, and what they make leaves the subspace.

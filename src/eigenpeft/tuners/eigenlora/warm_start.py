@@ -1,14 +1,12 @@
-"""Coefficients to start from, taken from an existing adapter."""
+"""Cores to start from, taken from an existing adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.linalg.factored import truncate
-from eigenpeft.subspace import Coefficients, CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import CoefficientStore, Core, PrincipalSubspace
+from eigenpeft.subspace.cores import CoreKind, Parts
 
 
 @dataclass(frozen=True)
@@ -17,41 +15,36 @@ class WarmStart:
 
     Attributes:
         source: As the user named it.
-        modules: Coefficients by module; modules that the adapter does not have start as usual.
+        modules: The adapter's core by module; modules that the adapter does not have start as usual.
     """
 
     source: str
-    modules: dict[str, Coefficients]
+    modules: Mapping[str, Core]
 
-    def coefficients(
-        self, module: str, *, start: tuple[Tensor | None, Tensor], core: str, scaling: float
-    ) -> tuple[Tensor | None, Tensor]:
-        """Coefficients of a module in the form of a core, the adapter's own scaling divided by the new one.
+    def parts(self, module: str, *, start: Parts, core: CoreKind, scaling: float) -> Parts:
+        """The core of a module in the form of a kind, the adapter's own scaling divided by the new one.
 
         Args:
             module: Module of the subspace.
             start: The usual start, which gives the shapes and fills what the adapter's rank leaves free.
-            core: "low_rank" (optimal truncation when the adapter's rank is larger), "mixer" or "diagonal".
+            core: The kind; a factored one gets the optimal truncation when the adapter's rank is larger.
             scaling: `s` of the new adapter.
         """
         if module not in self.modules:
             return start
-        start_in, start_out = start
-        n_components = len(start_out)
-        left = self.modules[module].coefficients_out[:n_components].float() / scaling
-        right = self.modules[module].coefficients_in[:, :n_components].float()
-        if core == "mixer":
-            return None, left @ right
-        if core == "diagonal":
-            return None, (left * right.mT).sum(dim=1)
-        assert start_in is not None  # the low-rank core has both sides
-        rank = min(len(start_in), len(right))
-        left, right = truncate(left, right, rank=rank)
+        n_in, n_out, free = core.sizes(start)
+        left, right = self.modules[module].factors()
+        left, right = left[:n_out].float() / scaling, right[:, :n_in].float()
+        rank = min(free, len(right))
+        fitted = core.from_factors(left, right, rank)
+        if not core.is_factored:
+            return fitted
         # What the rank leaves free adds nothing: one side of it is zero, that which a start has at zero (embeddings' A).
-        coefficients_in = start_in.clone()
-        coefficients_out = torch.zeros_like(start_out) if start_in.any() else start_out.clone()
-        coefficients_in[:rank], coefficients_out[:, :rank] = right, left
-        return coefficients_in, coefficients_out
+        inside, outside = start["coefficients_in"].clone(), start["coefficients_out"].clone()
+        if inside.any():
+            outside.zero_()
+        inside[:rank], outside[:, :rank] = fitted["coefficients_in"], fitted["coefficients_out"]
+        return {"coefficients_in": inside, "coefficients_out": outside}
 
 
 def read_warm_start(source: str, subspace: PrincipalSubspace) -> WarmStart:

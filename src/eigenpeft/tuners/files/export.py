@@ -37,7 +37,7 @@ def export_lora(
 ) -> None:
     """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
 
-    Exact at the adapter's own rank (the number of components for the cores "mixer" and "diagonal"). No matrix of the
+    Exact at the adapter's own rank (the number of components for the cores "full" and "diagonal"). No matrix of the
     size of a weight is formed. Trained heads and biases of a model are written too. Linear layers, embeddings,
     convolutions, attention and parameters (`target_parameters`) are all written as LoRA keeps them.
 

@@ -39,6 +39,15 @@ class FactorModel(LoraModel):
         """
 
     @classmethod
+    def has_matrices(cls, config: Any) -> bool:
+        """Whether all tensors of an adapter have at least two axes, as PEFT expects of LoRA's.
+
+        Args:
+            config: Configuration of the adapter.
+        """
+        return True
+
+    @classmethod
     @contextmanager
     def injecting(cls, model: nn.Module, config: Any, adapter_name: str) -> Iterator[None]:
         """What a method does to its configuration around the injection of an adapter; nothing here.
@@ -80,7 +89,7 @@ class FactorModel(LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if getattr(config, "core", None) != "diagonal":  # whose tensors have one axis
+        if cls.has_matrices(config):
             # PEFT's warning of tensors that are still sharded, which it gives for its own methods only.
             _validate_lora_adapter_state_dict(selected, adapter_name=adapter_name)
         return selected

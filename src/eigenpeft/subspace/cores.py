@@ -1,0 +1,401 @@
+"""The kinds of core `M` in `ΔW = V_outᵀ M V_in`, as one table: shapes, numbers of parameters, starts and conversions."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.factored import truncate
+
+Parts = Mapping[str, Tensor]
+"""The tensors of one core by the names that they have in adapter files."""
+Init = bool | Literal["gaussian"]
+"""As LoRA's `init_lora_weights`: True, "gaussian", or False for random numbers on both sides (`ΔW` is not zero)."""
+
+
+class CoreKind(ABC):
+    """One row of `CORES`. All its methods are pure functions of tensors.
+
+    Attributes:
+        name: What `EigenLoraConfig(core=...)` and files call it.
+        trained: Names of the parts that training changes; the others are frozen.
+        is_factored: Whether M is a product of two parts, so that r is a size of its own.
+        is_matrix: Whether the output side has two axes; otherwise it is the diagonal of a square M.
+    """
+
+    name: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]] = ("coefficients_out",)
+    is_factored: ClassVar[bool] = False
+    is_matrix: ClassVar[bool] = True
+
+    @abstractmethod
+    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each part.
+
+        Args:
+            n_in: K_in, components of the input side.
+            n_out: K_out, components of the output side.
+            rank: r of "low_rank"; the number of frozen cores of "mixture"; without meaning for the others.
+
+        Raises:
+            SubspaceError: If the core is not defined for these numbers.
+        """
+
+    @abstractmethod
+    def sizes(self, parts: Parts) -> tuple[int, int, int]:
+        """The arguments `(n_in, n_out, rank)` of `shapes` that fit some parts.
+
+        Args:
+            parts: Tensors by name.
+        """
+
+    @abstractmethod
+    def to_dense(self, parts: Parts) -> Tensor:
+        """M (K_out, K_in).
+
+        Args:
+            parts: Tensors by name.
+        """
+
+    @abstractmethod
+    def from_factors(
+        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        """The parts whose M is nearest to `C_out C_in` in the Frobenius norm.
+
+        On orthonormal components that is also the nearest update.
+
+        Args:
+            coefficients_out: C_out, (K_out, q).
+            coefficients_in: C_in, (q, K_in).
+            rank: r of the result for "low_rank", filled with zeros where q is smaller; None keeps the factors as they
+                are. The other cores have no rank of their own.
+
+        Raises:
+            SubspaceError: If the core is not defined for these numbers of components.
+        """
+
+    def to_factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """`(C_out (K_out, q), C_in (q, K_in))` with `C_out C_in = M`, without a decomposition.
+
+        Args:
+            parts: Tensors by name.
+
+        Returns:
+            For "low_rank" its own parts, q = r; for the others M and an identity, q = min(K_out, K_in).
+        """
+        dense = self.to_dense(parts)
+        n_out, n_in = dense.shape
+        identity = torch.eye(min(n_out, n_in), dtype=dense.dtype, device=dense.device)
+        return (dense, identity) if n_in <= n_out else (identity, dense)
+
+    def n_parameters(self, n_in: int, n_out: int, rank: int) -> int:
+        """How many numbers are trained in one module.
+
+        Args:
+            n_in: K_in.
+            n_out: K_out.
+            rank: As in `shapes`.
+        """
+        shapes = self.shapes(n_in, n_out, rank)
+        return sum(math.prod(shapes[part]) for part in self.trained)
+
+    def start(
+        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The parts of the start `ΔW = 0`, from torch's global generator as PEFT's own starts are.
+
+        Only one side is zero: with zeros on both sides no gradient would ever flow (a saddle).
+
+        Args:
+            n_in: K_in.
+            n_out: K_out.
+            rank: As in `shapes`.
+            init: As LoRA's `init_lora_weights`.
+            zero_side: Side of the factored core that starts at zero: "out" as LoRA does for linear layers, "in" as it does
+                for embeddings. Cores of one part start at zero there.
+            scale: Standard deviation of the other side where `zero_side` is "in".
+        """
+        shape = self.shapes(n_in, n_out, rank)["coefficients_out"]
+        return {"coefficients_out": torch.zeros(shape) if init is not False else _uniform(shape)}
+
+
+class _LowRank(CoreKind):
+    """`M = C_out C_in` (EigenLoRAx, arXiv 2502.04700, section 3)."""
+
+    name = "low_rank"
+    trained = ("coefficients_in", "coefficients_out")
+    is_factored = True
+
+    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"coefficients_in": (rank, n_in), "coefficients_out": (n_out, rank)}
+
+    def sizes(self, parts: Parts) -> tuple[int, int, int]:
+        return parts["coefficients_in"].shape[1], len(parts["coefficients_out"]), len(parts["coefficients_in"])
+
+    def to_dense(self, parts: Parts) -> Tensor:
+        return parts["coefficients_out"] @ parts["coefficients_in"]
+
+    def to_factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        return parts["coefficients_out"], parts["coefficients_in"]
+
+    def from_factors(
+        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        if rank is not None:
+            coefficients_out, coefficients_in = truncate(coefficients_out, coefficients_in, rank=rank)
+        return {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out}
+
+    def start(
+        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        shapes = self.shapes(n_in, n_out, rank)
+        if zero_side == "in":
+            left = torch.zeros(shapes["coefficients_in"]) if init is not False else torch.randn(rank, n_in)
+            return {"coefficients_in": left, "coefficients_out": scale * torch.randn(n_out, rank)}
+        # As LoRA starts A: the rows of A = C_in V_in get the norm that LoRA's rows have, V_in being orthonormal.
+        inside = nn.init.kaiming_uniform_(torch.empty(shapes["coefficients_in"]), a=math.sqrt(5))
+        if init == "gaussian":
+            nn.init.normal_(inside, std=1 / rank)
+        return {"coefficients_in": inside} | super().start(n_in, n_out, rank, init=init)
+
+
+class _Full(CoreKind):
+    """All entries of M (LoRA-XS, arXiv 2405.17604; the mixer of MoSLoRA on a recycled subspace)."""
+
+    name = "full"
+
+    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"coefficients_out": (n_out, n_in)}
+
+    def sizes(self, parts: Parts) -> tuple[int, int, int]:
+        n_out, n_in = parts["coefficients_out"].shape
+        return n_in, n_out, min(n_in, n_out)
+
+    def to_dense(self, parts: Parts) -> Tensor:
+        return parts["coefficients_out"]
+
+    def from_factors(
+        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        return {"coefficients_out": coefficients_out @ coefficients_in}
+
+
+class _Diagonal(CoreKind):
+    """`M = diag(d)` (JD-Diag of "Compress then Serve", arXiv 2407.00066)."""
+
+    name = "diagonal"
+    is_matrix = False
+
+    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        if n_in != n_out:
+            raise SubspaceError(
+                f"core='diagonal' pairs each component of the input with one of the output, and there are {n_in} and "
+                f"{n_out}; use core='full' or core='low_rank', or bases with equal numbers of components."
+            )
+        return {"coefficients_out": (n_out,)}
+
+    def sizes(self, parts: Parts) -> tuple[int, int, int]:
+        n = len(parts["coefficients_out"])
+        return n, n, n
+
+    def to_dense(self, parts: Parts) -> Tensor:
+        return torch.diag(parts["coefficients_out"])
+
+    def from_factors(
+        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        self.shapes(coefficients_in.shape[1], len(coefficients_out), 1)
+        return {"coefficients_out": (coefficients_out * coefficients_in.mT).sum(dim=1)}
+
+
+class _Mixture(CoreKind):
+    """`M = Σ_t w_t M_t` of frozen cores, with one trained weight per core (LoRA-Soups' CAT, arXiv 2410.13025)."""
+
+    name = "mixture"
+    trained = ("weights",)
+
+    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"weights": (rank,), "cores": (rank, n_out, n_in)}
+
+    def sizes(self, parts: Parts) -> tuple[int, int, int]:
+        n_cores, n_out, n_in = parts["cores"].shape
+        return n_in, n_out, n_cores
+
+    def to_dense(self, parts: Parts) -> Tensor:
+        return torch.einsum("t,tij->ij", parts["weights"], parts["cores"])
+
+    def from_factors(
+        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+    ) -> dict[str, Tensor]:
+        dense = coefficients_out @ coefficients_in
+        return {"weights": dense.new_ones(1), "cores": dense[None]}
+
+    def start(
+        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        raise SubspaceError(
+            "core='mixture' has no start of its own: it weighs cores that exist already. Make it from members of a store."
+        )
+
+
+CORES: dict[str, CoreKind] = {row.name: row for row in (_LowRank(), _Full(), _Diagonal(), _Mixture())}
+"""The kinds of core by name."""
+FROM_ZERO: tuple[str, ...] = ("low_rank", "full", "diagonal")
+"""Those that an adapter can be trained in from `ΔW = 0`, without other adapters."""
+_RENAMED = {"mixer": "full"}
+
+
+def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> CoreKind:
+    """The row of a name; "mixer", the old name of "full", is read as that.
+
+    Args:
+        name: Of the core.
+        from_file: Whether a file says it, and no user could change it: then the old name is read without a warning.
+        stacklevel: Of the `DeprecationWarning`, as `warnings.warn` takes it, seen from the caller.
+
+    Raises:
+        SubspaceError: If there is no such core.
+
+    Examples:
+        >>> core_kind("low_rank").n_parameters(16, 16, 4)
+        128
+    """
+    if name in _RENAMED:
+        if not from_file:
+            warnings.warn(
+                f"core={name!r} is deprecated and goes away in the next minor version; use core={_RENAMED[name]!r}, the "
+                "same under another name.",
+                DeprecationWarning,
+                stacklevel=stacklevel,
+            )
+        name = _RENAMED[name]
+    if name not in CORES:
+        raise SubspaceError(f"core={name!r} must be one of {', '.join(map(repr, CORES))}.")
+    return CORES[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """An adapter's place in the bases of one module: `ΔW ≈ V_outᵀ M V_in` with `M = scaling · M(parts)`.
+
+    The parts are kept as they were trained, and the scaling beside them, so that an adapter comes out as it went in, bit
+    for bit. `factors` and `dense` have the scaling in them.
+
+    Attributes:
+        kind: Name of a row of `CORES`.
+        parts: Tensors by the names that they have in adapter files.
+        scaling: `s = lora_alpha / r`, or 1 where it is folded into the parts.
+
+    Raises:
+        SubspaceError: If the kind is unknown, or the parts are not those of the kind or do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> core = Core("diagonal", {"coefficients_out": torch.tensor([1.0, 2.0])}, scaling=0.5)
+        >>> core.dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]])
+    """
+
+    kind: str
+    parts: Parts
+    scaling: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "kind", core_kind(self.kind, from_file=True).name)
+        object.__setattr__(self, "parts", dict(self.parts))
+        found = {name: tuple(tensor.shape) for name, tensor in self.parts.items()}
+        try:
+            fits = found == self.row.shapes(*self.row.sizes(self.parts))
+        except (KeyError, IndexError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            expected = self.row.shapes(1, 1, 1)
+            raise SubspaceError(
+                f"A core of kind {self.kind!r} has the parts {', '.join(expected)}, with {len(expected)} shapes that fit "
+                f"each other as subspace/cores.py defines; got {found}."
+            )
+
+    @property
+    def row(self) -> CoreKind:
+        """The row of `CORES`."""
+        return CORES[self.kind]
+
+    @property
+    def n_in(self) -> int:
+        """K_in, components of the input side."""
+        return self.row.sizes(self.parts)[0]
+
+    @property
+    def n_out(self) -> int:
+        """K_out, components of the output side."""
+        return self.row.sizes(self.parts)[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the parts in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.parts.values())
+
+    @property
+    def coefficients_out(self) -> Tensor:
+        """C_out (K_out, q) of `factors`."""
+        return self.factors()[0]
+
+    @property
+    def coefficients_in(self) -> Tensor:
+        """C_in (q, K_in) of `factors`."""
+        return self.factors()[1]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`(C_out (K_out, q), C_in (q, K_in))` with `C_out C_in = M`, the scaling in C_out."""
+        left, right = self.row.to_factors(self.parts)
+        return (left if self.scaling == 1.0 else left * self.scaling), right
+
+    def dense(self) -> Tensor:
+        """M (K_out, K_in), the scaling included."""
+        dense = self.row.to_dense(self.parts)
+        return dense if self.scaling == 1.0 else dense * self.scaling
+
+    def to(self, kind: str, *, rank: int | None = None) -> "Core":
+        """The nearest core of another kind, its scaling folded into the parts.
+
+        Args:
+            kind: Name of a row of `CORES`.
+            rank: r of "low_rank"; None keeps this core's own factors.
+
+        Raises:
+            SubspaceError: If there is no such kind, or it is not defined for these numbers of components.
+
+        Examples:
+            >>> import torch
+            >>> Core("diagonal", {"coefficients_out": torch.tensor([1.0, 2.0])}).to("full").parts["coefficients_out"]
+            tensor([[1., 0.],
+                    [0., 2.]])
+        """
+        row = core_kind(kind, stacklevel=3)
+        return Core(row.name, row.from_factors(*self.factors(), rank))
+
+
+class Coefficients(Core):
+    """The core "low_rank" from its two parts: `ΔW ≈ V_outᵀ C_out C_in V_in`, the scaling folded in.
+
+    Args:
+        coefficients_out: C_out, (K_out, r).
+        coefficients_in: C_in, (r, K_in).
+    """
+
+    def __init__(self, coefficients_out: Tensor, coefficients_in: Tensor):
+        super().__init__("low_rank", {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out})
+
+
+def _uniform(shape: tuple[int, ...]) -> Tensor:
+    # LoRA's own B without a start is that of a linear layer; the fan-in of ours is the last axis too.
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound)
