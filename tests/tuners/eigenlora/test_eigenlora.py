@@ -12,8 +12,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from eigenpeft import EigenLoraConfig
+from eigenpeft import EigenLoraConfig, PrincipalSubspace
 from eigenpeft.errors import AdapterConfigError, ArtifactError, SubspaceError, SubspaceNotFoundError
+from eigenpeft.tuners import control_config
 from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
 
@@ -384,3 +385,28 @@ def test_the_old_name_of_the_full_core_warns_users_and_not_readers_of_files(tmp_
         warnings.simplefilter("error")
         assert EigenLoraConfig.from_pretrained(tmp_path).core == "full"
         assert PeftConfig.from_pretrained(tmp_path).core == "full"
+
+
+def test_a_subspace_is_read_once_for_all_layers_and_the_config_keeps_what_its_user_wrote(tmp_path, monkeypatch):
+    subspace = random_subspace(tiny_llama(), ["q_proj", "v_proj"])
+    subspace.save_pretrained(tmp_path / "subspace")
+    config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=4, lora_alpha=4)
+    before = config.to_dict()
+    read, reads = PrincipalSubspace.from_pretrained, []
+    monkeypatch.setattr(
+        PrincipalSubspace, "from_pretrained", lambda *args, **kwargs: reads.append(args) or read(*args, **kwargs)
+    )
+    model = get_peft_model(tiny_llama(), config)
+    assert len(reads) == 1 < len(factors(model))
+    changed = {name for name, value in config.to_dict().items() if value != before[name]}
+    assert changed - {"base_model_name_or_path"} == {"subspace_sha256", "target_modules"}
+    assert config.subspace_sha256 == subspace.fingerprint
+    assert not any(isinstance(value, PrincipalSubspace) for value in vars(config).values())
+
+
+def test_asking_a_config_for_its_subspace_writes_nothing_into_it(tmp_path):
+    random_subspace(tiny_llama(), ["q_proj"]).save_pretrained(tmp_path / "subspace")
+    config = EigenLoraConfig(subspace=str(tmp_path / "subspace"))
+    before = copy.deepcopy(vars(config))
+    assert control_config(config, "random").subspace_sha256 != config.subspace_sha256
+    assert vars(config) == before

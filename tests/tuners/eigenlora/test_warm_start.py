@@ -1,5 +1,7 @@
 """Warm starts: the new adapter begins at the old one's projection, whatever the core, rank and scaling."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,7 +56,17 @@ def test_starts_where_the_adapter_is(architecture, trained, core, r, source):
     model = get_peft_model(architecture[0](), config)
     for name, update in updates(load(architecture, trained / "first")).items():
         torch.testing.assert_close(updates(model)[name], update, rtol=1e-4, atol=1e-5)
-    assert config.init_from is None  # done: reloading needs no source
+    model.save_pretrained(trained / "warm")
+    assert (
+        json.loads((trained / "warm" / "adapter_config.json").read_text())["init_from"] is None
+    )  # reloading needs none
+
+
+def test_a_config_starts_every_model_that_it_is_used_for(architecture, trained):
+    config = EigenLoraConfig(subspace=str(trained / "subspace"), r=4, init_from=str(trained / "first"))
+    first, second = (updates(get_peft_model(architecture[0](), config)) for _ in range(2))
+    assert all(update.any() for update in first.values())
+    assert all(torch.equal(update, first[name]) for name, update in second.items())
 
 
 def test_a_smaller_rank_starts_at_the_best_approximation(architecture, trained):

@@ -19,7 +19,7 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
     """The subspace, or None when the adapter's own file brings the components.
 
     Args:
-        config: Of the adapter; remembers the subspace and its fingerprint.
+        config: Of the adapter; nothing is written into it.
 
     Raises:
         AdapterConfigError: If no subspace is named at all.
@@ -36,8 +36,6 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
             )
         place = config.subspace if isinstance(config.subspace, str) else None
         subspace = resolve(place, revision=config.subspace_revision, sha256=config.subspace_sha256)
-    config._subspace = subspace  # keeps it alive, and findable for the next adapter
-    config.subspace_sha256 = subspace.fingerprint
     return subspace
 
 

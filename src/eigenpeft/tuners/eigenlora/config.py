@@ -58,7 +58,7 @@ class EigenLoraConfig(ExplainedConfig):
         default=None,
         metadata={
             "help": "Warm start: folder or Hub id of a LoRA adapter, which is projected onto the subspace, or "
-            "'<folder or Hub id of a store>#<member>'. Cleared once done, so that reloading needs no source."
+            "'<folder or Hub id of a store>#<member>'. The adapter's own file does not name it: reloading needs no source."
         },
     )
     save_subspace: Literal["reference", "embed"] = field(
@@ -82,7 +82,7 @@ class EigenLoraConfig(ExplainedConfig):
         from_file = self.peft_type is not None  # which users leave out, and PEFT's files always have
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
-        self._warm_start: Any = None  # where `init_from` leads, while an adapter is injected
+        self._has_started = False
         check_lora_options(self, method="EigenLoRA")
         if self.core == "mixer":
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,6 +105,15 @@ class EigenLoraConfig(ExplainedConfig):
                 )
             self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
             self.subspace = self.subspace.origin
+
+    def note_start(self) -> None:
+        """Note that an adapter has started from `init_from`: what is saved from now on is a trained adapter's file."""
+        self._has_started = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as the adapter's file has them: without the start of an adapter that has started."""
+        values = super().to_dict()
+        return values | {"init_from": None} if self._has_started else values
 
     @property
     def embeds_subspace(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.subspace import PrincipalSubspace
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
@@ -23,10 +24,23 @@ from eigenpeft.tuners.eigenlora.combining import can_combine, combine
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
-from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
+from eigenpeft.tuners.eigenlora.warm_start import WarmStart, read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What is found once for an adapter and handed to each of its layers.
+
+    Attributes:
+        subspace: The subspace; None for components that the adapter's own file brings.
+        warm_start: Where `init_from` leads; None for a start at zero.
+    """
+
+    subspace: PrincipalSubspace | None
+    warm_start: WarmStart | None
 
 
 class EigenLoraModel(FactorModel):
@@ -34,41 +48,46 @@ class EigenLoraModel(FactorModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[None]:
-        """Find the subspace and choose its modules when no targets are named; afterwards note what is embedded.
+    def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[Injection]:
+        """Find the subspace once, and choose its modules when no targets are named; afterwards note what is embedded.
+
+        Into the configuration goes what its file must say: the subspace's fingerprint, the targets, what is embedded.
 
         Args:
             model: Model to adapt.
             config: Configuration of the adapter.
             adapter_name: The adapter.
+
+        Yields:
+            What `swap` needs for every layer.
         """
         subspace = subspace_of(config)
+        if subspace is not None:
+            config.subspace_sha256 = subspace.fingerprint
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = matching_modules(model, subspace, config)  # pyright: ignore[reportAttributeAccessIssue]
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        config._warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
-        try:
-            yield
-        finally:
-            config._warm_start = None
-        config.init_from = None
+        yield Injection(
+            subspace, read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
+        )
+        config.note_start()
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
     @staticmethod
-    def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str) -> None:
+    def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str, given: Injection) -> None:
         """`FactorModel.swap`: coefficients on the module's components in the place of both of LoRA's factors.
 
         Raises:
             AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
         """
-        name, basis = basis_for(layer, subspace_of(config), config, module)
+        name, basis = basis_for(layer, given.subspace, config, module)
         core = core_kind(config.core)
         parts = start(layer, adapter_name, basis=basis, config=config, module=module)
-        if config._warm_start is not None and name in config._warm_start.modules:
+        if given.warm_start is not None and name in given.warm_start.modules:
             _check_warm_start(layer, config, module)
-            parts = config._warm_start.parts(name, start=parts, core=core, scaling=layer.scaling[adapter_name])
+            parts = given.warm_start.parts(name, start=parts, core=core, scaling=layer.scaling[adapter_name])
         place(layer, adapter_name, basis=basis, parts=parts, core=core)
         adopt(layer, adapter_name)
 
@@ -114,7 +133,7 @@ class EigenLoraModel(FactorModel):
         combination, rank, target_modules = checked
         settings = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]], target_modules=target_modules, **settings
+            self.peft_config[adapters[0]], target_modules=target_modules, init_from=None, **settings
         )
         self.inject_adapter(self.model, adapter_name)
         options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}

@@ -25,10 +25,12 @@ class FactorModel(LoraModel):
 
     # Adapters that `add_weighted_adapter` makes, which are plain LoRA, while it makes them.
     _plain: Sequence[str] = ()
+    # What `injecting` yielded, while an adapter is injected.
+    _given: Any = None
 
     @staticmethod
     @abstractmethod
-    def swap(layer: LoraLayer, config: Any, adapter_name: str, module: str) -> None:
+    def swap(layer: LoraLayer, config: Any, adapter_name: str, module: str, given: Any) -> None:
         """Put factor modules in the place of LoRA's own.
 
         Args:
@@ -36,6 +38,7 @@ class FactorModel(LoraModel):
             config: Configuration of the adapter.
             adapter_name: The adapter.
             module: Name of the adapted weight in the base model.
+            given: What `injecting` yielded for the whole adapter.
         """
 
     @classmethod
@@ -49,15 +52,18 @@ class FactorModel(LoraModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: Any, adapter_name: str) -> Iterator[None]:
-        """What a method does to its configuration around the injection of an adapter; nothing here.
+    def injecting(cls, model: nn.Module, config: Any, adapter_name: str) -> Iterator[Any]:
+        """What a method does once for each adapter, around its injection; nothing here.
 
         Args:
             model: Model to adapt.
             config: Configuration of the adapter.
             adapter_name: The adapter.
+
+        Yields:
+            What `swap` gets for every layer.
         """
-        yield
+        yield None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As LoRA's.
@@ -68,8 +74,9 @@ class FactorModel(LoraModel):
             *args: PEFT's own.
             **kwargs: PEFT's own.
         """
-        with self.injecting(model, self.peft_config[adapter_name], adapter_name):
+        with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._given = None
 
     def _create_and_replace(
         self, lora_config, adapter_name: str, target, target_name: str, parent, current_key: str, **kwargs
@@ -80,7 +87,7 @@ class FactorModel(LoraModel):
             # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
             extended = not had and has_adapter(target, adapter_name)
             tuned: Any = target if extended else getattr(parent, target_name)
-            give_factors(self, type(self), tuned, lora_config, adapter_name, target_name, current_key)
+            give_factors(self, type(self), tuned, lora_config, adapter_name, target_name, current_key, self._given)
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
@@ -169,6 +176,7 @@ def give_factors(
     adapter_name: str,
     target_name: str,
     key: str,
+    given: Any,
 ) -> None:
     """Swap the factors of a layer that PEFT has just made or extended.
 
@@ -180,6 +188,7 @@ def give_factors(
         adapter_name: The adapter.
         target_name: Name of the layer in its parent.
         key: Name of the target in the model; of the parameter, for bare parameters.
+        given: What the method's `injecting` yielded for the adapter.
 
     Raises:
         AdapterConfigError: If the layer has none of LoRA's factors.
@@ -194,7 +203,7 @@ def give_factors(
         if tied:
             _share_factors(tuner.model.get_input_embeddings(), layer, adapter_name)
         else:
-            method.swap(layer, config, adapter_name, module)
+            method.swap(layer, config, adapter_name, module, given)
         settle(layer, adapter_name, config=config, active_adapters=tuner.active_adapters)
 
 

@@ -16,6 +16,9 @@ from eigenpeft.tuners.host.factor_model import FactorModel, give_factors, has_ad
 class FactorMixedModel(MixedModel):
     """PEFT's own mixed tuner, which makes plain LoRA of every configuration that is LoRA's child; ours get factors."""
 
+    # What a method's `injecting` yielded, while an adapter is injected.
+    _given: Any = None
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's.
 
@@ -25,8 +28,9 @@ class FactorMixedModel(MixedModel):
             *args: PEFT's own.
             **kwargs: PEFT's own.
         """
-        with _injecting(model, self.peft_config[adapter_name], adapter_name):
+        with _injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._given = None
 
     def _create_and_replace(self, config, adapter_name: str, target, target_name: str, parent, current_key, **kwargs):
         had = has_adapter(target, adapter_name)
@@ -35,7 +39,7 @@ class FactorMixedModel(MixedModel):
         if method is not None:
             extended = not had and has_adapter(target, adapter_name)
             tuned: Any = target if extended else getattr(parent, target_name)
-            give_factors(self, method, tuned, config, adapter_name, target_name, current_key)
+            give_factors(self, method, tuned, config, adapter_name, target_name, current_key, self._given)
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, **kwargs):
@@ -53,10 +57,10 @@ def _method(config: PeftConfig) -> type[FactorModel] | None:
 
 
 @contextmanager
-def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[None]:
+def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[Any]:
     method = _method(config)
     if method is None:
-        yield
+        yield None
     else:
-        with method.injecting(model, config, adapter_name):
-            yield
+        with method.injecting(model, config, adapter_name) as given:
+            yield given
