@@ -1,6 +1,7 @@
 """The errors eigenpeft raises: what was passed, what is allowed, what to do, in one message."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class EigenPeftError(Exception):
@@ -33,6 +34,23 @@ class SubspaceNotFoundError(SubspaceError, FileNotFoundError):
 
 class ArtifactError(EigenPeftError, OSError):
     """A file that is truncated, altered, of another format version, or that could not be written."""
+
+
+class DamagedFileError(ArtifactError):
+    """A file that is truncated, altered, or not of its kind; names the file and what is wrong with it.
+
+    Args:
+        path: The file.
+        reason: What is wrong, to put into brackets.
+    """
+
+    def __init__(self, path: str | Path, reason: str):
+        self.path, self.reason = path, reason
+        super().__init__(f"{str(path)!r} is not a whole safetensors file ({reason}); get a fresh copy.")
+
+    def __reduce__(self):
+        """Rebuild from both, so that the error crosses process boundaries."""
+        return type(self), (self.path, self.reason)
 
 
 class AdapterConfigError(EigenPeftError, ValueError):

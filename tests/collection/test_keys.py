@@ -3,7 +3,8 @@
 import pytest
 from peft.utils.other import get_pattern_key
 
-from eigenpeft.collection.keys import natural_order, parse_key, pattern_value
+from eigenpeft.collection.keys import natural_order, parse_key
+from eigenpeft.collection.patterns import PatternTable
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
@@ -96,4 +97,4 @@ def test_natural_order():
     "module", ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.10.v_proj", "q_proj"]
 )
 def test_patterns_fit_as_in_peft(patterns, module):
-    assert pattern_value(patterns, module, default=7) == patterns.get(get_pattern_key(patterns.keys(), module), 7)
+    assert PatternTable(patterns).value(module, default=7) == patterns.get(get_pattern_key(patterns.keys(), module), 7)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.atomic import atomic_folder
+from eigenpeft.artifacts.reading import read_json
+from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.errors import ArtifactError, SubspaceNotFoundError
 
 
@@ -176,7 +178,7 @@ def read_config(location: Location) -> dict[str, Any]:
     kind = location.kind
     path = location.folder / kind.config_name
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{str(path)!r} cannot be read as JSON ({error}); get a fresh copy of the {kind.label}."
@@ -190,25 +192,16 @@ def read_config(location: Location) -> dict[str, Any]:
     return config
 
 
-def open_tensors(location: Location) -> Any:
-    """An open safetensors handle (lazy: header only) on the artifact's tensors.
+def open_tensors(location: Location) -> TensorFile:
+    """An artifact's tensors, the header read and checked; the file stays open.
 
     Args:
         location: Where it is.
 
     Raises:
-        ArtifactError: If the file is truncated or not safetensors.
+        DamagedFileError: If the file is truncated or not safetensors.
     """
-    kind = location.kind
-    path = location.folder / kind.tensors_name
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise ArtifactError(
-            f"{str(path)!r} ({size} bytes) is not a whole safetensors file ({error}); "
-            f"get a fresh copy of the {kind.label}."
-        ) from error
+    return TensorFile(location.folder / location.kind.tensors_name)
 
 
 def push_folder(

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenpeft.artifacts.reading import Stamp
 from eigenpeft.collection.keys import natural_order
 from eigenpeft.collection.weights import WeightsFile, file_sha256
+from eigenpeft.errors import CollectionError
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SourceAdapter:
         modules: Canonical names of the modules it adapts, in natural order.
         kept_aside: Keys of its tensors that are no part of an update: heads, saved modules, biases, embedding factors.
         weights_path: Its weights file.
+        weights_stamp: The state of that file when its header was read.
     """
 
     name: str
@@ -59,11 +62,19 @@ class SourceAdapter:
     modules: tuple[str, ...]
     kept_aside: tuple[str, ...]
     weights_path: str
+    weights_stamp: Stamp | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the weights file; read when first asked for."""
-        return file_sha256(self.weights_path)
+        """SHA-256 of the weights file; read when first asked for.
+
+        Raises:
+            CollectionError: If the file is not the one any more whose header was read.
+        """
+        try:
+            return file_sha256(self.weights_path, expected=self.weights_stamp)
+        except (OSError, ValueError) as error:
+            raise CollectionError([f"Adapter {self.name!r} {error}."]) from error
 
     def record(self) -> dict[str, Any]:
         """What is written into artifacts made from this adapter, as JSON-able values.
@@ -71,7 +82,7 @@ class SourceAdapter:
         Of a local folder only its own name is told, because artifacts get published. Modules are counted, not listed.
         """
         record = asdict(self)
-        for name in ("weights_path", "modules", "kept_aside"):
+        for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):
             del record[name]
         return {
             **record,
@@ -109,6 +120,7 @@ class OpenAdapter:
         locations: Canonical module name to its factors' place.
         fan_in_fan_out: Whether its config says that base weights are stored transposed.
         aligned: Names of modules in its own file to their names here, where these differ.
+        unknown_fields: Fields of its config that nobody here knows.
     """
 
     info: SourceAdapter
@@ -116,6 +128,7 @@ class OpenAdapter:
     locations: Mapping[str, FactorLocation]
     fan_in_fan_out: bool
     aligned: Mapping[str, str] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = ()
 
     def renamed(self, names: Mapping[str, str]) -> "OpenAdapter":
         """The same adapter with other names for some modules.

@@ -31,8 +31,8 @@ class Finding:
     """Something noticed about adapters that is no error.
 
     Attributes:
-        kind: "untrained", "outlier_norm", "same_start", "near_duplicate", "kept_aside", "missing_modules" or
-            "aligned_names".
+        kind: "untrained", "outlier_norm", "same_start", "near_duplicate", "kept_aside", "missing_modules",
+            "aligned_names" or "unknown_fields".
         adapters: Names of the adapters concerned.
         message: One sentence, complete by itself.
         value: The number behind it: a norm, a cosine, a count.

@@ -1,4 +1,4 @@
-"""Findings that need no tensor: what is kept aside, which modules some adapters lack, which names were aligned."""
+"""Findings that need no tensor: what is kept aside, which modules some adapters lack, which names were aligned, unknown fields."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +14,7 @@ def findings_of_headers(members: Sequence[OpenAdapter]) -> tuple[Finding, ...]:
     Args:
         members: Opened adapters.
     """
-    return (*_kept_aside(members), *_missing_modules(members), *_aligned_names(members))
+    return (*_kept_aside(members), *_missing_modules(members), *_aligned_names(members), *_unknown_fields(members))
 
 
 def _kept_aside(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -45,6 +45,16 @@ def _aligned_names(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 f"{new!r}, and were taken for the same."
             )
             yield Finding("aligned_names", names, message, float(len(aligned)))
+
+
+def _unknown_fields(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
+    for fields, names in _groups([(member.unknown_fields, member.info.name) for member in members]):
+        if fields:
+            message = (
+                f"{some(names)}: the config sets {some(fields)}, which no version of PEFT up to 0.21 has. If a newer one or "
+                "another tool changes the update by it, what was read is not the adapter's update; ask its author."
+            )
+            yield Finding("unknown_fields", names, message, float(len(fields)))
 
 
 def _groups(keyed: Sequence[tuple[tuple, str]]) -> list[tuple[tuple, tuple[str, ...]]]:

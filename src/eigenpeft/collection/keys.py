@@ -1,12 +1,9 @@
-"""Keys of adapter state dicts: which module and factor a tensor belongs to, and how module names are ordered."""
+"""Keys of adapter state dicts: which module and factor a tensor belongs to; and the order of names."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
-
-Value = TypeVar("Value")
+from typing import Literal
 
 _PREFIX = "base_model.model."
 # Wrappers of torch.compile, FSDP and activation checkpointing that end up in the keys of hand-made checkpoints.
@@ -70,31 +67,17 @@ def canonical_module(name: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+def natural_order(name: str) -> tuple[tuple[int, str], ...]:
     """Sort key that puts "layer.2" before "layer.10".
 
     Args:
         name: Module or folder name.
     """
-    parts = re.split(r"([0-9]+)", name)
-    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts)
-
-
-def pattern_value(patterns: Mapping[str, Value], module: str, *, default: Value) -> Value:
-    """Value of the first pattern that fits a module, by the rule of PEFT's `rank_pattern` and `alpha_pattern`.
-
-    A pattern is a regular expression for the whole name or for its end after a dot; the first one in the file's order
-    counts, not the longest.
-
-    Args:
-        patterns: Pattern to value.
-        module: Name of the module in the adapter's own model.
-        default: Value when none fits.
-
-    Raises:
-        re.error: If a pattern is no regular expression.
-    """
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return patterns.get(module, default)
+    parts = re.split(r"([0-9]+)", name)  # text and numbers take turns
+    # Numbers by their length and then as text: a name may have more digits than Python makes a number of. Text has length
+    # -1, so that it comes before the numbers.
+    keys: list[tuple[int, str]] = []
+    for place, part in enumerate(parts):
+        digits = part.lstrip("0")
+        keys += [(len(digits), digits), (-1, part)] if place % 2 else [(-1, part)]
+    return tuple(keys)

@@ -8,6 +8,9 @@ from eigenpeft.collection.settings import LoraSettings, licence_of, read_setting
 from eigenpeft.collection.sources import Location
 from eigenpeft.collection.weights import WeightsFile, open_weights
 
+# The longest module names of real models have about 150.
+MAX_NAME_LENGTH = 1_000
+
 
 def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenAdapter | None, list[str]]:
     """Read config and header of one adapter and check that they agree.
@@ -27,8 +30,13 @@ def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenA
         problems.append(str(error))
     if settings is None or weights is None:
         return None, _sentences(location, problems)
+    if problems := _problems_of_names(weights.shapes):
+        return None, _sentences(location, problems)
     parsed = {key: parse_key(key, embeddings=embeddings) for key in weights.shapes}
-    factors, problems = _locate_factors(parsed, weights, settings)
+    try:
+        factors, problems = _locate_factors(parsed, weights, settings)
+    except ValueError as error:  # patterns without end
+        return None, _sentences(location, [f"has {error}"])
     problems = _problems_of_keys(parsed) or problems
     if problems:
         return None, _sentences(location, problems)
@@ -46,8 +54,9 @@ def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenA
         modules=tuple(sorted(factors, key=natural_order)),
         kept_aside=tuple(sorted(set(weights.shapes) - used, key=natural_order)),
         weights_path=str(weights.path),
+        weights_stamp=weights.stamp,
     )
-    return OpenAdapter(info, weights, factors, settings.fan_in_fan_out), []
+    return OpenAdapter(info, weights, factors, settings.fan_in_fan_out, unknown_fields=settings.unknown_fields), []
 
 
 def some(names: Iterable[str], *, limit: int = 3) -> str:
@@ -65,6 +74,16 @@ def some(names: Iterable[str], *, limit: int = 3) -> str:
 def _sentences(location: Location, clauses: Iterable[str]) -> list[str]:
     where = f" (from {location.source!r})" if location.source != location.name else ""
     return [f"Adapter {location.name!r}{where} {clause}." for clause in clauses]
+
+
+def _problems_of_names(names: Iterable[str]) -> list[str]:
+    long = [name for name in names if len(name) > MAX_NAME_LENGTH]
+    if not long:
+        return []
+    return [
+        f"has {len(long)} tensors whose names are longer than {MAX_NAME_LENGTH} characters, such as {long[0][:60]!r}... of "
+        f"{len(long[0])}; no model has such modules, leave it out"
+    ]
 
 
 def _problems_of_keys(parsed: Mapping[str, ParsedKey]) -> list[str]:

@@ -1,13 +1,12 @@
 """What an adapter's config and README say: what its update depends on, and which configs are not plain LoRA."""
 
-import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenpeft.collection.keys import pattern_value
+from eigenpeft.artifacts.reading import read_json, read_start
+from eigenpeft.collection.patterns import PatternTable
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -30,6 +29,57 @@ ALTERING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KNOWN_USES = frozenset({"use_rslora", *(name for name in REFUSED_FIELDS if name.startswith("use_"))})
 
 
+# What LoraConfig of PEFT 0.21 has, and fields of earlier versions that changed nothing about an update.
+KNOWN_FIELDS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "enable_lora",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "kasa_config",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "merge_weights",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+    }
+)
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The part of an adapter's config that its update depends on.
@@ -38,38 +88,46 @@ class LoraSettings:
         rank: Default rank r.
         lora_alpha: Default alpha.
         use_rslora: Whether the scaling is alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
-        rank_pattern: Ranks of modules that differ from the default.
-        alpha_pattern: Alphas of modules that differ from the default.
+        rank_pattern: Ranks of modules that differ from the default, by pattern.
+        alpha_pattern: Alphas of modules that differ from the default, by pattern.
         fan_in_fan_out: Whether the base weights are stored transposed (GPT-2's Conv1D).
         base_model: Name or path of the base model, if the config says.
         task_type: PEFT's task type, if the config says.
+        unknown_fields: Fields with a value that PEFT 0.21 does not have: of a newer version, or of another tool.
     """
 
     rank: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
     fan_in_fan_out: bool
     base_model: str | None
     task_type: str | None
+    unknown_fields: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Rank the config gives a module.
 
         Args:
             module: Name in the adapter's own model.
+
+        Raises:
+            ValueError: If the config's patterns take too long to be matched; the message is a clause to put behind "has".
         """
-        return pattern_value(self.rank_pattern, module, default=self.rank)
+        return self.rank_pattern.value(module, default=self.rank)
 
     def scaling_of(self, module: str) -> float:
         """Scaling s of a module's update s B A: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
         Args:
             module: Name in the adapter's own model.
+
+        Raises:
+            ValueError: As `rank_of`.
         """
         rank = self.rank_of(module)
-        return pattern_value(self.alpha_pattern, module, default=self.lora_alpha) / (
+        return self.alpha_pattern.value(module, default=self.lora_alpha) / (
             math.sqrt(rank) if self.use_rslora else rank
         )
 
@@ -84,12 +142,12 @@ def read_settings(folder: Path) -> tuple[LoraSettings | None, list[str]]:
         The settings, None when there are problems; and the problems, each a clause to put behind the adapter's name.
     """
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_NAME)
     except FileNotFoundError:
         return None, [f"has no {CONFIG_NAME}; save it with PEFT's save_pretrained, or leave it out"]
     except OSError as error:
         return None, [f"its {CONFIG_NAME} cannot be read: {error.strerror or error}"]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return None, [f"its {CONFIG_NAME} is not valid JSON ({error}); download it again, or leave the adapter out"]
     if not isinstance(config, dict):
         return None, [f"its {CONFIG_NAME} holds {type(config).__name__} instead of a JSON object"]
@@ -107,7 +165,7 @@ def licence_of(folder: Path) -> str | None:
         folder: Folder of the adapter.
     """
     try:
-        lines = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:100_000].splitlines()
+        lines = read_start(folder / "README.md", limit=100_000).decode("utf-8", errors="replace").splitlines()
     except OSError:
         return None
     if not lines or lines[0].strip() != "---":
@@ -167,13 +225,15 @@ def _problems_of_values(config: dict[str, Any]) -> list[str]:
         if not isinstance(patterns, dict):
             problems.append(f"has {name}={_short(patterns)} in its config; it must map patterns to numbers")
             continue
-        for pattern, value in patterns.items():
-            if not fits(value):
-                problems.append(f"has {name}[{pattern!r}]={_short(value)} in its config, which is no usable number")
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                problems.append(f"has {name} with {pattern!r}, which is no regular expression ({error})")
+        unusable = [(pattern, value) for pattern, value in patterns.items() if not fits(value)]
+        problems += [
+            f"has {name}[{_short(pattern)}]={_short(value)} in its config, which is no usable number"
+            for pattern, value in unusable[:3]
+        ]
+        try:
+            PatternTable(patterns)
+        except ValueError as error:
+            problems.append(f"has {name} with {error}")
     return problems
 
 
@@ -182,16 +242,17 @@ def _settings(config: dict[str, Any]) -> LoraSettings:
         rank=config["r"],
         lora_alpha=float(config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora")),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rank_pattern=PatternTable(config.get("rank_pattern") or {}),
+        alpha_pattern=PatternTable(config.get("alpha_pattern") or {}),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         base_model=_text(config.get("base_model_name_or_path")),
         task_type=_text(config.get("task_type")),
+        unknown_fields=tuple(sorted(name for name, value in config.items() if value and name not in KNOWN_FIELDS)),
     )
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _is_number(value: Any) -> bool:

@@ -1,26 +1,23 @@
 """One weights file of an adapter: tensor shapes from its header, single tensors on request, and no code from a pickle."""
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from eigenpeft.artifacts.reading import CHANGED, Stamp, open_regular, read_at, read_start, stamp
+from eigenpeft.artifacts.tensor_file import TensorFile
+from eigenpeft.collection.torch_files import CodeError, NotPlainError, TorchZip
+from eigenpeft.errors import DamagedFileError
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 # weights_only could be escaped before torch 2.6 (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
@@ -32,11 +29,13 @@ class WeightsFile(Protocol):
         path: The file.
         shapes: Shape of every tensor.
         not_float: Keys of tensors that do not hold floating-point numbers.
+        stamp: The state of the file when its header was read.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     not_float: frozenset[str]
+    stamp: Stamp
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor in its stored dtype, on the CPU.
@@ -64,30 +63,38 @@ def open_weights(folder: Path) -> WeightsFile:
         ValueError: If there is none or it cannot be read; the message is a clause to put behind the adapter's name.
     """
     for name, kind in ((SAFETENSORS_NAME, SafetensorsFile), (BIN_NAME, BinFile)):
-        if (folder / name).is_file():
+        if (folder / name).exists():  # a pipe or a device is refused by name, not passed over
             return kind(folder / name)
     raise ValueError(f"has neither {SAFETENSORS_NAME} nor {BIN_NAME}; download it again, or leave it out")
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path, *, expected: Stamp | None = None) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits.
 
     Args:
         path: The file.
+        expected: The state that the file must be in, before and after it is read; None takes any.
+
+    Raises:
+        OSError: If it is no regular file, or cannot be read.
+        ValueError: If it was replaced or changed; the message is a clause to put behind the adapter's name.
     """
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
+    digest, place = hashlib.sha256(), 0
+    descriptor = open_regular(path)
+    try:
+        before = stamp(descriptor)
+        while block := read_at(descriptor, place, 1 << 20):
             digest.update(block)
+            place += len(block)
+        if expected is not None and not before == expected == stamp(descriptor):
+            raise ValueError(_unreadable(Path(path), CHANGED))
+    finally:
+        os.close(descriptor)
     return digest.hexdigest()
 
 
 class SafetensorsFile:
-    """A `.safetensors` file; see `WeightsFile`.
-
-    The header is read and checked once, by safetensors; tensors are then read from their places in the file, which is open
-    only meanwhile. A mapping kept open would count every page ever read as memory of the process, and opening it again
-    for each tensor would parse the header again each time (0.6 ms for a 7B model's adapter).
+    """A `.safetensors` file; see `WeightsFile`. The file is open only while its header or a tensor is read.
 
     Args:
         path: The file.
@@ -95,20 +102,13 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[str, int, int]] = {}
         try:
-            with safe_open(path, framework="pt", device="cpu") as checked, path.open("rb") as file:
-                header_size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_size))
-                for key in checked.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    entry = header[key]
-                    start, stop = entry["data_offsets"]
-                    self.shapes[key] = tuple(entry["shape"])
-                    self._places[key] = entry["dtype"], 8 + header_size + start, stop - start
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ValueError(_unreadable(path, error)) from error
-        self.not_float = frozenset(key for key, (dtype, _, _) in self._places.items() if dtype not in _FLOATS)
+            self._file = TensorFile(path, keep_open=False)
+        except DamagedFileError as error:
+            raise ValueError(_unreadable(path, error.reason)) from error
+        self.stamp = self._file.stamp
+        self.shapes = self._file.shapes
+        self.not_float = frozenset(key for key in self.shapes if self._file.dtype(key) not in _FLOATS)
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor in its stored dtype.
@@ -119,26 +119,20 @@ class SafetensorsFile:
         Raises:
             ValueError: If it cannot be read any more.
         """
-        dtype, start, size = self._places[key]
-        data = bytearray(size)
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(start)
-                n_read = file.readinto(data)
-        except OSError as error:
-            raise ValueError(_unreadable(self.path, error)) from error
-        if n_read != size:
-            raise ValueError(_unreadable(self.path, f"{key!r} ends after {n_read} of {size} bytes"))
-        if not size:
-            return torch.empty(self.shapes[key], dtype=_FLOATS[dtype])
-        return torch.frombuffer(data, dtype=_FLOATS[dtype]).view(self.shapes[key])
+            return self._file.get_tensor(key)
+        except DamagedFileError as error:
+            raise ValueError(_unreadable(self.path, error.reason)) from error
 
     def close(self) -> None:
         """Nothing is open between two reads."""
 
 
 class BinFile:
-    """A file written by `torch.save`, memory-mapped if it is of the zip format (torch >= 1.6); see `WeightsFile`.
+    """A file written by `torch.save`; see `WeightsFile`.
+
+    Of the zip format (torch >= 1.6) the index is read without unpickling anything, and tensors from their places in the
+    file. Files of older versions are loaded whole by torch, with `weights_only`.
 
     Args:
         path: The file.
@@ -146,15 +140,26 @@ class BinFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tensors: dict[str, Tensor] | None = None
-        tensors = self._open()
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        self.not_float = frozenset(key for key, tensor in tensors.items() if not tensor.is_floating_point())
+        self._zip: TorchZip | None = None
+        self._old: dict[str, Tensor] | None = None
+        self.stamp = _stamp(path)
+        if _is_zip(path):
+            self._zip = _open_zip(path)
+            self.stamp = self._zip.stamp
+            self.shapes = {key: place.shape for key, place in self._zip.places.items()}
+            floats = {key for key, place in self._zip.places.items() if place.dtype.is_floating_point}
+        else:
+            tensors = self._load_old()
+            self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            floats = {key for key, tensor in tensors.items() if tensor.is_floating_point()}
+        self.not_float = frozenset(self.shapes) - floats
 
-    def _open(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            self._tensors = _load_bin(self.path)
-        return self._tensors
+    def _load_old(self) -> dict[str, Tensor]:
+        if self._old is None:
+            if _stamp(self.path) != self.stamp:
+                raise ValueError(_unreadable(self.path, CHANGED))
+            self._old = _load_old(self.path)
+        return self._old
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor in its stored dtype.
@@ -165,37 +170,73 @@ class BinFile:
         Raises:
             ValueError: If it cannot be read any more.
         """
-        tensor = self._open().get(key)
-        if tensor is None:
-            raise ValueError(_unreadable(self.path, f"{key!r} is gone"))
+        if self._zip is not None:
+            try:
+                return self._zip.read(key)
+            except (OSError, ValueError) as error:
+                raise ValueError(_unreadable(self.path, error)) from error
+        tensor = self._load_old().get(key)
+        if tensor is None or tuple(tensor.shape) != self.shapes[key]:
+            raise ValueError(_unreadable(self.path, CHANGED))
         return tensor.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
-        """Let go of the file; the next read opens it again."""
-        self._tensors = None
+        """Let go of what was loaded; the next read loads it again."""
+        self._old = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the mapping, which another process makes for itself."""
-        return {**self.__dict__, "_tensors": None}
+        """Everything but what was loaded, which another process loads for itself."""
+        return {**self.__dict__, "_old": None}
 
 
-def _load_bin(path: Path) -> dict[str, Tensor]:
+def _stamp(path: Path) -> Stamp:
+    try:
+        descriptor = open_regular(path)
+    except OSError as error:
+        raise ValueError(_unreadable(path, error)) from error
+    try:
+        return stamp(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return read_start(path, limit=2) == b"PK"
+    except OSError as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+_HOLDS_CODE = (
+    "has a {} with pickled objects other than tensors, which could run code; it was not loaded. Convert it to safetensors "
+    "where you trust it, or leave it out"
+)
+
+
+def _open_zip(path: Path) -> TorchZip:
+    try:
+        return TorchZip(path)
+    except CodeError as error:
+        raise ValueError(_HOLDS_CODE.format(path.name)) from error
+    except NotPlainError as error:
+        raise ValueError(f"has a {path.name} {'that ' if str(error).startswith('is ') else ''}{error}") from error
+    except Exception as error:  # Damaged and hostile archives make zipfile and pickletools raise nearly anything.
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _load_old(path: Path) -> dict[str, Tensor]:
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
         raise ValueError(
-            f"has its weights in {path.name}, which torch {torch.__version__} cannot read without the risk of running "
-            "code from it (CVE-2025-32434); install torch >= 2.6, or convert the adapter to safetensors"
+            f"has its weights in {path.name}, in the format before torch 1.6, which torch {torch.__version__} cannot read "
+            "without the risk of running code from it (CVE-2025-32434); install torch >= 2.6, or convert the adapter to "
+            "safetensors"
         )
     try:
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged and hostile files make the unpickler raise nearly anything.
         # The unpickler names what it refused to import; it says other things about a file that is no pickle at all.
         if "global" in str(error).lower():
-            raise ValueError(
-                f"has a {path.name} with pickled objects other than tensors, which could run code; it was not loaded. "
-                "Convert it to safetensors where you trust it, or leave it out"
-            ) from error
+            raise ValueError(_HOLDS_CODE.format(path.name)) from error
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in loaded.items()
@@ -204,7 +245,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     for key, tensor in loaded.items():
         if not _is_backed(tensor):
             raise ValueError(f"has a {path.name} whose {key!r} is no dense tensor with data of its own")
-    return dict(loaded)
+    return {key: tensor.detach() for key, tensor in loaded.items()}
 
 
 def _is_backed(tensor: Tensor) -> bool:
@@ -216,11 +257,12 @@ def _is_backed(tensor: Tensor) -> bool:
 
 def _unreadable(path: Path, error: Exception | str) -> str:
     try:
-        with path.open("rb") as file:
-            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+        is_pointer = read_start(path, limit=40).startswith(b"version https://git-lfs")
     except OSError:
         is_pointer = False
     if is_pointer:
         return f"has a {path.name} that is only a Git LFS pointer; fetch the file itself, with git lfs pull"
+    if str(error) == CHANGED:
+        return f"has a {path.name} that was replaced or changed since its header was read; open the adapters again"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"has a {path.name} that is truncated or damaged ({reason}); download it again, or leave it out"

@@ -1,6 +1,5 @@
 """Checkpoints of the papers' own code as plain LoRA: EigenLoRAx's fork of PEFT, and MoSLoRA's."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenpeft.collection.keys import canonical_module, pattern_value
+from eigenpeft.artifacts.reading import read_json
+from eigenpeft.collection.keys import canonical_module
+from eigenpeft.collection.patterns import PatternTable
 from eigenpeft.collection.weights import WeightsFile, open_weights
 from eigenpeft.errors import CollectionError
 from eigenpeft.tuners.files.lora_files import CONFIG_NAME, LoraUpdate, lora_keys, write_lora
@@ -45,7 +46,7 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path) -> Non
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_NAME)
         weights = open_weights(folder)
     except (OSError, ValueError) as error:
         raise CollectionError([f"{str(folder)!r} is no adapter folder: {error}."]) from error
@@ -109,8 +110,8 @@ def _moslora_factors(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, default=config["lora_alpha"])
-    rank = pattern_value(config.get("rank_pattern") or {}, module, default=config["r"])
+    alpha = PatternTable(config.get("alpha_pattern") or {}).value(module, default=config["lora_alpha"])
+    rank = PatternTable(config.get("rank_pattern") or {}).value(module, default=config["r"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
