@@ -2,13 +2,13 @@
 
 import math
 import os
-import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickletools import genops
 from typing import Any
 
 import torch
@@ -250,7 +250,7 @@ def read_index(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for opcode, argument, _ in genops(data):
             if opcode.name == "STOP":
                 return stack.pop()
             if opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
