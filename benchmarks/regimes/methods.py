@@ -16,8 +16,10 @@ from eigenpeft.subspace import random_subspace
 
 LAST_TWO = [f"bert.encoder.layer.5.attention.self.{name}" for name in ("query", "value")]
 HEAD_RATES = (3e-2, 1e-1, 3e-1, 1.0)
-COEFFICIENT_RATES = (1e-2, 3e-2, 1e-1)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+# Of the head where there is an adapter too: at the rate that suits the head alone it runs ahead, and nothing is left to adapt.
+HEAD_RATE_BESIDE_ADAPTER = 1e-1
+COEFFICIENT_RATES = (1e-2, 3e-2)
+LORA_RATES = (1e-3, 3e-3)
 
 
 @dataclass(frozen=True)

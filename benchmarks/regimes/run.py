@@ -25,7 +25,7 @@ import training
 import transformers
 import zoos
 from huggingface_hub.utils import disable_progress_bars
-from methods import METHODS, Situation, add_mean
+from methods import HEAD_RATE_BESIDE_ADAPTER, METHODS, Situation, add_mean
 from plan import PLAN, STEPS, TUNING_ROWS, TUNING_SEEDS, Slice
 from torch import Tensor
 
@@ -193,7 +193,7 @@ class Study:
         torch.manual_seed(cell["seed"])
         model = method.adapt(training.fresh_base(task.n_labels, seed=cell["seed"]), situation).eval()
         adapted = round(time.perf_counter() - start, 1)
-        head_rate = cell["rate"] if (method.tuned_as or method.name) == "head" else self.rate("head")
+        head_rate = cell["rate"] if (method.tuned_as or method.name) == "head" else HEAD_RATE_BESIDE_ADAPTER
         steps = STEPS if cell["rows"] <= 64 else 2 * STEPS
         parameters, seconds = training.train(
             model, task, rate=cell["rate"], head_rate=head_rate, steps=steps, seed=cell["seed"]
