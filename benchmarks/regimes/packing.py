@@ -1,6 +1,6 @@
 """A BERT classifier without padding: the tokens of a batch in one row, attention within each text, frozen layers once.
 
-The same function as `BertForSequenceClassification` in evaluation mode, to rounding (`check` in run.py compares them):
+The same function as `BertForSequenceClassification` in evaluation mode, to rounding (run.py compares them first):
 linear layers see only real tokens; the last layer is computed at the first token alone, which is all that the head reads; and
 what lies below the first trained layer is computed once for all rows. Some three times as fast on short texts.
 """

@@ -138,3 +138,20 @@ def accuracy(model: nn.Module, ids: Sequence[Sequence[int]], labels: Tensor) -> 
     classifier = inner(model)
     pooled = prefix(classifier.bert, ids, layer=len(classifier.bert.encoder.layer)).hidden
     return float((classifier.classifier(pooled).argmax(1) == labels).double().mean())
+
+
+@torch.no_grad()
+def difference_to_transformers() -> float:
+    """The largest difference of a logit between the packed model and `BertForSequenceClassification` on a padded batch."""
+    model = fresh_base(5, seed=0)
+    texts = [
+        "card",
+        "where is my card",
+        "i was charged twice for one payment and want my money back",
+        "transfer",
+        "top up",
+    ]
+    ids = tokenizer()(texts)["input_ids"]
+    packed = model.classifier(prefix(model.bert, ids, layer=len(model.bert.encoder.layer)).hidden)
+    padded = tokenizer().pad({"input_ids": ids}, return_tensors="pt")
+    return float((packed - model(**padded).logits).abs().max())
