@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.atomic import atomic_folder
+from eigenpeft.artifacts.manifest import MANIFEST, UNFINISHED_MANIFEST
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.errors import ArtifactError, SubspaceNotFoundError
@@ -79,28 +79,29 @@ def write_artifact(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     card: str,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
 ) -> None:
     """Write config, tensors and card to `directory`; whole or not at all.
 
     Args:
-        directory: Folder to make or to update.
+        directory: Folder to make, or to replace.
         kind: Which artifact; gives the file names.
         config: JSON-serialisable; `format_version` is added.
         tensors: Tensors by name.
         card: Text of README.md.
+        overwrite: Whether to replace an artifact of this kind that eigenpeft wrote; see `atomic_folder`.
+        inputs: Paths that were read; the folder must not be one of them or lie inside one.
 
     Raises:
-        ArtifactError: If the folder cannot be written.
+        ArtifactError: If the folder cannot be written, or holds something that must not be replaced.
     """
     text = json.dumps({"format_version": kind.format_version, **config}, indent=2, allow_nan=False)
-    with atomic_folder(directory, last=kind.config_name) as scratch:
+    with atomic_folder(directory, kind=kind.label, overwrite=overwrite, inputs=inputs) as scratch:
         owned = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
-        try:
-            save_file(owned, scratch / kind.tensors_name)
-        except SafetensorError as error:  # a full disk arrives as this class, without an errno
-            raise OSError(str(error)) from error
+        save_file(owned, scratch / kind.tensors_name)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         (scratch / kind.config_name).write_text(text + "\n", encoding="utf-8")
 
@@ -218,4 +219,7 @@ def push_folder(
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=[MANIFEST, UNFINISHED_MANIFEST]
+    )
+    return str(commit.commit_url)

@@ -39,7 +39,7 @@ def merge_base(
     labels = {} if num_labels is None else {"num_labels": num_labels}
     model = _LOADERS[task].from_pretrained(base, dtype="auto", **labels)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
-    with atomic_folder(out, last="config.json") as scratch:
+    with atomic_folder(out, kind="merged model", inputs=(adapter, base)) as scratch:
         merged.save_pretrained(scratch)
         if _has_tokenizer(base):
             AutoTokenizer.from_pretrained(base).save_pretrained(scratch)

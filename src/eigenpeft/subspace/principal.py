@@ -193,18 +193,25 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
             for name, bases in self.items()
         ]
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write `subspace_config.json`, `subspace.safetensors` and a model card; whole or not at all.
 
         Args:
-            save_directory: Folder to make, or to update.
+            save_directory: Folder to make.
+            overwrite: Whether to replace another subspace there, which must have been written by eigenpeft. Saving the same
+                subspace again changes nothing and needs no permission.
 
         Raises:
-            ArtifactError: If the folder cannot be written.
+            ArtifactError: If the folder cannot be written, or holds something that is not replaced.
         """
         config = {"sha256": self.fingerprint, **self.info.to_dict(), "modules": list(self.modules)}
         storage.write_artifact(
-            save_directory, storage.SUBSPACE, config=config, tensors=self.tensors(), card=self.card()
+            save_directory,
+            storage.SUBSPACE,
+            config=config,
+            tensors=self.tensors(),
+            card=self.card(),
+            overwrite=overwrite,
         )
         self.origin, self.revision = str(save_directory), None
 

@@ -226,14 +226,16 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
         )
         return self.subspace.n_bytes + 2 * 4 * total_rows
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write `store_config.json`, `store.safetensors` and a model card; whole or not at all.
 
         Args:
-            save_directory: Folder to make, or to update.
+            save_directory: Folder to make.
+            overwrite: Whether to replace another store there, which must have been written by eigenpeft. Saving the same
+                store again changes nothing and needs no permission.
 
         Raises:
-            ArtifactError: If the folder cannot be written.
+            ArtifactError: If the folder cannot be written, or holds something that is not replaced.
         """
         config = {
             "subspace_sha256": self.subspace.fingerprint,
@@ -243,7 +245,9 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
         card = subspace_card(
             self.subspace.info, self.subspace.rows(), fingerprint=self.subspace.fingerprint, is_store=True
         )
-        storage.write_artifact(save_directory, storage.STORE, config=config, tensors=self.tensors(), card=card)
+        storage.write_artifact(
+            save_directory, storage.STORE, config=config, tensors=self.tensors(), card=card, overwrite=overwrite
+        )
         self.origin, self.revision = str(save_directory), None
 
     @classmethod

@@ -79,14 +79,16 @@ class RewardModelArtifact:
         """(n_basis,) weights of a user without history."""
         return self.concentration / self.concentration.sum()
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the model, its users and a card; with a backbone, as a stock classifier of n_basis labels besides.
 
         Args:
-            save_directory: Folder to make or to update; whole or not at all.
+            save_directory: Folder to make; whole or not at all.
+            overwrite: Whether to replace another reward model there, its users included; eigenpeft must have written it.
+                Saving the same model again changes nothing and needs no permission.
 
         Raises:
-            ArtifactError: If it cannot be written.
+            ArtifactError: If it cannot be written, or the folder holds something that is not replaced.
         """
         storage.write(
             save_directory,
@@ -97,6 +99,7 @@ class RewardModelArtifact:
             processing_class=self.processing_class,
             info=self.info,
             card=self.card(),
+            overwrite=overwrite,
         )
 
     def save_users(self, save_directory: str | Path) -> None:

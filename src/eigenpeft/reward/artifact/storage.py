@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from eigenpeft.artifacts.atomic import atomic_folder
+from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
+from eigenpeft.artifacts.locks import one_writer
 from eigenpeft.artifacts.storage import fingerprint, push_folder
 from eigenpeft.errors import ArtifactError
 from eigenpeft.reward.artifact.users import UserTable
@@ -25,6 +26,7 @@ FORMAT_VERSION = 1
 CONFIG = "lore_config.json"
 BASIS = "lore.safetensors"
 USERS = "lore_users.safetensors"
+KIND = "reward model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +60,12 @@ def write(
     processing_class: Any,
     info: Mapping[str, Any],
     card: str,
+    overwrite: bool = False,
 ) -> None:
     """Write everything; whole or not at all.
 
     Args:
-        directory: Folder to make or to update.
+        directory: Folder to make, or to replace.
         basis: (n_basis, n_features).
         concentration: (n_basis,).
         users: Table of users.
@@ -70,9 +73,10 @@ def write(
         processing_class: Its tokenizer, or None.
         info: JSON-able.
         card: Text of README.md.
+        overwrite: Whether to replace another reward model there, which must have been written by eigenpeft.
 
     Raises:
-        ArtifactError: If the folder cannot be written.
+        ArtifactError: If the folder cannot be written, or holds something that is not replaced.
     """
     tensors = {"reward_basis": basis, "concentration": concentration}
     config = {
@@ -85,16 +89,13 @@ def write(
         "info": dict(info),
     }
     text = json.dumps(config, indent=2, allow_nan=False)
-    with atomic_folder(directory, last=CONFIG) as scratch:
+    with atomic_folder(directory, kind=KIND, overwrite=overwrite) as scratch:
         if backbone is not None:
             backbone.save_pretrained(scratch)
         if processing_class is not None:
             processing_class.save_pretrained(scratch)
-        try:
-            save_file(tensors, scratch / BASIS)
-            users.save(scratch / USERS)
-        except SafetensorError as error:  # a full disk arrives as this class, without an errno
-            raise OSError(str(error)) from error
+        save_file(tensors, scratch / BASIS)
+        users.save(scratch / USERS)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -111,14 +112,11 @@ def write_users(directory: str | Path, *, basis: Tensor, users: UserTable) -> No
         ArtifactError: If there is no model, it has another basis, or the file cannot be written.
     """
     folder = Path(directory)
-    _, tensors = _sidecar(folder, origin=str(directory))
-    if not torch.equal(tensors["reward_basis"], basis):
-        raise ArtifactError(
-            f"{str(directory)!r} holds another reward basis: weights fitted on this one mean nothing there. Save the "
-            "whole model with save_pretrained instead."
-        )
-    with atomic_folder(folder, last=USERS) as scratch:
-        users.save(scratch / USERS)
+    _check_basis(folder, basis, origin=str(directory))  # before a lock is made beside a folder that is not a model
+    with one_writer(folder):
+        _check_basis(folder, basis, origin=str(directory))
+        with atomic_update(folder, last=USERS) as update:
+            users.save(update.scratch / USERS)
 
 
 def read(
@@ -182,6 +180,15 @@ def push(folder: Path, repo_id: str, *, private: bool | None, token: str | bool 
         message: Commit message.
     """
     return push_folder(folder, repo_id, private=private, token=token, message=message)
+
+
+def _check_basis(folder: Path, basis: Tensor, *, origin: str) -> None:
+    _, tensors = _sidecar(folder, origin=origin)
+    if not torch.equal(tensors["reward_basis"], basis):
+        raise ArtifactError(
+            f"{origin!r} holds another reward basis: weights fitted on this one mean nothing there. Save the whole model "
+            "with save_pretrained instead."
+        )
 
 
 def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

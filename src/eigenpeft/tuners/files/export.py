@@ -34,6 +34,7 @@ def export_lora(
     *,
     adapter_name: str = "default",
     rank: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
 
@@ -43,17 +44,21 @@ def export_lora(
 
     Args:
         model_or_store: A PEFT model with the adapter, or a store with it as a member.
-        out_dir: Folder to make. An adapter that is already there is replaced.
+        out_dir: Folder to make.
         adapter_name: Which adapter.
         rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
+        overwrite: Whether to replace a plain LoRA adapter that eigenpeft wrote there. An adapter that was trained or
+            downloaded is never replaced: an export can be a lossy copy of it.
 
     Raises:
         AdapterConfigError: If there is no such adapter, it is DoRA, `rank` is not positive, or is asked of a layer with
             several experts or groups.
-        ArtifactError: If the folder holds something else or cannot be written.
+        ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
-    write_lora(Path(out_dir), updates, fields, others)
+    origin = model_or_store.origin if isinstance(model_or_store, CoefficientStore) else None
+    inputs = () if origin is None else (origin,)
+    write_lora(Path(out_dir), updates, fields, others, overwrite=overwrite, inputs=inputs)
 
 
 Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]

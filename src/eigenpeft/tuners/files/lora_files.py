@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.atomic import atomic_folder
-from eigenpeft.errors import ArtifactError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+KIND = "plain LoRA adapter"
 PREFIX = "base_model.model."
 _CARD_HEADING = "## Rank and scaling"
 _CARD_SECTION = """{heading}
@@ -74,8 +74,10 @@ def write_lora(
     others: dict[str, Tensor],
     *,
     files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
 ) -> None:
-    """Write a folder that plain PEFT loads. An adapter that is already there is replaced.
+    """Write a folder that plain PEFT loads; whole or not at all.
 
     All modules get one rank and one alpha (`with_one_rank_and_alpha`), and README.md says so; what else a README.md that is
     already there says is kept.
@@ -86,12 +88,12 @@ def write_lora(
         fields: Further fields of LoRA's configuration.
         others: Further tensors of the file, by key: heads and biases.
         files: Further files, by path inside the folder; a README.md among them takes the place of one that is there.
+        overwrite: Whether to replace a plain LoRA adapter that eigenpeft wrote; one that was trained is never replaced.
+        inputs: Paths that were read; the folder must not be one of them or lie inside one.
 
     Raises:
-        ArtifactError: If the folder holds something else or cannot be written.
+        ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / CONFIG_NAME).is_file():
-        raise ArtifactError(f"{str(out_dir)!r} is not empty and holds no adapter; choose another folder, or empty it.")
     given, updates = updates, with_one_rank_and_alpha(updates)
     r = max((update.rank for update in updates), default=1)
     scaling = updates[0].scaling if updates else 1.0
@@ -107,7 +109,7 @@ def write_lora(
     for update in updates:
         for key, factor in zip(update.keys, (update.lora_A, update.lora_B), strict=True):
             tensors[f"{PREFIX}{key}"] = factor.cpu().contiguous().clone()
-    with atomic_folder(out_dir, last=CONFIG_NAME) as scratch, torch.no_grad():
+    with atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs) as scratch, torch.no_grad():
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
         for name, content in (files or {}).items():

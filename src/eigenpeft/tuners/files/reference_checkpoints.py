@@ -24,7 +24,7 @@ _KEPT_FIELDS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "modul
 Parts = dict[str, Tensor]
 
 
-def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path) -> None:
+def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, overwrite: bool = False) -> None:
     """Write a checkpoint of the reference repositories as a plain LoRA folder with the same update.
 
     - EigenLoRAx (`peft_type: EIGENLORA`): `ΔW = (C_B L_B)(C_A L_A)ᵀ` of components C and loadings L; no scaling.
@@ -34,11 +34,12 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path) -> Non
 
     Args:
         folder: `adapter_config.json` and `adapter_model.safetensors` or `.bin`, as the repository's code saved them.
-        out_dir: Folder to make. An adapter that is already there is replaced.
+        out_dir: Folder to make.
+        overwrite: Whether to replace a plain LoRA adapter that eigenpeft wrote there.
 
     Raises:
         CollectionError: If the folder is neither kind, or parts are missing, do not fit, or are not finite.
-        ArtifactError: If `out_dir` holds something else or cannot be written.
+        ArtifactError: If `out_dir` holds something that is not replaced, or cannot be written.
 
     Examples:
         >>> from eigenpeft.tuners import convert_reference_checkpoint
@@ -73,7 +74,7 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path) -> Non
         message = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CollectionError([f"{str(folder)!r} cannot be converted: it {message}."]) from error
     fields: dict[str, Any] = {field: config[field] for field in _KEPT_FIELDS if config.get(field) is not None}
-    write_lora(Path(out_dir), updates, fields, others)
+    write_lora(Path(out_dir), updates, fields, others, overwrite=overwrite, inputs=(folder,))
 
 
 def _parts(weights: WeightsFile, pattern: re.Pattern[str]) -> tuple[dict[str, Parts], Parts]:
