@@ -1,7 +1,7 @@
 """Publishing: what would be sent, what a card says, and what is refused because others could not load it."""
 
 import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -26,9 +26,8 @@ def hub(monkeypatch, tmp_path):
     """What the Hub would have received: nothing leaves this machine."""
     received = tmp_path / "received"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        Path(folder_path).rename(received)
-        Path(folder_path).mkdir()  # the caller removes its scratch folder
+    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+        shutil.copytree(folder_path, received, ignore=shutil.ignore_patterns(*ignore_patterns))
         return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})()
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Repo", (), {"repo_id": repo_id})())

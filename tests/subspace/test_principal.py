@@ -23,6 +23,7 @@ def test_save_and_load_are_exact(subspace, tmp_path):
         "subspace_config.json",
         "subspace.safetensors",
         "README.md",
+        ".eigenpeft.json",
     }
 
 

@@ -62,8 +62,8 @@ def test_save_and_load_are_exact(store, tmp_path):
 
 
 def test_a_member_is_read_alone(store, tmp_path, monkeypatch):
-    store.save_pretrained(tmp_path)
-    loaded = CoefficientStore.from_pretrained(tmp_path)
+    store.save_pretrained(tmp_path / "store")
+    loaded = CoefficientStore.from_pretrained(tmp_path / "store")
     read = []
 
     class Recorder:
@@ -82,7 +82,7 @@ def test_a_member_is_read_alone(store, tmp_path, monkeypatch):
 
     loaded._rows = Recorder(loaded._rows)
     loaded["adapter-1"]
-    with safe_open(tmp_path / "store.safetensors", framework="pt") as file:
+    with safe_open(tmp_path / "store" / "store.safetensors", framework="pt") as file:
         total = file.get_slice("layer.0.query.coefficients_in").get_shape()[0]
     assert {name for name, *_ in read} == {
         f"{module}.coefficients_{side}" for module in MODULES for side in ("in", "out")
@@ -105,8 +105,8 @@ def test_unknown_members_name_the_known(store):
 
 
 def test_a_damaged_store_is_one_error(store, tmp_path):
-    store.save_pretrained(tmp_path)
-    config = tmp_path / "store_config.json"
+    store.save_pretrained(tmp_path / "store")
+    config = tmp_path / "store" / "store_config.json"
     whole = json.loads(config.read_text())
     for damage, message in (
         ({"members": whole["members"][:2]}, "does not fit its config"),
@@ -117,10 +117,10 @@ def test_a_damaged_store_is_one_error(store, tmp_path):
     ):
         config.write_text(json.dumps(whole | damage))
         with pytest.raises(ArtifactError, match=message):
-            CoefficientStore.from_pretrained(tmp_path)
+            CoefficientStore.from_pretrained(tmp_path / "store")
     config.write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as JSON"):
-        CoefficientStore.from_pretrained(tmp_path)
+        CoefficientStore.from_pretrained(tmp_path / "store")
     with pytest.raises(SubspaceNotFoundError, match="No coefficient store at"):
         CoefficientStore.from_pretrained(tmp_path / "elsewhere")
 

@@ -1,7 +1,7 @@
 """Write whole or not at all, and replace nothing that eigenpeft did not write: the one way to the disk."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,12 @@ def check_output(path: str | Path, *, kind: str, overwrite: bool = False, inputs
 
 @contextmanager
 def atomic_folder(
-    path: str | Path, *, kind: str, overwrite: bool = False, inputs: Iterable[str | Path] = ()
+    path: str | Path,
+    *,
+    kind: str,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
+    carried: Collection[str] = (),
 ) -> Iterator[Path]:
     """Yield an empty scratch folder beside `path`; on success it becomes `path` in one step.
 
@@ -87,6 +92,7 @@ def atomic_folder(
         kind: What it will hold, in the words of messages.
         overwrite: Whether to replace an artifact of this kind that eigenpeft wrote and nobody has changed since.
         inputs: Paths that are read; the folder must not be one of them or lie inside one.
+        carried: Names of files whose present text the new versions keep; they may have been changed by others.
 
     Yields:
         The scratch folder to write into. It is removed when the block raises, on Ctrl-C too; what a killed process left is
@@ -101,13 +107,13 @@ def atomic_folder(
     with one_writer(target):
         finish_interrupted(target)
         sweep(target)
-        is_taken = _is_taken(target, path, kind=kind)
+        is_taken = _is_taken(target, path, kind=kind, carried=carried)
         with _scratch(target, path) as scratch:
             yield scratch
             manifest = _finish(scratch, kind)
             if is_taken:
                 there = read_manifest(target)
-                if there is not None and there.files == manifest.files:
+                if there is not None and there.files == manifest.files and not not_ours(target):
                     return
                 if not overwrite:
                     raise ArtifactError(_exists(path, kind))
@@ -239,12 +245,12 @@ def _checked_target(path: str | Path, inputs: Iterable[str | Path], *, is_file: 
     return target
 
 
-def _is_taken(target: Path, path: str | Path, *, kind: str) -> bool:
+def _is_taken(target: Path, path: str | Path, *, kind: str, carried: Collection[str] = ()) -> bool:
     """Whether the folder holds an artifact of this kind, wholly ours; refuses what must never be replaced."""
     try:
         if not target.exists() or not any(target.iterdir()):
             return False
-        foreign = not_ours(target)
+        foreign = not_ours(target, carried=carried)
         manifest = read_manifest(target)
     except OSError as error:
         raise ArtifactError(f"Cannot read {str(path)!r}: {error.strerror or error}. Choose another folder.") from error

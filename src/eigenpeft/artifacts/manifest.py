@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,11 +119,12 @@ def hashes_of(folder: Path) -> dict[str, tuple[str, ...]]:
     return {name: (file_sha256(path),) for name, path in files_of(folder).items()}
 
 
-def not_ours(folder: Path) -> list[str]:
+def not_ours(folder: Path, *, carried: Collection[str] = ()) -> list[str]:
     """What lies in a folder and was not written by eigenpeft, or was changed since; empty if there is nothing such.
 
     Args:
         folder: The folder.
+        carried: Names of files in the record that may have been changed.
 
     Returns:
         Names as a message shows them, such as "notes.txt" and "README.md (changed since it was written)".
@@ -134,6 +135,6 @@ def not_ours(folder: Path) -> list[str]:
     for name, path in files_of(folder).items():
         if name not in known or path.is_symlink() or not path.is_file():
             found.append(name)
-        elif file_sha256(path) not in known[name]:
+        elif name not in carried and file_sha256(path) not in known[name]:
             found.append(f"{name} (changed since it was written)")
     return found

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from eigenpeft import LowRankRewardModel
+from eigenpeft.artifacts.manifest import files_of
 from eigenpeft.errors import ArtifactError, RewardModelError, UnknownUserError
 from eigenpeft.reward.text.backbone import reference_head, with_head
 from eigenpeft.reward.text.rewards import classify
@@ -245,7 +246,7 @@ def test_push_to_hub_uploads_what_save_writes(model, monkeypatch):
     seen = {}
 
     def upload(folder, repo_id, **options):
-        seen.update(options, files=sorted(path.name for path in folder.iterdir()), repo_id=repo_id)
+        seen.update(options, files=sorted(files_of(folder)), repo_id=repo_id)
         return "address"
 
     monkeypatch.setattr("eigenpeft.reward.artifact.storage.push_folder", upload)

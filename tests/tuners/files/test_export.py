@@ -113,7 +113,7 @@ def test_refusals_leave_nothing(tmp_path, tokens):
     assert not (tmp_path / "lora").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(ArtifactError, match="is not empty and holds no adapter"):
+    with pytest.raises(ArtifactError, match="holds files that eigenpeft did not write: thesis.tex"):
         export_lora(model, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -211,9 +211,21 @@ def test_a_readme_that_is_there_keeps_its_words(tmp_path, tokens):
     export_lora(model, tmp_path / "lora")
     readme = tmp_path / "lora" / "README.md"
     readme.write_text(f"# Poems\n\nMy notes.\n\n{readme.read_text()}\n## Licence\n\nMine.\n")
-    export_lora(model, tmp_path / "lora", rank=2)
+    export_lora(model, tmp_path / "lora", rank=2, overwrite=True)
     text = readme.read_text()
     assert text.startswith("# Poems\n\nMy notes.\n\n## Rank and scaling\n")
     assert text.endswith("## Licence\n\nMine.\n")
     assert text.count("## Rank and scaling") == 1
     assert "one rank, 2," in text
+
+
+def test_a_trained_adapter_is_never_replaced_by_its_export(tmp_path, tokens):
+    model, _ = trained(tokens, configs()["low_rank"])
+    model.save_pretrained(tmp_path / "trained")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(
+            ArtifactError, match="did not write: README.md, adapter_config.json, adapter_model.safetensors"
+        ):
+            export_lora(model, tmp_path / "trained", overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()} == before

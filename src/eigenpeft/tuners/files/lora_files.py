@@ -109,7 +109,8 @@ def write_lora(
     for update in updates:
         for key, factor in zip(update.keys, (update.lora_A, update.lora_B), strict=True):
             tensors[f"{PREFIX}{key}"] = factor.cpu().contiguous().clone()
-    with atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs) as scratch, torch.no_grad():
+    writing = atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs, carried=[CARD_NAME])
+    with writing as scratch, torch.no_grad():
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
         for name, content in (files or {}).items():
