@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
-from eigenpeft.cli.rows import open_rows
+from eigenpeft.cli.rows import feature_column, open_rows
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
@@ -218,13 +218,14 @@ def _read(
         if not rows:
             raise RewardModelError(f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}.")
         table = table.select(rows)
-    user_ids = [str(name) for name in table[user_column]]
+    user_ids = _user_ids(table, user_column, path)
     prompt_column = prompt_column or ("prompt" if "prompt" in table.column_names else None)
     prompts = None if prompt_column is None else [str(prompt) for prompt in table[prompt_column]]
-    first = table[0]["chosen"] if len(table) else []
+    first = table[0]["chosen"]
     if isinstance(first, list) and first and isinstance(first[0], int | float):
-        table = table.with_format("numpy")
-        return Comparisons(table["chosen"], table["rejected"], user_ids, prompts)
+        chosen, rejected = (feature_column(table, side, path) for side in ("chosen", "rejected"))
+        return Comparisons(chosen, rejected, user_ids, prompts)
+    _check_texts(table, path)
     backbone, processing_class = embedder if model is None else _load(model)
     if backbone is None:
         raise RewardModelError(
@@ -238,6 +239,28 @@ def _read(
     return Comparisons(
         features["chosen"], features["rejected"], user_ids, prompts, reference, backbone, processing_class
     )
+
+
+def _user_ids(table: Any, user_column: str, path: Path) -> list[str]:
+    """The user of each row as text; a row without one is an error, as it would become a user of its own."""
+    for row, name in enumerate(table[user_column]):
+        if name is None or str(name) == "":
+            raise RewardModelError(
+                f"Row {row} of {str(path)!r} has no user in its column {user_column!r}; name the user of each comparison, or "
+                "leave the row out."
+            )
+    return [str(name) for name in table[user_column]]
+
+
+def _check_texts(table: Any, path: Path) -> None:
+    """Every row must have text, or messages, on both sides."""
+    for side in ("chosen", "rejected"):
+        for row, value in enumerate(table[side]):
+            if not isinstance(value, str | list) or not value:
+                raise RewardModelError(
+                    f"Row {row} of {str(path)!r} has {value!r:.60} in its column {side!r}; it must be text, a list of messages, "
+                    "or a list of numbers."
+                )
 
 
 def _is_reward_model(name: str) -> bool:

@@ -1,12 +1,21 @@
 """Rows from a file, and rows of a task as its model takes them."""
 
+import codecs
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import (
+    Dataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_from_disk,
+)
+from datasets.utils import logging as datasets_logging
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +29,7 @@ from transformers import (
 from eigenpeft.errors import EigenPeftError
 
 _MAX_LENGTH = 512
+_BLOCK = 2**20  # bytes read at a time
 _READERS = {
     ".jsonl": Dataset.from_json,
     ".json": Dataset.from_json,
@@ -45,10 +55,13 @@ def open_rows(path: Path) -> Dataset:
         path: .jsonl, .json, .csv, .parquet or a folder.
 
     Raises:
-        EigenPeftError: If it is none of these.
+        EigenPeftError: If it is none of these, is damaged, or has no rows.
     """
     if path.is_dir():
-        table = load_from_disk(path)
+        try:
+            table = load_from_disk(path)
+        except Exception as error:  # whatever datasets, Arrow or the file system raise
+            raise EigenPeftError(f"{str(path)!r} is not a folder saved by datasets: {_reason(error)}") from error
         if not isinstance(table, Dataset):
             raise EigenPeftError(f"{str(path)!r} holds several splits, {sorted(table)}: pass the folder of one.")
         return table
@@ -58,7 +71,76 @@ def open_rows(path: Path) -> Dataset:
         raise EigenPeftError(
             f"{str(path)!r} must end in {', '.join(sorted(_READERS))}, or be a folder saved by datasets."
         )
-    return _READERS[path.suffix](str(path))
+    if not path.stat().st_size:
+        raise EigenPeftError(f"{str(path)!r} is empty; it must hold at least one row.")
+    if path.suffix != ".parquet":
+        _check_utf8(path)
+    verbosity, bars = datasets_logging.get_verbosity(), are_progress_bars_disabled()
+    datasets_logging.set_verbosity(
+        datasets_logging.CRITICAL
+    )  # its log says the same as the error below, with a traceback
+    disable_progress_bars()
+    try:
+        # The name is no pattern: data[1].jsonl is that file.
+        table = _READERS[path.suffix](glob.escape(str(path.absolute())))
+    except Exception as error:  # whatever datasets, Arrow, pandas or the file system raise
+        raise EigenPeftError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_reason(error)}") from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+        if not bars:
+            enable_progress_bars()
+    if not len(table):
+        raise EigenPeftError(f"{str(path)!r} has no rows; it must hold at least one.")
+    return table
+
+
+def feature_column(table: Dataset, name: str, path: Path) -> Any:
+    """A column of lists of numbers as one array, with the first row at fault named.
+
+    Args:
+        table: Rows.
+        name: Column.
+        path: Where they come from, for messages.
+
+    Returns:
+        (n, width) float32, memory-mapped where the file is.
+
+    Raises:
+        EigenPeftError: If a row is missing, is not a list of numbers, or has another length.
+    """
+    column = table.with_format("numpy")[name]
+    width = len(table[0][name])
+    for row, value in enumerate(table[name]):
+        good = isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+        if not good or len(value) != width:
+            shown = f"{len(value)} numbers" if good else f"{value!r:.60}"
+            raise EigenPeftError(
+                f"Row {row} of {str(path)!r} has {shown} in its column {name!r}; the first row has {width} numbers, and so "
+                "must every row."
+            )
+    return column
+
+
+def _check_utf8(path: Path) -> None:
+    """Text that is not UTF-8 is found here: datasets would find it when a row is used."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise EigenPeftError(
+                    f"{str(path)!r} is not UTF-8 text ({error.reason} near byte {start + error.start}); save it as UTF-8."
+                ) from error
+            start += len(block)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: datasets' own message names only itself."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    text = " ".join(str(error).split())
+    return (text[:200] or type(error).__name__) + ("" if text.endswith(".") else ".")
 
 
 def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:

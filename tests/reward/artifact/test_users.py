@@ -81,7 +81,7 @@ def test_errors(ids, tmp_path):
     with pytest.raises(RewardModelError, match="is a float; pass text or a whole number"):
         table.put([1.5], weights(1), [1])
     table.save(tmp_path / "users.safetensors")
-    with pytest.raises(ArtifactError, match="expected one row of 2 weights an id"):
+    with pytest.raises(ArtifactError, match="expected one row of 2 float32 weights"):
         UserTable.open(tmp_path / "users.safetensors", n_basis=2)
     data = (tmp_path / "users.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])

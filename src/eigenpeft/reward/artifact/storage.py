@@ -201,7 +201,7 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / BASIS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ArtifactError(f"The reward model at {origin!r} cannot be read ({error}); get a fresh copy.") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -213,6 +213,11 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
         raise ArtifactError(
             f"The tensors of the reward model at {origin!r} are not those its {CONFIG} vouches for: a file was altered. "
             "Get a fresh copy."
+        )
+    if not isinstance(config.get("info", {}), dict):
+        raise ArtifactError(
+            f"The {CONFIG} of the reward model at {origin!r} has info {config['info']!r}, which must be an object; get a "
+            "fresh copy."
         )
     return config, tensors
 

@@ -1,26 +1,31 @@
-"""The table of users: weights by id in one sorted, memory-mapped file, with changes kept aside until they are saved."""
+"""The table of users: weights by id in one sorted file, with changes kept aside until they are saved."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
+from eigenpeft.artifacts.storage import fingerprint
 from eigenpeft.errors import ArtifactError, RewardModelError, UnknownUserError
 
 MAX_ID_BYTES = 255
+SIMPLEX_TOLERANCE = 1e-4  # how far the sum of a user's weights may be from one
 UserId = str | int
+HASH = "sha256"  # key of the tensors' fingerprint in the file's metadata
 
 
 class UserTable:
-    """Weights on the simplex by user id; a million users cost a binary search in a mapped file, not a dictionary.
+    """Weights on the simplex by user id; a million users cost a binary search in a sorted array, not a dictionary.
 
     On disk: `ids` (n_users, width) UTF-8 bytes padded with zeros, sorted; `weights` (n_users, n_basis) float32;
     `n_pairs` (n_users,) int32, the size of the history each was fitted to. Additions, updates and deletions are kept
-    in memory beside the file until `save` merges them.
+    in memory beside the file until `save` merges them. Threads may read while another adds users.
 
     Args:
         n_basis: Length of a weight vector.
@@ -32,10 +37,21 @@ class UserTable:
         self._weights = torch.zeros(0, n_basis)
         self._n_pairs = torch.zeros(0, dtype=torch.int32)
         self._changed: dict[bytes, tuple[np.ndarray, int] | None] = {}  # None: deleted
+        self._lock = RLock()  # held while `_changed` is read or written
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            state = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+            return state | {"_changed": dict(self._changed)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=RLock())
 
     def __len__(self) -> int:
-        known = self._rows(list(self._changed))[1] if self._changed else np.zeros(0, dtype=bool)
-        change = sum((value is not None) - int(old) for value, old in zip(self._changed.values(), known, strict=True))
+        with self._lock:
+            changed = dict(self._changed)
+        known = self._rows(list(changed))[1] if changed else np.zeros(0, dtype=bool)
+        change = sum((value is not None) - int(old) for value, old in zip(changed.values(), known, strict=True))
         return len(self._ids) + change
 
     def __contains__(self, user_id: object) -> bool:
@@ -59,9 +75,10 @@ class UserTable:
         """
         keys = [encode(user_id) for user_id in user_ids]
         found = self._rows(keys)[1]
-        for i, key in enumerate(keys):
-            if key in self._changed:
-                found[i] = self._changed[key] is not None
+        with self._lock:
+            for i, key in enumerate(keys):
+                if key in self._changed:
+                    found[i] = self._changed[key] is not None
         return torch.from_numpy(found)
 
     def weights(self, user_ids: Sequence[UserId], *, default: Tensor | None = None) -> Tensor:
@@ -81,12 +98,13 @@ class UserTable:
         rows, found = self._rows(keys)
         result = self._weights[torch.from_numpy(np.where(found, rows, 0))] if len(self._ids) else None
         result = torch.zeros(len(keys), self.n_basis) if result is None else result.clone()
-        for i, key in enumerate(keys):
-            if key in self._changed:
-                value = self._changed[key]
-                found[i] = value is not None
-                if value is not None:
-                    result[i] = torch.from_numpy(value[0])
+        with self._lock:
+            for i, key in enumerate(keys):
+                if key in self._changed:
+                    value = self._changed[key]
+                    found[i] = value is not None
+                    if value is not None:
+                        result[i] = torch.from_numpy(value[0])
         missing = [i for i, is_there in enumerate(found) if not is_there]
         if missing and default is None:
             raise UnknownUserError(
@@ -108,11 +126,12 @@ class UserTable:
         Raises:
             UnknownUserError: If it is not known.
         """
-        self.weights([user_id])
         key = encode(user_id)
-        if key in self._changed:
-            value = self._changed[key]
-            return value[1] if value else 0
+        with self._lock:
+            self.weights([user_id])
+            value = self._changed.get(key)
+        if value is not None:
+            return value[1]
         return int(self._n_pairs[int(self._rows([key])[0][0])])
 
     def put(self, user_ids: Sequence[UserId], weights: Tensor, n_pairs: Sequence[int]) -> None:
@@ -138,10 +157,12 @@ class UserTable:
             raise RewardModelError(
                 f"weights of shape {tuple(weights.shape)} must be ({len(keys)}, {self.n_basis}): a row a user."
             )
-        if not bool(((weights >= 0).all(dim=1) & ((weights.sum(dim=1) - 1).abs() < 1e-4)).all()):
+        if not bool(((weights >= 0).all(dim=1) & ((weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).all()):
             raise RewardModelError("User weights must be non-negative and sum to one; fit them with fit_users.")
         rows = weights.numpy().copy()
-        self._changed.update((key, (rows[i], int(n_pairs[i]))) for i, key in enumerate(keys))
+        changes = {key: (rows[i], int(n_pairs[i])) for i, key in enumerate(keys)}
+        with self._lock:
+            self._changed.update(changes)
 
     def delete(self, user_id: UserId) -> None:
         """Forget a user; the file forgets at the next `save`.
@@ -152,8 +173,9 @@ class UserTable:
         Raises:
             UnknownUserError: If it is not known.
         """
-        self.weights([user_id])
-        self._changed[encode(user_id)] = None
+        with self._lock:
+            self.weights([user_id])
+            self._changed[encode(user_id)] = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole table, changes merged, as the file holds it."""
@@ -163,7 +185,7 @@ class UserTable:
         return {"ids": torch.from_numpy(flat.copy()), "weights": weights, "n_pairs": n_pairs}
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a safetensors file, under a temporary name first: the table may be mapped from that file.
+        """Write the table to a safetensors file, with the hash of its tensors, under a temporary name first.
 
         Args:
             path: File to write.
@@ -171,31 +193,37 @@ class UserTable:
         path = Path(path)
         scratch = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(self.tensors(), scratch)
+            tensors = self.tensors()
+            save_file(tensors, scratch, metadata={HASH: fingerprint(tensors)})
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | Path, *, n_basis: int) -> "UserTable":
-        """Map a table; nothing but the header is read.
+        """Read a table and check every row of it.
 
         Args:
             path: File written by `save`.
             n_basis: Length its weight vectors must have.
 
         Raises:
-            ArtifactError: If it is not such a file.
+            ArtifactError: If it is not such a file, was altered, or holds weights that are not on the simplex.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                ids, weights, n_pairs = (file.get_tensor(name) for name in ("ids", "weights", "n_pairs"))
-        except (SafetensorError, OSError) as error:
+                expected = (file.metadata() or {}).get(HASH)
+            tensors = load(Path(path).read_bytes())  # read, not mapped: a file cut in place would end the process
+            ids, weights, n_pairs = (tensors[name] for name in ("ids", "weights", "n_pairs"))
+        except (SafetensorError, OSError, KeyError) as error:
             raise ArtifactError(f"{str(path)!r} is not a whole table of users ({error}); get a fresh copy.") from error
-        if weights.shape != (len(ids), n_basis) or n_pairs.shape != (len(ids),) or ids.dtype != torch.uint8:
+        if fault := _fault(ids, weights, n_pairs, n_basis=n_basis):
             raise ArtifactError(
-                f"{str(path)!r} holds {len(ids)} ids and weights {tuple(weights.shape)}; expected one row of "
-                f"{n_basis} weights an id. It belongs to another reward model, or was altered; get a fresh copy."
+                f"{str(path)!r} {fault}. It belongs to another reward model, or was altered; get a fresh copy."
+            )
+        if expected is not None and fingerprint(tensors) != expected:
+            raise ArtifactError(
+                f"The table of users {str(path)!r} does not have its hash: it was altered. Get a fresh copy."
             )
         table = cls(n_basis)
         if len(ids):
@@ -204,7 +232,7 @@ class UserTable:
         return table
 
     def _rows(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Row in the mapped part of each key, and whether it is there."""
+        """Row in the sorted part of each key, and whether it is there."""
         width = self._ids.dtype.itemsize
         fits = np.array([len(key) <= width for key in keys], dtype=bool)
         wanted = np.array([key if fit else b"" for key, fit in zip(keys, fits, strict=True)], dtype=self._ids.dtype)
@@ -215,13 +243,15 @@ class UserTable:
         return rows, found
 
     def _merged(self) -> tuple[np.ndarray, Tensor, Tensor]:
-        if not self._changed:
+        with self._lock:
+            changed = dict(self._changed)
+        if not changed:
             return self._ids, self._weights.clone(), self._n_pairs.clone()
         kept = np.ones(len(self._ids), dtype=bool)
-        rows, found = self._rows(list(self._changed))
+        rows, found = self._rows(list(changed))
         kept[rows[found]] = False
         mask = torch.from_numpy(kept)
-        fresh = [(key, *value) for key, value in self._changed.items() if value is not None]
+        fresh = [(key, *value) for key, value in changed.items() if value is not None]
         width = max([self._ids.dtype.itemsize, *(len(key) for key, _, _ in fresh)])
         new_ids = np.array([key for key, _, _ in fresh], dtype=f"S{width}")
         ids = np.concatenate([self._ids[kept].astype(f"S{width}"), new_ids])
@@ -246,10 +276,42 @@ def encode(user_id: UserId) -> bytes:
         raise RewardModelError(
             f"The user id {user_id!r} is a {type(user_id).__name__}; pass text or a whole number for each user."
         )
-    key = str(user_id).encode("utf-8")
+    try:
+        key = str(user_id).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RewardModelError(
+            f"The user id {str(user_id)[:40]!r} is not text that UTF-8 can hold ({error.reason}); pass valid text."
+        ) from error
     if not 1 <= len(key) <= MAX_ID_BYTES or b"\0" in key:
         raise RewardModelError(
             f"The user id {str(user_id)[:40]!r} has {len(key)} bytes; ids have 1 to {MAX_ID_BYTES} bytes of UTF-8 "
             "and no NUL characters. Hash longer ones."
         )
     return key
+
+
+def _fault(ids: Tensor, weights: Tensor, n_pairs: Tensor, *, n_basis: int) -> str | None:
+    """What is wrong with the tensors of a table, as the end of a sentence; None where they are in order."""
+    shapes = ids.ndim == 2 and weights.shape == (len(ids), n_basis) and n_pairs.shape == (len(ids),)
+    kinds = (ids.dtype, weights.dtype, n_pairs.dtype)
+    if not shapes or kinds != (torch.uint8, torch.float32, torch.int32):
+        return (
+            f"holds ids {tuple(ids.shape)}, weights {tuple(weights.shape)} and n_pairs {tuple(n_pairs.shape)} of "
+            f"{', '.join(str(kind).removeprefix('torch.') for kind in kinds)}; expected one row of {n_basis} float32 "
+            "weights and one int32 per uint8 id"
+        )
+    if not len(ids):
+        return None
+    if not 1 <= ids.shape[1] <= MAX_ID_BYTES:
+        return f"has ids of {ids.shape[1]} bytes; ids have 1 to {MAX_ID_BYTES}"
+    names = ids.contiguous().numpy().view(f"S{ids.shape[1]}")[:, 0]
+    if not bool((names[1:] > names[:-1]).all()):
+        return "has ids that are not in order, or come twice"
+    try:
+        np.char.decode(names, "utf-8")
+    except UnicodeDecodeError:
+        return "has ids that are not UTF-8"
+    bad = ((weights < 0).any(dim=1) | ~((weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).nonzero()[:, 0]
+    if len(bad):
+        return f"has weights of {names[int(bad[0])].decode()!r} (and {len(bad) - 1} more) that are not shares that sum to one"
+    return None

@@ -195,12 +195,31 @@ class LoReFitter:
             if getattr(self, name) != "auto":
                 positive[name] = getattr(self, name)
         for name, value in positive.items():
-            if not value > 0:
+            if not _is_number(value) or not value > 0:
                 raise RewardModelError(f"{name}={value!r} must be positive.")
-        if not 0 < self.holdout < 1:
+        if not _is_number(self.holdout) or not 0 < self.holdout < 1:
             raise RewardModelError(f"holdout={self.holdout!r} must be a share between 0 and 1, such as 0.2.")
-        if not 0 <= self.prune < 1:
+        if not _is_number(self.prune) or not 0 <= self.prune < 1:
             raise RewardModelError(f"prune={self.prune!r} must be 0 or a weight below 1, such as 0.01.")
+        for name in ("n_restarts", "max_iter", "seed"):
+            if not _is_whole(getattr(self, name)):
+                raise RewardModelError(f"{name}={getattr(self, name)!r} must be a whole number.")
+        if self.n_components is not None and not (_is_whole(self.n_components) and self.n_components > 0):
+            raise RewardModelError(f"n_components={self.n_components!r} must be None or a whole number of at least 1.")
+        sizes = [self.n_basis] if _is_whole(self.n_basis) else self.n_basis
+        if sizes != "auto" and (
+            isinstance(sizes, str) or not isinstance(sizes, Sequence) or not all(map(_is_whole, sizes))
+        ):
+            raise RewardModelError(
+                f'n_basis={self.n_basis!r} must be a whole number such as 5, several of them, or "auto".'
+            )
+        scales = [self.deviation_scale] if _is_number(self.deviation_scale) else self.deviation_scale
+        if scales != "auto" and (
+            isinstance(scales, str) or not isinstance(scales, Sequence) or not all(map(_is_number, scales))
+        ):
+            raise RewardModelError(
+                f'deviation_scale={self.deviation_scale!r} must be a positive number, several of them, or "auto".'
+            )
 
     def _check_sizes(self, n_users: int) -> None:
         sizes, scales = self._sizes(n_users), self._scales()
@@ -215,7 +234,7 @@ class LoReFitter:
     def _sizes(self, n_users: int) -> list[int]:
         if self.n_basis == "auto":
             return [size for size in AUTO_N_BASIS if size <= n_users]
-        return [self.n_basis] if isinstance(self.n_basis, int) else [int(size) for size in self.n_basis]
+        return [self.n_basis] if isinstance(self.n_basis, int) else list(self.n_basis)
 
     def _scales(self) -> list[float]:
         if self.deviation_scale == "auto":
@@ -298,3 +317,11 @@ class LoReFitter:
             )
         left = weights[:, kept]
         return kept, left / left.sum(dim=1, keepdim=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # not NaN
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,9 +1,11 @@
 """Sequence-classification backbones: where their head is, and copies of them with another one."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from eigenpeft.errors import RewardModelError
@@ -12,8 +14,8 @@ from eigenpeft.errors import RewardModelError
 _HEADS = ("score", "classifier.out_proj", "classifier.dense_out", "classifier")
 
 
-def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of the linear layer that makes the logits.
+def head_module(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of what makes the logits, as it stands in the model: a linear layer, or PEFT's wrapper of one.
 
     Args:
         model: An `AutoModelForSequenceClassification` model, PEFT-wrapped or not.
@@ -27,13 +29,42 @@ def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
             head = base.get_submodule(name)
         except AttributeError:
             continue
-        head = getattr(head, "original_module", head)  # PEFT's modules_to_save wraps it
-        if isinstance(head, nn.Linear):
+        if isinstance(_linear(head), nn.Linear):
             return name, head
     raise RewardModelError(
         f"{type(base).__name__} has no linear head named {', '.join(_HEADS)}; load the backbone with "
         "AutoModelForSequenceClassification."
     )
+
+
+def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and linear layer that makes the logits: of a head that PEFT trains, the trained copy of the active adapter.
+
+    Args:
+        model: An `AutoModelForSequenceClassification` model, PEFT-wrapped or not.
+
+    Raises:
+        RewardModelError: If there is none where Transformers' models have it.
+    """
+    name, head = head_module(model)
+    return name, cast(nn.Linear, _linear(head))
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """(num_labels, n_features), float32 on the CPU: the head's weight with the active adapters' updates of it.
+
+    Args:
+        model: A sequence classifier, PEFT-wrapped or not.
+
+    Raises:
+        RewardModelError: If it has no linear head.
+    """
+    _, head = head_module(model)
+    weight = cast(nn.Linear, _linear(head)).weight.detach().float().cpu()
+    if isinstance(head, BaseTunerLayer) and not head.merged and not head.disable_adapters:
+        updates = (head.get_delta_weight(name) for name in head.active_adapters)  # pyright: ignore[reportCallIssue]
+        weight = weight + sum(update.detach().float().cpu() for update in updates)
+    return weight
 
 
 def reference_head(model: nn.Module) -> Tensor:
@@ -48,13 +79,21 @@ def reference_head(model: nn.Module) -> Tensor:
     Raises:
         RewardModelError: If it has several labels, or no linear head.
     """
-    _, head = score_head(model)
-    if head.out_features != 1:
+    weight = head_weight(model)
+    if len(weight) != 1:
         raise RewardModelError(
-            f"The model's head has {head.out_features} labels; a reference reward has 1. Pass reference_head=None to fit "
+            f"The model's head has {len(weight)} labels; a reference reward has 1. Pass reference_head=None to fit "
             "without one."
         )
-    return head.weight.detach()[0].float().cpu()
+    return weight[0]
+
+
+def _linear(head: nn.Module) -> nn.Module:
+    """The layer inside PEFT's wrappers: the active adapter's trained copy, or what LoRA adapts."""
+    if isinstance(head, ModulesToSaveWrapper):
+        names = [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+        head = head.modules_to_save[names[0]] if names else head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def with_head(model: nn.Module, weight: Tensor) -> Any:

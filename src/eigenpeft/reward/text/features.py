@@ -1,19 +1,17 @@
 """From text to features: the last hidden state that a reward model's head reads, cached as Arrow, resumable."""
 
-import hashlib
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from huggingface_hub.utils import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.reward.text.backbone import score_head
+from eigenpeft.reward.text.backbone import head_module, score_head
+from eigenpeft.reward.text.features_cache import FeaturesCache
 from eigenpeft.reward.text.rewards import classify, join
 
 
@@ -33,16 +31,16 @@ def embed_texts(
         (n, n_features) float32 on the CPU.
     """
     try:
-        name, head = score_head(model)
+        _, head = head_module(model)
     except RewardModelError:
         return _mean_hidden_states(model, processing_class, texts, batch_size=batch_size, max_length=max_length)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_submodule(name, nn.Identity())
+    # The head hands on what it is given, and the model pools that as it pools logits. Nothing in the model is replaced.
+    handle = head.register_forward_hook(lambda module, inputs, output: inputs[0])
     try:
         features = classify(model, processing_class, texts, batch_size=batch_size, max_length=max_length)
     finally:
-        base.set_submodule(name, head)
-    return features if len(texts) else torch.zeros(0, head.in_features)
+        handle.remove()
+    return features if len(texts) else torch.zeros(0, score_head(model)[1].in_features)
 
 
 def embed_preferences(
@@ -59,7 +57,8 @@ def embed_preferences(
     """A data set of features, memory-mapped: `chosen`, `rejected` (n_features,) and the user, ready for `LoReFitter`.
 
     Takes TRL's preference format, conversational or not, with the prompt apart or inside both sides. Parts are written
-    one after the other; an interrupted run goes on where it stopped, a finished one is read back.
+    one after the other; an interrupted run goes on where it stopped, a finished one is read back, and rows added at the
+    end cost only themselves.
 
     Args:
         dataset: With `chosen`, `rejected`, perhaps `prompt`, and the user column.
@@ -72,7 +71,8 @@ def embed_preferences(
         part_size: Comparisons a part.
 
     Raises:
-        RewardModelError: If a column is missing, or the folder holds features of other texts or of another model.
+        RewardModelError: If a column is missing, a row has no user, or the folder holds features of another
+            model or tokenizer.
     """
     missing = {"chosen", "rejected", user_column} - set(dataset.column_names)
     if missing:
@@ -80,94 +80,66 @@ def embed_preferences(
             f"The data set has no column {sorted(missing)}, only {sorted(dataset.column_names)}; preferences need chosen, "
             f"rejected and the user ({user_column!r})."
         )
-    folder = Path(cache_dir)
-    _claim(folder, _identity(dataset, model, user_column, max_length, part_size))
-    n_parts = -(-len(dataset) // part_size)
-    for number in tqdm(range(n_parts), desc="Embedding comparisons", disable=n_parts < 2):
-        place = folder / f"part-{number:06d}"
-        if place.is_dir():
-            continue
-        rows = dataset.select(range(number * part_size, min((number + 1) * part_size, len(dataset))))
-        examples: list[Any] = list(rows)
+    if empty := [row for row, user in enumerate(dataset[user_column]) if user is None or str(user) == ""]:
+        raise RewardModelError(
+            f"Row {empty[0]} has no user in its column {user_column!r} (nor have {len(empty) - 1} more rows); name the user of "
+            "each comparison, or leave those rows out."
+        )
+    cache = FeaturesCache(Path(cache_dir), model, processing_class, max_length=max_length, part_size=part_size)
+    starts = range(0, len(dataset), part_size)
+    parts = []
+    for start in tqdm(starts, desc="Embedding comparisons", disable=len(starts) < 2):
+        rows = dataset.select(range(start, min(start + part_size, len(dataset))))
         texts = [
             join(row.get("prompt") or ("" if isinstance(row[side], str) else []), row[side], processing_class)
             for side in ("chosen", "rejected")
-            for row in examples
+            for row in rows  # pyright: ignore[reportGeneralTypeIssues]
         ]
-        features = embed_texts(model, processing_class, texts, batch_size=batch_size, max_length=max_length).numpy()
-        columns = Features(
-            {
-                "chosen": List(Value("float32"), length=features.shape[1]),
-                "rejected": List(Value("float32"), length=features.shape[1]),
-                user_column: Value("string"),
-            }
-        )
-        part = Dataset.from_dict(
-            {
-                "chosen": features[: len(rows)],
-                "rejected": features[len(rows) :],
-                user_column: [str(user) for user in rows[user_column]],
-            },
-            features=columns,
-        )
-        scratch = folder / f".part-{number:06d}.tmp"
-        shutil.rmtree(scratch, ignore_errors=True)
-        part.save_to_disk(scratch)
-        scratch.rename(place)
-    parts = [load_from_disk(folder / f"part-{number:06d}") for number in range(n_parts)]
+        users = [str(user) for user in rows[user_column]]
+        part = cache.read(texts, users)
+        if part is None:
+            features = embed_texts(model, processing_class, texts, batch_size=batch_size, max_length=max_length).numpy()
+            part = cache.write(_table(features, users, user_column), texts, users)
+        parts.append(part)
     whole = concatenate_datasets(parts)  # pyright: ignore[reportArgumentType]
     return whole.with_format("numpy")
+
+
+def _table(features: Any, users: list[str], user_column: str) -> Dataset:
+    """Features of the chosen texts, then of the rejected ones, as columns beside their users."""
+    width = features.shape[1]
+    columns = Features(
+        {
+            "chosen": List(Value("float32"), length=width),
+            "rejected": List(Value("float32"), length=width),
+            user_column: Value("string"),
+        }
+    )
+    n = len(users)
+    return Dataset.from_dict({"chosen": features[:n], "rejected": features[n:], user_column: users}, features=columns)
 
 
 @torch.no_grad()
 def _mean_hidden_states(
     model: Any, processing_class: Any, texts: Sequence[str], *, batch_size: int, max_length: int | None
 ) -> Tensor:
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token
     parts = []
-    for start in range(0, len(texts), batch_size):
-        batch = processing_class(
-            list(texts[start : start + batch_size]),
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(model.device)
-        hidden = model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"][:, :, None].to(hidden)
-        parts.append(((hidden * mask).sum(dim=1) / mask.sum(dim=1)).cpu())
+    was_training = model.training
+    model.eval()  # without dropout a text has the same features each time
+    try:
+        for start in range(0, len(texts), batch_size):
+            batch = processing_class(
+                list(texts[start : start + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            ).to(model.device)
+            hidden = model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][:, :, None].to(hidden)
+            parts.append(((hidden * mask).sum(dim=1) / mask.sum(dim=1)).cpu())
+    finally:
+        model.train(was_training)
     return torch.cat(parts) if parts else torch.zeros(0, model.config.hidden_size)
-
-
-def _identity(dataset: Dataset, model: Any, user_column: str, max_length: int | None, part_size: int) -> dict[str, Any]:
-    """What makes features the same: texts, users, weights, lengths."""
-    digest = hashlib.sha256()
-    for row in dataset:
-        fields = [row.get(name) for name in ("prompt", "chosen", "rejected", user_column)]  # pyright: ignore
-        digest.update(json.dumps(fields, default=str).encode())
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item():.6e}".encode())
-    return {
-        "texts": digest.hexdigest(),
-        "model": weights.hexdigest(),
-        "n_comparisons": len(dataset),
-        "max_length": max_length,
-        "part_size": part_size,
-    }
-
-
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Start a cache, or make sure that it is this one."""
-    record = folder / "features.json"
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        other = [name for name, value in identity.items() if known.get(name) != value]
-        if other:
-            raise RewardModelError(
-                f"{str(folder)!r} holds features with another {', '.join(other)}; pass another cache_dir, or remove it."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".features.json.tmp"
-    scratch.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(record)

@@ -118,6 +118,35 @@ def join(prompt: Text, completion: Text, processing_class: Any) -> str:
     return processing_class.apply_chat_template([*(prompt or []), *completion], tokenize=False)
 
 
+def agree_on_padding(model: Any, processing_class: Any) -> None:
+    """Give a tokenizer and a model without a padding token the end token, and refuse two that differ.
+
+    A decoder reads its reward from the last token that is not padding, by the model's own number of the padding token:
+    where the tokenizer pads with another one, it would read padding.
+
+    Args:
+        model: Its `config.pad_token_id` is set where it is None.
+        processing_class: Its tokenizer; `pad_token` is set to `eos_token` where it is None.
+
+    Raises:
+        RewardModelError: If the two numbers differ, or there is no end token to pad with.
+    """
+    if processing_class.pad_token is None:
+        if processing_class.eos_token is None:
+            raise RewardModelError(
+                f"{type(processing_class).__name__} has neither a padding token nor an end token; set its pad_token."
+            )
+        processing_class.pad_token = processing_class.eos_token
+    known = getattr(model.config, "pad_token_id", None)
+    if known is None:
+        model.config.pad_token_id = processing_class.pad_token_id
+    elif known != processing_class.pad_token_id:
+        raise RewardModelError(
+            f"The tokenizer pads with {processing_class.pad_token!r} (number {processing_class.pad_token_id}), the model's "
+            f"config names number {known} as pad_token_id: a text's features would depend on its batch. Set one to the other."
+        )
+
+
 @torch.no_grad()
 def classify(
     model: Any,
@@ -140,10 +169,7 @@ def classify(
     Returns:
         (n, num_labels) float32 on the CPU.
     """
-    if processing_class.pad_token is None:
-        processing_class.pad_token = processing_class.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = processing_class.pad_token_id
+    agree_on_padding(model, processing_class)
     was_training = model.training
     model.eval()
     side = processing_class.truncation_side
