@@ -24,7 +24,7 @@ from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
 
-METHODS = ("moslora", "low_rank", "mixer", "diagonal")
+METHODS = ("moslora", "low_rank", "full", "diagonal")
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
     pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS, indirect=False),

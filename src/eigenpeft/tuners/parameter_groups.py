@@ -9,6 +9,9 @@ from torch import nn
 from eigenpeft.errors import AdapterConfigError
 
 _OUTPUT_SIDE = re.compile(r"\.lora_(embedding_)?B\.")
+# The names of our own parameters; those of the base model and of plain LoRA are none of our business.
+_MIXED = re.compile(r"\.lora_(embedding_)?B\.[^.]+\.(factor|mixer)$")
+_COEFFICIENTS = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+\.coefficients$")
 
 
 def parameter_groups(
@@ -65,12 +68,12 @@ def check_lorafa_pairs(names: Sequence[str]) -> None:
     """
     known = set(names)
     for name in names:
-        if name.endswith((".factor", ".mixer")):
+        if _MIXED.search(name):
             raise AdapterConfigError(
                 f"LoRA-FA cannot train {name!r}: it pairs A with B, and MoSLoRA has a mixer between them. Use "
                 "eigenpeft.tuners.parameter_groups with torch.optim.AdamW, or LoraConfig."
             )
-        if name.endswith(".coefficients") and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:
+        if _COEFFICIENTS.search(name) and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:
             raise AdapterConfigError(
                 f"LoRA-FA cannot train {name!r}: it pairs A with B, and this core's input side is frozen already, with "
                 "orthonormal rows, so that there is nothing to project. Use torch.optim.AdamW, or core='low_rank'."

@@ -14,7 +14,7 @@ from eigenpeft.tuners.layers.linear import MixedFactor, OutputFactor
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
 TARGETS = ["q_proj", "v_proj"]
-METHODS = ("moslora", "low_rank", "mixer", "diagonal")
+METHODS = ("moslora", "low_rank", "full", "diagonal")
 
 
 def config_of(method, **more):
@@ -119,9 +119,7 @@ def test_lorafa_on_coefficients_is_lorafa_on_the_factors(tokens):
     torch.testing.assert_close(first_moment.double() / 0.1, projected, **tolerance)
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"), [("moslora", "has a mixer"), ("mixer", "frozen"), ("diagonal", "frozen")]
-)
+@pytest.mark.parametrize(("method", "reason"), [("moslora", "has a mixer"), ("full", "frozen"), ("diagonal", "frozen")])
 def test_lorafa_refuses_what_it_would_pair_wrongly(method, reason):
     model = get_peft_model(tiny_llama(), config_of(method))
     with pytest.raises(AdapterConfigError, match=reason):

@@ -1,6 +1,5 @@
 """Factors padded to a larger rank, so that PEFT can swap adapters of several ranks into one compiled model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +12,24 @@ from eigenpeft.tuners.layers.kinds import factor_dicts
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 
 
-def pad_ranks(model: nn.Module, target_rank: int, *, pad_plain: Callable[[nn.Module, int], bool]) -> bool:
+def has_our_factors(model: nn.Module) -> bool:
+    """Whether a linear layer or 2-d convolution of a model has factors of ours, which PEFT's own padding would replace.
+
+    Args:
+        model: Model with adapters.
+    """
+    layers = (layer for layer in model.modules() if isinstance(layer, Linear | Conv2d))
+    return any(isinstance(factor, MixedFactor | OutputFactor) for layer in layers for factor in layer.lora_B.values())
+
+
+def pad_ranks(model: nn.Module, target_rank: int) -> bool:
     """Pad the rank of every linear layer's and 2-d convolution's adapters with zeros, which changes no update.
 
     EigenLoRA's core "low_rank" gets rows of C_in and columns of C_out; the other cores have no rank.
 
     Args:
-        model: Model with adapters.
+        model: Model with adapters, ours among them (`has_our_factors`).
         target_rank: Rank that they have afterwards.
-        pad_plain: PEFT's own function, for models without our adapters; it would put plain LoRA in the place of ours.
 
     Returns:
         Whether there was an adapter.
@@ -32,8 +40,6 @@ def pad_ranks(model: nn.Module, target_rank: int, *, pad_plain: Callable[[nn.Mod
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Linear | Conv2d)]
     pairs = [(layer, *(factors[name] for factors in factor_dicts(layer))) for layer in layers for name in layer.lora_B]
-    if not any(isinstance(outside, MixedFactor | OutputFactor) for _, _, outside in pairs):
-        return pad_plain(model, target_rank)
     for layer, inside, outside in pairs:
         _check(layer, inside, outside, target_rank)
     for layer, inside, outside in pairs:

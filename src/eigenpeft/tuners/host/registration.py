@@ -1,15 +1,15 @@
 """Make an outside method known to PEFT: the only code that touches PEFT's enum, registry and tables."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
-from peft import mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners import mixed
 from peft.utils import hotswap
 from peft.utils.peft_types import PeftType, register_peft_method
+from torch import nn
 
 from eigenpeft.errors import EigenPeftError
 
@@ -68,42 +68,63 @@ def register(name: str, *, config_cls: type, model_cls: type, hotswap_keys: Sequ
 def admit_to_mixed_models(names: Sequence[str], *, tuner: type[mixed.MixedModel]) -> None:
     """Let PEFT's mixed models take registered methods; doing so again is harmless.
 
+    A mixed model is of PEFT's own class until it gets an adapter of ours.
+
     Args:
         names: Upper-case names.
-        tuner: What mixed models are made with from now on: PEFT's own tuner, extended.
+        tuner: PEFT's own tuner, extended: what a mixed model becomes with its first adapter of one of these methods.
     """
-    kinds = (*mixed.COMPATIBLE_TUNER_TYPES, *(peft_type(name) for name in names))
-    # Both are read when a mixed model is made; neither is copied anywhere else.
-    mixed.COMPATIBLE_TUNER_TYPES = mixed.model.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys(kinds))
-    mixed_model.MixedModel = tuner  # pyright: ignore[reportPrivateImportUsage]
+    kinds = tuple(peft_type(name) for name in names)
+    mixed.COMPATIBLE_TUNER_TYPES = tuple(dict.fromkeys((*mixed.COMPATIBLE_TUNER_TYPES, *kinds)))
+    inject = mixed.MixedModel.inject_adapter
+    if hasattr(inject, "__wrapped__"):
+        return
+
+    @wraps(inject)
+    def inject_adapter(self: mixed.MixedModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if type(self) is mixed.MixedModel and self.peft_config[adapter_name].peft_type in kinds:
+            self.__class__ = tuner  # same fields, so that it is as if it had been made of this class
+            self.inject_adapter(model, adapter_name, *args, **kwargs)
+        else:
+            inject(self, model, adapter_name, *args, **kwargs)
+
+    mixed.MixedModel.inject_adapter = inject_adapter
 
 
-def replace_rank_padding(pad: Callable[..., bool]) -> None:
-    """Have PEFT's `prepare_model_for_compiled_hotswap` pad ranks by `pad`; doing so again is harmless.
+def replace_rank_padding(pad: Callable[..., bool], *, is_ours: Callable[[nn.Module], bool]) -> None:
+    """Have PEFT's `prepare_model_for_compiled_hotswap` pad ranks by `pad` where that is needed; twice is harmless.
 
     Args:
-        pad: Takes a model, the rank, and PEFT's own function as `pad_plain`.
+        pad: Takes a model and the rank.
+        is_ours: Whether a model has adapters that PEFT's own function would not understand; it gets all others.
     """
     plain = hotswap._pad_lora_weights
-    if not isinstance(plain, partial):
-        hotswap._pad_lora_weights = partial(pad, pad_plain=plain)
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @wraps(plain)
+    def padded(model: nn.Module, target_rank: int) -> bool:
+        return (pad if is_ours(model) else plain)(model, target_rank)
+
+    hotswap._pad_lora_weights = padded
 
 
 def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
-    """Have PEFT's LoRA-FA optimiser call `check` with the names of a group's parameters before it takes them.
+    """Have PEFT's LoRA-FA optimizer call `check` with the names of a group's parameters before it takes them.
 
     Args:
-        check: Raises when the optimiser would pair tensors that are no A and B.
+        check: Raises when the optimizer would pair tensors of ours that are not A and B.
     """
     init = LoraFAOptimizer.__init__
     if hasattr(init, "__wrapped__"):
         return
 
     @wraps(init)
-    def checked(self: LoraFAOptimizer, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
-        groups = list(params)
-        for group in groups:
-            check(group.get("names", ()) if isinstance(group, dict) else ())
-        init(self, groups, *args, **kwargs)
+    def checked(self: LoraFAOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
+        # Groups with names come as a list, from `create_lorafa_optimizer`; whatever else comes goes on as it is.
+        for group in params if isinstance(params, list) else ():
+            if isinstance(group, dict) and isinstance(group.get("names"), list):
+                check(group["names"])
+        init(self, params, *args, **kwargs)
 
     LoraFAOptimizer.__init__ = checked
