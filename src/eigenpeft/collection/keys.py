@@ -61,9 +61,18 @@ def canonical_module(name: str) -> str:
     Args:
         name: Key without its `.lora_A.weight` ending.
     """
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    name = without_wrappers(name)
     # DistributedDataParallel's "module." is only recognisable in front of PEFT's own prefix.
     return name.removeprefix("module.").removeprefix(_PREFIX) if _PREFIX in name else name
+
+
+def without_wrappers(name: str) -> str:
+    """A name or key without the words that torch.compile, FSDP and activation checkpointing put into it.
+
+    Args:
+        name: Name of a module, or key of a tensor.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 @lru_cache(maxsize=1 << 16)

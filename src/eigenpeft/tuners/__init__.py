@@ -5,9 +5,16 @@ from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.files.export import export_lora
 from eigenpeft.tuners.files.gguf_files import export_gguf
 from eigenpeft.tuners.files.reference_checkpoints import convert_reference_checkpoint
+from eigenpeft.tuners.host.adapter_names import own_tensors
 from eigenpeft.tuners.host.mixed_models import FactorMixedModel
 from eigenpeft.tuners.host.rank_padding import has_our_factors, pad_ranks
-from eigenpeft.tuners.host.registration import admit_to_mixed_models, check_lorafa, register, replace_rank_padding
+from eigenpeft.tuners.host.registration import (
+    admit_to_mixed_models,
+    check_lorafa,
+    register,
+    replace_name_filter,
+    replace_rank_padding,
+)
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.serving.bank import TaskBank
@@ -29,6 +36,7 @@ register(
 admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
 replace_rank_padding(pad_ranks, is_ours=has_our_factors)
+replace_name_filter(own_tensors)
 
 __all__ = [
     "EigenLoraConfig",

@@ -49,6 +49,8 @@ class EigenLinear(ExactLinear):
                 scaling=self.scaling[name],
                 in_place=in_place,
             )
+            if outside.bias is not None:
+                y = y + self.scaling[name] * outside.bias.to(y.dtype)
         return y.to(dtype)
 
     def _forward_of_shards(self, x: Tensor, names: Sequence[str], *args: Any) -> Tensor:
@@ -102,6 +104,7 @@ class EigenLinear(ExactLinear):
             and self._are_ours(names)
             and all(factor.coefficients is not None for factor in factors)
             and all(factor.basis is factors[0].basis for factor in factors)
+            and not any(self.lora_bias[name] for name in names)
         )
 
 

@@ -25,7 +25,7 @@ from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart, read_warm_start
-from eigenpeft.tuners.host.factor_model import FactorModel
+from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
 
@@ -126,6 +126,7 @@ class EigenLoraModel(FactorModel):
         """
         if adapter_name in self.peft_config:
             return
+        self._check_alike(adapters)
         checked = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
         if not can_combine(self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]):
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs)
@@ -138,6 +139,7 @@ class EigenLoraModel(FactorModel):
         self.inject_adapter(self.model, adapter_name)
         options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}
         combine(self.model, adapters, weights, adapter_name, combination=combination, **options)
+        sum_biases(self.model, adapters, weights, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the bases that no other adapter uses.
@@ -154,6 +156,11 @@ class EigenLoraModel(FactorModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return selected | (embedded_tensors(model, adapter_name) if config.embeds_subspace else {})
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        # Embedded components are every adapter's, and an adapter may be called "components".
+        return key if key.endswith(".components") else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

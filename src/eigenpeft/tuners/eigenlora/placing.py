@@ -97,7 +97,8 @@ def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, parts: Parts, co
             ConvolutionOutputFactor(basis, coefficients=outside, replaced=replaced[1]),
         )
     else:
-        pair = InputFactor(basis, coefficients=inside), OutputFactor(basis, coefficients=outside)
+        bias = replaced[1].bias
+        pair = InputFactor(basis, coefficients=inside), OutputFactor(basis, coefficients=outside, bias=bias)
     if inside is None:
         pair[0].follows = (pair[1],)
     for factors, factor in zip((inputs, outputs), pair, strict=True):

@@ -7,25 +7,18 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
+from eigenpeft.collection.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
 from eigenpeft.subspace import CoefficientStore
+from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name
 
 _INSIDE_ATTENTION = ".base_layer.out_proj"  # where LoRA keeps the layer of an attention's output projection
-_KEPT_FIELDS = (
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "bias",
-    "lora_dropout",
-)
 
 
 def export_lora(
@@ -39,11 +32,13 @@ def export_lora(
     """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
 
     Exact at the adapter's own rank (the number of components for the cores "full" and "diagonal"). No matrix of the
-    size of a weight is formed. Trained heads and biases of a model are written too. Linear layers, embeddings,
-    convolutions, attention and parameters (`target_parameters`) are all written as LoRA keeps them.
+    size of a weight is formed. What else was trained is written too: heads, biases (`bias`, `lora_bias`) and tokens
+    (`trainable_token_indices`). Linear layers, embeddings, convolutions, attention and parameters (`target_parameters`) are
+    all written as LoRA keeps them.
 
     Args:
-        model_or_store: A PEFT model with the adapter, or a store with it as a member.
+        model_or_store: A PEFT model with the adapter, also one that torch.compile, DistributedDataParallel or accelerate has
+            wrapped, or a store with it as a member.
         out_dir: Folder to make.
         adapter_name: Which adapter.
         rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
@@ -51,8 +46,8 @@ def export_lora(
             downloaded is never replaced: an export can be a lossy copy of it.
 
     Raises:
-        AdapterConfigError: If there is no such adapter, it is DoRA, `rank` is not positive, or is asked of a layer with
-            several experts or groups.
+        AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
+            not positive, or is asked of a layer with several experts or groups.
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
@@ -74,8 +69,8 @@ def read_adapter(model_or_store: PeftModel | CoefficientStore, adapter_name: str
         rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
 
     Raises:
-        AdapterConfigError: If there is no such adapter, it is DoRA, `rank` is not positive, or is asked of a layer with
-            several experts or groups.
+        AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
+            not positive, or is asked of a layer with several experts or groups.
     """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")
@@ -99,37 +94,50 @@ def _from_store(store: CoefficientStore, name: str) -> Contents:
     return updates, fields, {}
 
 
-def contents_of_model(model: PeftModel, name: str) -> Contents:
+def contents_of_model(model: nn.Module, name: str) -> Contents:
     """What a model has of one adapter: its updates as factors, its configuration's fields, its other trained tensors.
 
     Args:
-        model: A PEFT model.
+        model: A PEFT model, or one that torch.compile, DistributedDataParallel or accelerate has wrapped.
         name: The adapter.
 
     Raises:
-        AdapterConfigError: If there is no such adapter, it is DoRA, or it adapts nothing.
+        AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it, or it adapts nothing.
     """
-    configs = getattr(model, "peft_config", {})
+    inner: Any = _unwrapped(model)
+    configs = getattr(inner, "peft_config", {})
     if name not in configs:
         raise AdapterConfigError(
             f"adapter_name={name!r} is not in the model; it has {', '.join(map(repr, configs)) or 'none'}."
         )
-    config = configs[name]
-    if getattr(config, "use_dora", False):
-        raise AdapterConfigError(f"{name!r} uses DoRA, whose update is no product of two factors; merge it instead.")
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    fields = kept_fields(inner, configs[name], name)
+    layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
     updates = [
-        _update(path.removeprefix(PREFIX), layer, name)
+        _update(without_wrappers(path).removeprefix(PREFIX), layer, name)
         for path, layer in layers.items()
         if name in factor_dicts(layer)[0]
     ]
     if not updates:
         raise AdapterConfigError(f"{name!r} adapts no layer of the model; there is nothing to export.")
     own = tuple(f"{path}.lora_" for path in layers)
-    state = get_peft_model_state_dict(model, adapter_name=name)
-    others = {key: value for key, value in state.items() if not key.startswith(own)}
-    fields = {field: getattr(config, field) for field in _KEPT_FIELDS}
+    state = get_peft_model_state_dict(inner, adapter_name=name)
+    others = {
+        # A model that transformers adapted itself has the base model's own names.
+        PREFIX + without_wrappers(key).removeprefix(PREFIX): value
+        for key, value in state.items()
+        if not key.startswith(own)
+    }
     return updates, fields, others
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The PEFT model inside what torch.compile, DistributedDataParallel, DeepSpeed or accelerate put around it."""
+    while not hasattr(model, "peft_config"):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 def _update(path: str, layer: Any, name: str) -> LoraUpdate:
@@ -142,8 +150,17 @@ def _update(path: str, layer: Any, name: str) -> LoraUpdate:
     elif path.endswith(_INSIDE_ATTENTION):
         kind = "inside"
     keys = lora_keys(path, is_embedding=isinstance(layer, Embedding))
-    scaling = float(layer.scaling[name])
-    return LoraUpdate(lora_B, lora_A, scaling, weight_name(path, layer), keys, kind=kind, n_blocks=n_blocks)
+    bias = getattr(factor_dicts(layer)[1][name], "bias", None)
+    return LoraUpdate(
+        lora_B,
+        lora_A,
+        float(layer.scaling[name]),
+        weight_name(path, layer),
+        keys,
+        kind=kind,
+        n_blocks=n_blocks,
+        bias=None if bias is None else bias.detach(),
+    )
 
 
 def _truncated(update: LoraUpdate, rank: int) -> LoraUpdate:

@@ -63,10 +63,16 @@ def export_gguf(
     config = _base_config(model_or_store, base_model, named=fields.get("base_model_name_or_path"))
     # PEFT saves the frozen weight of an adapted embedding too; the base model's own file has it.
     others = [key for key in others if not key.endswith(".base_layer.weight")]
+    others += [f"{update.target}.lora_B.bias" for update in updates if update.bias is not None]
     if others:
         raise AdapterConfigError(
             f"{adapter_name!r} trained {len(others)} tensors in full, such as {others[0]!r}, which a LoRA in GGUF "
             "cannot hold. Merge the adapter into the base model and convert that, or train it without them."
+        )
+    if tokens := fields.get("alora_invocation_tokens"):
+        raise AdapterConfigError(
+            f"{adapter_name!r} acts from its invocation tokens {tokens} on, and the file would act on every token; serve it "
+            "with PEFT or vLLM as an activated LoRA."
         )
     updates = with_one_rank_and_alpha(updates)
     tensors: dict[str, tuple[Tensor, Tensor]] = {}

@@ -40,6 +40,7 @@ class LoraUpdate:
         keys: Of A and B in the adapter's file, without the prefix.
         kind: "module", "parameter", or "inside" for what LoRA adapts along with the module around it.
         n_blocks: Experts of a parameter, or groups of a convolution.
+        bias: (out_features,) that the scaling multiplies with B A x, or None (`lora_bias`).
     """
 
     lora_B: Tensor
@@ -49,6 +50,7 @@ class LoraUpdate:
     keys: tuple[str, str]
     kind: Literal["module", "parameter", "inside"] = "module"
     n_blocks: int = 1
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -109,6 +111,8 @@ def write_lora(
     for update in updates:
         for key, factor in zip(update.keys, (update.lora_A, update.lora_B), strict=True):
             tensors[f"{PREFIX}{key}"] = factor.cpu().contiguous().clone()
+        if update.bias is not None:
+            tensors[f"{PREFIX}{update.keys[1].removesuffix('weight')}bias"] = update.bias.cpu().contiguous().clone()
     writing = atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs, carried=[CARD_NAME])
     with writing as scratch, torch.no_grad():
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -149,10 +153,11 @@ def with_one_rank_and_alpha(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
 
 
 def _padded(update: LoraUpdate, rank: int, scaling: float) -> LoraUpdate:
-    lora_A, lora_B = update.lora_A, update.lora_B
+    lora_A, lora_B, bias = update.lora_A, update.lora_B, update.bias
     if update.scaling != scaling:
         # In float32 or better: 16 bits would round the product.
         lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * (update.scaling / scaling)
+        bias = None if bias is None else bias.to(lora_B.dtype) * (update.scaling / scaling)
     if update.rank != rank:
         # A holds its experts or groups one after the other. B holds the experts of each rank one after the other, and the
         # share of the rank that one group of a convolution sees.
@@ -161,7 +166,7 @@ def _padded(update: LoraUpdate, rank: int, scaling: float) -> LoraUpdate:
         share = rank if update.kind == "parameter" else rank // update.n_blocks
         lora_A = _with_zeros(by_block, 1, share).reshape(-1, *lora_A.shape[1:])
         lora_B = _with_zeros(lora_B, 1, share * experts)
-    return replace(update, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+    return replace(update, lora_A=lora_A, lora_B=lora_B, bias=bias, scaling=scaling)
 
 
 def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:

@@ -14,7 +14,7 @@ class _ExactUnmerge:
     copy of each merged weight for as long as it is merged; `merge_and_unload` holds one layer's at a time.
     """
 
-    _weight_before_merge: Tensor | None = None
+    _before_merge: tuple[Tensor, ...] = ()
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As LoRA's, keeping the weight first.
@@ -23,21 +23,20 @@ class _ExactUnmerge:
             safe_merge: PEFT's own: refuse to merge what is not finite.
             adapter_names: PEFT's own: None merges the active adapters.
         """
-        before = None if self.merged else _adapted_weight(self).detach().clone()
+        before = () if self.merged else _copies(_adapted_tensors(self))
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # pyright: ignore[reportAttributeAccessIssue]
-        if before is not None and self.merged:
-            self._weight_before_merge = before
+        if before and self.merged:
+            self._before_merge = before
 
     def unmerge(self: Any) -> None:
         """As LoRA's, then exactly the weight kept, unless somebody else has changed it in the meantime."""
-        before, self._weight_before_merge = self._weight_before_merge, None
-        merged = _adapted_weight(self).detach().clone() if before is not None else None
+        before, self._before_merge = self._before_merge, ()
+        merged = _copies(_adapted_tensors(self)) if before else ()
         super().unmerge()  # pyright: ignore[reportAttributeAccessIssue]
-        if before is not None and merged is not None:
-            weight = _adapted_weight(self).detach()
-            before = before.to(device=weight.device, dtype=weight.dtype)
-            if before.shape == weight.shape and _is_rounding(weight - before, largest=(before, merged)):
-                weight.copy_(before)
+        for tensor, old, new in zip(_adapted_tensors(self), before, merged, strict=False):
+            old = old.to(device=tensor.device, dtype=tensor.dtype)
+            if old.shape == tensor.shape and _is_rounding(tensor - old, largest=(old, new)):
+                tensor.copy_(old)
 
     def _get_name(self) -> str:
         # LoRA's own name, in representations.
@@ -82,8 +81,17 @@ def make_exact(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _adapted_weight(layer: Any) -> Tensor:
-    return layer.get_param() if isinstance(layer, lora.ParamWrapper) else layer.get_base_layer().weight
+def _adapted_tensors(layer: Any) -> list[Tensor]:
+    """The weight that adapters of a layer change, and the bias where they have one (`lora_bias`)."""
+    if isinstance(layer, lora.ParamWrapper):
+        return [layer.get_param().detach()]
+    base = layer.get_base_layer()
+    has_bias = any(layer.lora_bias.values()) and getattr(base, "bias", None) is not None
+    return [base.weight.detach(), *([base.bias.detach()] if has_bias else [])]
+
+
+def _copies(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
 
 
 def _is_rounding(difference: Tensor, *, largest: tuple[Tensor, Tensor]) -> bool:

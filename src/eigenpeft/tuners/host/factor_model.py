@@ -15,6 +15,7 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.layers.tied import TransposedFactor
@@ -98,8 +99,13 @@ class FactorModel(LoraModel):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if cls.has_matrices(config):
             # PEFT's warning of tensors that are still sharded, which it gives for its own methods only.
-            _validate_lora_adapter_state_dict(selected, adapter_name=adapter_name)
+            factors = {key: value for key, value in selected.items() if not key.endswith(".bias")}
+            _validate_lora_adapter_state_dict(factors, adapter_name=adapter_name)
         return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_adapter_name(key, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -120,12 +126,25 @@ class FactorModel(LoraModel):
         """
         if adapter_name in self.peft_config:
             return
+        self._check_alike(adapters)
         self._plain = (adapter_name,)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             self._plain = ()
+        sum_biases(self.model, adapters, weights, adapter_name)
         self.peft_config[adapter_name] = self._plain_config(adapter_name)
+
+    def _check_alike(self, adapters: Sequence[str]) -> None:
+        """Refuse to combine what the new adapter could not all keep: PEFT copies the first one's options."""
+        names = [name for name in adapters if name in self.peft_config]
+        for field in ("lora_bias", "alora_invocation_tokens"):
+            values = [getattr(self.peft_config[name], field, None) or None for name in names]
+            if any(value != values[0] for value in values):
+                listed = ", ".join(f"{name!r} has {value!r}" for name, value in zip(names, values, strict=True))
+                raise AdapterConfigError(
+                    f"The adapters cannot be combined: their {field} differ ({listed}). Combine adapters that agree."
+                )
 
     def _plain_config(self, adapter_name: str) -> LoraConfig:
         """LoRA's configuration of an adapter with plain factors, its rank being what the factors have."""
@@ -139,6 +158,27 @@ class FactorModel(LoraModel):
                     key = "^" + weight_name(path, layer).replace(".", r"\.")
                     values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
         return LoraConfig(**values)
+
+
+@torch.no_grad()
+def sum_biases(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str) -> None:
+    """Give a combined adapter the weighted sum of its sources' biases (`lora_bias`), whatever became of their factors.
+
+    Args:
+        model: Adapted model that has the new adapter already.
+        adapters: Sources.
+        weights: One a source.
+        new: Name of the new adapter.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_bias.get(new):
+            outputs: Any = factor_dicts(layer)[1]
+            scaled = [
+                weight * layer.scaling[name] * outputs[name].bias
+                for name, weight in zip(adapters, weights, strict=True)
+                if name in outputs
+            ]
+            outputs[new].bias.copy_(torch.stack(scaled).sum(dim=0) / layer.scaling[new])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners import mixed
-from peft.utils import hotswap
+from peft.utils import hotswap, save_and_load
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 
@@ -107,6 +107,17 @@ def replace_rank_padding(pad: Callable[..., bool], *, is_ours: Callable[[nn.Modu
         return (pad if is_ours(model) else plain)(model, target_rank)
 
     hotswap._pad_lora_weights = padded
+
+
+def replace_name_filter(own_tensors: Callable[..., dict[str, Any]]) -> None:
+    """Have PEFT tell the tensors of several adapters apart by `own_tensors`; doing so again is harmless.
+
+    Args:
+        own_tensors: Takes a state dict, the other adapters' names, and PEFT's own rule as `by_word`.
+    """
+    by_word = save_and_load._filter_state_dict_for_adapter_name
+    if not isinstance(by_word, partial):
+        save_and_load._filter_state_dict_for_adapter_name = partial(own_tensors, by_word=by_word)
 
 
 def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:

@@ -21,6 +21,7 @@ def convolve(x: Tensor, weight: Tensor, *, like: Any, bias: Tensor | None = None
         bias: (out_channels,).
     """
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    bias = None if bias is None else bias.to(x.dtype)
     return function(x, weight.to(x.dtype), bias, stride=like.stride, padding=like.padding, groups=like.groups)
 
 
@@ -64,11 +65,11 @@ class ConvolutionOutputFactor(OutputFactor):
     Args:
         basis: Components.
         coefficients: (n_components, r / groups), or (n_components,) for a diagonal without groups.
-        replaced: LoRA's own convolution, for its settings.
+        replaced: LoRA's own convolution, for its settings and its bias.
     """
 
     def __init__(self, basis: Basis, *, coefficients: Tensor, replaced: Any):
-        super().__init__(basis, coefficients=coefficients)
+        super().__init__(basis, coefficients=coefficients, bias=replaced.bias)
         self._settings = settings_of(replaced)
         self._ones = (1,) * (replaced.weight.ndim - 2)
 
@@ -80,7 +81,7 @@ class ConvolutionOutputFactor(OutputFactor):
 
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (batch, r, *spatial)."""
-        return convolve(h, self.weight, like=self._settings)
+        return convolve(h, self.weight, like=self._settings, bias=self.bias)
 
 
 class MixedConvolutionFactor(MixedFactor):

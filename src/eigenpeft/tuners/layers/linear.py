@@ -61,13 +61,14 @@ class OutputFactor(nn.Module):
     Args:
         basis: Where the components live; not a submodule of this one.
         coefficients: (n_components, r); or (n_components,), the diagonal of a square matrix.
+        bias: (out_features,), trained and added to `B h` (`lora_bias`), or None.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor):
+    def __init__(self, basis: Basis, *, coefficients: Tensor, bias: nn.Parameter | None = None):
         super().__init__()
         self._owned_elsewhere = (basis,)
         self.coefficients = nn.Parameter(coefficients)
-        self.bias = None
+        self.bias = bias
         self.in_features = coefficients.shape[-1]
         self.out_features = basis.components_out.shape[1]
 
@@ -92,11 +93,12 @@ class OutputFactor(nn.Module):
         """`B h` for h (..., r)."""
         components = self.basis.components_out.to(h.dtype)
         coefficients = self.coefficients.to(h.dtype)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
         if coefficients.ndim == 1:
-            return (h * coefficients) @ components
+            return F.linear(h * coefficients, components.mT, bias)
         if _chain_is_cheaper(h, coefficients):
-            return F.linear(h, coefficients) @ components
-        return F.linear(h, self.weight.to(h.dtype))
+            return F.linear(F.linear(h, coefficients), components.mT, bias)
+        return F.linear(h, self.weight.to(h.dtype), bias)
 
 
 class MixedFactor(nn.Module):
@@ -119,7 +121,7 @@ class MixedFactor(nn.Module):
             self.mixer = nn.Parameter(mixer)
         else:
             self.register_buffer("mixer", mixer)
-        self.bias: Tensor | None = replaced.bias
+        self.bias: nn.Parameter | None = replaced.bias
         self.in_features = mixer.shape[1]
         self.out_features = len(self.factor)
 
@@ -134,7 +136,8 @@ class MixedFactor(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """`B M h` for h (..., r)."""
-        return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), bias)
 
 
 def _chain_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:
