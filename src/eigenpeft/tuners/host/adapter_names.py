@@ -62,8 +62,8 @@ def own_tensors(
     """A state dict without the tensors of other adapters.
 
     PEFT leaves out each key that has an unwanted name anywhere between its dots. An adapter called "0", "q_proj" or
-    "mixer" so takes the tensors of all others away when these are saved. Here the name counts where the adapter's name stands;
-    keys of other methods' layers are left to PEFT's rule.
+    "mixer" so takes the tensors of all others away when these are saved. Here the name counts where the adapter's name stands.
+    A model that has none of our adapters, and keys of other methods' layers, are left to PEFT's rule.
 
     Args:
         state_dict: Of the model.
@@ -72,7 +72,16 @@ def own_tensors(
     """
     unwanted = set(unwanted_adapter_names)
     kept_by_word = by_word(state_dict, unwanted_adapter_names)
+    if not any(_is_ours(key) for key in state_dict):
+        return dict(kept_by_word)
     return {key: value for key, value in state_dict.items() if _is_kept(key, unwanted, by_word=key in kept_by_word)}
+
+
+def _is_ours(key: str) -> bool:
+    # LoRA's own factors are bare, or have a weight and perhaps a bias.
+    container, _, rest = key.rpartition(".lora_")[2].partition(".")
+    part = rest.partition(".")[2]
+    return container in ("A", "B", "embedding_A", "embedding_B") and part not in ("", "weight", "bias")
 
 
 def _is_kept(key: str, unwanted: set[str], *, by_word: bool) -> bool:

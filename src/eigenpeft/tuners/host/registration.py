@@ -113,11 +113,18 @@ def replace_name_filter(own_tensors: Callable[..., dict[str, Any]]) -> None:
     """Have PEFT tell the tensors of several adapters apart by `own_tensors`; doing so again is harmless.
 
     Args:
-        own_tensors: Takes a state dict, the other adapters' names, and PEFT's own rule as `by_word`.
+        own_tensors: Takes a state dict, the other adapters' names, and PEFT's own rule as `by_word`, which it leaves to models
+            without our adapters.
     """
     by_word = save_and_load._filter_state_dict_for_adapter_name
-    if not isinstance(by_word, partial):
-        save_and_load._filter_state_dict_for_adapter_name = partial(own_tensors, by_word=by_word)
+    if hasattr(by_word, "__wrapped__"):
+        return
+
+    @wraps(by_word)
+    def filtered(state_dict: dict[str, Any], unwanted_adapter_names: list[str]) -> dict[str, Any]:
+        return own_tensors(state_dict, unwanted_adapter_names, by_word=by_word)
+
+    save_and_load._filter_state_dict_for_adapter_name = filtered
 
 
 def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
