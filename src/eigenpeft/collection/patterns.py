@@ -128,3 +128,17 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         return regex.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{pattern[:80]!r}, which is no regular expression ({error})") from error
+
+
+def pattern_value(patterns: Mapping[str, Value], module: str, *, default: Value) -> Value:
+    """Value of the first pattern that fits a module; see `PatternTable`, which is faster for many modules.
+
+    Args:
+        patterns: Pattern to value.
+        module: Name of the module in the adapter's own model.
+        default: Value when none fits.
+
+    Raises:
+        ValueError: As `PatternTable`.
+    """
+    return PatternTable(patterns).value(module, default=default)

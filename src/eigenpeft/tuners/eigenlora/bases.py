@@ -1,12 +1,17 @@
 """Which subspace, modules and bases an EigenLoRA adapter uses, and how embedded components are saved and read back."""
 
+import warnings
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
+from eigenpeft.subspace.matching import ModuleMatches
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
 from eigenpeft.tuners.layers.linear import InputFactor
@@ -39,34 +44,68 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
     return subspace
 
 
-def matching_modules(model: nn.Module, subspace: PrincipalSubspace | None, config: EigenLoraConfig) -> set[str]:
-    """The modules of a model that the subspace, or the adapter's own file, has bases for.
+def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLoraConfig) -> set[str]:
+    """The modules of a model that the subspace, or the adapter's own file, has bases for: the default targets.
 
     Args:
         model: Model to adapt, with or without other adapters.
-        subspace: The subspace, or None for embedded components.
-        config: Of the adapter.
+        matches: What the model has of the subspace's modules.
+        config: Of the adapter; its `layers_to_transform` and `layers_pattern` choose among them, as for LoRA.
 
     Raises:
-        AdapterConfigError: If there is none.
+        AdapterConfigError: If there is none, or a module of the subspace could be one or another.
     """
-    names = tuple(subspace.modules) if subspace is not None else tuple(config.embedded_n_components or ())
-    wanted = set()
-    for name, _ in model.named_modules():
-        plain = name.removesuffix(".base_layer")
-        found = subspace.find(plain) if subspace is not None else next((n for n in names if n == plain), None)
-        if plain and found is not None:
-            wanted.add(plain)
+    if matches.contested:
+        name, paths = next(iter(matches.contested.items()))
+        raise AdapterConfigError(
+            f"{len(matches.contested)} modules of the subspace fit several of {type(model).__name__}: {name!r} could be "
+            f"{' or '.join(map(repr, paths[:4]))}. Name the modules that are meant with target_modules=[...]."
+        )
+    if not matches.found:
+        raise AdapterConfigError(
+            f"None of the subspace's {len(matches.missing)} modules, such as {matches.missing[0]!r}, is in the model "
+            f"({type(model).__name__}). Use a model of the base that the subspace was built for."
+        )
+    if matches.missing:
+        n_modules = len(matches.found) + len(matches.missing)
+        warnings.warn(
+            f"{len(matches.missing)} of the subspace's {n_modules} modules are not in the model ({type(model).__name__}) and "
+            f"are not adapted: {some(matches.missing)}.",
+            stacklevel=2,
+        )
+    wanted = {name for name in matches.found if _in_layers(config, name)}
     if not wanted:
         raise AdapterConfigError(
-            f"None of the subspace's {len(names)} modules, such as {names[0]!r}, is in the model "
-            f"({type(model).__name__}). Use a model of the base that the subspace was built for."
+            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r} leaves none of "
+            f"the {len(matches.found)} modules that the subspace and the model have in common, such as "
+            f"{next(iter(matches.found))!r}."
         )
     return wanted
 
 
+def _in_layers(config: EigenLoraConfig, module: str) -> bool:
+    """Whether `layers_to_transform` takes a module, by PEFT's own rule.
+
+    PEFT asks it of targets that are the end of a name only, and the subspace's are whole names.
+    """
+    if config.layers_to_transform is None or "." not in module:
+        return True
+    rule = SimpleNamespace(
+        target_modules=[module.rpartition(".")[2]],
+        target_parameters=None,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(check_target_module_exists(rule, module))
+
+
 def basis_for(
-    layer: LoraLayer, subspace: PrincipalSubspace | None, config: EigenLoraConfig, module: str
+    layer: LoraLayer,
+    subspace: PrincipalSubspace | None,
+    config: EigenLoraConfig,
+    module: str,
+    *,
+    names: Mapping[str, str],
 ) -> tuple[str, Basis]:
     """The subspace's name of a module, and the layer's shared copy of its bases.
 
@@ -75,6 +114,7 @@ def basis_for(
         subspace: The subspace, or None for embedded components.
         config: Of the adapter.
         module: Name of the adapted weight in the model.
+        names: Modules of the model to those of the subspace, where these are known.
 
     Raises:
         AdapterConfigError: If the subspace has no bases for it, or bases of another shape.
@@ -88,7 +128,7 @@ def basis_for(
                 f"{sorted(config.embedded_n_components or ())[:3]}."
             )
         return module, attach_empty_basis(layer, shape=shape, n_components=count, fingerprint=fingerprint)
-    name = subspace.find(module)
+    name = names.get(module) or subspace.find(module)
     if name is None:
         raise AdapterConfigError(
             f"{module!r} is targeted but not in the subspace of {len(subspace)} modules, such as {subspace.modules[0]!r}. "

@@ -1,6 +1,6 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
 from eigenpeft.subspace.cores import core_kind
+from eigenpeft.subspace.matching import match_modules
 from eigenpeft.tuners.eigenlora.bases import (
     basis_for,
     embedded_counts,
@@ -37,10 +38,12 @@ class Injection:
     Attributes:
         subspace: The subspace; None for components that the adapter's own file brings.
         warm_start: Where `init_from` leads; None for a start at zero.
+        names: Modules of the model to those of the subspace.
     """
 
     subspace: PrincipalSubspace | None
     warm_start: WarmStart | None
+    names: Mapping[str, str]
 
 
 class EigenLoraModel(FactorModel):
@@ -64,13 +67,16 @@ class EigenLoraModel(FactorModel):
         subspace = subspace_of(config)
         if subspace is not None:
             config.subspace_sha256 = subspace.fingerprint
+        shapes = None
+        if subspace is not None:
+            shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+        matches = match_modules(model, shapes or config.embedded_n_components or (), shapes=shapes)
         if config.target_modules is None and not config.target_parameters:
-            config.target_modules = matching_modules(model, subspace, config)  # pyright: ignore[reportAttributeAccessIssue]
+            config.target_modules = matching_modules(model, matches, config)  # pyright: ignore[reportAttributeAccessIssue]
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        yield Injection(
-            subspace, read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
-        )
+        warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
+        yield Injection(subspace, warm_start, matches.found)
         config.note_start()
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
@@ -82,7 +88,7 @@ class EigenLoraModel(FactorModel):
         Raises:
             AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
         """
-        name, basis = basis_for(layer, given.subspace, config, module)
+        name, basis = basis_for(layer, given.subspace, config, module, names=given.names)
         core = core_kind(config.core)
         parts = start(layer, adapter_name, basis=basis, config=config, module=module)
         if given.warm_start is not None and name in given.warm_start.modules:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection.keys import canonical_module
-from eigenpeft.collection.patterns import PatternTable
+from eigenpeft.collection.patterns import pattern_value
 from eigenpeft.collection.weights import WeightsFile, open_weights
 from eigenpeft.errors import CollectionError
 from eigenpeft.tuners.files.lora_files import CONFIG_NAME, LoraUpdate, lora_keys, write_lora
@@ -111,8 +111,8 @@ def _moslora_factors(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def _scaling(config: Mapping[str, Any], module: str) -> float:
-    alpha = PatternTable(config.get("alpha_pattern") or {}).value(module, default=config["lora_alpha"])
-    rank = PatternTable(config.get("rank_pattern") or {}).value(module, default=config["r"])
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, default=config["lora_alpha"])
+    rank = pattern_value(config.get("rank_pattern") or {}, module, default=config["r"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
