@@ -23,7 +23,7 @@ from timing import environment, interleaved
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eigenpeft import CoefficientStore, EigenLoraConfig
+from eigenpeft import AdapterStore, EigenLoraConfig
 from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.tuners.serving.bank import TaskBank
 
@@ -177,7 +177,7 @@ def memory_and_loading():
         for name in few
         for side in ("in", "out")
     }
-    store = CoefficientStore(
+    store = AdapterStore(
         few,
         members=[{"name": f"task-{i}"} for i in range(N_TASKS)],
         row_offsets=offsets,
@@ -187,7 +187,7 @@ def memory_and_loading():
     with tempfile.TemporaryDirectory() as scratch:
         store.save_pretrained(Path(scratch) / "store")
         start_cpu, start = time.process_time(), time.perf_counter()
-        TaskBank.from_store(CoefficientStore.from_pretrained(Path(scratch) / "store"), dtype=torch.bfloat16)
+        TaskBank.from_store(AdapterStore.from_pretrained(Path(scratch) / "store"), dtype=torch.bfloat16)
         cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
         size = (Path(scratch) / "store" / "store.safetensors").stat().st_size
     return {

@@ -19,7 +19,7 @@ from typing import Literal
 
 from trl import TrlParser
 
-from eigenpeft import AdapterCollection, CoefficientStore, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 
 
 @dataclass
@@ -40,7 +40,7 @@ def main(arguments: Arguments) -> None:
     ) as collection:
         builder = SubspaceBuilder(arguments.n_components, method=arguments.method, weighting=arguments.weighting)
         subspace = builder.fit(collection).subspace_
-        store = CoefficientStore.from_collection(subspace, collection)
+        store = AdapterStore.from_collection(subspace, collection)
     subspace.save_pretrained(Path(arguments.out) / "subspace")
     store.save_pretrained(Path(arguments.out) / "store")
     for finding in builder.findings_:

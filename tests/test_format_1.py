@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from eigenpeft import CoefficientStore, LowRankRewardModel, PrincipalSubspace
+from eigenpeft import AdapterStore, LowRankRewardModel, PrincipalSubspace
 
 SAVED = Path(__file__).parent / "data" / "format_1"
 EXPECTED = load_file(SAVED / "expected.safetensors")
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_store_gives_the_same_updates(folder):
-    store = CoefficientStore.from_pretrained(folder / "store")
+    store = AdapterStore.from_pretrained(folder / "store")
     assert store.subspace.fingerprint == PrincipalSubspace.from_pretrained(folder / "subspace").fingerprint
     assert store.names == ("adapter-0", "adapter-1", "adapter-2")
     for name in store.names:

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder
 from eigenpeft.audit import AuditReport, audit_adapters
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare, push
@@ -51,12 +51,19 @@ def test_a_subspace_and_a_store_are_sent_with_their_cards(tmp_path, hub):
     make_collection(tmp_path / "adapters", rank=4, n_shared=6)
     with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
         subspace = SubspaceBuilder(4).fit(collection).subspace_
-        CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+        AdapterStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
     subspace.save_pretrained(tmp_path / "subspace")
     assert prepare(tmp_path / "subspace", repo_id="me/bases").kind == "subspace"
     assert push(prepare(tmp_path / "store", repo_id="me/store")) == "https://hub/me/store/commit/1"
-    assert sorted(file.name for file in hub.iterdir()) == ["README.md", "store.safetensors", "store_config.json"]
-    assert len(CoefficientStore.from_pretrained(hub)) == len(collection)
+    assert sorted(file.name for file in hub.iterdir()) == [
+        "README.md",
+        "members",
+        "members.index",
+        "store_config.json",
+        "subspace.safetensors",
+        "subspace_config.json",
+    ]
+    assert len(AdapterStore.from_pretrained(hub)) == len(collection)
     card = ModelCard.load(hub / "README.md")
     assert card.data.library_name == "eigenpeft"
     assert 'from_pretrained("me/store")' in card.text
@@ -135,7 +142,7 @@ def test_the_card_embeds_an_audit(tmp_path, hub):
     make_collection(tmp_path / "adapters", n_adapters=5, rank=4, n_shared=6)
     with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
         subspace = SubspaceBuilder(4).fit(collection).subspace_
-        CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+        AdapterStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
         report = audit_adapters(collection, n_components=6, progress=False)
     subspace.save_pretrained(tmp_path / "subspace")
     assert "audit.png" in prepare(tmp_path / "store", repo_id="me/store", audit=report).card

@@ -7,10 +7,10 @@ from eigenpeft.audit import audit_adapters
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining import merge
-from eigenpeft.deprecation import find_moved_modules
+from eigenpeft.deprecation import find_moved_modules, moved_names
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
 from eigenpeft.version import __version__
 
@@ -19,7 +19,7 @@ audit = audit_adapters  # The short name. `from eigenpeft.audit import ...` stil
 
 __all__ = [
     "AdapterCollection",
-    "CoefficientStore",
+    "AdapterStore",
     "EigenLoraConfig",
     "EigenPeftError",
     "LowRankRewardModel",
@@ -32,3 +32,5 @@ __all__ = [
     "export_lora",
     "merge",
 ]
+
+__getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore"})

@@ -18,7 +18,7 @@ from eigenpeft.audit import AuditReport
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CARD = "README.md"
@@ -28,6 +28,7 @@ _PAPERS = {
     "LORA": "LoRA, arXiv 2106.09685",
 }
 _MODULES = "## Modules\n"  # heading in the card of a subspace
+_STORE_TITLE = "\n# Adapter store of "  # in the card that a store writes
 _UNFINISHED = "[More Information Needed]"  # in the card that PEFT writes
 
 
@@ -36,7 +37,7 @@ class Publication:
     """What an upload would send.
 
     Attributes:
-        kind: "subspace", "coefficient store" or "adapter".
+        kind: "subspace", "adapter store" or "adapter".
         repo_id: `owner/name`.
         folder: Where the files are.
         files: Names of those that are sent besides the card; never checkpoints or optimizer states.
@@ -85,22 +86,45 @@ def prepare(
         if audit is not None:
             raise ArtifactError(f"{str(folder)!r} is one adapter; an audit goes with a subspace or a store.")
         return _adapter(folder, repo_id, subspace, base_model)
-    for kind, reader in ((storage.SUBSPACE, PrincipalSubspace), (storage.STORE, CoefficientStore)):
-        if (folder / kind.config_name).is_file():
-            artifact = reader.from_pretrained(folder)  # checks format and hashes
-            card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
-            if not card:
-                raise ArtifactError(f"{str(folder)!r} has no {_CARD}; save the {kind.label} again, which writes it.")
-            made = {}
-            if audit is not None:
-                _check_audited(artifact if isinstance(artifact, PrincipalSubspace) else artifact.subspace, audit)
-                card, made = _with_audit(card, audit), {AUDIT_FIGURE: audit_png(audit)}
-            files = (kind.config_name, kind.tensors_name)
-            return Publication(kind.label, repo_id, folder, files, _addressed(card, repo_id), made=made)
+    if (folder / storage.STORE.config_name).is_file():
+        store = AdapterStore.from_pretrained(folder)  # checks format, bases and index
+        for name in store.names:
+            store[name]  # checks its hash
+        card = _card_in(folder, storage.STORE.label)
+        if _STORE_TITLE in card:  # members may have come since it was written
+            card = store.card()
+        return _artifact(folder, repo_id, storage.STORE.label, store.files(), card, store.subspace, audit)
+    if (folder / storage.SUBSPACE.config_name).is_file():
+        bases, kind = PrincipalSubspace.from_pretrained(folder), storage.SUBSPACE  # checks format and hashes
+        files = (kind.config_name, kind.tensors_name)
+        return _artifact(folder, repo_id, kind.label, files, _card_in(folder, kind.label), bases, audit)
     raise ArtifactError(
         f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name} or {_ADAPTER_CONFIG}; "
         "pass the folder that save_pretrained or a trainer wrote."
     )
+
+
+def _card_in(folder: Path, label: str) -> str:
+    card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
+    if not card:
+        raise ArtifactError(f"{str(folder)!r} has no {_CARD}; save the {label} again, which writes it.")
+    return card
+
+
+def _artifact(
+    folder: Path,
+    repo_id: str,
+    label: str,
+    files: tuple[str, ...],
+    card: str,
+    subspace: PrincipalSubspace,
+    audit: AuditReport | None,
+) -> Publication:
+    made = {}
+    if audit is not None:
+        _check_audited(subspace, audit)
+        card, made = _with_audit(card, audit), {AUDIT_FIGURE: audit_png(audit)}
+    return Publication(label, repo_id, folder, files, _addressed(card, repo_id), made=made)
 
 
 def push(publication: Publication, *, private: bool | None = None, token: str | bool | None = None) -> str:
@@ -113,6 +137,7 @@ def push(publication: Publication, *, private: bool | None = None, token: str | 
     """
     with tempfile.TemporaryDirectory() as scratch:
         for name in publication.files:
+            Path(scratch, name).parent.mkdir(exist_ok=True)
             shutil.copyfile(publication.folder / name, Path(scratch) / name)
         Path(scratch, _CARD).write_text(publication.card, encoding="utf-8")
         for name, content in publication.made.items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenpeft import AdapterCollection, CoefficientStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import principal_angles
@@ -53,7 +53,7 @@ def test_all_components_reconstruct_every_adapter_of_any_rank(tmp_path, method, 
     made = make_collection(tmp_path, rank=(4, 2, 3), n_shared=6, lora_alpha=(8, 3))
     with AdapterCollection.from_pretrained(made.folder) as collection:
         subspace = SubspaceBuilder(n_components=1.0, method=method, weighting=weighting).fit(collection).subspace_
-        store = CoefficientStore.from_collection(subspace, collection)
+        store = AdapterStore.from_collection(subspace, collection)
     assert max(max(row.values()) for row in store.relative_errors.values()) < 1e-5
     for name, updates in made.updates.items():
         for module, update in updates.items():
@@ -155,8 +155,8 @@ def test_one_diverged_adapter_does_not_own_the_subspace(tmp_path):
     write_adapter(tmp_path / "wild", {name: (1000 * B, A) for name, (B, A) in wild.items()})
     with AdapterCollection.from_pretrained(tmp_path) as collection:
         builder = SubspaceBuilder(n_components=6).fit(collection)
-        equal = CoefficientStore.from_collection(builder.subspace_, collection).relative_errors["layer.0.query"]
-        energy = CoefficientStore.from_collection(
+        equal = AdapterStore.from_collection(builder.subspace_, collection).relative_errors["layer.0.query"]
+        energy = AdapterStore.from_collection(
             SubspaceBuilder(n_components=6, weighting="energy").fit(collection).subspace_, collection
         ).relative_errors["layer.0.query"]
     assert max(equal[f"adapter-{i}"] for i in range(4)) < 0.5 < max(energy[f"adapter-{i}"] for i in range(4))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eigenpeft import AdapterCollection, CoefficientStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.cli import artifacts
 from eigenpeft.version import __version__
 from tests.factories import make_collection
@@ -79,7 +79,7 @@ def test_project_then_export_gives_the_update_back(run, tmp_path):
         product = tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double()
         scaling = config["lora_alpha"] / config["r"]
         torch.testing.assert_close(scaling * product, update, rtol=1e-4, atol=1e-4)
-    store = CoefficientStore.from_pretrained(tmp_path / "store")
+    store = AdapterStore.from_pretrained(tmp_path / "store")
     assert store.names == tuple(adapters.names)
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eigenpeft import AdapterCollection, CoefficientStore, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.combining import load_head, merge
 from eigenpeft.errors import AdapterConfigError, ArtifactError, CollectionError
 from eigenpeft.linalg.merging import RULES
@@ -300,7 +300,7 @@ def test_one_adapter_keeps_its_head_without_being_asked(tmp_path):
 def test_members_of_a_store_are_merged(mixed):
     collection = AdapterCollection.from_pretrained(mixed)
     subspace = SubspaceBuilder(6).fit(collection).subspace_
-    store = CoefficientStore.from_collection(subspace, collection)
+    store = AdapterStore.from_collection(subspace, collection)
     merged = merge(store, weights=[1, 2, 3, 4, 5], progress=False)
     expected = {}
     for weight, name in zip([1, 2, 3, 4, 5], store.names, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from eigenpeft import AdapterCollection, CoefficientStore, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report import plots
 from eigenpeft.report.summaries import condition, store_summary, subspace_summary
@@ -39,9 +39,7 @@ def test_subspace_summary_is_plain_and_right(builder):
 
 
 def test_store_summary_is_the_mean_and_the_largest(builder, tmp_path):
-    store = CoefficientStore.from_collection(
-        builder.subspace_, AdapterCollection.from_pretrained(tmp_path / "adapters")
-    )
+    store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(tmp_path / "adapters"))
     summary = store_summary(store)
     errors = [row["adapter-0"] for row in store.relative_errors.values()]
     assert summary["adapters"]["adapter-0"]["mean_error"] == pytest.approx(sum(errors) / len(errors))
@@ -58,7 +56,7 @@ def test_hostile_names_are_shown_as_they_are(tmp_path):
     made = make_collection(tmp_path / "adapters", n_adapters=1)
     (made.folder / "adapter-0").rename(made.folder / "[red]x")
     builder = SubspaceBuilder(2).fit(AdapterCollection.from_pretrained(made.folder))
-    store = CoefficientStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(made.folder))
+    store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(made.folder))
     assert "[red]x" in shown(adapter_table(store_summary(store)))
     assert findings_text(()) is not None
 

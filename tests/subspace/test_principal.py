@@ -96,7 +96,7 @@ def test_a_missing_place_says_where_it_looked(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, subspace):
-    with pytest.raises(ArtifactError, match="is not a subspace or coefficient store"):
+    with pytest.raises(ArtifactError, match="is not a subspace or adapter store"):
         PrincipalSubspace.from_pretrained(tmp_path)
     subspace.save_pretrained(tmp_path)
     (tmp_path / "subspace.safetensors").unlink()
@@ -177,6 +177,6 @@ def test_card_is_complete_and_hostile_names_stay_in_their_cell(subspace, tmp_pat
     )
     card = PrincipalSubspace(dict(subspace), info=info).card()
     assert "| ../../x # owned \\| y | s |" in card
-    assert "Most restrictive licence among them: **cc-by-nc-4.0**" in card
+    assert "Most restrictive license among them: **cc-by-nc-4.0**" in card
     assert "base_model: some/base" in card
     assert "library_name: eigenpeft" in card

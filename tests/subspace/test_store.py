@@ -1,13 +1,19 @@
-"""CoefficientStore: one file, lazy members, exact round trips, errors that are those of ΔW."""
+"""AdapterStore: members alone, exact round trips, damage found, errors that are those of ΔW."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
-from eigenpeft import AdapterCollection, CoefficientStore, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.errors import ArtifactError, SubspaceError, SubspaceNotFoundError
+import eigenpeft
+import eigenpeft.subspace
+import eigenpeft.subspace.store
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, export_lora
+from eigenpeft.errors import ArtifactError, CollectionError, SubspaceError, SubspaceNotFoundError
+from eigenpeft.subspace import AdapterMember, Core
 from tests.factories import MODULES, make_collection, random_factors, write_adapter
 
 
@@ -23,7 +29,7 @@ def made(tmp_path):
 def store(made):
     with AdapterCollection.from_pretrained(made.folder) as collection:
         subspace = SubspaceBuilder(n_components=5).fit(collection).subspace_
-        return CoefficientStore.from_collection(subspace, collection)
+        return AdapterStore.from_collection(subspace, collection)
 
 
 def test_errors_are_those_of_the_update(made, store):
@@ -42,61 +48,61 @@ def test_missing_modules_stay_missing(store):
     assert store["adapter-1"]["layer.1.query"].coefficients_out.shape == (5, 2)
 
 
+def same(member, other):
+    assert member.cores.keys() == other.cores.keys()
+    for module, core in member.items():
+        assert (core.kind, core.scaling) == (other[module].kind, other[module].scaling)
+        assert core.parts.keys() == other[module].parts.keys()
+        assert all(torch.equal(tensor, other[module].parts[part]) for part, tensor in core.parts.items())
+    assert member.kept.keys() == other.kept.keys()
+    assert all(torch.equal(tensor, other.kept[key]) for key, tensor in member.kept.items())
+    assert (member.relative_errors, member.paths) == (other.relative_errors, other.paths)
+    return True
+
+
 def test_save_and_load_are_exact(store, tmp_path):
+    before = {name: store[name] for name in store}
     store.save_pretrained(tmp_path / "store")
-    loaded = CoefficientStore.from_pretrained(tmp_path / "store")
-    assert loaded.names == store.names
+    loaded = AdapterStore.from_pretrained(tmp_path / "store")
+    assert loaded.names == store.names == tuple(before)
     assert loaded.members == store.members
     assert loaded.subspace == store.subspace
-    for name in store.names:
-        for module, coefficients in store[name].items():
-            assert torch.equal(loaded[name][module].coefficients_in, coefficients.coefficients_in)
-            assert torch.equal(loaded[name][module].coefficients_out, coefficients.coefficients_out)
-    assert loaded.n_bytes == store.n_bytes
-    size = (tmp_path / "store" / "store.safetensors").stat().st_size
-    assert store.n_bytes < size < store.n_bytes + 8000
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "store.safetensors").read_bytes() == (
-        tmp_path / "store" / "store.safetensors"
-    ).read_bytes()
+    assert all(same(loaded[name], before[name]) for name in before)
+    size = sum(path.stat().st_size for path in (tmp_path / "store" / "members").iterdir())
+    assert loaded.n_bytes == store.n_bytes == store.subspace.n_bytes + size
 
 
-def test_a_member_is_read_alone(store, tmp_path, monkeypatch):
+def test_a_member_is_read_alone(store, tmp_path):
     store.save_pretrained(tmp_path / "store")
-    loaded = CoefficientStore.from_pretrained(tmp_path / "store")
-    read = []
+    for name in ("first", "second"):
+        store.add(tmp_path / "adapters" / "partial", name=name)
+    shards = tmp_path / "store" / "members"
+    assert len(list(shards.iterdir())) == 3  # the joined ones, and one per added member
+    loaded = AdapterStore.from_pretrained(tmp_path / "store")
+    for file in store.files():
+        if file.endswith(".shard") and file != f"members/{loaded._records._state.places['second'].shard}.shard":
+            (tmp_path / "store" / file).unlink()
+    assert same(loaded["second"], store["second"])
+    with pytest.raises(ArtifactError, match=r"which holds 'first', is missing\. Get a fresh copy"):
+        loaded["first"]
 
-    class Recorder:
-        def __init__(self, file):
-            self.file = file
 
-        def get_slice(self, name):
-            outer = self
-
-            class Rows:
-                def __getitem__(self, rows):
-                    read.append((name, rows.start, rows.stop))
-                    return outer.file.get_slice(name)[rows]
-
-            return Rows()
-
-    loaded._rows = Recorder(loaded._rows)
-    loaded["adapter-1"]
-    with safe_open(tmp_path / "store" / "store.safetensors", framework="pt") as file:
-        total = file.get_slice("layer.0.query.coefficients_in").get_shape()[0]
-    assert {name for name, *_ in read} == {
-        f"{module}.coefficients_{side}" for module in MODULES for side in ("in", "out")
-    }
-    assert all((start, stop) == (4, 6) for _, start, stop in read)
-    assert total == 4 + 2 + 4 + 2 + 4 + 3
+def test_cores_are_dense_and_in_order(store):
+    dense = store.cores("layer.1.query")
+    assert dense.shape == (6, 5, 5)
+    for row, name in enumerate(store):
+        core = store.coefficients(name, "layer.1.query")
+        expected = torch.zeros(5, 5) if core is None else core.coefficients_out @ core.coefficients_in
+        torch.testing.assert_close(dense[row], expected)
+    assert torch.equal(store.cores("layer.1.query", names=["adapter-3", "adapter-0"]), dense[[3, 0]])
 
 
 def test_a_store_serves_as_a_subspace(store, tmp_path):
     store.save_pretrained(tmp_path / "store")
     assert PrincipalSubspace.from_pretrained(tmp_path / "store") == store.subspace
     store.subspace.save_pretrained(tmp_path / "subspace")
-    with pytest.raises(ArtifactError, match="is not a coefficient store: it has no store_config.json"):
-        CoefficientStore.from_pretrained(tmp_path / "subspace")
+    with pytest.raises(ArtifactError, match=r"is not an adapter store: it has no store_config\.json"):
+        AdapterStore.from_pretrained(tmp_path / "subspace")
 
 
 def test_unknown_members_name_the_known(store):
@@ -105,24 +111,225 @@ def test_unknown_members_name_the_known(store):
 
 
 def test_a_damaged_store_is_one_error(store, tmp_path):
-    store.save_pretrained(tmp_path / "store")
-    config = tmp_path / "store" / "store_config.json"
-    whole = json.loads(config.read_text())
+    folder = tmp_path / "store"
+    store.save_pretrained(folder)
+    config, index = folder / "store_config.json", folder / "members.index"
+    whole, lines = json.loads(config.read_text()), index.read_bytes().splitlines(keepends=True)
     for damage, message in (
-        ({"members": whole["members"][:2]}, "does not fit its config"),
-        ({"members": [whole["members"][0]] * 6}, "same name"),
         ({"subspace_sha256": "0"}, "a file was altered"),
-        ({"subspace": {}}, "lists no modules"),
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
     ):
         config.write_text(json.dumps(whole | damage))
         with pytest.raises(ArtifactError, match=message):
-            CoefficientStore.from_pretrained(tmp_path / "store")
+            AdapterStore.from_pretrained(folder)
     config.write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as JSON"):
-        CoefficientStore.from_pretrained(tmp_path / "store")
-    with pytest.raises(SubspaceNotFoundError, match="No coefficient store at"):
-        CoefficientStore.from_pretrained(tmp_path / "elsewhere")
+        AdapterStore.from_pretrained(folder)
+    config.write_text(json.dumps(whole))
+    for damaged in (lines[1:], [lines[0], lines[2], *lines[3:]], [*lines[:2], lines[2].replace(b"start", b"stort")]):
+        index.write_bytes(b"".join(damaged))
+        with pytest.raises(ArtifactError, match=r"members\.index' was altered after its first"):
+            AdapterStore.from_pretrained(folder)
+    index.unlink()
+    with pytest.raises(ArtifactError, match=r"incomplete: it has no members\.index"):
+        AdapterStore.from_pretrained(folder)
+    with pytest.raises(SubspaceNotFoundError, match="No adapter store at"):
+        AdapterStore.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_every_byte_of_a_member_is_checked(store, tmp_path):
+    store.save_pretrained(tmp_path / "store")
+    (shard,) = (tmp_path / "store" / "members").iterdir()
+    whole, place = shard.read_bytes(), store._records._state.places["adapter-1"]
+    for position in range(place.start, place.start + place.size, 97):
+        damaged = bytearray(whole)
+        damaged[position] ^= 16
+        shard.write_bytes(damaged)
+        opened = AdapterStore.from_pretrained(tmp_path / "store")
+        assert opened["adapter-0"].cores
+        with pytest.raises(ArtifactError, match="of 'adapter-1' in .* are not those that were written"):
+            opened["adapter-1"]
+        with pytest.raises(ArtifactError, match="'adapter-1'"):
+            export_lora(opened, tmp_path / "out", adapter_name="adapter-1")
+    shard.write_bytes(whole[: place.start + 10])
+    with pytest.raises(ArtifactError, match="truncated or altered"):
+        AdapterStore.from_pretrained(tmp_path / "store")["adapter-1"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: Core("diagonal", {"coefficients_out": torch.ones(9)}), "is for 9 x 9 components"),
+        (lambda c: Core("diagonal", {"coefficients_out": torch.tensor([1.0, float("nan")])}), "NaN or infinite"),
+        (
+            lambda c: Core("full", {"coefficients_out": torch.ones(2, 2, dtype=torch.int32)}),
+            "instead of floating-point",
+        ),
+    ],
+)
+def test_members_that_do_not_fit_are_refused_in_memory_and_on_disk(store, tmp_path, change, message):
+    bad = AdapterMember({"layer.0.query": change(store["adapter-0"]["layer.0.query"])})
+    with pytest.raises(SubspaceError, match=message):
+        AdapterStore(store.subspace, members={"bad": bad})
+    # A file whose hashes are right and whose content is not, as somebody else may have made it.
+    store.save_pretrained(tmp_path / "store")
+    store._records.append("bad", bad.to_bytes())
+    with pytest.raises(ArtifactError, match="The member 'bad' of the store cannot be read"):
+        AdapterStore.from_pretrained(tmp_path / "store")["bad"]
+    assert AdapterStore.from_pretrained(tmp_path / "store")["adapter-0"].cores
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x" * 40, (1 << 40).to_bytes(8, "little") + b"{}", save({"a": torch.ones(1)})], ids=range(4)
+)
+def test_bytes_that_are_no_member_are_one_error(store, tmp_path, data):
+    store.save_pretrained(tmp_path / "store")
+    store._records.append("bad", data)
+    with pytest.raises(ArtifactError, match="The member 'bad' of the store cannot be read"):
+        AdapterStore.from_pretrained(tmp_path / "store")["bad"]
+
+
+def test_remove_rename_and_compact(store, tmp_path):
+    store.save_pretrained(tmp_path / "store")
+    other = AdapterStore.from_pretrained(tmp_path / "store")  # another reader, opened before the changes
+    kept = {name: store[name] for name in ("adapter-0", "partial")}
+    store.add(tmp_path / "adapters" / "adapter-3", name="again")
+    for name in ("adapter-1", "adapter-2", "adapter-3", "adapter-4"):
+        store.remove(name)
+    store.rename("partial", "a part")
+    assert store.names == ("adapter-0", "a part", "again")
+    assert store.member("a part")["name"] == "a part"
+    before = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+    freed = store.compact()
+    assert freed == before - sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file()) > 0
+    assert len(list((tmp_path / "store" / "members").iterdir())) == 1
+    assert same(other["adapter-0"], kept["adapter-0"])  # finds the new place by itself
+    opened = AdapterStore.from_pretrained(tmp_path / "store")
+    assert opened.names == store.names
+    assert same(opened["a part"], kept["partial"])
+    for call, error, message in (
+        (lambda: store.remove("nobody"), KeyError, "'nobody' is not in the store"),
+        (lambda: store.rename("nobody", "x"), KeyError, "'nobody' is not in the store"),
+        (lambda: store.rename("a part", "again"), SubspaceError, "'again' is in the store already"),
+        (lambda: store.rename("a part", "__base__"), SubspaceError, "cannot be the name of a member"),
+        (lambda: store.add(tmp_path / "adapters" / "adapter-0"), SubspaceError, "'adapter-0' is in the store already"),
+        (lambda: store.add(tmp_path / "adapters"), SubspaceError, "holds 6 adapters"),
+        (lambda: store.add(tmp_path / "adapters" / "nowhere"), CollectionError, "nowhere"),
+        (lambda: store.add(3), SubspaceError, "not a int"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    store.add(tmp_path / "adapters" / "adapter-1", name="adapter-0", replace=True)
+    assert same(store["adapter-0"], AdapterStore.from_pretrained(tmp_path / "store")["adapter-0"])
+    assert not torch.equal(store["adapter-0"]["layer.0.query"].dense(), kept["adapter-0"]["layer.0.query"].dense())
+
+
+def test_members_come_from_other_stores_of_the_same_bases(store, tmp_path):
+    store.save_pretrained(tmp_path / "store")
+    other = AdapterStore(store.subspace)
+    other.add(store["adapter-1"])
+    other.add(f"{tmp_path / 'store'}#adapter-2", name="two")
+    assert other.names == ("adapter-1", "two")
+    assert same(other["two"], store["adapter-2"])
+    foreign = AdapterStore(store.subspace.truncate(3))
+    with pytest.raises(SubspaceError, match=r"Move that store to these bases first, with rebase\(\)"):
+        foreign.add(store["adapter-1"])
+
+
+def test_an_existing_store_is_never_replaced(store, tmp_path):
+    store.save_pretrained(tmp_path / "store")
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    with pytest.raises(ArtifactError, match="holds another store; choose a new folder"):
+        AdapterStore(store.subspace).save_pretrained(tmp_path / "store")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    store.save_pretrained(tmp_path / "store")  # the same store: nothing to do but the card
+    assert before.keys() == {path for path in (tmp_path / "store").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal", "mixture"])
+def test_rebase_is_exact_where_the_span_grows_and_measured_where_not(made, store, kind):
+    with AdapterCollection.from_pretrained(made.folder) as collection:
+        wide = SubspaceBuilder(n_components=9).fit(collection).subspace_
+    module = "layer.0.value"
+    core = store["adapter-0"][module]
+    if kind == "mixture":
+        core = Core(kind, {"weights": torch.tensor([0.3, -1.0]), "cores": torch.randn(2, 5, 5)}, 0.7)
+    elif kind != "low_rank":
+        core = Core(kind, core.to(kind).parts, 0.7)
+    original = AdapterStore(
+        wide.truncate(5), members={"one": AdapterMember({module: core}, kept={"head": torch.ones(2)})}
+    )
+    grown = original.rebase(wide)
+    old, new = (
+        lora_B.double() @ lora_A.double() for lora_B, lora_A in (s.factors("one", module) for s in (original, grown))
+    )
+    torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-5)
+    assert grown["one"][module].kind == kind
+    assert torch.equal(grown["one"].kept["head"], torch.ones(2))
+    assert grown["one"].relative_errors[module] < 1e-5
+    smaller = grown.rebase(wide.truncate(2))
+    lora_B, lora_A = smaller.factors("one", module)
+    error = torch.linalg.norm(new - lora_B.double() @ lora_A.double()) / torch.linalg.norm(new)
+    assert smaller["one"].relative_errors[module] == pytest.approx(float(error), rel=1e-3)
+    with pytest.raises(SubspaceError, match="has no bases of the same shape for 'layer.0.value'"):
+        original.rebase(PrincipalSubspace({"layer.0.query": wide["layer.0.query"]}))
+
+
+def test_a_store_of_format_1_is_brought_up_by_compact(tmp_path):
+    saved = Path(__file__).parents[1] / "data" / "format_1" / "store"
+    shutil.copytree(saved, tmp_path / "store")
+    old = AdapterStore.from_pretrained(tmp_path / "store")
+    before = {name: old[name] for name in old}
+    with pytest.raises(
+        ArtifactError, match=r"is of format 1, which cannot be changed member by member; call compact\(\)"
+    ):
+        old.remove("adapter-0")
+    old.compact()
+    assert not (tmp_path / "store" / "store.safetensors").exists()
+    new = AdapterStore.from_pretrained(tmp_path / "store")
+    assert all(same(new[name], member) for name, member in before.items())
+    assert PrincipalSubspace.from_pretrained(tmp_path / "store") == old.subspace
+    new.remove("adapter-0")
+    assert old.refresh()
+    assert old.names == ("adapter-1", "adapter-2")
+
+
+FORMAT_1_DAMAGE = {
+    "width": lambda t, c: t.update({Q: t[Q][:, :3]}),
+    "int": lambda t, c: t.update({Q: t[Q].int()}),
+    "gone": lambda t, c: t.pop(Q),
+    "rows missing": lambda t, c: t.update({Q: t[Q][:2]}),
+    "NaN": lambda t, c: t.update({Q: t[Q] * float("nan")}),
+    "offsets NaN": lambda t, c: t.update(row_offsets=t["row_offsets"].double() * float("nan")),
+    "offsets reversed": lambda t, c: t.update(row_offsets=t["row_offsets"].flip(1)),
+    "offsets 1e12": lambda t, c: t["row_offsets"][:, -1:].fill_(10**12),
+    "offsets shifted": lambda t, c: t.update(row_offsets=t["row_offsets"].clamp(min=1)),
+    "members text": lambda t, c: c.update(members="abc"),
+    "members alike": lambda t, c: c.update(members=[c["members"][0]] * 3),
+    "members few": lambda t, c: c.update(members=c["members"][:2]),
+    "errors": lambda t, c: t.update(relative_errors=t["relative_errors"][:1]),
+}
+Q = "bert.encoder.layer.0.attention.self.query.coefficients_in"
+
+
+@pytest.mark.parametrize("damage", FORMAT_1_DAMAGE)
+def test_a_damaged_store_of_format_1_is_one_error(tmp_path, damage):
+    shutil.copytree(Path(__file__).parents[1] / "data" / "format_1" / "store", tmp_path / "store")
+    file, config = tmp_path / "store" / "store.safetensors", tmp_path / "store" / "store_config.json"
+    tensors, settings = load_file(file), json.loads(config.read_text())
+    FORMAT_1_DAMAGE[damage](tensors, settings)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ArtifactError, match="does not fit its config|cannot be read"):
+        export_lora(AdapterStore.from_pretrained(tmp_path / "store"), tmp_path / "lora", adapter_name="adapter-1")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_old_name_still_works_and_names_the_new_one():
+    for place in (eigenpeft, eigenpeft.subspace, eigenpeft.subspace.store):
+        with pytest.warns(DeprecationWarning, match=r"use eigenpeft\.AdapterStore"):
+            assert place.CoefficientStore is AdapterStore
 
 
 def test_modules_outside_the_subspace_are_an_error(made, store, tmp_path):
@@ -133,12 +340,12 @@ def test_modules_outside_the_subspace_are_an_error(made, store, tmp_path):
             SubspaceError, match="1 of the 1 adapted modules are not in the subspace, such as 'layer.7.query'"
         ),
     ):
-        CoefficientStore.from_collection(store.subspace, collection)
+        AdapterStore.from_collection(store.subspace, collection)
 
 
 def test_untrained_adapters_are_reproduced_exactly(store, tmp_path):
     zero = {name: (torch.zeros_like(B), A) for name, (B, A) in random_factors().items()}
     write_adapter(tmp_path / "untrained", zero)
     with AdapterCollection.from_pretrained(tmp_path / "untrained") as collection:
-        projected = CoefficientStore.from_collection(store.subspace, collection)
+        projected = AdapterStore.from_collection(store.subspace, collection)
     assert {error for row in projected.relative_errors.values() for error in row.values()} == {0.0}

@@ -27,18 +27,29 @@ class ArtifactKind:
     Attributes:
         label: What messages call it.
         config_name: Name of the JSON file; written last, it holds the hash of the tensors.
-        tensors_name: Name of the safetensors file.
+        tensors_name: Name of the safetensors file; of a store's index.
         format_version: Version written, and the newest one that can be read.
+        further: Patterns of the other files that it needs.
     """
 
     label: str
     config_name: str
     tensors_name: str
     format_version: int = 1
+    further: tuple[str, ...] = ()
 
 
 SUBSPACE = ArtifactKind("subspace", "subspace_config.json", "subspace.safetensors")
-STORE = ArtifactKind("coefficient store", "store_config.json", "store.safetensors")
+STORE = ArtifactKind(
+    "adapter store",
+    "store_config.json",
+    "members.index",
+    format_version=2,
+    further=(SUBSPACE.config_name, SUBSPACE.tensors_name, "members/*.shard"),
+)
+"""Its bases are a subspace of their own in the same folder."""
+STORE_1 = ArtifactKind("adapter store", "store_config.json", "store.safetensors")
+"""A store of format 1, with the bases and the coefficients of all members in one file."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +107,26 @@ def write_artifact(
     Raises:
         ArtifactError: If the folder cannot be written, or holds something that must not be replaced.
     """
-    text = json.dumps({"format_version": kind.format_version, **config}, indent=2, allow_nan=False)
     with atomic_folder(directory, kind=kind.label, overwrite=overwrite, inputs=inputs) as scratch:
-        owned = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-        }
-        save_file(owned, scratch / kind.tensors_name)
+        write_files(scratch, kind, config=config, tensors=tensors)
         (scratch / "README.md").write_text(card, encoding="utf-8")
-        (scratch / kind.config_name).write_text(text + "\n", encoding="utf-8")
+
+
+def write_files(folder: Path, kind: ArtifactKind, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and config into a folder, in this order; the caller sees to it that nobody reads them meanwhile.
+
+    Args:
+        folder: An existing folder.
+        kind: Which artifact; gives the file names.
+        config: JSON-serialisable; `format_version` is added.
+        tensors: Tensors by name.
+    """
+    text = json.dumps({"format_version": kind.format_version, **config}, indent=2, allow_nan=False)
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_file(owned, folder / kind.tensors_name)
+    (folder / kind.config_name).write_text(text + "\n", encoding="utf-8")
 
 
 def locate(
@@ -128,7 +151,7 @@ def locate(
         SubspaceNotFoundError: If there is none; the message lists the places searched.
         ArtifactError: If the place exists and holds something else, or only a part.
     """
-    label = " or ".join(kind.label for kind in kinds)
+    label = " or ".join(dict.fromkeys(kind.label for kind in kinds))
     folder, commit = Path(path_or_id), None
     if not folder.is_dir():
         try:
@@ -139,7 +162,9 @@ def locate(
                     token=token,
                     cache_dir=cache_dir,
                     local_files_only=local_files_only,
-                    allow_patterns=[name for kind in kinds for name in (kind.config_name, kind.tensors_name)],
+                    allow_patterns=[
+                        name for kind in kinds for name in (kind.config_name, kind.tensors_name, *kind.further)
+                    ],
                 )
             )
         except (
@@ -153,17 +178,23 @@ def locate(
                 "log in for private repositories, or pass the path of a local copy."
             ) from error
         commit = folder.name
-    for kind in kinds:
-        missing = [name for name in (kind.config_name, kind.tensors_name) if not (folder / name).is_file()]
+    lacking = {
+        kind: [name for name in (kind.config_name, kind.tensors_name) if not (folder / name).is_file()]
+        for kind in kinds
+    }
+    for kind, missing in lacking.items():
         if not missing:
             return Location(folder, kind, str(path_or_id), revision=commit)
+    for kind, missing in lacking.items():
         if len(missing) == 1:
             raise ArtifactError(
                 f"The {kind.label} at {str(path_or_id)!r} is incomplete: it has no {missing[0]}. Get a fresh copy."
             )
+    article = "an" if label[0] in "aeio" else "a"
+    names = " and no ".join(dict.fromkeys(kind.config_name for kind in kinds))
     raise ArtifactError(
-        f"{str(path_or_id)!r} is not a {label}: it has no {' and no '.join(kind.config_name for kind in kinds)}. "
-        "Pass a folder written by save_pretrained or by the `eigenpeft` command."
+        f"{str(path_or_id)!r} is not {article} {label}: it has no {names}. Pass a folder written by save_pretrained or by "
+        "the `eigenpeft` command."
     )
 
 

@@ -25,7 +25,7 @@ from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.tuners import convert_reference_checkpoint, export_gguf, export_lora
 
 
@@ -143,7 +143,7 @@ def project(
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
     ) as collection:
-        store = CoefficientStore.from_collection(bases, collection)
+        store = AdapterStore.from_collection(bases, collection)
     store.save_pretrained(out)
     summary = store_summary(store)
     if as_json:
@@ -182,7 +182,7 @@ def export(
         raise EigenPeftError(f"--format {file_format!r} must be peft or gguf.")
     if base_model is not None and file_format != "gguf":
         raise EigenPeftError("--base-model is read for --format gguf alone; leave it out.")
-    opened = CoefficientStore.from_pretrained(store)
+    opened = AdapterStore.from_pretrained(store)
     if file_format == "gguf":
         export_gguf(opened, out, adapter_name=name, rank=rank, base_model=base_model)
     else:

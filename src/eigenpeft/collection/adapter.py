@@ -84,6 +84,7 @@ class SourceAdapter:
         record = asdict(self)
         for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):
             del record[name]
+        record["license"] = record.pop("licence")
         return {
             **record,
             "source": self.source if self.revision else Path(self.weights_path).resolve().parent.name,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
+from torch import Tensor
 
 from eigenpeft.collection.adapter import AdapterFactors, OpenAdapter, SourceAdapter
 from eigenpeft.collection.alignment import align_modules
@@ -155,6 +156,34 @@ class AdapterCollection:
             yield read
         if problems:
             raise CollectionError(problems)
+
+    def read_kept_aside(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors of one adapter that are no part of an update: heads, biases, trained tokens.
+
+        Args:
+            name: Name of the adapter.
+
+        Returns:
+            Tensors in their stored dtype, by key of the adapter's file.
+
+        Raises:
+            CollectionError: If the name is unknown, or a tensor cannot be read any more.
+        """
+        self._check_names([name])
+        member = self._members[name]
+        try:
+            return {key: member.weights.read(key) for key in member.info.kept_aside}
+        except ValueError as error:
+            raise CollectionError([f"Adapter {name!r} {error}."]) from error
+
+    def aligned(self, name: str) -> dict[str, str]:
+        """Names of modules in an adapter's own file to their names here, where these differ.
+
+        Args:
+            name: Name of the adapter.
+        """
+        self._check_names([name])
+        return dict(self._members[name].aligned)
 
     def members(self, module: str) -> tuple[str, ...]:
         """Names of the adapters that adapt a module.

@@ -1,6 +1,7 @@
 """What an adapter's config and README say: what its update depends on, and which configs are not plain LoRA."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def read_settings(folder: Path) -> tuple[LoraSettings | None, list[str]]:
     problems = _problems_of_method(config)
     if problems:
         return None, problems
+    return settings_of(config)
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[LoraSettings | None, list[str]]:
+    """What an update depends on, of a config that has LoRA's fields, whatever the method.
+
+    Args:
+        config: As adapter_config.json says it.
+
+    Returns:
+        As `read_settings`.
+    """
     problems = _problems_of_values(config)
     return (None, problems) if problems else (_settings(config), [])
 
@@ -214,7 +227,7 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _problems_of_values(config: dict[str, Any]) -> list[str]:
+def _problems_of_values(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if not _is_rank(config.get("r")):
         problems.append(f"has r={_short(config.get('r'))} in its config; it must be a whole number of at least 1")
@@ -237,7 +250,7 @@ def _problems_of_values(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _settings(config: dict[str, Any]) -> LoraSettings:
+def _settings(config: Mapping[str, Any]) -> LoraSettings:
     return LoraSettings(
         rank=config["r"],
         lora_alpha=float(config["lora_alpha"]),

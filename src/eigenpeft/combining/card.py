@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from eigenpeft.combining.report import MergeReport
-from eigenpeft.subspace.card import most_restrictive_licence, source_row
+from eigenpeft.subspace.card import most_restrictive_license, source_row
 
 
 def merged_card(
@@ -20,7 +20,7 @@ def merged_card(
         base_model: Base model, if known.
         heads: Adapters whose heads lie beside it.
     """
-    license = most_restrictive_licence(records)
+    license = most_restrictive_license(records)
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",

@@ -12,10 +12,10 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining.heads import OtherParts, parts_of, parts_of_files
 from eigenpeft.errors import CollectionError
 from eigenpeft.linalg.stacking import Factors
-from eigenpeft.subspace import CoefficientStore
+from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import contents_of_model
 
-Adapters = AdapterCollection | CoefficientStore | PeftModel | str | Path | Sequence[str | Path]
+Adapters = AdapterCollection | AdapterStore | PeftModel | str | Path | Sequence[str | Path]
 """What `merge` takes: an open collection, folders and Hub ids, a store, or a PEFT model with several adapters."""
 
 
@@ -131,7 +131,7 @@ def open_sources(
     """
     if isinstance(adapters, PeftModel):
         return _of_model(adapters, names)
-    if isinstance(adapters, CoefficientStore):
+    if isinstance(adapters, AdapterStore):
         return _of_store(adapters, names)
     if not isinstance(adapters, AdapterCollection):
         adapters = AdapterCollection.from_pretrained(
@@ -149,21 +149,26 @@ def common(values: set[str | None]) -> str | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _of_store(store: CoefficientStore, names: Sequence[str] | None) -> LoadedSources:
+def _of_store(store: AdapterStore, names: Sequence[str] | None) -> LoadedSources:
     chosen = _chosen(store.names, names, where="the store")
-    factors = {
-        module: {name: pair for name in chosen if (pair := store.factors(name, module)) is not None}
-        for module in store.subspace.modules
-    }
+    members = {name: store[name] for name in chosen}
+    factors: dict[str, dict[str, Factors]] = {}
+    for name, member in members.items():
+        for module, pair in store.subspace.reconstruct(member).items():
+            factors.setdefault(module, {})[name] = pair
     info = store.subspace.info
-    records = tuple(store.member(name) for name in chosen)
+    parts = parts_of(
+        {name: tuple(member.kept) for name, member in members.items()},
+        saved={name: tuple(member.config.get("modules_to_save") or ()) for name, member in members.items()},
+        read=lambda name, key: members[name].kept[key],
+    )
     return LoadedSources(
         names=chosen,
-        records=records,
-        parts=OtherParts({}, {}),
+        records=tuple(dict(member.record) for member in members.values()),
+        parts=parts,
         base_model=info.base_model_name_or_path,
-        task_type=common({record.get("task_type") for record in records}),
-        factors={module: pairs for module, pairs in factors.items() if pairs},
+        task_type=common({member.record.get("task_type") for member in members.values()}),
+        factors={module: factors[module] for module in store.subspace.modules if module in factors},
         embeddings=frozenset(info.embeddings),
         transposed=frozenset(info.fan_in_fan_out),
     )

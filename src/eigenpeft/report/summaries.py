@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from eigenpeft.collection.diagnosis import Finding
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 
 
 def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding] = ()) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding]
     }
 
 
-def store_summary(store: CoefficientStore) -> dict[str, Any]:
+def store_summary(store: AdapterStore) -> dict[str, Any]:
     """Sizes and errors of a store: relative ΔW error a module and adapter, and each adapter's mean and largest.
 
     Args:

@@ -1,16 +1,18 @@
-"""Principal subspaces, their controls, and stores of coefficients on them: the artifacts."""
+"""Principal subspaces, their controls, and stores of adapters in them: the artifacts."""
 
 from eigenpeft.deprecation import moved_names
 from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.cores import CORES, Coefficients, Core, CoreKind, core_kind
 from eigenpeft.subspace.info import SubspaceInfo
+from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
-from eigenpeft.subspace.store import CoefficientStore
+from eigenpeft.subspace.store import AdapterStore
 
 __all__ = [
     "CORES",
-    "CoefficientStore",
+    "AdapterMember",
+    "AdapterStore",
     "Coefficients",
     "Core",
     "CoreKind",
@@ -23,4 +25,7 @@ __all__ = [
     "shuffled_subspace",
 ]
 
-__getattr__ = moved_names(__name__, {"SubspaceBuilder": "eigenpeft.SubspaceBuilder"})
+__getattr__ = moved_names(
+    __name__,
+    {"CoefficientStore": "eigenpeft.AdapterStore", "SubspaceBuilder": "eigenpeft.SubspaceBuilder"},
+)

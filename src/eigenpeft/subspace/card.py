@@ -1,6 +1,6 @@
 """Model cards of subspaces and stores: complete without editing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from eigenpeft.subspace.info import SubspaceInfo
 
 # From the most to the least permissive; anything unknown counts as more restrictive than all of them.
-_LICENCES = (
+_LICENSES = (
     "cc0-1.0",
     "unlicense",
     "mit",
@@ -55,43 +55,106 @@ hold orthonormal rows, so `components_out.T @ C_out @ C_in @ components_in` is a
 _LOAD_STORE = """```python
 import eigenpeft  # pip install eigenpeft
 
-store = eigenpeft.CoefficientStore.from_pretrained("<this repository or its local path>")
+store = eigenpeft.AdapterStore.from_pretrained("<this repository or its local path>")
 eigenpeft.export_lora(store, "plain-lora", adapter_name=store.names[0])  # an ordinary PEFT adapter, needs nothing
-```"""
+```
+
+`subspace.safetensors` holds the bases. `members.index` has one line per change (a hash, then JSON), which says in which
+`.shard` file a member lies, from which byte on and how many; those bytes are a safetensors file of their own."""
+_LISTED = 100  # members that a card lists by name
 
 
-def most_restrictive_licence(sources: Sequence[dict[str, Any]]) -> str:
-    """The licence of the source adapters that asks most of its users; "unknown" if any names none.
+def most_restrictive_license(sources: Iterable[Mapping[str, Any]]) -> str:
+    """The license of the source adapters that asks most of its users; "unknown" if any names none.
 
     Args:
         sources: Records of the source adapters.
     """
-    licences = {str(source.get("licence") or "unknown").lower() for source in sources}
-    if not licences or any(licence not in _LICENCES for licence in licences):
+    licenses = {license_of(source).lower() or "unknown" for source in sources}
+    if not licenses or any(license not in _LICENSES for license in licenses):
         return "unknown"
-    return max(licences, key=_LICENCES.index)
+    return max(licenses, key=_LICENSES.index)
 
 
-def subspace_card(info: SubspaceInfo, rows: Sequence[ModuleRow], *, fingerprint: str, is_store: bool = False) -> str:
-    """Text of README.md for a subspace or a store.
+def license_of(source: Mapping[str, Any]) -> str:
+    """The license that a record names, also under the older spelling of format 1; empty if it names none.
+
+    Args:
+        source: Record of an adapter.
+    """
+    return str(source.get("license") or source.get("licence") or "")
+
+
+def subspace_card(info: SubspaceInfo, rows: Sequence[ModuleRow], *, fingerprint: str) -> str:
+    """Text of README.md for a subspace.
 
     Args:
         info: Where the subspace comes from.
-        rows: One a module.
+        rows: One per module.
         fingerprint: SHA-256 of the tensors.
-        is_store: Whether the coefficients of the adapters travel with it.
     """
-    licence = most_restrictive_licence(info.sources)
+    title = f"Principal subspace of {len(info.sources)} LoRA adapters"
+    return _card(title, "principal-subspace", info, rows, load=_LOAD_SUBSPACE, sources=info.sources, end=fingerprint)
+
+
+def store_card(
+    info: SubspaceInfo,
+    rows: Sequence[ModuleRow],
+    *,
+    fingerprint: str,
+    n_members: int,
+    members: Sequence[Mapping[str, Any]],
+) -> str:
+    """Text of README.md for a store.
+
+    Args:
+        info: Where its subspace comes from.
+        rows: One per module.
+        fingerprint: SHA-256 of the bases.
+        n_members: How many members it has when the card is written.
+        members: Their records; of large stores the first ones, whose licenses count for the whole.
+    """
+    listed = [
+        f"| {_cell(member.get('name'))} | {_cell(member.get('source'))} | {_cell(member.get('task_type'))} | "
+        f"{_cell(license_of(member))} |"
+        for member in members[:_LISTED]
+    ]
+    more = f"\nand {n_members - len(listed)} more.\n" if n_members > len(listed) else ""
+    table = f"""## Members
+
+{n_members} adapters when this card was written; `eigenpeft store list` shows those that there are.
+
+| member | source | task | license |
+|---|---|---|---|
+{chr(10).join(listed)}
+{more}
+"""
+    sources = [*info.sources, *members]
+    title = f"Adapter store of {n_members} adapters"
+    return _card(title, "adapter-store", info, rows, load=_LOAD_STORE, sources=sources, end=fingerprint, table=table)
+
+
+def _card(
+    title: str,
+    tag: str,
+    info: SubspaceInfo,
+    rows: Sequence[ModuleRow],
+    *,
+    load: str,
+    sources: Sequence[Mapping[str, Any]],
+    end: str,
+    table: str = "",
+) -> str:
+    license = most_restrictive_license(sources)
     data = ModelCardData(
         base_model=info.base_model_name_or_path,
         library_name="eigenpeft",
-        tags=["eigenpeft", "lora", "coefficient-store" if is_store else "principal-subspace"],
-        license=licence if licence != "unknown" else "other",
+        tags=["eigenpeft", "lora", tag],
+        license=license if license != "unknown" else "other",
     )
     share = sum(row.explained_share for row in rows) / len(rows)
-    title = "Coefficient store" if is_store else "Principal subspace"
-    note = " (at least one adapter names none: ask its author)" if licence == "unknown" else ""
-    body = f"""# {title} of {len(info.sources)} LoRA adapters
+    note = " (at least one adapter names none: ask its author)" if license == "unknown" else ""
+    body = f"""# {title}
 
 Base model: `{info.base_model_name_or_path}`. For each of {len(rows)} adapted weights: two orthonormal bases, fitted
 with `method="{info.method}"`, `weighting="{info.weighting}"`, `n_components={info.n_components}`,
@@ -102,9 +165,9 @@ random subspace of the same size before relying on it.
 
 ## How to load it
 
-{_LOAD_STORE if is_store else _LOAD_SUBSPACE}
+{load}
 
-## Modules
+{table}## Modules
 
 | module | shape | components | explained share |
 |---|---|---|---|
@@ -112,13 +175,13 @@ random subspace of the same size before relying on it.
 
 ## Source adapters
 
-Most restrictive licence among them: **{licence}**{note}.
+Most restrictive license among them: **{license}**{note}.
 
-| adapter | source | revision | rank | alpha | licence | sha256 |
+| adapter | source | revision | rank | alpha | license | sha256 |
 |---|---|---|---|---|---|---|
 {chr(10).join(source_row(source) for source in info.sources)}
 
-SHA-256 of the tensors' names, shapes and values: `{fingerprint}`.
+SHA-256 of the tensors' names, shapes and values: `{end}`.
 
 ## Citation
 
@@ -131,13 +194,16 @@ def _module_row(row: ModuleRow) -> str:
     return f"| `{row.module}` | {row.shape[0]} × {row.shape[1]} | {row.n_components} | {row.explained_share:.3f} |"
 
 
-def source_row(source: dict[str, Any]) -> str:
+def source_row(source: Mapping[str, Any]) -> str:
     """One source adapter as a row of a card's table.
 
     Args:
         source: Its record.
     """
-    cells = [source.get(key) for key in ("name", "source", "revision", "rank", "lora_alpha", "licence")]
+    cells = [*(source.get(key) for key in ("name", "source", "revision", "rank", "lora_alpha")), license_of(source)]
+    return "| " + " | ".join([*map(_cell, cells), f"`{str(source.get('sha256') or '')[:12]}`"]) + " |"
+
+
+def _cell(value: Any) -> str:
     # Names come from other people's files: nothing in them may end the cell or the row.
-    texts = [str(cell if cell is not None else "").replace("|", "\\|").replace("\n", " ") for cell in cells]
-    return "| " + " | ".join([*texts, f"`{str(source.get('sha256') or '')[:12]}`"]) + " |"
+    return str(value if value is not None else "").replace("|", "\\|").replace("\n", " ")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.subspace.card import ModuleRow, subspace_card
-from eigenpeft.subspace.cores import Coefficients
+from eigenpeft.subspace.cores import Coefficients, Core
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
@@ -122,7 +123,7 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         )
 
     def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Coefficients]:
-        """Coefficients of one adapter; for a whole collection see `CoefficientStore.from_collection`.
+        """Coefficients of one adapter; for a whole collection see `AdapterStore.from_collection`.
 
         Args:
             factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.
@@ -132,7 +133,7 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         """
         return {module: self._project(module, lora_B, lora_A) for module, (lora_B, lora_A) in factors.items()}
 
-    def reconstruct(self, coefficients: Mapping[str, Coefficients]) -> dict[str, tuple[Tensor, Tensor]]:
+    def reconstruct(self, coefficients: Mapping[str, Core]) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA factors `(lora_B, lora_A)` by module from coefficients; the scaling stays in lora_B.
 
         Args:
@@ -145,8 +146,8 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
             module: reconstruct(
                 value.coefficients_out,
                 value.coefficients_in,
-                components_out=self[module].components_out,
-                components_in=self[module].components_in,
+                components_out=self[module].components_out[: value.n_out],  # a core may use the first ones alone
+                components_in=self[module].components_in[: value.n_in],
             )
             for module, value in coefficients.items()
         }
@@ -193,6 +194,10 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
             for name, bases in self.items()
         ]
 
+    def config(self) -> dict[str, Any]:
+        """What `subspace_config.json` says, besides the version of the format."""
+        return {"sha256": self.fingerprint, **self.info.to_dict(), "modules": list(self.modules)}
+
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write `subspace_config.json`, `subspace.safetensors` and a model card; whole or not at all.
 
@@ -204,11 +209,10 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         Raises:
             ArtifactError: If the folder cannot be written, or holds something that is not replaced.
         """
-        config = {"sha256": self.fingerprint, **self.info.to_dict(), "modules": list(self.modules)}
         storage.write_artifact(
             save_directory,
             storage.SUBSPACE,
-            config=config,
+            config=self.config(),
             tensors=self.tensors(),
             card=self.card(),
             overwrite=overwrite,
@@ -243,7 +247,7 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         where = storage.locate(
             path_or_id,
             storage.SUBSPACE,
-            storage.STORE,
+            storage.STORE_1,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -310,7 +314,7 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
 
 
 def read_subspace(where: storage.Location) -> PrincipalSubspace:
-    """The subspace of a located artifact: its own, or the one a coefficient store carries.
+    """The subspace of a located artifact: its own, or the one that a store of format 1 carries.
 
     Args:
         where: Place of the artifact.
@@ -319,7 +323,7 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
         ArtifactError: If a part is missing, or the tensors are not those the config vouches for.
     """
     config = storage.read_config(where)
-    in_store = where.kind is storage.STORE
+    in_store = where.kind is storage.STORE_1
     described, prefix = (config.get("subspace"), "subspace.") if in_store else (config, "")
     modules = described.get("modules") if isinstance(described, dict) else None
     if not isinstance(described, dict) or not isinstance(modules, list):

@@ -1,75 +1,70 @@
-"""One subspace and the coefficients of many adapters in one file, each member readable alone."""
+"""One subspace and many adapters in it, each with its core, its head and its record, each read and written alone."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError
 from torch import Tensor
 
 from eigenpeft.artifacts import storage
+from eigenpeft.artifacts.record_log import MemoryRecords, RecordLog, RecordSource
 from eigenpeft.collection.reader import AdapterCollection
+from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.subspace.card import subspace_card
-from eigenpeft.subspace.cores import Coefficients
-from eigenpeft.subspace.module import ModuleSubspace
-from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
+from eigenpeft.subspace.adapter_files import projected, read_adapter, read_model
+from eigenpeft.subspace.card import store_card
+from eigenpeft.subspace.cores import Core
+from eigenpeft.subspace.format_1 import Format1Records
+from eigenpeft.subspace.member import AdapterMember, check_core
+from eigenpeft.subspace.moving import move_member
+from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.store_files import open_store, upgrade, write_card, write_store
+
+BASE = "__base__"
+"""Name that no member can have: in a batch it stands for the base model itself, as in PEFT's `adapter_names`."""
+_SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
 
 
-class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
-    """Coefficients by adapter and module: `store["my-adapter"]["encoder.layer.0.attention.self.query"]`.
+class AdapterStore(Mapping[str, AdapterMember]):
+    """Adapters in one subspace by name: `store["my-adapter"]["encoder.layer.0.attention.self.query"]` is a `Core`.
 
-    Made by `PrincipalSubspace.project`. All adapters' coefficients on a module are rows of one matrix, so that opening
-    a store of a thousand adapters reads a header, one member is a slice of each matrix, and all members of a module
-    are one read.
+    Members keep what they are: an adapter that was trained in the subspace its own core, bit for bit; a LoRA adapter its
+    projection, with the error; both their heads, biases and trained tokens. A store that was opened or saved has a folder,
+    and every change is written there at once, without touching the other members. Reading one member reads no other.
 
     Args:
-        subspace: The bases the coefficients refer to.
-        members: One record an adapter (name, source, ranks, alpha, task type, ...), in the order of the rows.
-        row_offsets: (n_modules, n_members + 1), int64; member j has rows `row_offsets[i, j]:row_offsets[i, j + 1]` of
-            module i. No rows means that it does not adapt the module.
-        rows: `{"<module>.coefficients_in" | "<module>.coefficients_out": (rows, n_components)}`; anything with
-            `get_slice(name)` semantics of safetensors is read lazily.
-        relative_errors: (n_modules, n_members), relative Frobenius error of ΔW; NaN where a member has no rows.
+        subspace: The bases that the cores refer to.
+        members: Members by name, in memory until `save_pretrained`.
+
+    Raises:
+        SubspaceError: If a member does not fit the bases.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft import AdapterStore, PrincipalSubspace
+        >>> from eigenpeft.subspace import AdapterMember, Core, ModuleSubspace
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> core = Core("diagonal", {"coefficients_out": torch.tensor([3.0, 1.0])})
+        >>> store = AdapterStore(PrincipalSubspace({"layer": bases}), members={"mine": AdapterMember({"layer": core})})
+        >>> store.cores("layer").shape
+        torch.Size([1, 2, 2])
     """
 
-    def __init__(
-        self,
-        subspace: PrincipalSubspace,
-        *,
-        members: Sequence[Mapping[str, Any]],
-        row_offsets: Tensor,
-        rows: Any,
-        relative_errors: Tensor,
-    ):
+    def __init__(self, subspace: PrincipalSubspace, *, members: Mapping[str, AdapterMember] | None = None):
         self.subspace = subspace
-        self.members = tuple(dict(member) for member in members)
         self.origin: str | None = None
         self.revision: str | None = None
-        self._row_offsets = row_offsets
-        self._rows = rows
-        self._error_matrix = relative_errors
-        self._index = {member["name"]: position for position, member in enumerate(self.members)}
-        self._module_index = {module: position for position, module in enumerate(subspace)}
-        expected = (len(subspace), len(self.members) + 1)
-        if tuple(row_offsets.shape) != expected or tuple(relative_errors.shape) != (
-            expected[0],
-            expected[1] - 1,
-        ):
-            raise SubspaceError(
-                f"row_offsets {tuple(row_offsets.shape)} and relative_errors {tuple(relative_errors.shape)} do not fit "
-                f"{len(subspace)} modules and {len(self.members)} adapters."
-            )
-        if len(self._index) != len(self.members):
-            raise SubspaceError("Two adapters of a store have the same name; names must be unique.")
+        self._records: RecordSource = MemoryRecords()
+        for name, member in (members or {}).items():
+            self._put(name, member, replace=False)
 
     @classmethod
-    def from_collection(cls, subspace: PrincipalSubspace, collection: AdapterCollection) -> "CoefficientStore":
-        """Project every adapter of a collection, module by module, and measure what is lost.
+    def from_collection(cls, subspace: PrincipalSubspace, collection: AdapterCollection) -> "AdapterStore":
+        """Project every adapter of a collection, and measure what is lost.
 
         Args:
             subspace: Bases to project on.
@@ -80,174 +75,289 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
             SubspaceError: If an adapter adapts a module that is not in the subspace, or shapes differ.
             CollectionError: If a tensor cannot be read or is not finite.
         """
-        found = {module: subspace.find(module) for module in collection.modules}
-        unknown = [module for module, name in found.items() if name is None]
-        if unknown:
-            raise SubspaceError(
-                f"{len(unknown)} of the {len(collection.modules)} adapted modules are not in the subspace, such as "
-                f"{unknown[0]!r}. Build the subspace from a collection that adapts them, or leave out the adapters "
-                "that do."
-            )
-        read_as = {name: module for module, name in found.items() if name is not None}
-        offsets = torch.zeros(len(subspace), len(collection) + 1, dtype=torch.int64)
-        errors = torch.full((len(subspace), len(collection)), float("nan"), dtype=torch.float64)
-        rows: dict[str, Tensor] = {}
-        for i, module in enumerate(tqdm(subspace.modules, desc="Projecting", unit="module")):
-            factors = {read.adapter: read for read in collection.factors(read_as[module])} if module in read_as else {}
-            no_rows = torch.zeros(0, subspace[module].n_components)
-            rows_in, rows_out = [no_rows], [no_rows]
-            for j, name in enumerate(collection.names):
-                offsets[i, j + 1] = offsets[i, j]
-                if name in factors:
-                    pair = factors[name].lora_B, factors[name].lora_A
-                    coefficients = subspace.project({module: pair})[module]
-                    rows_in.append(coefficients.coefficients_in)
-                    rows_out.append(coefficients.coefficients_out.mT)
-                    offsets[i, j + 1] += len(coefficients.coefficients_in)
-                    errors[i, j] = _relative_error(*pair, subspace[module])
-            rows[f"{module}.coefficients_in"] = torch.cat(rows_in)
-            rows[f"{module}.coefficients_out"] = torch.cat(rows_out)
-        members = [adapter.record() for adapter in collection.adapters]
-        return cls(subspace, members=members, row_offsets=offsets, rows=rows, relative_errors=errors)
+        store = cls(subspace)
+        for name in tqdm(collection.names, desc="Projecting", unit="adapter"):
+            store._put(name, projected(collection, name, subspace), replace=False)
+        return store
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters."""
-        return tuple(self._index)
+        """Names of the members."""
+        return self._records.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
+        return iter(self._records.names)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._records)
 
-    def __getitem__(self, name: str) -> dict[str, Coefficients]:
-        self.member(name)
-        return {
-            module: coefficients
-            for module in self.subspace
-            if (coefficients := self.coefficients(name, module)) is not None
-        }
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
+    def __getitem__(self, name: str) -> AdapterMember:
+        self._check_name(name)
+        member = AdapterMember.from_bytes(self._records.read(name), name=name, subspace=self.subspace)
+        return replace(member, record={**member.record, "name": name}, subspace_sha256=self.subspace.fingerprint)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
-        return f"CoefficientStore(adapters={len(self)}, subspace={self.subspace!r})"
+        return f"AdapterStore(adapters={len(self)}, subspace={self.subspace!r})"
+
+    @property
+    def folder(self) -> Path | None:
+        """Where changes are written; None while the store is only in memory, or read-only."""
+        return self._records.folder if isinstance(self._records, RecordLog) and self.revision is None else None
+
+    @property
+    def members(self) -> tuple[dict[str, Any], ...]:
+        """Records of all members, in the order of `names`; reads every member."""
+        return tuple(dict(self[name].record) for name in self.names)
+
+    @property
+    def relative_errors(self) -> dict[str, dict[str, float]]:
+        """`{module: {member: ‖ΔW - reconstruction‖ / ‖ΔW‖}}`, Frobenius; reads every member.
+
+        Members that were trained in the subspace are exact and have no entry, nor have modules that a member lacks.
+        """
+        errors: dict[str, dict[str, float]] = {module: {} for module in self.subspace}
+        for name in self.names:
+            for module, error in self[name].relative_errors.items():
+                errors[module][name] = error
+        return errors
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of bases and members in bytes."""
+        return self.subspace.n_bytes + sum(self._records.size(name) for name in self.names)
 
     def member(self, name: str) -> dict[str, Any]:
-        """The record of one adapter.
+        """The record of one member.
 
         Args:
             name: Its name in the store.
 
         Raises:
-            KeyError: If there is no such adapter; the message lists close names.
+            KeyError: If there is no such member; the message lists known names.
         """
-        if name not in self._index:
-            shown = ", ".join(repr(known) for known in self.names[:10]) + (", ..." if len(self) > 10 else "")
-            raise KeyError(f"{name!r} is not in the store; it has {len(self)} adapters: {shown}")
-        return self.members[self._index[name]]
+        return dict(self[name].record)
 
-    def coefficients(self, name: str, module: str) -> Coefficients | None:
-        """Coefficients of one adapter on one module, reading nothing else; None if it does not adapt the module.
+    def coefficients(self, name: str, module: str) -> Core | None:
+        """The core of one member on one module; None if it does not adapt the module.
 
         Args:
-            name: Adapter.
+            name: Member.
             module: Module of the subspace.
         """
-        i, j = self._module_index[module], self._index[name]
-        start, stop = (int(offset) for offset in self._row_offsets[i, j : j + 2])
-        if start == stop:
-            return None
-        return Coefficients(
-            coefficients_out=_read_rows(self._rows, f"{module}.coefficients_out", start, stop).mT,
-            coefficients_in=_read_rows(self._rows, f"{module}.coefficients_in", start, stop),
-        )
-
-    def padded(self, module: str) -> tuple[Tensor, Tensor]:
-        """Coefficients of all adapters on one module, in one read, padded with zeros to the greatest rank r.
-
-        Args:
-            module: Module of the subspace.
-
-        Returns:
-            Coefficients of the input side, (n_members, r, n_components), and of the output side, (n_members,
-            n_components, r), scaling included; zeros where an adapter has a smaller rank or lacks the module.
-        """
-        offsets = self._row_offsets[self._module_index[module]]
-        ranks = offsets.diff()
-        slots = torch.arange(int(ranks.max()) if len(ranks) else 0)
-        taken = slots < ranks[:, None]
-        sides = []
-        for side in ("in", "out"):
-            rows = _read_rows(self._rows, f"{module}.coefficients_{side}", None, None)
-            padded = rows.new_zeros(*taken.shape, rows.shape[1])
-            padded[taken] = rows
-            sides.append(padded)
-        return sides[0], sides[1].mT.contiguous()
+        return self[name].cores.get(module)
 
     def factors(self, name: str, module: str) -> tuple[Tensor, Tensor] | None:
-        """LoRA factors `(lora_B (out_features, r), lora_A (r, in_features))` of one adapter, scaling in lora_B.
+        """LoRA factors `(lora_B (out_features, r), lora_A (r, in_features))` of one member, scaling in lora_B.
 
         Args:
-            name: Adapter.
+            name: Member.
             module: Module of the subspace.
         """
-        coefficients = self.coefficients(name, module)
-        if coefficients is None:
-            return None
-        return self.subspace.reconstruct({module: coefficients})[module]
+        core = self.coefficients(name, module)
+        return None if core is None else self.subspace.reconstruct({module: core})[module]
 
-    @property
-    def relative_errors(self) -> dict[str, dict[str, float]]:
-        """`{module: {adapter: ‖ΔW - reconstruction‖ / ‖ΔW‖}}`, Frobenius; modules an adapter lacks are left out."""
-        return {
-            module: {
-                name: float(error)
-                for name, error in zip(self.names, self._error_matrix[i].tolist(), strict=True)
-                if error == error  # NaN marks "not adapted"
-            }
-            for i, module in enumerate(self.subspace)
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the file: bases, coefficients, row offsets, errors."""
-        names = [f"{module}.coefficients_{side}" for module in self.subspace for side in ("in", "out")]
-        return {
-            **{f"subspace.{name}": tensor for name, tensor in self.subspace.tensors().items()},
-            **{name: _read_rows(self._rows, name, None, None) for name in names},
-            "row_offsets": self._row_offsets,
-            "relative_errors": self._error_matrix,
-        }
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of bases and coefficients in bytes."""
-        total_rows = int(
-            sum(self._row_offsets[i, -1] * bases.n_components for i, bases in enumerate(self.subspace.values()))
-        )
-        return self.subspace.n_bytes + 2 * 4 * total_rows
-
-    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write `store_config.json`, `store.safetensors` and a model card; whole or not at all.
+    def cores(self, module: str, *, names: Sequence[str] | None = None) -> Tensor:
+        """The cores `M` of all members on one module, scaling included; reads every member.
 
         Args:
-            save_directory: Folder to make.
-            overwrite: Whether to replace another store there, which must have been written by eigenpeft. Saving the same
-                store again changes nothing and needs no permission.
+            module: Module of the subspace.
+            names: Which members, in the order wanted; None takes all.
+
+        Returns:
+            (n_members, K_out, K_in), float32; zeros where a member lacks the module.
 
         Raises:
-            ArtifactError: If the folder cannot be written, or holds something that is not replaced.
+            KeyError: If there is no such module or member.
         """
-        config = {
-            "subspace_sha256": self.subspace.fingerprint,
-            "subspace": {**self.subspace.info.to_dict(), "modules": list(self.subspace.modules)},
-            "members": list(self.members),
-        }
-        card = subspace_card(
-            self.subspace.info, self.subspace.rows(), fingerprint=self.subspace.fingerprint, is_store=True
+        bases = self.subspace[module]
+        names = self.names if names is None else names
+        dense = torch.zeros(len(names), len(bases.components_out), len(bases.components_in))
+        for row, name in enumerate(names):
+            core = self[name].cores.get(module)
+            if core is not None:
+                dense[row, : core.n_out, : core.n_in] = core.dense()
+        return dense
+
+    def add(
+        self,
+        source: Any,
+        *,
+        name: str | None = None,
+        adapter_name: str = "default",
+        replace: bool = False,
+        allow_different_base_models: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> AdapterMember:
+        """Add one adapter. Where the store has a folder, the member is written there and nothing else is.
+
+        Args:
+            source: A trained `PeftModel`; the folder or Hub id of an adapter of peft_type EIGENLORA (kept bit for bit, in
+                its own core) or LORA (projected, its error recorded); "STORE#MEMBER", or a member of a store with the same
+                bases.
+            name: Name in the store; None takes that of the folder, the repository, the member, or `adapter_name`.
+            adapter_name: Which adapter of a model.
+            replace: Take the place of a member of that name.
+            allow_different_base_models: Take a LoRA adapter whose config names another base model than the subspace's.
+            token: Token for the Hub.
+            cache_dir: Cache of the Hub.
+            local_files_only: Use downloaded files only.
+
+        Returns:
+            The member as it is kept.
+
+        Raises:
+            SubspaceError: If the name is taken, or the adapter does not fit the bases or has something that a store does
+                not keep; the message names it.
+            CollectionError: If its files cannot be read.
+            ArtifactError: If the store cannot be written, or another process is writing it.
+        """
+        options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        if isinstance(source, AdapterMember):
+            own, member = str(source.record.get("name") or ""), source
+        elif hasattr(source, "peft_config"):
+            own, member = adapter_name, read_model(source, self.subspace, adapter_name=adapter_name)
+        elif isinstance(source, str) and "#" in source and not Path(source).exists():
+            place, _, own = source.partition("#")
+            member = AdapterStore.from_pretrained(place, **options)[own]
+        elif isinstance(source, str | Path):
+            options["allow_different_base_models"] = allow_different_base_models
+            own, member = read_adapter(source, self.subspace, **options)
+        else:
+            raise SubspaceError(
+                f"add() takes a PeftModel, a folder, a Hub id, 'STORE#MEMBER' or a member of a store, not a "
+                f"{type(source).__name__}."
+            )
+        name = own if name is None else name
+        self._put(name, member, replace=replace)
+        return member
+
+    def remove(self, name: str) -> None:
+        """Remove a member; its bytes on disk go with the next `compact`.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            KeyError: If there is none.
+            ArtifactError: If the store cannot be written, or another process is writing it.
+        """
+        self._check_name(name)
+        self._writable().remove(name)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a member another name.
+
+        Args:
+            name: Its name.
+            new_name: A name that no member has.
+
+        Raises:
+            KeyError: If there is no such member.
+            SubspaceError: If the new name is taken or no name.
+            ArtifactError: If the store cannot be written, or another process is writing it.
+        """
+        self._check_name(name)
+        self._check_new(new_name, replace=False)
+        self._writable().rename(name, new_name)
+
+    def refresh(self) -> bool:
+        """See what other processes have added or removed since; returns whether there was anything.
+
+        Raises:
+            ArtifactError: If the files were altered.
+        """
+        return self._records.refresh() if isinstance(self._records, RecordLog) else False
+
+    def compact(self) -> int:
+        """Join the members' files and drop what was removed; a store of format 1 becomes one of the present format.
+
+        A process that is stopped meanwhile leaves the store as it was, or compacted.
+
+        Returns:
+            Bytes that became free.
+
+        Raises:
+            ArtifactError: If a member is damaged (nothing is changed then), the store cannot be written, or another process
+                is writing it.
+        """
+        if isinstance(self._records, Format1Records):
+            if self.revision is not None:
+                self._writable()
+            folder = Path(str(self.origin))
+            self._records = upgrade(folder, self.subspace, self._each(), card=self.card())
+            return 0
+        records = self._writable()
+        if isinstance(records, MemoryRecords):
+            return 0
+        return records.compact(progress=lambda each: tqdm(each, total=len(records), desc="Joining", unit="adapter"))
+
+    def rebase(self, subspace: PrincipalSubspace, *, save_directory: str | Path | None = None) -> "AdapterStore":
+        """All members in other bases: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`; this store stays as it is.
+
+        Exact while the old span lies in the new one, as after adding components. What it loses is added to each member's
+        relative errors, which are then upper bounds of the error against the original adapter.
+
+        Args:
+            subspace: New bases of the same modules.
+            save_directory: Folder to make; None keeps the new store in memory.
+
+        Returns:
+            The new store.
+
+        Raises:
+            SubspaceError: If the new subspace lacks a module that a member adapts, or has it in another shape.
+            ArtifactError: If the folder exists or cannot be written.
+        """
+        moved = AdapterStore(subspace)
+        if save_directory is not None:
+            moved.save_pretrained(save_directory)
+        for name in tqdm(self.names, desc="Moving", unit="adapter"):
+            moved._put(name, move_member(self[name], self.subspace, subspace), replace=False)
+        return moved
+
+    def files(self) -> tuple[str, ...]:
+        """Paths of the files that make up a saved store, relative to its folder, without the model card."""
+        if isinstance(self._records, RecordLog):
+            kind = storage.SUBSPACE
+            return (kind.config_name, kind.tensors_name, *self._records.files(), storage.STORE.config_name)
+        return (storage.STORE_1.config_name, storage.STORE_1.tensors_name)
+
+    def card(self) -> str:
+        """Text of the model card, complete without editing."""
+        shown = [self.member(name) for name in self.names[:_SHOWN_ON_CARD]]
+        subspace = self.subspace
+        return store_card(
+            subspace.info, subspace.rows(), fingerprint=subspace.fingerprint, n_members=len(self), members=shown
         )
-        storage.write_artifact(
-            save_directory, storage.STORE, config=config, tensors=self.tensors(), card=card, overwrite=overwrite
-        )
+
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the store to a folder, whole or not at all; from then on, changes are written there.
+
+        Args:
+            save_directory: Folder to make. Where this store is there already, only its model card is written anew.
+            overwrite: Whether to replace another store there, which must have been written by eigenpeft.
+
+        Raises:
+            ArtifactError: If another store is there, or the folder cannot be written or holds something that is not
+                replaced.
+        """
+        folder = Path(save_directory)
+        if self.folder is not None and folder.is_dir() and folder.samefile(self.folder):
+            write_card(folder, self.card())
+            return
+        write_store(folder, self.subspace, self._each(), card=self.card(), overwrite=overwrite)
+        self._records = RecordLog(folder)
         self.origin, self.revision = str(save_directory), None
 
     @classmethod
@@ -259,11 +369,11 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-    ) -> "CoefficientStore":
-        """Open a store; the bases are read and checked, coefficients are read when asked for.
+    ) -> "AdapterStore":
+        """Open a store; the bases are read and checked, members are read and checked when asked for.
 
         Args:
-            path_or_id: Folder, or Hub id `owner/name`.
+            path_or_id: Folder, or Hub id `owner/name`; a copy from the Hub is read-only until it is saved elsewhere.
             revision: Hub branch, tag or commit.
             token: Hub token; None takes the logged-in one.
             cache_dir: Hub cache.
@@ -276,21 +386,15 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
         where = storage.locate(
             path_or_id,
             storage.STORE,
+            storage.STORE_1,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        subspace, config = read_subspace(where), storage.read_config(where)
-        file = storage.open_tensors(where)
-        try:
-            offsets, errors = file.get_tensor("row_offsets"), file.get_tensor("relative_errors")
-            store = cls(subspace, members=config["members"], row_offsets=offsets, rows=file, relative_errors=errors)
-        except (KeyError, TypeError, SafetensorError, SubspaceError) as error:
-            raise ArtifactError(
-                f"The coefficient store at {str(path_or_id)!r} does not fit its config ({error}); get a fresh copy."
-            ) from error
-        store.origin, store.revision = where.origin, where.revision
+        subspace, records = open_store(where)
+        store = cls(subspace)
+        store._records, store.origin, store.revision = records, where.origin, where.revision
         return store
 
     def push_to_hub(
@@ -299,7 +403,7 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
         *,
         private: bool | None = None,
         token: str | bool | None = None,
-        commit_message: str = "Upload coefficient store",
+        commit_message: str = "Upload adapter store",
     ) -> str:
         """Upload to the Hub as a model repository; returns the commit's address.
 
@@ -309,26 +413,60 @@ class CoefficientStore(Mapping[str, Mapping[str, Coefficients]]):
             token: Hub token; None takes the logged-in one.
             commit_message: Message of the commit.
         """
-        origin, revision = self.origin, self.revision
         with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(Path(scratch) / "store")
-            self.origin, self.revision = origin, revision
-            return storage.push_folder(
-                Path(scratch) / "store", repo_id, private=private, token=token, message=commit_message
+            folder = Path(scratch) / "store"
+            write_store(folder, self.subspace, self._each(), card=self.card())
+            return storage.push_folder(folder, repo_id, private=private, token=token, message=commit_message)
+
+    def _put(self, name: str, member: AdapterMember, *, replace: bool) -> None:
+        self._check_new(name, replace=replace)
+        own, expected = member.subspace_sha256, self.subspace.fingerprint
+        if own is not None and own != expected:
+            raise SubspaceError(
+                f"{name!r} is a member of a store whose bases have fingerprint {own}, and those here have {expected}. Move "
+                "that store to these bases first, with rebase()."
+            )
+        for module, core in member.items():
+            try:
+                check_core(core, module, self.subspace)
+            except SubspaceError as error:
+                raise SubspaceError(f"{name!r} cannot be kept in the store: {error}.") from error
+        records, data = self._writable(), member.to_bytes()
+        if isinstance(records, RecordLog):
+            records.append(name, data, replace=replace)
+        else:
+            records.append(name, data)
+
+    def _writable(self) -> "RecordLog | MemoryRecords":
+        if isinstance(self._records, Format1Records):
+            raise ArtifactError(
+                f"The store at {self.origin!r} is of format 1, which cannot be changed member by member; call compact() "
+                "once (`eigenpeft store compact`), which writes it in the present format."
+            )
+        if self.revision is not None:
+            raise ArtifactError(
+                f"The store {self.origin!r} is a copy in the Hub's cache, which others use too; save it to a folder of your "
+                "own first, with save_pretrained()."
+            )
+        return self._records  # pyright: ignore[reportReturnType]
+
+    def _each(self) -> Iterator[tuple[str, bytes]]:
+        return ((name, self._records.read(name)) for name in self.names)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._records:
+            shown = ", ".join(repr(known) for known in self.names[:10]) + (", ..." if len(self) > 10 else "")
+            raise KeyError(f"{name!r} is not in the store; it has {len(self)} adapters: {shown}")
+
+    def _check_new(self, name: Any, *, replace: bool) -> None:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 250 or name == BASE:
+            raise SubspaceError(
+                f"{name!r} cannot be the name of a member: use 1 to 250 printable characters, and not {BASE!r}."
+            )
+        if name in self._records and not replace:
+            raise SubspaceError(
+                f"{name!r} is in the store already; pass another name=, replace=True, or remove that member first."
             )
 
 
-def _read_rows(rows: Any, name: str, start: int | None, stop: int | None) -> Tensor:
-    if isinstance(rows, Mapping):
-        return rows[name][start:stop]
-    return rows.get_slice(name)[start:stop]  # an open safetensors file: reads these rows alone
-
-
-def _relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> float:
-    norm = float(frobenius_norm(lora_B, lora_A))
-    if norm == 0.0:
-        return 0.0  # nothing to represent: an untrained adapter is reproduced exactly
-    residual = projection_residual(
-        lora_B, lora_A, components_out=bases.components_out, components_in=bases.components_in
-    )
-    return float(residual) / norm
+__getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore"})

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder, export_lora
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, CollectionError
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
@@ -26,7 +26,7 @@ def trained(architecture, tokens, tmp_path):
     collection = AdapterCollection.from_pretrained([tmp_path / "first", tmp_path / "second"])
     subspace = SubspaceBuilder(6).fit(collection).subspace_
     subspace.save_pretrained(tmp_path / "subspace")
-    CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+    AdapterStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
     return tmp_path
 
 
@@ -125,7 +125,7 @@ def embedded(tmp_path, tokens):
     with AdapterCollection.from_pretrained([tmp_path / "first", tmp_path / "second"], embeddings=True) as collection:
         subspace = SubspaceBuilder(6).fit(collection).subspace_
         subspace.save_pretrained(tmp_path / "subspace")
-        CoefficientStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
+        AdapterStore.from_collection(subspace, collection).save_pretrained(tmp_path / "store")
     return tmp_path
 
 
@@ -151,7 +151,7 @@ def test_embeddings_start_where_the_adapter_is(embedded, tokens, core, r, source
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 def test_a_store_with_embeddings_exports_plain_lora(embedded):
-    export_lora(CoefficientStore.from_pretrained(embedded / "store"), embedded / "plain", adapter_name="first")
+    export_lora(AdapterStore.from_pretrained(embedded / "store"), embedded / "plain", adapter_name="first")
     exported = updates(PeftModel.from_pretrained(tiny_llama(), embedded / "plain"))
     for name, update in updates(PeftModel.from_pretrained(tiny_llama(), embedded / "first")).items():
         torch.testing.assert_close(exported[name], update, rtol=1e-4, atol=1e-5)

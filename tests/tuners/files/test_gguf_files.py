@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder
 from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.tuners import export_gguf
 from eigenpeft.tuners.files import gguf_files
@@ -92,7 +92,7 @@ def test_an_adapter_in_a_subspace_and_a_member_of_a_store(tmp_path, tokens):
         lora.peft_config["default"].base_model_name_or_path = str(base)
         lora.save_pretrained(tmp_path / "adapters" / str(i))
     with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
-        store = CoefficientStore.from_collection(SubspaceBuilder(5).fit(collection).subspace_, collection)
+        store = AdapterStore.from_collection(SubspaceBuilder(5).fit(collection).subspace_, collection)
     export_gguf(store, tmp_path / "member.gguf", adapter_name="1")
     assert read(tmp_path / "member.gguf")[0]["general.base_model.0.name"] == str(base)
     for name, update in updates(tmp_path / "member.gguf", lora.config).items():

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
-from eigenpeft import AdapterCollection, CoefficientStore, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import ModuleSubspace
 from eigenpeft.tuners.eigenlora.layer import EigenLinear
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     folders = {name: folder / name for name in [*made.names, "partial"]}
     collection = AdapterCollection.from_pretrained(list(folders.values()))
     subspace = SubspaceBuilder(n_components=6).fit(collection).subspace_
-    return folders, CoefficientStore.from_collection(subspace, collection)
+    return folders, AdapterStore.from_collection(subspace, collection)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def store(made, tmp_path_factory):
     """The same from disk, where it is read lazily."""
     place = tmp_path_factory.mktemp("store") / "store"
     made[1].save_pretrained(place)
-    return CoefficientStore.from_pretrained(place)
+    return AdapterStore.from_pretrained(place)
 
 
 def batch(rows, length, seed=1):
@@ -180,20 +180,6 @@ def test_threads_choose_their_tasks_apart(store):
         for thread in threads:
             thread.join()
     assert all(torch.equal(got[name], expected[name]) for name in names)
-
-
-def test_padded_holds_every_member(store):
-    module = next(iter(store.subspace))
-    inside, outside = store.padded(module)
-    for row, name in enumerate(store):
-        coefficients = store.coefficients(name, module)
-        rank = len(coefficients.coefficients_in)
-        assert torch.equal(inside[row, :rank], coefficients.coefficients_in)
-        assert torch.equal(outside[row, :, :rank], coefficients.coefficients_out)
-        assert not inside[row, rank:].any()
-        assert not outside[row, :, rank:].any()
-    last = list(store.subspace)[-1]
-    assert not store.padded(last)[0][list(store).index("partial")].any()
 
 
 @pytest.mark.parametrize(("make", "suffixes"), [(tiny_llama, ("q_proj", "v_proj")), (tiny_gpt2, ("c_attn",))])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import CoefficientStore, Core, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, Core, PrincipalSubspace
 from eigenpeft.subspace.cores import CoreKind, Parts
 
 
@@ -60,7 +60,7 @@ def read_warm_start(source: str, subspace: PrincipalSubspace) -> WarmStart:
     """
     if "#" in source:
         place, _, member = source.partition("#")
-        store = CoefficientStore.from_pretrained(place)
+        store = AdapterStore.from_pretrained(place)
         if store.subspace.fingerprint != subspace.fingerprint:
             raise AdapterConfigError(
                 f"init_from={source!r}: that store's bases have fingerprint {store.subspace.fingerprint}, the adapter's "

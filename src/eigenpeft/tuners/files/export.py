@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from eigenpeft.collection.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
-from eigenpeft.subspace import CoefficientStore
+from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
+from eigenpeft.tuners.files.store_export import contents_of_member
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name
 
@@ -22,7 +23,7 @@ _INSIDE_ATTENTION = ".base_layer.out_proj"  # where LoRA keeps the layer of an a
 
 
 def export_lora(
-    model_or_store: PeftModel | CoefficientStore,
+    model_or_store: PeftModel | AdapterStore,
     out_dir: str | Path,
     *,
     adapter_name: str = "default",
@@ -51,7 +52,7 @@ def export_lora(
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
-    origin = model_or_store.origin if isinstance(model_or_store, CoefficientStore) else None
+    origin = model_or_store.origin if isinstance(model_or_store, AdapterStore) else None
     inputs = () if origin is None else (origin,)
     write_lora(Path(out_dir), updates, fields, others, overwrite=overwrite, inputs=inputs)
 
@@ -60,7 +61,7 @@ Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]
 """Updates, fields of LoRA's configuration, and further tensors of the adapter's file by key."""
 
 
-def read_adapter(model_or_store: PeftModel | CoefficientStore, adapter_name: str, *, rank: int | None) -> Contents:
+def read_adapter(model_or_store: PeftModel | AdapterStore, adapter_name: str, *, rank: int | None) -> Contents:
     """What an exported file of one adapter holds, in whichever format it is written.
 
     Args:
@@ -74,24 +75,11 @@ def read_adapter(model_or_store: PeftModel | CoefficientStore, adapter_name: str
     """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")
-    read = _from_store if isinstance(model_or_store, CoefficientStore) else contents_of_model
+    read = contents_of_member if isinstance(model_or_store, AdapterStore) else contents_of_model
     updates, fields, others = read(model_or_store, adapter_name)  # pyright: ignore[reportArgumentType]
     if rank is not None:
         updates = [_truncated(update, rank) for update in updates]
     return updates, fields, others
-
-
-def _from_store(store: CoefficientStore, name: str) -> Contents:
-    member = store.member(name)
-    updates = [
-        LoraUpdate(*pair, 1.0, module, lora_keys(module, is_embedding=module in store.subspace.info.embeddings))
-        for module in store.subspace
-        if (pair := store.factors(name, module)) is not None
-    ]
-    base = member.get("base_model") or store.subspace.info.base_model_name_or_path
-    transposed = any(update.target in store.subspace.info.fan_in_fan_out for update in updates)
-    fields = {"task_type": member.get("task_type"), "base_model_name_or_path": base, "fan_in_fan_out": transposed}
-    return updates, fields, {}
 
 
 def contents_of_model(model: nn.Module, name: str) -> Contents:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from eigenpeft.errors import AdapterConfigError, ArtifactError
-from eigenpeft.subspace import CoefficientStore
+from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import read_adapter
 from eigenpeft.tuners.files.lora_files import LoraUpdate, with_one_rank_and_alpha
 
@@ -26,7 +26,7 @@ _MAGIC = b"GGUF"
 
 
 def export_gguf(
-    model_or_store: PeftModel | CoefficientStore,
+    model_or_store: PeftModel | AdapterStore,
     out_file: str | Path,
     *,
     adapter_name: str = "default",

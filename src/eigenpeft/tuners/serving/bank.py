@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from eigenpeft.errors import SubspaceError
-from eigenpeft.subspace import CoefficientStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
 from eigenpeft.tuners.layers.routes import add_updates, owns_output
 
 BASE = "__base__"
@@ -72,7 +72,7 @@ class TaskBank(nn.Module):
 
     @classmethod
     def from_store(
-        cls, store: CoefficientStore, *, names: Sequence[str] | None = None, dtype: torch.dtype | None = None
+        cls, store: AdapterStore, *, names: Sequence[str] | None = None, dtype: torch.dtype | None = None
     ) -> "TaskBank":
         """All members of a store, or some, read module by module.
 
@@ -84,15 +84,10 @@ class TaskBank(nn.Module):
         Raises:
             KeyError: If the store has no such member.
         """
-        positions = None
-        if names is not None:
-            known = {name: position for position, name in enumerate(store.names)}
-            positions = torch.tensor([known[store.member(name)["name"]] for name in names], dtype=torch.int64)
+        members = [store[name] for name in (store.names if names is None else names)]
         coefficients = {}
         for module in store.subspace:
-            inside, outside = store.padded(module)
-            if positions is not None:
-                inside, outside = inside[positions], outside[positions]
+            inside, outside = _padded(members, module, store.subspace[module].n_components)
             if inside.shape[1]:  # some task adapts the module
                 coefficients[module] = (inside.to(dtype or inside.dtype), outside.to(dtype or outside.dtype))
         chosen = store.names if names is None else tuple(names)
@@ -263,6 +258,18 @@ class _Hook:
                 "n_repeats= for beams; models that flatten sequences into rows cannot be served mixed."
             )
         return self.update(output, x, rows.on(x.device), in_place=owns_output(module, n_hooks=1))
+
+
+def _padded(members: Sequence[AdapterMember], module: str, n_components: int) -> tuple[Tensor, Tensor]:
+    factors = [member[module].factors() if module in member else None for member in members]
+    rank = max((len(pair[1]) for pair in factors if pair is not None), default=0)
+    inside = torch.zeros(len(members), rank, n_components)
+    outside = torch.zeros(len(members), n_components, rank)
+    for row, pair in enumerate(factors):
+        if pair is not None:
+            outside[row, : len(pair[0]), : pair[0].shape[1]] = pair[0]
+            inside[row, : len(pair[1]), : pair[1].shape[1]] = pair[1]
+    return inside, outside
 
 
 def _with_zero_task(coefficients: Tensor) -> Tensor:

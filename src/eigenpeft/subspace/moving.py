@@ -1,0 +1,92 @@
+"""Cores moved from one pair of bases to another."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.factored import frobenius_norm, projection_residual
+from eigenpeft.subspace.cores import Core
+from eigenpeft.subspace.member import AdapterMember
+from eigenpeft.subspace.module import ModuleSubspace
+from eigenpeft.subspace.principal import PrincipalSubspace
+
+
+def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, float]:
+    """The core in new bases whose update is nearest: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`, and what that loses.
+
+    Exact while the old span lies in the new one, as when components were added; otherwise the orthogonal projection
+    ("Shared LoRA Subspaces", arXiv 2602.06043, for growing subspaces).
+
+    Args:
+        core: Core in the old bases.
+        old: Old bases of the module.
+        new: New bases, with orthonormal components.
+
+    Returns:
+        The core, of the same kind where that can be, else "full"; and ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm.
+    """
+    left = new.components_out @ old.components_out[: core.n_out].mT
+    right = old.components_in[: core.n_in] @ new.components_in.mT
+    outside, inside = core.factors()
+    outside, inside = outside.to(left.dtype), inside.to(right.dtype)
+    lora_B, lora_A = old.components_out[: core.n_out].mT @ outside, inside @ old.components_in[: core.n_in]
+    norm = float(frobenius_norm(lora_B, lora_A))
+    residual = projection_residual(lora_B, lora_A, components_out=new.components_out, components_in=new.components_in)
+    return _moved(core, left, right), float(residual) / norm if norm else 0.0
+
+
+def move_member(member: AdapterMember, old: PrincipalSubspace, new: PrincipalSubspace) -> AdapterMember:
+    """A member in new bases; what that loses is added to its relative errors, which are then upper bounds.
+
+    Args:
+        member: Member in the old bases.
+        old: The old bases.
+        new: The new ones.
+
+    Raises:
+        SubspaceError: If the new subspace lacks a module that the member adapts, or has it in another shape.
+    """
+    cores, errors = {}, {}
+    for module, core in member.items():
+        if module not in new or (new[module].in_features, new[module].out_features) != (
+            old[module].in_features,
+            old[module].out_features,
+        ):
+            raise SubspaceError(
+                f"The new subspace has no bases of the same shape for {module!r}, which {member.record.get('name')!r} "
+                "adapts. Use a subspace of the same base model and modules."
+            )
+        cores[module], error = move(core, old[module], new[module])
+        before = member.relative_errors.get(module, 0.0)
+        errors[module] = min(1.0, before + error)  # by the triangle inequality; the norm of a projection is no larger
+    return replace(member, cores=cores, relative_errors=errors, subspace_sha256=None)
+
+
+def _moved(core: Core, left: Tensor, right: Tensor) -> Core:
+    parts = {name: tensor.to(left.dtype) for name, tensor in core.parts.items()}
+    if core.kind == "low_rank":
+        parts = {
+            "coefficients_in": parts["coefficients_in"] @ right,
+            "coefficients_out": left @ parts["coefficients_out"],
+        }
+        return Core("low_rank", parts, core.scaling)
+    if core.kind == "mixture":
+        parts["cores"] = torch.einsum("ij,tjk,kl->til", left, parts["cores"], right)
+        return Core("mixture", parts, core.scaling)
+    if core.kind == "diagonal" and _only_adds(left) and _only_adds(right.mT):
+        diagonal = parts["coefficients_out"]
+        return Core(
+            "diagonal",
+            {"coefficients_out": torch.nn.functional.pad(diagonal, (0, len(left) - len(diagonal)))},
+            core.scaling,
+        )
+    dense = core.row.to_dense(parts)
+    return Core("full", {"coefficients_out": left @ dense @ right}, core.scaling)
+
+
+def _only_adds(change: Tensor) -> bool:
+    """Whether new components are the old ones and more behind them: the change of basis is an identity over zeros."""
+    identity = torch.eye(*change.shape, dtype=change.dtype, device=change.device)
+    return len(change) >= change.shape[1] and bool(torch.allclose(change, identity, rtol=0, atol=1e-6))

@@ -1,0 +1,140 @@
+"""The folder of an adapter store: made whole or not at all, opened, and brought up from format 1."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eigenpeft.artifacts import storage
+from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
+from eigenpeft.artifacts.locks import one_writer
+from eigenpeft.artifacts.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from eigenpeft.artifacts.record_log import SHARDS, RecordLog, RecordSource
+from eigenpeft.errors import ArtifactError
+from eigenpeft.subspace.format_1 import Format1Records
+from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
+
+_CARD = "README.md"
+
+
+def write_store(
+    folder: Path,
+    subspace: PrincipalSubspace,
+    records: Iterable[tuple[str, bytes]],
+    *,
+    card: str,
+    overwrite: bool = False,
+) -> None:
+    """Make a folder with bases, members and card.
+
+    Args:
+        folder: Folder to make, or to replace.
+        subspace: The bases.
+        records: Members as name and bytes.
+        card: Text of README.md.
+        overwrite: Whether to replace a store that eigenpeft wrote.
+
+    Raises:
+        ArtifactError: If it cannot be written, or holds something that is not replaced.
+    """
+    kind = storage.STORE
+    if (folder / kind.config_name).is_file():
+        if not overwrite:
+            raise ArtifactError(
+                f"{str(folder)!r} holds another store; choose a new folder, open that store and add to it "
+                "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
+            )
+        _claim_members(folder)
+    with atomic_folder(folder, kind=kind.label, overwrite=overwrite) as scratch:
+        _write_bases(scratch, subspace)
+        RecordLog.create(scratch, records)
+        (scratch / _CARD).write_text(card, encoding="utf-8")
+        (scratch / kind.config_name).write_text(_config(subspace), encoding="utf-8")
+
+
+def open_store(where: storage.Location) -> tuple[PrincipalSubspace, RecordSource]:
+    """The bases and the members of a located store, of any format.
+
+    Args:
+        where: Its place.
+
+    Raises:
+        ArtifactError: If files are missing, truncated or altered.
+    """
+    config = storage.read_config(where)
+    if where.kind is storage.STORE_1:
+        subspace = read_subspace(where)
+        return subspace, Format1Records(where, config, subspace)
+    subspace = read_subspace(replace(where, kind=storage.SUBSPACE))
+    if config.get("subspace_sha256") != subspace.fingerprint:
+        raise ArtifactError(
+            f"The bases of the adapter store at {where.origin!r} have fingerprint {subspace.fingerprint}, its "
+            f"{where.kind.config_name} says {config.get('subspace_sha256')}: a file was altered. Get a fresh copy."
+        )
+    return subspace, RecordLog(where.folder)
+
+
+def upgrade(folder: Path, subspace: PrincipalSubspace, records: Iterable[tuple[str, bytes]], *, card: str) -> RecordLog:
+    """Write a store of format 1 in the present format at the same place.
+
+    The config comes last and decides which format is read, so that a process that is stopped leaves one or the other.
+
+    Args:
+        folder: Its folder.
+        subspace: Its bases.
+        records: Its members as name and bytes.
+        card: Text of README.md.
+
+    Raises:
+        ArtifactError: If the folder cannot be written, or another process is writing it.
+    """
+    kind = storage.STORE
+    with one_writer(folder / kind.tensors_name), one_writer(folder):
+        (folder / SHARDS).mkdir(exist_ok=True)
+        with atomic_update(folder, last=kind.config_name) as update:
+            _write_bases(update.scratch, subspace)
+            RecordLog.create(update.scratch, records)
+            (update.scratch / _CARD).write_text(card, encoding="utf-8")
+            (update.scratch / kind.config_name).write_text(_config(subspace), encoding="utf-8")
+            update.removed.append(storage.STORE_1.tensors_name)
+    return RecordLog(folder)
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Write the model card of a store anew.
+
+    Args:
+        folder: Its folder.
+        card: Text of README.md.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    with one_writer(folder), atomic_update(folder, last=_CARD) as update:
+        (update.scratch / _CARD).write_text(card, encoding="utf-8")
+
+
+def _claim_members(folder: Path) -> None:
+    """Enter the members that were added since into the folder's record of what eigenpeft wrote, as far as they are whole."""
+    manifest = read_manifest(folder)
+    try:
+        log = RecordLog(folder)
+        for name in log.names:
+            log.read(name)
+    except ArtifactError:
+        return
+    if manifest is not None:
+        files = {name: hashes for name, hashes in manifest.files.items() if (folder / name).is_file()}
+        files |= {name: (file_sha256(folder / name),) for name in log.files()}
+        write_manifest(folder, Manifest(manifest.kind, files))
+
+
+def _write_bases(folder: Path, subspace: PrincipalSubspace) -> None:
+    storage.write_files(folder, storage.SUBSPACE, config=subspace.config(), tensors=subspace.tensors())
+
+
+def _config(subspace: PrincipalSubspace) -> str:
+    kind = storage.STORE
+    config: dict[str, Any] = {"format_version": kind.format_version, "subspace_sha256": subspace.fingerprint}
+    return json.dumps(config, indent=2) + "\n"
