@@ -174,7 +174,7 @@ def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Pat
         for i, one in enumerate(statistics.values())
         for module, gram in one.grams.items()
     }
-    with atomic_folder(folder, last=CONFIG_NAME) as scratch:
+    with atomic_folder(folder, kind="input statistics", overwrite=True) as scratch:
         save_file(tensors, scratch / TENSORS_NAME)
         (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
