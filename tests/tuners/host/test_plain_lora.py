@@ -79,6 +79,12 @@ def saved():
         return sha(loaded.state_dict()), files
 
 
+def beside(name):
+    model = lora()
+    model.add_adapter(name, LoraConfig(r=3, target_modules=["mixer"]))
+    return sorted(get_peft_model_state_dict(model)), sorted(get_peft_model_state_dict(model, adapter_name=name))
+
+
 def mixed():
     torch.manual_seed(2)
     config = LoraConfig(r=2, target_modules=["mixer"], init_lora_weights=False)
@@ -118,6 +124,8 @@ def one():
 SCENES = {
     "plain": plain,
     "saved": saved,
+    "saved beside another adapter": lambda: beside("other"),
+    "saved beside an adapter called as a module is": lambda: beside("mixer"),
     "mixed": mixed,
     "mixed with a method that cannot be": lambda: mixed_error("ia3"),
     "mixed with nothing": lambda: mixed_error("none"),
@@ -178,6 +186,7 @@ REGISTRIES = {"peft.tuners.mixed.COMPATIBLE_TUNER_TYPES"}  # a list of methods, 
 ACTS_FOR_OURS_ALONE = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
     "peft.utils.hotswap._pad_lora_weights",
+    "peft.utils.save_and_load._filter_state_dict_for_adapter_name",
 }
 
 
