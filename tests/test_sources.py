@@ -24,6 +24,7 @@ LAYERS = {
     "tuners": 5,
     "reward": 5,
     "trainers": 6,
+    "engines": 6,
     "report": 6,
     "publish": 6,
     "demo": 7,

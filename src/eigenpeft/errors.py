@@ -69,5 +69,13 @@ class UnknownUserError(RewardModelError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class UnknownAdapterError(EigenPeftError, KeyError):
+    """A request for an adapter that no store has; the message lists names near it."""
+
+    def __str__(self) -> str:
+        """The message itself; KeyError would quote it."""
+        return str(self.args[0]) if self.args else ""
+
+
 class LostProcessError(EigenPeftError, RuntimeError):
     """Another process of a launch ended before its work was done."""

