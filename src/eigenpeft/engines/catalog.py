@@ -175,6 +175,7 @@ def _key(contents: Contents) -> str:
     tensors = {
         key: tensor for each in updates for key, tensor in zip(each.keys, (each.lora_A, each.lora_B), strict=True)
     }
+    tensors |= {f"{each.target}.bias": each.bias for each in updates if each.bias is not None}
     for name, tensor in sorted((tensors | others).items()):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.detach().cpu().contiguous().float().numpy().data)

@@ -130,6 +130,10 @@ BAD_MODELS = {
         lambda: get_peft_model(tiny_llama(tie_word_embeddings=True), lora(target_modules=["lm_head"])),
         "'lm_head' is tied to the embeddings",
     ),
+    "a bias of LoRA's own": (
+        lambda: get_peft_model(tiny_llama(), lora(lora_bias=True)),
+        r"has a trained bias \(lora_bias\)",
+    ),
     "DoRA": (lambda: get_peft_model(tiny_llama(), lora(use_dora=True)), "uses DoRA"),
 }
 

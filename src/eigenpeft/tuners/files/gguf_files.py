@@ -74,6 +74,11 @@ def export_gguf(
             f"{adapter_name!r} acts from its invocation tokens {tokens} on, and the file would act on every token; serve it "
             "with PEFT or vLLM as an activated LoRA."
         )
+    biased = [update.target for update in updates if update.bias is not None]
+    if biased:
+        raise AdapterConfigError(
+            f"{adapter_name!r} has a trained bias (lora_bias) on {biased[0]!r}, which a LoRA in GGUF cannot hold; merge it."
+        )
     updates = with_one_rank_and_alpha(updates)
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

@@ -90,10 +90,10 @@ def write_lora(
         updates: Factors of every weight.
         fields: Further fields of LoRA's configuration.
         others: Further tensors of the file, by key: heads and biases.
+        rank: Rank to pad to; None takes the largest of the updates.
         files: Further files, by path inside the folder; a README.md among them takes the place of one that is there.
         overwrite: Whether to replace a plain LoRA adapter that eigenpeft wrote; one that was trained is never replaced.
         inputs: Paths that were read; the folder must not be one of them or lie inside one.
-        rank: Rank to pad to; None takes the largest of the updates.
 
     Raises:
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
