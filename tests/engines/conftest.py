@@ -31,7 +31,7 @@ class Shelf:
             model.save_pretrained(adapters / name, save_embedding_layers=False)
         with AdapterCollection.from_pretrained([adapters / name for name, _ in pairs]) as collection:
             subspace = SubspaceBuilder(3).fit(collection).subspace_
-            CoefficientStore.from_collection(subspace, collection).save_pretrained(self.folder)
+            CoefficientStore.from_collection(subspace, collection).save_pretrained(self.folder, overwrite=True)
         return self
 
 

@@ -72,7 +72,7 @@ def interface():
         lora_config = SimpleNamespace(max_lora_rank=16)
 
         def _load_adapter(self, lora_request):
-            return sorted(file.name for file in Path(lora_request.lora_path).iterdir())
+            return sorted(file.name for file in Path(lora_request.lora_path).glob("[!.]*"))
 
     contents = {
         "vllm": {},

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from eigenpeft.artifacts.atomic import atomic_file, check_file
+from eigenpeft.artifacts.reading import read_start
 from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import read_adapter
@@ -32,6 +34,7 @@ def export_gguf(
     adapter_name: str = "default",
     rank: int | None = None,
     base_model: str | Path | PretrainedConfig | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write one adapter as a GGUF file for llama.cpp (`llama-server --lora FILE`): one LoRA of one rank and one alpha.
 
@@ -41,24 +44,25 @@ def export_gguf(
 
     Args:
         model_or_store: A PEFT model with the adapter, or a store with it as a member.
-        out_file: File to write, whole or not at all. A GGUF file that is already there is replaced.
+        out_file: File to write, whole or not at all.
         adapter_name: Which adapter.
         rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
         base_model: Configuration of the base model, or the folder or Hub id to read it from; None takes the PEFT model's
             own, or the base model that the store names.
+        overwrite: Whether to replace a GGUF file that is there.
 
     Raises:
         AdapterConfigError: If the package gguf is missing, there is no such adapter, the base model is of another
             architecture or has other sizes, or the adapter has what the format cannot hold: heads, biases, experts,
             convolutions, or an update of an output layer that is tied to the embeddings.
-        ArtifactError: If another file or a folder is in the way, or the file cannot be written.
+        ArtifactError: If something is in the way that is not replaced, or the file cannot be written.
     """
     if gguf is None:
         raise AdapterConfigError(
             "Writing GGUF needs the package gguf, which is not installed: pip install 'eigenpeft[gguf]'."
         )
     out_file = Path(out_file)
-    _check_place(out_file)
+    _check_place(out_file, overwrite)
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
     config = _base_config(model_or_store, base_model, named=fields.get("base_model_name_or_path"))
     # PEFT saves the frozen weight of an adapted embedding too; the base model's own file has it.
@@ -90,7 +94,8 @@ def export_gguf(
     if scaling == 0.0:
         tensors, scaling = {name: (a, torch.zeros_like(b)) for name, (a, b) in tensors.items()}, 1.0
     alpha = scaling * updates[0].rank
-    _write(out_file, tensors, alpha=alpha, name=adapter_name, base=fields.get("base_model_name_or_path"))
+    base = fields.get("base_model_name_or_path")
+    _write(out_file, tensors, alpha=alpha, name=adapter_name, base=base, overwrite=overwrite)
 
 
 def permuted(rows: Tensor, n_heads: int) -> Tensor:
@@ -115,17 +120,10 @@ def permuted(rows: Tensor, n_heads: int) -> Tensor:
     return rows.view(n_heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _check_place(out_file: Path) -> None:
-    if out_file.is_dir():
-        raise ArtifactError(
-            f"{str(out_file)!r} is a folder; name the file to write, such as {str(out_file / 'adapter.gguf')!r}."
-        )
-    if out_file.is_file():
-        with out_file.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ArtifactError(
-                    f"{str(out_file)!r} exists and is not a GGUF file; choose another name, or remove it."
-                )
+def _check_place(out_file: Path, overwrite: bool) -> None:
+    check_file(out_file, overwrite=overwrite)
+    if out_file.is_file() and read_start(out_file, limit=len(_MAGIC)) != _MAGIC:
+        raise ArtifactError(f"{str(out_file)!r} is not a GGUF file and is not replaced; choose another name.")
 
 
 def _base_config(
@@ -203,34 +201,31 @@ def _shapes(config: Any) -> dict[Any, tuple[int, int]]:
     }
 
 
-def _write(out_file: Path, tensors: dict[str, tuple[Tensor, Tensor]], *, alpha: float, name: str, base: Any) -> None:
+def _write(
+    out_file: Path,
+    tensors: dict[str, tuple[Tensor, Tensor]],
+    *,
+    alpha: float,
+    name: str,
+    base: Any,
+    overwrite: bool,
+) -> None:
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports each step as information
-    scratch = out_file.with_name(f".{out_file.name}.partial")
-    writer = gguf.GGUFWriter(scratch, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_name(name)
-    if base:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, str(base))
-    for tensor, (lora_A, lora_B) in tensors.items():
-        writer.add_tensor(f"{tensor}.lora_a", lora_A.numpy())
-        writer.add_tensor(f"{tensor}.lora_b", lora_B.numpy())
-    try:
+    with atomic_file(out_file, overwrite=overwrite) as scratch:
+        writer = gguf.GGUFWriter(scratch, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(name)
+        if base:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, str(base))
+        for tensor, (lora_A, lora_B) in tensors.items():
+            writer.add_tensor(f"{tensor}.lora_a", lora_A.numpy())
+            writer.add_tensor(f"{tensor}.lora_b", lora_B.numpy())
         try:
-            out_file.parent.mkdir(parents=True, exist_ok=True)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
         finally:
             writer.close()
-        scratch.replace(out_file)
-    except OSError as error:
-        raise ArtifactError(
-            f"Could not write {str(out_file)!r}: {error.strerror or error}. What was there is unchanged; free some space or "
-            "choose another folder."
-        ) from error
-    finally:
-        if scratch.exists():
-            scratch.unlink()
