@@ -66,7 +66,7 @@ def test_a_truncated_file_is_refused(subspace, tmp_path, keep):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format_version 99; this version of eigenpeft reads 1 to 1"),
+        ({"format_version": 99}, "format_version 99; this version of eigenpeft reads 1 to 2"),
         ({"format_version": None}, "format_version None"),
         ({"modules": ["layer.0.query"]}, "0 tensors missing .*5 unexpected"),
         ({"modules": 3}, "lists no modules"),
@@ -154,10 +154,10 @@ def test_find_matches_by_dotted_suffix_when_only_one_fits(subspace, name, found)
 
 def test_wrong_shapes_are_refused():
     good = random_bases(3, 8, 6)
-    with pytest.raises(SubspaceError, match="same number of rows"):
+    with pytest.raises(SubspaceError, match="at most 3 and 2, and explained_variance_ratio"):
         ModuleSubspace(**{**good.tensors(), "components_out": good.components_out[:2]})
-    with pytest.raises(SubspaceError, match="one entry a principal component"):
-        ModuleSubspace(**{**good.tensors(), "singular_values_in": good.singular_values_in[:2]})
+    with pytest.raises(SubspaceError, match=r"explained_variance_ratio \(2,\) as many as the longer"):
+        ModuleSubspace(**{**good.tensors(), "explained_variance_ratio": good.explained_variance_ratio[:2]})
     with pytest.raises(SubspaceError, match="at least one module"):
         PrincipalSubspace({})
 

@@ -39,7 +39,7 @@ class ArtifactKind:
     further: tuple[str, ...] = ()
 
 
-SUBSPACE = ArtifactKind("subspace", "subspace_config.json", "subspace.safetensors")
+SUBSPACE = ArtifactKind("subspace", "subspace_config.json", "subspace.safetensors", format_version=2)
 STORE = ArtifactKind(
     "adapter store",
     "store_config.json",

@@ -237,6 +237,12 @@ class SubspaceBuilder:
                 f"method={self.method!r} cannot be updated, only {', '.join(map(repr, MERGEABLE))} can: "
                 "call fit with all adapters, or build with one of those."
             )
+        n_shared = len(self.subspace_) - len(self.subspace_.banks)
+        if n_shared:
+            raise SubspaceError(
+                f"{n_shared} of the subspace's {len(self.subspace_)} modules share the bank of another one, and adapters are "
+                "added to one module at a time: build it again with all adapters."
+            )
         taken = sorted({str(source["name"]) for source in self.subspace_.info.sources} & set(collection.names))
         if taken:
             raise SubspaceError(

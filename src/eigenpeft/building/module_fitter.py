@@ -15,6 +15,7 @@ from eigenpeft.linalg.chunked import fit_chunks
 from eigenpeft.linalg.fitting import FittedBases, Method, Weighting, explained_share_curve, fit_bases, stack_rows
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
+from eigenpeft.linalg.shares import added_shares
 from eigenpeft.linalg.stacking import FactorStream
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.seeding import seeded_generator
@@ -108,8 +109,13 @@ class ModuleFitter:
             measured_on: Factors of the adapters that the explained shares are of.
 
         Raises:
-            ValueError: If shapes differ.
+            ValueError: If shapes differ, or the sides have different numbers of components.
         """
+        if bases.n_components_in != bases.n_components_out:
+            raise ValueError(
+                f"its sides have {bases.n_components_in} and {bases.n_components_out} components, and more adapters are "
+                "merged into bases with one number for both; build it again with all adapters"
+            )
         n_principal = bases.n_components - bases.n_pseudo_components
         merged = [
             merge_components(components[:n_principal], values, rows, n_components=n_principal)
@@ -128,7 +134,7 @@ class ModuleFitter:
             components_out=merged[1].components,
             singular_values_in=merged[0].singular_values,
             singular_values_out=merged[1].singular_values,
-            explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)),
+            explained_variance_ratio=added_shares(curve),
             norms=(),
         )
         return self._with_pseudo_components(module, fitted)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eigenpeft.linalg.fitting import FittedBases
 from eigenpeft.linalg.incremental import Sketch, empty_sketch, extend_sketch
+from eigenpeft.linalg.shares import added_shares
 from eigenpeft.linalg.stacking import Factors, Weighting, share_curve, stack_factors
 
 # Components a sketch carries for each that is wanted: 2 miss about 1e-4 of a decaying stack's energy, 1 far more.
@@ -82,7 +83,7 @@ def fit_chunks(
         components_out=components_out,
         singular_values_in=sketches[0].singular_values[:n_components],
         singular_values_out=sketches[1].singular_values[:n_components],
-        explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)).to(components_in.dtype),
+        explained_variance_ratio=added_shares(curve).to(components_in.dtype),
         norms=tuple(norms),
     )
     return ChunkedFit(bases, missed_bound_in=bounds[0], missed_bound_out=bounds[1])

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from eigenpeft.linalg.alternating import refine
 from eigenpeft.linalg.centred import centred_components
 from eigenpeft.linalg.decompose import Decomposition, leading_components
+from eigenpeft.linalg.shares import added_shares
 from eigenpeft.linalg.stacking import WEIGHTINGS as WEIGHTINGS
 from eigenpeft.linalg.stacking import ManyFactors, Stacks, Weighting, share_curve, stack_factors
 
@@ -340,7 +341,7 @@ def _bases(stacks: Stacks, found_in: Decomposition, found_out: Decomposition, k:
         components_out=components_out,
         singular_values_in=found_in.singular_values[:k],
         singular_values_out=found_out.singular_values[:k],
-        explained_variance_ratio=torch.diff(curve, prepend=curve.new_zeros(1)).to(components_in.dtype),
+        explained_variance_ratio=added_shares(curve).to(components_in.dtype),
         norms=stacks.norms,
     )
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eigenpeft.linalg.shares import leading_energies
 from eigenpeft.linalg.stacking import Stacks
 
 # Leading directions kept beyond K in the reduced space of a large problem; see `_remaining_directions`.
@@ -218,5 +219,7 @@ def _curves(
     norm = (gram_in * gram_out).sum()
     side_in = (coefficients_in * (gram_out @ coefficients_in)).sum(0).cumsum(0)
     side_out = (coefficients_out * (gram_in @ coefficients_out)).sum(0).cumsum(0)
-    core = (coefficients_out.mT @ coefficients_in).square().cumsum(0).cumsum(1)
-    return core.diagonal() / norm, side_in / norm, side_out / norm
+    core = (coefficients_out.mT @ coefficients_in).square()
+    # Where one side has fewer directions left, the pairs end there.
+    both = leading_energies(core)[: min(core.shape)] if core.numel() else core.new_zeros(0)
+    return both / norm, side_in / norm, side_out / norm

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.factored import balancing, frobenius_norm
+from eigenpeft.linalg.shares import leading_energies
 
 Factors = tuple[Float[Tensor, "_m _r"], Float[Tensor, "_r _n"]]
 """`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B. Ranks differ, so the axes are not compared."""
@@ -121,8 +122,8 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
 
 
 def cores(
-    stacks: Stacks, coefficients_in: Float[Tensor, "p k"], coefficients_out: Float[Tensor, "p k"]
-) -> list[Float[Tensor, "k k"]]:
+    stacks: Stacks, coefficients_in: Float[Tensor, "p k_in"], coefficients_out: Float[Tensor, "p k_out"]
+) -> list[Float[Tensor, "k_out k_in"]]:
     """`V_out (ω ΔW_i) V_inᵀ` of every adapter.
 
     Args:
@@ -131,18 +132,16 @@ def cores(
         coefficients_out: `diag(middle) rows_out V_outᵀ`.
 
     Returns:
-        One matrix an adapter.
+        One matrix per adapter.
     """
     pairs = zip(coefficients_out.split(stacks.sizes), coefficients_in.split(stacks.sizes), strict=True)
     return [part_out.mT @ part_in for part_out, part_in in pairs]
 
 
 def share_curve(
-    stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
+    stacks: Stacks, components_in: Float[Tensor, "k_in n"], components_out: Float[Tensor, "k_out m"]
 ) -> Float[Tensor, "k"]:
-    """Share of the stacks' energy that the first 1, 2, ..., K components of both sides explain.
-
-    Entry K is the squared norm of the leading K x K blocks of all cores: a prefix sum, whatever the number of Ks.
+    """Share of the stacks' energy that the first 1, 2, ..., max(K_in, K_out) components of both sides explain.
 
     Args:
         stacks: Rows of the adapters.
@@ -152,13 +151,13 @@ def share_curve(
     Returns:
         The cumulative share, float64.
     """
-    dtype, k = stacks.rows_in.dtype, len(components_in)
+    dtype = stacks.rows_in.dtype
     coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
-    energy = torch.zeros(k, k, dtype=torch.float64, device=stacks.rows_in.device)
+    energy = torch.zeros(len(components_out), len(components_in), dtype=torch.float64, device=stacks.rows_in.device)
     for core in cores(stacks, coefficients_in, coefficients_out):
         energy += core.square()
-    return energy.cumsum(0).cumsum(1).diagonal() / stacks.energy
+    return leading_energies(energy) / stacks.energy
 
 
 def _write_balanced(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.factored import factored_svd
+from eigenpeft.linalg.shares import leading_energies
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def split_energy(
     deltas: Float[Tensor, "t m"],
     inputs: Float[Tensor, "t n"],
     *,
-    components_out: Float[Tensor, "k m"],
-    components_in: Float[Tensor, "k n"],
+    components_out: Float[Tensor, "k_out m"],
+    components_in: Float[Tensor, "k_in n"],
 ) -> EnergySplit:
     """How much of `G = ΔᵀX` a pair of bases holds.
 
@@ -68,7 +69,7 @@ def split_energy(
         deltas: Δ, as `append_tokens` gives it.
         inputs: X.
         components_out: Orthonormal rows in the output space.
-        components_in: Orthonormal rows in the input space, as many.
+        components_in: Orthonormal rows in the input space.
 
     Returns:
         `EnergySplit`.
@@ -84,11 +85,13 @@ def split_energy(
     """
     core = (deltas @ components_out.to(deltas).mT).mT @ (inputs @ components_in.to(inputs).mT)
     values = factored_svd(deltas.mT, inputs).S.square()
-    best = values.cumsum(0)[: len(core)]
-    best = torch.cat([best, best[-1:].expand(len(core) - len(best))])
+    inside = leading_energies(core.square())
+    # A core has no more singular values than its smaller side.
+    best = values.cumsum(0)[: min(core.shape)]
+    best = torch.cat([best, best[-1:].expand(len(inside) - len(best))])
     return EnergySplit(
         total=float(values.sum()),
-        inside=core.square().cumsum(0).cumsum(1).diagonal(),
+        inside=inside,
         diagonal=float(core.diagonal().square().sum()),
         best=best,
     )

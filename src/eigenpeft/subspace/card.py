@@ -31,13 +31,13 @@ class ModuleRow:
     Attributes:
         module: Its name.
         shape: (out_features, in_features).
-        n_components: Components a side.
+        n_components: K_in and K_out.
         explained_share: Share of the adapters' squared ΔW norms.
     """
 
     module: str
     shape: tuple[int, int]
-    n_components: int
+    n_components: tuple[int, int]
     explained_share: float
 
 
@@ -49,8 +49,9 @@ config = eigenpeft.EigenLoraConfig(subspace="<this repository or its local path>
 model = get_peft_model(base_model, config)  # trains coefficients on the frozen components
 ```
 
-The file is plain safetensors: `<module>.components_in` (K, in_features) and `<module>.components_out` (K, out_features)
-hold orthonormal rows, so `components_out.T @ C_out @ C_in @ components_in` is a weight update without this package."""
+The file is plain safetensors: `<module>.components_in` (K_in, in_features) and `<module>.components_out` (K_out, out_features)
+hold orthonormal rows, so `components_out.T @ C_out @ C_in @ components_in` is a weight update without this package. A module
+that `shared_banks` in `subspace_config.json` lists uses the components of the module named there."""
 
 _LOAD_STORE = """```python
 import eigenpeft  # pip install eigenpeft
@@ -191,7 +192,9 @@ Principal subspaces of LoRA adapters: EigenLoRAx, arXiv 2502.04700.
 
 
 def _module_row(row: ModuleRow) -> str:
-    return f"| `{row.module}` | {row.shape[0]} × {row.shape[1]} | {row.n_components} | {row.explained_share:.3f} |"
+    n_in, n_out = row.n_components
+    counts = str(n_in) if n_in == n_out else f"{n_in} (in), {n_out} (out)"
+    return f"| `{row.module}` | {row.shape[0]} × {row.shape[1]} | {counts} | {row.explained_share:.3f} |"
 
 
 def source_row(source: Mapping[str, Any]) -> str:

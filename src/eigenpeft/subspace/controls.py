@@ -10,6 +10,7 @@ from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import factored_svd, frobenius_norm
 from eigenpeft.linalg.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
+from eigenpeft.linalg.shares import added_shares
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
@@ -24,53 +25,57 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
         seed: Of the random directions; they depend on the module's name, not on its position.
 
     Returns:
-        A subspace whose singular values and explained shares are zero, because nothing was fitted.
+        A subspace whose singular values and explained shares are zero, because nothing was fitted. Modules that share a bank
+        share a random one.
     """
-    modules = {}
-    for name, bases in like.items():
+
+    def random_bank(name: str, bank: ModuleSubspace) -> ModuleSubspace:
         sides = []
-        for side, width in (("in", bases.in_features), ("out", bases.out_features)):
-            gaussian = torch.randn(bases.n_components, width, generator=seeded_generator(seed, name, f"random {side}"))
+        for side, components in (("in", bank.components_in), ("out", bank.components_out)):
+            gaussian = torch.randn(components.shape, generator=seeded_generator(seed, name, f"random {side}"))
             sides.append(orthonormal_rows(gaussian))
-        nothing = torch.zeros(bases.n_components)
-        modules[name] = ModuleSubspace(sides[0], sides[1], nothing, nothing.clone(), nothing.clone())
+        counts = (bank.n_components_in, bank.n_components_out, bank.n_components)
+        return ModuleSubspace(*sides, *(torch.zeros(count) for count in counts))
+
+    modules = like.map_banks(random_bank)
     info = replace(like.info, method="random", sources=(), measured_on=(), seed=seed, n_pseudo_components=0)
     return PrincipalSubspace(modules, info=info)
 
 
 def shuffled_subspace(subspace: PrincipalSubspace, *, seed: int = 0) -> PrincipalSubspace:
-    """Every module gets the bases of another module of the same shape: fitted, but not to this weight.
+    """Every bank gets the bases of another bank of the same shape: fitted, but not to this weight.
 
     What it keeps of the original's advantage is not about the module, such as directions that all layers share.
 
     Args:
-        subspace: At least two modules of every shape.
-        seed: Of the permutation; no module keeps its own.
+        subspace: At least two banks of every shape.
+        seed: Seed of the permutation; no module keeps its own bank.
 
     Returns:
         A subspace whose explained shares are zero, because they do not hold for the new places.
 
     Raises:
-        SubspaceError: If a module is the only one of its shape.
+        SubspaceError: If a bank is the only one of its shape.
     """
-    groups: dict[tuple[int, int, int], list[str]] = {}
-    for name, bases in subspace.items():
-        groups.setdefault((bases.out_features, bases.in_features, bases.n_components), []).append(name)
+    groups: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, bank in subspace.banks.items():
+        groups.setdefault((bank.components_out.shape, bank.components_in.shape), []).append(name)
     alone = [names[0] for names in groups.values() if len(names) == 1]
     if alone:
         raise SubspaceError(
-            f"{len(alone)} modules, such as {alone[0]!r}, are the only ones of their shape and number of components; "
-            "use random_subspace(like=...) instead, or build with the same number for all."
+            f"{len(alone)} banks, such as that of {alone[0]!r}, are the only ones of their shape and number of components; "
+            "use random_subspace(like=...) instead, or build with the same number for all and a bank for each module."
         )
     source = {}
     for shape, names in groups.items():
         order = torch.randperm(len(names), generator=seeded_generator(seed, str(shape), "shuffle")).tolist()
         # Each takes from the next one on a random circle, so that none takes from itself.
         source |= {names[i]: names[j] for i, j in zip(order, order[1:] + order[:1], strict=True)}
-    modules = {
-        name: replace(subspace[source[name]], explained_variance_ratio=torch.zeros_like(bases.explained_variance_ratio))
-        for name, bases in subspace.items()
-    }
+    modules = subspace.map_banks(
+        lambda name, bank: replace(
+            subspace[source[name]], explained_variance_ratio=torch.zeros_like(bank.explained_variance_ratio)
+        )
+    )
     return PrincipalSubspace(modules, info=replace(subspace.info, method="shuffled", measured_on=(), seed=seed))
 
 
@@ -104,9 +109,7 @@ def mean_only_subspace(
         inside, outside = (fix_signs(rows[:k].float()) for rows in (mean.Vh, mean.U.mT))
         curve = explained_share_curve(pairs, inside, outside)
         values = mean.S[:k].float()
-        modules[module] = ModuleSubspace(
-            inside, outside, values, values.clone(), torch.diff(curve, prepend=curve.new_zeros(1)).float()
-        )
+        modules[module] = ModuleSubspace(inside, outside, values, values.clone(), added_shares(curve).float())
     info = SubspaceInfo(
         base_model_name_or_path=collection.base_model_name_or_path,
         method="mean_only",

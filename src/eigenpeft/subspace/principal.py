@@ -1,7 +1,9 @@
-"""The principal subspace of a collection of adapters: one frozen pair of orthonormal bases a module."""
+"""The principal subspace of a collection of adapters: banks of frozen orthonormal bases, and which module uses which."""
 
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +24,10 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
     """Frozen bases by module name: `subspace["encoder.layer.0.attention.self.query"].components_in`.
 
     Made by `SubspaceBuilder`, kept by `save_pretrained`, read by `from_pretrained`; adapters of type EIGENLORA learn
-    coefficients on it.
+    coefficients on it. A bank that several modules share is kept once, in memory and on disk.
 
     Args:
-        modules: Subspace of each module, by module name.
+        modules: Bank of each module, by module name; the same object for modules that share one.
         info: Where they come from.
 
     Examples:
@@ -50,6 +52,8 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         if not modules:
             raise SubspaceError("A subspace needs at least one module; none was given.")
         self._modules = dict(modules)
+        owners: dict[int, str] = {}
+        self._bank_of = {name: owners.setdefault(id(bank), name) for name, bank in self._modules.items()}
         self.info = info or SubspaceInfo()
         self.origin: str | None = None
         """The path or Hub id this object was loaded from or saved to; None while it is only in memory."""
@@ -77,10 +81,11 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        counts = sorted({bases.n_components for bases in self.values()})
+        counts = sorted({count for bases in self.values() for count in _counts(bases)})
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
+        banks = f"banks={len(self.banks)}, " if len(self.banks) < len(self) else ""
         return (
-            f"PrincipalSubspace(modules={len(self)}, n_components={span}, method={self.info.method!r}, "
+            f"PrincipalSubspace(modules={len(self)}, {banks}n_components={span}, method={self.info.method!r}, "
             f"adapters={len(self.info.sources)}, explained_share={self.explained_share:.3f})"
         )
 
@@ -88,6 +93,16 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
     def modules(self) -> tuple[str, ...]:
         """Names of the modules, in the base model's order."""
         return tuple(self._modules)
+
+    @property
+    def banks(self) -> dict[str, ModuleSubspace]:
+        """The banks, each once, by the name of the first module that uses it."""
+        return {name: self._modules[name] for name in dict.fromkeys(self._bank_of.values())}
+
+    @property
+    def bank_of(self) -> dict[str, str]:
+        """Module to the name of its bank in `banks`: its own name, unless it shares the bank of an earlier module."""
+        return dict(self._bank_of)
 
     @property
     def explained_share(self) -> float:
@@ -101,26 +116,58 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all tensors: equal exactly when the tensors are."""
-        return storage.fingerprint(self.tensors())
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors, and over who shares a bank: equal when those are."""
+        of_tensors = storage.fingerprint(self.tensors())
+        shared = self._shared()
+        if not shared:  # as format 1 has it, to which adapters refer
+            return of_tensors
+        return hashlib.sha256(json.dumps([of_tensors, sorted(shared.items())]).encode()).hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors as `{"<module>.<field>": tensor}`, the layout of the file."""
+        """All tensors as `{"<bank>.<field>": tensor}`, the layout of the file."""
         return {
-            f"{module}.{name}": tensor for module, bases in self.items() for name, tensor in bases.tensors().items()
+            f"{bank}.{name}": tensor for bank, bases in self.banks.items() for name, tensor in bases.tensors().items()
         }
 
-    def truncate(self, n_components: int) -> "PrincipalSubspace":
-        """The subspace with at most `n_components` components a module, most important first.
+    def config(self) -> dict[str, Any]:
+        """What `subspace_config.json` says, besides the version of the format."""
+        named = {"modules": list(self.modules), "shared_banks": self._shared()}
+        return {"sha256": self.fingerprint, **self.info.to_dict(), **named}
+
+    def map_banks(self, change: Callable[[str, ModuleSubspace], ModuleSubspace]) -> dict[str, ModuleSubspace]:
+        """Every module with a changed bank, the shared ones changed once and still shared.
 
         Args:
-            n_components: At least 1. Modules that have fewer keep what they have.
+            change: Takes the name of a bank and the bank.
+
+        Examples:
+            >>> import torch
+            >>> one = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+            >>> subspace = PrincipalSubspace({"a": one, "b": one})
+            >>> smaller = PrincipalSubspace(subspace.map_banks(lambda name, bank: bank.truncate((2, 1))))
+            >>> smaller["b"].n_components_in, smaller["b"].n_components_out, smaller["a"] is smaller["b"]
+            (2, 1, True)
         """
-        modules = {name: bases.truncate(min(n_components, bases.n_components)) for name, bases in self.items()}
+        changed = {name: change(name, bank) for name, bank in self.banks.items()}
+        return {module: changed[bank] for module, bank in self._bank_of.items()}
+
+    def truncate(self, n_components: int | tuple[int, int]) -> "PrincipalSubspace":
+        """The subspace with at most `n_components` components per module, most important first.
+
+        Args:
+            n_components: At least 1, or `(K_in, K_out)`. Modules that have fewer keep what they have.
+        """
+
+        def fewer(_: str, bank: ModuleSubspace) -> ModuleSubspace:
+            if isinstance(n_components, tuple):
+                n_in, n_out = (min(count, own) for count, own in zip(n_components, _counts(bank), strict=True))
+                return bank.truncate((n_in, n_out))
+            return bank.truncate(min(n_components, bank.n_components))
+
+        modules = self.map_banks(fewer)
         n_pseudo = max(bases.n_pseudo_components for bases in modules.values())
-        return PrincipalSubspace(
-            modules, info=replace(self.info, n_components=n_components, n_pseudo_components=n_pseudo)
-        )
+        asked = "{} (in), {} (out)".format(*n_components) if isinstance(n_components, tuple) else n_components
+        return PrincipalSubspace(modules, info=replace(self.info, n_components=asked, n_pseudo_components=n_pseudo))
 
     def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Coefficients]:
         """Coefficients of one adapter; for a whole collection see `AdapterStore.from_collection`.
@@ -151,6 +198,9 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
             )
             for module, value in coefficients.items()
         }
+
+    def _shared(self) -> dict[str, str]:
+        return {module: bank for module, bank in self._bank_of.items() if module != bank}
 
     def _project(self, module: str, lora_B: Tensor, lora_A: Tensor) -> Coefficients:
         bases = self._modules.get(module)
@@ -190,13 +240,9 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
     def rows(self) -> list[ModuleRow]:
         """Shape, number of components and explained share of every module."""
         return [
-            ModuleRow(name, (bases.out_features, bases.in_features), bases.n_components, bases.explained_share)
+            ModuleRow(name, (bases.out_features, bases.in_features), _counts(bases), bases.explained_share)
             for name, bases in self.items()
         ]
-
-    def config(self) -> dict[str, Any]:
-        """What `subspace_config.json` says, besides the version of the format."""
-        return {"sha256": self.fingerprint, **self.info.to_dict(), "modules": list(self.modules)}
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write `subspace_config.json`, `subspace.safetensors` and a model card; whole or not at all.
@@ -263,30 +309,43 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], *, modules: Iterable[str], info: SubspaceInfo
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        modules: Iterable[str],
+        info: SubspaceInfo,
+        shared_banks: Mapping[str, str] | None = None,
     ) -> "PrincipalSubspace":
-        """Put a subspace together from `{"<module>.<field>": tensor}`.
+        """Put a subspace together from `{"<bank>.<field>": tensor}`.
 
         Args:
             tensors: As `tensors()` gives them.
             modules: Names, in order.
             info: Where it comes from.
+            shared_banks: Module to the earlier module whose bank it shares; None shares nothing, as in format 1.
 
         Raises:
-            ArtifactError: If a tensor is missing or left over.
+            ArtifactError: If a tensor is missing or left over, or a module shares a bank that there is not.
         """
-        names = list(modules)
-        expected = {f"{module}.{field}" for module in names for field in TENSOR_FIELDS}
+        names, shared = list(modules), dict(shared_banks or {})
+        owners = [name for name in names if name not in shared]
+        unknown = sorted(str(name) for name, bank in shared.items() if name not in names or bank not in owners)
+        if unknown:
+            raise ArtifactError(
+                f"The subspace's config lets {len(unknown)} modules, such as {unknown[0]!r}, share a bank that no other "
+                "module has. Get a fresh copy."
+            )
+        expected = {f"{bank}.{field}" for bank in owners for field in TENSOR_FIELDS}
         if expected != set(tensors) or not names:
             missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
             raise ArtifactError(
                 f"The subspace file does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
                 f"{len(extra)} unexpected {extra[:3]}, {len(names)} modules listed. Get a fresh copy."
             )
-        return cls(
-            {name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}) for name in names},
-            info=info,
-        )
+        banks = {
+            name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}) for name in owners
+        }
+        return cls({name: banks[shared.get(name, name)] for name in names}, info=info)
 
     def push_to_hub(
         self,
@@ -331,7 +390,14 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
     with storage.open_tensors(where) as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
         tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    subspace = PrincipalSubspace.from_tensors(tensors, modules=modules, info=SubspaceInfo.from_dict(described))
+    shared = described.get("shared_banks", {})
+    if not isinstance(shared, dict) or not all(isinstance(bank, str) for bank in shared.values()):
+        raise ArtifactError(
+            f"The {where.kind.config_name} of {where.origin!r} has shared_banks that are not a table from modules to "
+            "modules; get a fresh copy."
+        )
+    info = SubspaceInfo.from_dict(described)
+    subspace = PrincipalSubspace.from_tensors(tensors, modules=modules, info=info, shared_banks=shared)
     expected = config.get("subspace_sha256" if in_store else "sha256")
     if subspace.fingerprint != expected:
         raise ArtifactError(
@@ -340,3 +406,7 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
         )
     subspace.origin, subspace.revision = where.origin, where.revision
     return subspace
+
+
+def _counts(bank: ModuleSubspace) -> tuple[int, int]:
+    return bank.n_components_in, bank.n_components_out

@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -10,14 +12,34 @@ from torch import Tensor, nn
 
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import PrincipalSubspace
+from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.matching import ModuleMatches
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.warm_start import WarmStart
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
 from eigenpeft.tuners.layers.linear import InputFactor
 from eigenpeft.tuners.layers.shared_bases import Basis, attach_basis, attach_empty_basis, recall, resolve
 
 _EMBEDDED = {"lora_A": "components_in", "lora_B": "components_out"}
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What is found once for an adapter and handed to each of its layers.
+
+    Attributes:
+        subspace: The subspace; None for components that the adapter's own file brings.
+        warm_start: Where `init_from` leads; None for a start at zero.
+        names: Modules of the model to those of the subspace, where these are known.
+        cut: Banks cut to the number of components asked for, filled as layers need them.
+        shared: Components in memory that layers share, filled as layers need them.
+    """
+
+    subspace: PrincipalSubspace | None
+    warm_start: WarmStart | None
+    names: Mapping[str, str]
+    cut: dict[str, ModuleSubspace] = field(default_factory=dict)
+    shared: dict[Any, Basis] = field(default_factory=dict)
 
 
 def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
@@ -99,27 +121,19 @@ def _in_layers(config: EigenLoraConfig, module: str) -> bool:
     return bool(check_target_module_exists(rule, module))
 
 
-def basis_for(
-    layer: LoraLayer,
-    subspace: PrincipalSubspace | None,
-    config: EigenLoraConfig,
-    module: str,
-    *,
-    names: Mapping[str, str],
-) -> tuple[str, Basis]:
+def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module: str) -> tuple[str, Basis]:
     """The subspace's name of a module, and the layer's shared copy of its bases.
 
     Args:
         layer: LoRA layer of the module.
-        subspace: The subspace, or None for embedded components.
+        given: What was found for the whole adapter.
         config: Of the adapter.
         module: Name of the adapted weight in the model.
-        names: Modules of the model to those of the subspace, where these are known.
 
     Raises:
         AdapterConfigError: If the subspace has no bases for it, or bases of another shape.
     """
-    fingerprint, shape = config.subspace_sha256 or "", weight_shape(layer)
+    fingerprint, shape, subspace = config.subspace_sha256 or "", weight_shape(layer), given.subspace
     if subspace is None:
         count = (config.embedded_n_components or {}).get(module)
         if count is None:
@@ -127,8 +141,9 @@ def basis_for(
                 f"The adapter embeds no components for {module!r}; it has them for "
                 f"{sorted(config.embedded_n_components or ())[:3]}."
             )
-        return module, attach_empty_basis(layer, shape=shape, n_components=count, fingerprint=fingerprint)
-    name = names.get(module) or subspace.find(module)
+        pair = _embedded_pair(count, shape, module)
+        return module, attach_empty_basis(layer, shape=shape, n_components=pair, fingerprint=fingerprint)
+    name = given.names.get(module) or subspace.find(module)
     if name is None:
         raise AdapterConfigError(
             f"{module!r} is targeted but not in the subspace of {len(subspace)} modules, such as {subspace.modules[0]!r}. "
@@ -141,8 +156,11 @@ def basis_for(
             f"{bases.in_features} in the subspace: it was built for another base model."
         )
     if config.n_components is not None:
-        bases = bases.truncate(config.n_components)
-    return name, attach_basis(layer, bases, fingerprint=fingerprint)
+        bank = subspace.bank_of[name]
+        if bank not in given.cut:
+            given.cut[bank] = bases.truncate(config.n_components)
+        bases = given.cut[bank]
+    return name, attach_basis(layer, bases, fingerprint=fingerprint, shared=given.shared)
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer, Basis]]:
@@ -159,15 +177,20 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, L
                 yield path, layer, factor.basis
 
 
-def embedded_counts(model: nn.Module, adapter_name: str) -> dict[str, int]:
+def embedded_counts(model: nn.Module, adapter_name: str) -> dict[str, int | list[int]]:
     """Number of components by adapted weight, as `EigenLoraConfig.embedded_n_components` records it.
+
+    One number, or `[K_in, K_out]` where the sides have different ones.
 
     Args:
         model: Adapted model.
         adapter_name: Adapter.
     """
-    layers = adapted_layers(model, adapter_name)
-    return {weight_name(path, layer): len(basis.components_in) for path, layer, basis in layers}
+    counts: dict[str, int | list[int]] = {}
+    for path, layer, basis in adapted_layers(model, adapter_name):
+        n_in, n_out = len(basis.components_in), len(basis.components_out)
+        counts[weight_name(path, layer)] = n_in if n_in == n_out else [n_in, n_out]
+    return counts
 
 
 def embedded_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -199,3 +222,19 @@ def fill_embedded(model: nn.Module, adapter_name: str, embedded: Mapping[str, Te
             if saved is not None:
                 held = getattr(basis, side)
                 setattr(basis, side, saved.to(device=held.device, dtype=held.dtype))
+
+
+def _embedded_pair(count: Any, shape: tuple[int, int], module: str) -> tuple[int, int]:
+    """(K_in, K_out) as a config file says them: checked, since a file may say anything."""
+    pair = [count, count] if isinstance(count, int) else count
+    if (
+        not isinstance(pair, list)
+        or len(pair) != 2
+        or not all(type(each) is int and 1 <= each <= width for each, width in zip(pair, reversed(shape), strict=True))
+    ):
+        raise AdapterConfigError(
+            f"embedded_n_components[{module!r}]={count!r} must be a number of components, or one for the input and one for "
+            f"the output, of at least 1 and at most the {shape[1]} and {shape[0]} features of the weight. Get a fresh copy "
+            "of the adapter."
+        )
+    return pair[0], pair[1]

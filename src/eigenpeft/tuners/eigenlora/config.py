@@ -68,7 +68,7 @@ class EigenLoraConfig(ExplainedConfig):
             "A subspace that was never saved is always embedded."
         },
     )
-    embedded_n_components: dict[str, int] | None = field(
+    embedded_n_components: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "Components of each module in the adapter's own file; set by itself when they are embedded."},
     )

@@ -1,8 +1,8 @@
 """EigenLoRA as a PEFT tuner: LoRA's layers with both factors replaced by coefficients on frozen components."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -10,10 +10,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import PrincipalSubspace
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import match_modules
 from eigenpeft.tuners.eigenlora.bases import (
+    Injection,
     basis_for,
     embedded_counts,
     embedded_tensors,
@@ -25,25 +25,10 @@ from eigenpeft.tuners.eigenlora.combining import can_combine, combine
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
-from eigenpeft.tuners.eigenlora.warm_start import WarmStart, read_warm_start
+from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What is found once for an adapter and handed to each of its layers.
-
-    Attributes:
-        subspace: The subspace; None for components that the adapter's own file brings.
-        warm_start: Where `init_from` leads; None for a start at zero.
-        names: Modules of the model to those of the subspace.
-    """
-
-    subspace: PrincipalSubspace | None
-    warm_start: WarmStart | None
-    names: Mapping[str, str]
 
 
 class EigenLoraModel(FactorModel):
@@ -88,7 +73,7 @@ class EigenLoraModel(FactorModel):
         Raises:
             AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
         """
-        name, basis = basis_for(layer, given.subspace, config, module, names=given.names)
+        name, basis = basis_for(layer, given, config, module)
         core = core_kind(config.core)
         parts = start(layer, adapter_name, basis=basis, config=config, module=module)
         if given.warm_start is not None and name in given.warm_start.modules:

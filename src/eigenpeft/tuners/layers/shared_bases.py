@@ -1,4 +1,4 @@
-"""One frozen copy of each basis a model, and the ways to find a subspace that an adapter names."""
+"""One frozen copy of each bank per model, and the ways to find a subspace that an adapter names."""
 
 import os
 from pathlib import Path
@@ -18,14 +18,14 @@ _live: WeakValueDictionary[str, PrincipalSubspace] = WeakValueDictionary()
 
 
 class Basis(nn.Module):
-    """The frozen components of one module, shared by all adapters of a layer that use them.
+    """The frozen components of one bank, shared by all adapters of a layer, and by the layers, that use them.
 
     Buffers, so that they move with the model and are never trained; not persistent, so that they are not saved with every
     adapter.
 
     Args:
-        components_in: (n_components, in_features).
-        components_out: (n_components, out_features).
+        components_in: (K_in, in_features).
+        components_out: (K_out, out_features).
     """
 
     components_in: Tensor
@@ -98,32 +98,42 @@ def resolve(path_or_id: str | None, *, revision: str | None, sha256: str | None)
     raise SubspaceNotFoundError(_not_found(path_or_id, sha256, searched))
 
 
-def attach_basis(layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str) -> Basis:
+def attach_basis(
+    layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str, shared: dict[Any, Basis] | None = None
+) -> Basis:
     """The layer's one copy of `bases`, made on the base weight's device when it is the first to be asked for.
 
     Args:
         layer: LoRA layer of the module.
         bases: The module's components, cut to the number wanted.
         fingerprint: Of the subspace they come from.
+        shared: What the layers of one injection share, filled here; None for a bank that no other layer has.
     """
     bases_of_layer = _bases(layer)
-    key = f"{fingerprint[:24]}-{bases.n_components}"
+    n_in, n_out = bases.n_components_in, bases.n_components_out
+    key = f"{fingerprint[:24]}-{n_in}" + (f"-{n_out}" if n_out != n_in else "")
     if key not in bases_of_layer:
         device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
-        bases_of_layer[key] = Basis(bases.components_in.to(device), bases.components_out.to(device))
+        shared = {} if shared is None else shared
+        place = id(bases), device
+        if place not in shared:
+            shared[place] = Basis(bases.components_in.to(device), bases.components_out.to(device))
+        bases_of_layer[key] = shared[place]
     return bases_of_layer[key]  # pyright: ignore[reportReturnType]
 
 
-def attach_empty_basis(layer: LoraLayer, *, shape: tuple[int, int], n_components: int, fingerprint: str) -> Basis:
+def attach_empty_basis(
+    layer: LoraLayer, *, shape: tuple[int, int], n_components: tuple[int, int], fingerprint: str
+) -> Basis:
     """A basis of zeros for embedded components, which the adapter's own file is about to fill.
 
     Args:
         layer: LoRA layer of the module.
         shape: (out_features, in_features) of the update.
-        n_components: As the adapter's config records it.
+        n_components: (K_in, K_out), as the adapter's config records it.
         fingerprint: Of the subspace the components were cut from.
     """
-    outside, inside = (torch.zeros(n_components, width) for width in shape)
+    outside, inside = (torch.zeros(count, width) for count, width in zip(reversed(n_components), shape, strict=True))
     empty = torch.zeros(0)
     return attach_basis(layer, ModuleSubspace(inside, outside, empty, empty, empty), fingerprint=fingerprint)
 
