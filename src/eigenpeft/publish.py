@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from eigenpeft.artifacts import storage
+from eigenpeft.artifacts.reading import MAX_JSON_BYTES, read_bytes, read_json
 from eigenpeft.audit import AuditReport
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
@@ -151,7 +152,17 @@ def push(publication: Publication, *, private: bool | None = None, token: str | 
 def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str | None) -> Publication:
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise ArtifactError(f"{str(folder)!r} has {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS}; save the adapter again.")
-    config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = read_json(folder / _ADAPTER_CONFIG)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"The {_ADAPTER_CONFIG} of {str(folder)!r} cannot be read ({error}); save the adapter again."
+        ) from error
+    if not isinstance(config, dict):
+        raise ArtifactError(
+            f"The {_ADAPTER_CONFIG} of {str(folder)!r} holds {type(config).__name__} instead of a JSON object; save the adapter "
+            "again."
+        )
     given = dict(config)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
@@ -167,7 +178,7 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
             f"The adapter names the local subspace {config['subspace']!r}, which others do not have; publish that first "
             'and pass subspace, its Hub id, or save the adapter with save_subspace="embed".'
         )
-    card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
+    card = _read_card(folder)
     if not card or _UNFINISHED in card:
         card = _adapter_card(folder, config)
     elif card.startswith("## "):  # nothing but the section that an export writes
@@ -176,6 +187,18 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
         card = card.rstrip() + "\n\n" + _how_to_load(config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n" if config != given else None
     return Publication("adapter", repo_id, folder, (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS), _addressed(card, repo_id), text)
+
+
+def _read_card(folder: Path) -> str:
+    """The folder's README.md, empty where there is none."""
+    if not (folder / _CARD).exists():
+        return ""
+    try:
+        return read_bytes(folder / _CARD, limit=MAX_JSON_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"The {_CARD} of {str(folder)!r} cannot be read as UTF-8 text ({error}); save the artifact again, which writes it."
+        ) from error
 
 
 def _check_audited(subspace: PrincipalSubspace, audit: AuditReport) -> None:

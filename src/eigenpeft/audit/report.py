@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
 from eigenpeft.audit.gradient import GradientShare, ModuleGradient
+from eigenpeft.audit.kinds import wrong_kind
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import ArtifactError
 
@@ -149,11 +150,20 @@ class AuditReport:
             )
         try:
             values = {name: _restored(name, data[name]) for name in known & set(data)}
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ArtifactError(
                 f"The audit report is damaged ({error}); run `eigenpeft audit ... --json` again."
             ) from error
-        return cls(**values)
+        report = cls(**values)
+        fault = wrong_kind(report, cls)
+        sizes = {len(curve) for curve in (report.explained.real, report.held_out.real)} if fault is None else {0}
+        if fault is None and not 0 <= report.n_components <= min(sizes):
+            fault = f"n_components is {report.n_components}, beyond the {min(sizes)} components of its curves"
+        if fault is None and any(len(row) != len(report.adapters) for row in (report.similarity, *report.similarity)):
+            fault = f"similarity is no square table of its {len(report.adapters)} adapters"
+        if fault is not None:
+            raise ArtifactError(f"The audit report is damaged ({fault}); run `eigenpeft audit ... --json` again.")
+        return report
 
 
 def _restored(name: str, value: Any) -> Any:

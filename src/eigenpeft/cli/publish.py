@@ -1,12 +1,12 @@
 """The command push: send a saved subspace, store or adapter to the Hub, with its card."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.audit import AuditReport
 from eigenpeft.cli.app import Json, app, console, print_json, quiet
 from eigenpeft.errors import ArtifactError
@@ -53,7 +53,7 @@ def push(
 
 def _read_report(path: Path) -> AuditReport:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"--audit {str(path)!r} cannot be read as JSON ({error}); write it with `eigenpeft audit ADAPTERS --json`."

@@ -1,23 +1,25 @@
 """Checkpoints of the papers' own code as plain LoRA: EigenLoRAx's fork of PEFT, and MoSLoRA's."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import TaskType
 from torch import Tensor
 
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection.keys import canonical_module
-from eigenpeft.collection.patterns import pattern_value
+from eigenpeft.collection.settings import LoraSettings, settings_of
 from eigenpeft.collection.weights import WeightsFile, open_weights
 from eigenpeft.errors import CollectionError
 from eigenpeft.tuners.files.lora_files import CONFIG_NAME, LoraUpdate, lora_keys, write_lora
 
-_EIGENLORA = re.compile(r"(?P<module>.+)\.eigenlora_(?P<side>[AB])(?:\.[^.]+)?\.(?P<part>components|loadings)")
-_MOSLORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|AB)(?:\.[^.]+)?\.weight")
+_EIGENLORA = re.compile(
+    r"(?P<module>.+)\.eigenlora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<part>components|loadings)"
+)
+_MOSLORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|AB)(?:\.(?P<adapter>[^.]+))?\.weight")
 # What the forks' configurations share with LoRA's of today and an update, a head or a base model depends on.
 _KEPT_FIELDS = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "bias")
 
@@ -62,14 +64,22 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
                 "converted. A plain LoRA needs no conversion."
             ]
         )
+    if config.get("task_type") not in (None, *(kind.value for kind in TaskType)):
+        raise CollectionError(
+            [
+                f"{str(folder)!r} has task_type {config['task_type']!r:.60}; PEFT knows "
+                f"{', '.join(kind.value for kind in TaskType)}, or null."
+            ]
+        )
     try:
         modules, others = _parts(weights, _EIGENLORA if is_eigenlora else _MOSLORA)
         if is_eigenlora:
             updates = [_update(name, *_eigenlora_factors(parts), 1.0) for name, parts in modules.items()]
         else:
-            updates = [
-                _update(name, *_moslora_factors(parts), _scaling(config, name)) for name, parts in modules.items()
-            ]
+            settings, problems = settings_of(dict(config))
+            if settings is None:
+                raise ValueError("; it ".join(problems))
+            updates = [_moslora_update(name, parts, settings) for name, parts in modules.items()]
     except (KeyError, ValueError, RuntimeError) as error:
         message = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CollectionError([f"{str(folder)!r} cannot be converted: it {message}."]) from error
@@ -81,6 +91,7 @@ def _parts(weights: WeightsFile, pattern: re.Pattern[str]) -> tuple[dict[str, Pa
     """Module to its tensors by name, "A.components" or "AB", and everything that belongs to none."""
     modules: dict[str, Parts] = {}
     others: Parts = {}
+    adapters: set[str | None] = set()
     for key in weights.shapes:
         tensor = weights.read(key)
         if not bool(torch.isfinite(tensor).all()):
@@ -89,8 +100,13 @@ def _parts(weights: WeightsFile, pattern: re.Pattern[str]) -> tuple[dict[str, Pa
         if found is None:
             others[key] = tensor
             continue
+        adapters.add(found["adapter"])
         part = ".".join(found[name] for name in ("side", "part") if name in found.groupdict())
         modules.setdefault(canonical_module(found["module"]), {})[part] = tensor.float()
+    if len(adapters) > 1:
+        raise ValueError(
+            f"holds several adapters, {', '.join(sorted(map(str, adapters)))}; save each in a folder of its own"
+        )
     if not modules:
         raise ValueError(f"has none of the tensors of its kind among {len(weights.shapes)}")
     return modules, others
@@ -106,14 +122,13 @@ def _eigenlora_factors(parts: Parts) -> tuple[Tensor, Tensor]:
     return parts["B.components"] @ parts["B.loadings"], lora_A
 
 
-def _moslora_factors(parts: Parts) -> tuple[Tensor, Tensor]:
-    return parts["B"], parts["AB"] @ parts["A"]
-
-
-def _scaling(config: Mapping[str, Any], module: str) -> float:
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, default=config["lora_alpha"])
-    rank = pattern_value(config.get("rank_pattern") or {}, module, default=config["r"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _moslora_update(module: str, parts: Parts, settings: LoraSettings) -> LoraUpdate:
+    rank = settings.rank_of(module)
+    if len(parts["A"]) != rank:
+        raise ValueError(
+            f"has factors of rank {len(parts['A'])} for {module!r} and rank {rank} in its config, so that its scaling is unknown"
+        )
+    return _update(module, parts["B"], parts["AB"] @ parts["A"], settings.scaling_of(module))
 
 
 def _update(module: str, lora_B: Tensor, lora_A: Tensor, scaling: float) -> LoraUpdate:
