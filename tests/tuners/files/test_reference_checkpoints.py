@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from eigenpeft import AdapterCollection
@@ -112,7 +112,21 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     [
         (lambda tensors, config: config.pop("lora_use_mixer"), "A plain LoRA needs no conversion"),
         (lambda tensors, config: tensors.pop(KEY.format("AB")), "lacks 'AB'"),
-        (lambda tensors, config: config.pop("lora_alpha"), "lacks 'lora_alpha'"),
+        (lambda tensors, config: config.pop("lora_alpha"), "has lora_alpha=None in its config"),
+        (lambda tensors, config: config.update(lora_alpha=float("nan")), "has lora_alpha=nan in its config"),
+        (lambda tensors, config: config.update(lora_alpha=1e400), "has lora_alpha=inf in its config"),
+        (lambda tensors, config: config.update(r=0), "has r=0 in its config"),
+        (lambda tensors, config: config.update(r="4"), "has r='4' in its config"),
+        (lambda tensors, config: config.update(r=2), "rank 4 for .* and rank 2 in its config"),
+        (lambda tensors, config: config.update(alpha_pattern=[1]), r"has alpha_pattern=\[1\] in its config"),
+        (lambda tensors, config: config.update(alpha_pattern={"(": 1}), "has alpha_pattern with"),
+        (lambda tensors, config: config.update(task_type="NOPE"), "has task_type 'NOPE'; PEFT knows SEQ_CLS"),
+        (
+            lambda tensors, config: tensors.update(
+                {KEY.format("A").replace(".weight", ".b.weight"): torch.ones(4, 16)}
+            ),
+            "holds several adapters, None, b",
+        ),
         (lambda tensors, config: tensors[KEY.format("A")].fill_(float("nan")), "NaN or Inf"),
         (lambda tensors, config: tensors.update({KEY.format("B"): torch.ones(16, 5)}), "do not fit"),
         (lambda tensors, config: tensors.clear(), "none of the tensors of its kind"),
@@ -139,3 +153,9 @@ def test_the_command_converts(tmp_path):
     assert ran.exit_code == 0
     assert json.loads(ran.stdout)["path"] == str(tmp_path / "lora")
     assert AdapterCollection.from_pretrained(tmp_path / "lora").names == ("lora",)
+
+
+def test_tensors_of_whole_numbers_are_kept(tmp_path):
+    folder = spoilt(tmp_path / "theirs", lambda tensors, config: tensors.update(position_ids=torch.arange(3)))
+    convert_reference_checkpoint(folder, tmp_path / "lora")
+    assert load_file(tmp_path / "lora" / "adapter_model.safetensors")["position_ids"].tolist() == [0, 1, 2]
