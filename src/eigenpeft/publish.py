@@ -106,7 +106,7 @@ def prepare(
 
 
 def _card_in(folder: Path, label: str) -> str:
-    card = (folder / _CARD).read_text(encoding="utf-8") if (folder / _CARD).is_file() else ""
+    card = _read_card(folder)
     if not card:
         raise ArtifactError(f"{str(folder)!r} has no {_CARD}; save the {label} again, which writes it.")
     return card
