@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from eigenpeft.errors import EigenPeftError, UnknownAdapterError
-from eigenpeft.subspace import CoefficientStore
+from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import Contents, read_adapter
 
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -90,8 +90,10 @@ class StoreCatalog:
             named = [
                 (label, model_name[len(label) + 1 :]) for label in self._stores if model_name.startswith(f"{label}/")
             ]
-            found = [(label, member) for label, member in named if member in self.names(label)]
-            found = found or [(label, model_name) for label in self._stores if model_name in self.names(label)]
+            found = [(label, member) for label, member in named if member in self._stores[label].current()]
+            found = found or [
+                (label, model_name) for label, store in self._stores.items() if model_name in store.current()
+            ]
             if len(found) > 1:
                 full = ", ".join(repr(f"{label}/{member}") for label, member in found)
                 raise UnknownAdapterError(f"{model_name!r} is in several stores; ask for one of {full}.")
@@ -111,7 +113,7 @@ class StoreCatalog:
         """
         with self._lock:
             store = self._stores[adapter.store]
-            if adapter.member not in store.current().names or store.adapter(adapter.store, adapter.member) != adapter:
+            if adapter.member not in store.current() or store.adapter(adapter.store, adapter.member) != adapter:
                 raise UnknownAdapterError(
                     f"{adapter.member!r} was replaced or removed in its store meanwhile; ask again."
                 )
@@ -134,15 +136,17 @@ class _OpenStore:
     def __init__(self, place: str | Path):
         self.place = place
         self._signature = _signature(place)
-        self._store = CoefficientStore.from_pretrained(place)
+        self._store = AdapterStore.from_pretrained(place)
         self._known: dict[str, StoredAdapter] = {}
         self._last: tuple[str, Contents] | None = None
 
-    def current(self) -> CoefficientStore:
+    def current(self) -> AdapterStore:
         signature = _signature(self.place)
-        if signature != self._signature:
-            self._store = CoefficientStore.from_pretrained(self.place)
-            self._signature, self._known, self._last = signature, {}, None
+        if signature != self._signature:  # another store was written in its place
+            self._store = AdapterStore.from_pretrained(self.place)
+        elif not self._store.refresh():
+            return self._store
+        self._signature, self._known, self._last = signature, {}, None
         return self._store
 
     def adapter(self, label: str, member: str) -> StoredAdapter:
@@ -161,11 +165,11 @@ class _OpenStore:
 
 
 def _signature(place: str | Path) -> Signature:
-    """What changes when files of a folder do; empty for a Hub id."""
+    """What changes when another store is written into a folder (members have an index of their own); empty for a Hub id."""
     folder = Path(place)
     if not folder.is_dir():
         return ()
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return tuple((str(path), (at := path.stat()).st_ino, at.st_size, at.st_mtime_ns) for path in files)
 
 
