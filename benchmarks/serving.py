@@ -5,7 +5,7 @@ Hardware: CPU, one thread; 3 GB of memory. Times are CPU milliseconds of interle
 Writes:   benchmarks/results/serving.json and serving.png: the forward pass of one layer, base output given, for 64 rows of 64
           tasks; one whole decoding step of a small Llama; bytes and loading time of 1,000 tasks on the shapes of Mistral-7B.
 
-"PEFT adapter_names" is PEFT's own mixed batch with 64 LoRA adapters of the same rank, "TaskBank" the forward hook of a bank with
+"PEFT adapter_names" is PEFT's own mixed batch with 64 LoRA adapters of the same rank, "AdapterBank" the forward hook of a bank with
 1,000 tasks, "PEFT path, EigenLoRA" `adapter_names` with 64 EigenLoRA adapters of one subspace. All compute the same kind of
 update; the bank's rows are checked against the loop in tests/tuners/serving/test_bank.py.
 """
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eigenpeft import AdapterStore, EigenLoraConfig
 from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.tuners.serving.bank import TaskBank
+from eigenpeft.tuners.serving.bank import AdapterBank
 
 RESULTS = Path(__file__).parent / "results"
 N_ROWS, N_TASKS = 64, 1000
@@ -42,7 +42,7 @@ SHAPES = [  # n, tokens a row, K, r
     (4096, 128, 32, 16),
     (4096, 128, 64, 16),
 ]
-PEFT, OURS, OURS_IN_PEFT, ONE = "PEFT adapter_names", "TaskBank", "PEFT path, EigenLoRA", "PEFT, one adapter"
+PEFT, OURS, OURS_IN_PEFT, ONE = "PEFT adapter_names", "AdapterBank", "PEFT path, EigenLoRA", "PEFT, one adapter"
 MISTRAL = {
     f"model.layers.{layer}.self_attn.{name}": (width, 4096)
     for layer in range(32)
@@ -60,7 +60,7 @@ def random_bank(subspace, *, n_tasks, rank):
         )
         for name, bases in subspace.items()
     }
-    return TaskBank(subspace, names=[f"task-{i}" for i in range(n_tasks)], coefficients=coefficients)
+    return AdapterBank(subspace, names=[f"task-{i}" for i in range(n_tasks)], coefficients=coefficients)
 
 
 def peft_model(make_base, config_of_each, n_adapters):
@@ -102,7 +102,7 @@ def measure_layer(n, length, n_components, rank, *, rounds, seconds):
     bank.attach(served)
 
     def with_bank():
-        with bank.tasks(names):
+        with bank.use(names):
             return served(x)
 
     functions = {
@@ -150,7 +150,7 @@ def decoding_step(*, rounds, seconds):
     bank.attach(served)
 
     def with_bank():
-        with bank.tasks(names):
+        with bank.use(names):
             return served(input_ids=tokens)
 
     functions = {
@@ -187,7 +187,7 @@ def memory_and_loading():
     with tempfile.TemporaryDirectory() as scratch:
         store.save_pretrained(Path(scratch) / "store")
         start_cpu, start = time.process_time(), time.perf_counter()
-        TaskBank.from_store(AdapterStore.from_pretrained(Path(scratch) / "store"), dtype=torch.bfloat16)
+        AdapterBank.from_store(AdapterStore.from_pretrained(Path(scratch) / "store"), dtype=torch.bfloat16)
         cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
         size = (Path(scratch) / "store" / "store.safetensors").stat().st_size
     return {

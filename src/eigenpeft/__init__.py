@@ -11,13 +11,14 @@ from eigenpeft.deprecation import find_moved_modules, moved_names
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
-from eigenpeft.tuners import EigenLoraConfig, MosLoraConfig, TaskBank, export_lora
+from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.version import __version__
 
 find_moved_modules()
 audit = audit_adapters  # The short name. `from eigenpeft.audit import ...` still finds the package.
 
 __all__ = [
+    "AdapterBank",
     "AdapterCollection",
     "AdapterStore",
     "EigenLoraConfig",
@@ -26,11 +27,10 @@ __all__ = [
     "MosLoraConfig",
     "PrincipalSubspace",
     "SubspaceBuilder",
-    "TaskBank",
     "__version__",
     "audit_adapters",
     "export_lora",
     "merge",
 ]
 
-__getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore"})
+__getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore", "TaskBank": "eigenpeft.AdapterBank"})

@@ -11,6 +11,7 @@ from eigenpeft.linalg.layer_update import (
     INPUT_KEPT,
     Route,
     choose_route,
+    core_updates,
     low_rank_update,
     low_rank_update_grad,
     low_rank_updates,
@@ -152,3 +153,25 @@ def test_a_batch_of_many_tasks_is_the_loop(length, in_place):
     )
     torch.testing.assert_close(output, expected)
     assert (output.data_ptr() == y.data_ptr()) == in_place
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_cores_of_several_forms_in_one_batch(in_place):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    y, projected, components_out = normal(5, 3, 11), normal(5, 3, 4), normal(6, 11)
+    inside, outside, full = normal(2, 2, 4), normal(2, 6, 2), normal(1, 6, 4)
+    rows = torch.tensor([3, 0]), torch.tensor([4])
+    expected = y.clone()
+    for place, row in enumerate(rows[0].tolist()):
+        expected[row] += projected[row] @ (components_out.mT @ outside[place] @ inside[place]).mT
+    expected[4] += projected[4] @ (components_out.mT @ full[0]).mT
+    groups = [(rows[0], (inside, outside)), (rows[1], (full,))]
+    got = core_updates(y.clone(), projected, groups, components_out=components_out, in_place=in_place)
+    torch.testing.assert_close(got, expected)
+    diagonal, square = normal(5, 4), normal(4, 11)
+    got = core_updates(y.clone(), projected, [(None, (diagonal,))], components_out=square, in_place=in_place)
+    torch.testing.assert_close(got, y + (projected * diagonal[:, None]) @ square)

@@ -1,5 +1,6 @@
 """The update `y + x V_inᵀ Pᵀ V_out` of a linear map, forwards and backwards, by the cheapest order of products."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -202,6 +203,41 @@ def low_rank_updates(
     projected = linear(x, components_in)
     core = projected @ inside.mT @ outside.mT
     product, flat = (core.flatten(0, 1), components_out), y.view(-1, out_features) if in_place else y.flatten(0, 1)
+    return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
+
+
+def core_updates(
+    y: Float[Tensor, "b s m"],
+    projected: Float[Tensor, "b s k"],
+    groups: Sequence[tuple[Int[Tensor, " _"] | None, tuple[Tensor, ...]]],
+    *,
+    components_out: Float[Tensor, "l m"],
+    in_place: bool = False,
+) -> Float[Tensor, "b s m"]:
+    """`y + p M_iᵀ V_out` with a core M_i of its own, of any form, for each sequence of a batch.
+
+    Args:
+        y: What is updated, S tokens a sequence.
+        projected: `p = x V_inᵀ`.
+        groups: Sequences with cores of one form: their rows in the batch (None for all of it, in order) and the parts of
+            their cores: C_in (g, r, K_in) and C_out (g, K_out, r); or M (g, K_out, K_in) alone; or the diagonal (g, K).
+            Rows of no group are not updated.
+        components_out: V_out.
+        in_place: Write the sum over y, which must be contiguous.
+
+    Returns:
+        The sum.
+    """
+    core = projected.new_zeros(*projected.shape[:2], len(components_out))
+    for rows, parts in groups:
+        own = projected if rows is None else projected[rows]
+        for part in parts:
+            own = own * part[:, None] if part.ndim == 2 else own @ part.mT
+        if rows is None:
+            core = own
+        else:
+            core[rows] = own
+    product, flat = (core.flatten(0, 1), components_out), y.view(-1, y.shape[2]) if in_place else y.flatten(0, 1)
     return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
 
 

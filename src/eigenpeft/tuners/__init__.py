@@ -1,5 +1,6 @@
 """The PEFT methods; importing this package registers them with PEFT."""
 
+from eigenpeft.deprecation import moved_names
 from eigenpeft.tuners.controls import control_config
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.files.export import export_lora
@@ -17,7 +18,7 @@ from eigenpeft.tuners.host.registration import (
 )
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
-from eigenpeft.tuners.serving.bank import TaskBank
+from eigenpeft.tuners.serving.bank import AdapterBank
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 
@@ -39,13 +40,15 @@ replace_rank_padding(pad_ranks, is_ours=has_our_factors)
 replace_name_filter(own_tensors)
 
 __all__ = [
+    "AdapterBank",
     "EigenLoraConfig",
     "EigenLoraModel",
     "MosLoraConfig",
     "MosLoraModel",
-    "TaskBank",
     "control_config",
     "convert_reference_checkpoint",
     "export_gguf",
     "export_lora",
 ]
+
+__getattr__ = moved_names(__name__, {"TaskBank": "eigenpeft.AdapterBank"})

@@ -11,7 +11,7 @@ from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, Principa
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import ModuleSubspace
 from eigenpeft.tuners.eigenlora.layer import EigenLinear
-from eigenpeft.tuners.serving.bank import TaskBank
+from eigenpeft.tuners.serving.bank import AdapterBank
 from tests.factories import make_collection, write_adapter
 from tests.tuners.conftest import VOCABULARY, logits, random_subspace, tiny_gpt2, tiny_llama
 
@@ -60,8 +60,8 @@ def test_every_row_gets_its_own_task(made, store, length):
     names = ["adapter-2", "partial", "__base__", "adapter-0", "adapter-2", "adapter-1"]
     tokens = batch(len(names), length)
     model = tiny_llama()
-    bank = TaskBank.from_store(store)
-    with bank.attached(model), bank.tasks(names):
+    bank = AdapterBank.from_store(store)
+    with bank.attached(model), bank.use(names):
         mixed = logits(model, tokens)
     for row, name in enumerate(names):
         expected = logits(tiny_llama(), tokens) if name == "__base__" else plain_lora(made[0], name, tokens)
@@ -72,26 +72,26 @@ def test_every_row_gets_its_own_task(made, store, length):
 def test_outside_of_a_block_the_model_is_the_base_model(store):
     model, tokens = tiny_llama(), batch(2, 5)
     before = logits(model, tokens)
-    bank = TaskBank.from_store(store)
+    bank = AdapterBank.from_store(store)
     with bank.attached(model):
         assert torch.equal(logits(model, tokens), before)
-        with bank.tasks(["adapter-0", "adapter-1"]):
+        with bank.use(["adapter-0", "adapter-1"]):
             changed = logits(model, tokens)
-            with bank.tasks(["__base__"] * 2):
+            with bank.use(["__base__"] * 2):
                 torch.testing.assert_close(logits(model, tokens), before)
             assert torch.equal(logits(model, tokens), changed)
         assert torch.equal(logits(model, tokens), before)
-    with bank.tasks(["adapter-0", "adapter-1"]):
+    with bank.use(["adapter-0", "adapter-1"]):
         assert torch.equal(logits(model, tokens), before)
     assert not torch.allclose(changed, before, atol=1e-3)
 
 
 def test_generation_greedy_and_with_beams(made, store):
     names, tokens = ["adapter-0", "adapter-1", "partial"], batch(3, 4)
-    model, bank = tiny_llama(), TaskBank.from_store(store)
+    model, bank = tiny_llama(), AdapterBank.from_store(store)
     for n_beams in (1, 3):
         settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": n_beams}
-        with bank.attached(model), bank.tasks(names, n_repeats=n_beams):
+        with bank.attached(model), bank.use(names, n_repeats=n_beams):
             mixed = model.generate(input_ids=tokens, **settings)
         for row, name in enumerate(names):
             alone = PeftModel.from_pretrained(tiny_llama(), made[0][name]).eval()
@@ -100,22 +100,22 @@ def test_generation_greedy_and_with_beams(made, store):
 
 
 def test_unknown_tasks_are_one_error_with_their_likeness(store):
-    bank = TaskBank.from_store(store)
+    bank = AdapterBank.from_store(store)
     with (
-        pytest.raises(SubspaceError, match=r"2 of the tasks .* 'adapter-9' \(did you mean 'adapter-\d'\?\), 'zzz'\."),
-        bank.tasks(["adapter-9", "adapter-0", "zzz"]),
+        pytest.raises(SubspaceError, match=r"2 of the members .* 'adapter-9' \(did you mean 'adapter-\d'\?\), 'zzz'\."),
+        bank.use(["adapter-9", "adapter-0", "zzz"]),
     ):
         pass
 
 
 def test_rows_and_tasks_must_agree(store):
-    model, bank = tiny_llama(), TaskBank.from_store(store)
-    with bank.attached(model), bank.tasks(["adapter-0"]), pytest.raises(SubspaceError, match="got 3 rows for 1 tasks"):
+    model, bank = tiny_llama(), AdapterBank.from_store(store)
+    with bank.attached(model), bank.use(["adapter-0"]), pytest.raises(SubspaceError, match="got 3 rows for 1 members"):
         logits(model, batch(3, 2))
 
 
 def test_another_base_is_refused(store):
-    bank = TaskBank.from_store(store)
+    bank = AdapterBank.from_store(store)
     with pytest.raises(SubspaceError, match=r"4 of the bank's 4 modules, such as 'model\.layers\.0"):
         bank.attach(tiny_gpt2())
     with pytest.raises(SubspaceError, match=r"weight of \(64, 64\) in the model and takes 32"):
@@ -124,9 +124,11 @@ def test_another_base_is_refused(store):
 
 def test_names_must_be_unique(store):
     with pytest.raises(SubspaceError, match="rename a"):
-        TaskBank(store.subspace, names=["a", "a"], coefficients={})
+        AdapterBank(store.subspace, names=["a", "a"], coefficients={})
+    with pytest.raises(SubspaceError, match="rename adapter-0"):
+        AdapterBank.from_store(store, names=["adapter-0", "adapter-0"])
     with pytest.raises(KeyError, match="'nobody' is not in the store"):
-        TaskBank.from_store(store, names=["nobody"])
+        AdapterBank.from_store(store, names=["nobody"])
 
 
 def test_both_sides_may_be_one_tensor():
@@ -134,39 +136,39 @@ def test_both_sides_may_be_one_tensor():
     spectrum = torch.ones(4)
     module = "model.layers.0.self_attn.q_proj"
     subspace = PrincipalSubspace({module: ModuleSubspace(basis, basis, spectrum, spectrum, spectrum / 4)})
-    bank = TaskBank(subspace, names=["a"], coefficients={module: (torch.ones(1, 2, 4), torch.ones(1, 4, 2))})
+    bank = AdapterBank(subspace, names=["a"], coefficients={module: (torch.ones(1, 2, 4), torch.ones(1, 4, 2))})
     model, tokens = tiny_llama(), batch(1, 3)
-    with bank.attached(model), bank.tasks(["a"]):
+    with bank.attached(model), bank.use(["a"]):
         served = logits(model, tokens)
     model.model.layers[0].self_attn.q_proj.weight.data += basis.mT @ torch.full((4, 4), 2.0) @ basis
     torch.testing.assert_close(served, logits(model, tokens), atol=1e-5, rtol=1e-4)
 
 
 def test_some_members_in_another_order(made, store):
-    bank = TaskBank.from_store(store, names=["partial", "adapter-1"])
+    bank = AdapterBank.from_store(store, names=["partial", "adapter-1"])
     assert bank.names == ("partial", "adapter-1")
     tokens, model = batch(2, 3), tiny_llama()
-    with bank.attached(model), bank.tasks(["adapter-1", "partial"]):
+    with bank.attached(model), bank.use(["adapter-1", "partial"]):
         mixed = logits(model, tokens)
     torch.testing.assert_close(mixed[0], plain_lora(made[0], "adapter-1", tokens)[0], atol=2e-4, rtol=2e-4)
 
 
 def test_bytes_are_one_copy_of_the_bases_and_the_coefficients(store):
-    bank = TaskBank.from_store(store)
+    bank = AdapterBank.from_store(store)
     bases = sum(4 * 6 * (width + 32) for width, _ in LLAMA_MODULES.values())
     coefficients = 4 * len(LLAMA_MODULES) * (len(store) + 1) * 2 * 4 * 6  # ranks padded to 4, a task of zeros
     assert bank.n_bytes == bases + coefficients
-    assert TaskBank.from_store(store, dtype=torch.bfloat16).n_bytes == bank.n_bytes // 2
+    assert AdapterBank.from_store(store, dtype=torch.bfloat16).n_bytes == bank.n_bytes // 2
 
 
 def test_threads_choose_their_tasks_apart(store):
-    model, bank, tokens = tiny_llama(), TaskBank.from_store(store), batch(2, 3)
+    model, bank, tokens = tiny_llama(), AdapterBank.from_store(store), batch(2, 3)
     expected, got = {}, {}
     names = ("adapter-0", "adapter-1")
     barrier = threading.Barrier(2)
 
     def serve(name, outputs, wait):
-        with bank.tasks([name] * 2):
+        with bank.use([name] * 2):
             if wait:
                 barrier.wait(timeout=30)
             outputs[name] = logits(model, tokens)

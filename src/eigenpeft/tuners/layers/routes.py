@@ -46,7 +46,7 @@ def add_update(
     Returns:
         The sum, of y's shape, in the dtype of the computation.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     if not (isinstance(scaling, float | int) and scaling == 1):
         coefficients_out = coefficients_out * scaling
     rank = None if coefficients_in is None else len(coefficients_in)
@@ -92,7 +92,7 @@ def add_updates(
     Returns:
         The sum, of y's shape, in the dtype of the computation.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     wide_y, wide_x = (side.to(dtype).reshape(len(side), -1, side.shape[-1]) for side in (y, x))
     return low_rank_updates(
         wide_y,
@@ -154,7 +154,12 @@ class _LowRankUpdate(torch.autograd.Function):
         return grad if needs_y else None, grad_x, None, grad_in, grad_out, None, None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which updates are computed: that of the input, or of autocast where it is on.
+
+    Args:
+        x: Input of the layer.
+    """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,37 +1,53 @@
-"""Thousands of tasks on one base model in memory, each row of a batch with a task of its own."""
+"""Thousands of adapters on one base model in memory, each row of a batch with an adapter of its own."""
 
+import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from threading import RLock
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import SubspaceError
-from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
-from eigenpeft.tuners.layers.routes import add_updates, owns_output
+from eigenpeft.subspace import AdapterMember, AdapterStore, Core, PrincipalSubspace
+from eigenpeft.subspace.member import check_core
+from eigenpeft.subspace.store import BASE
+from eigenpeft.tuners.serving.attachment import Attachment, choose
+from eigenpeft.tuners.serving.blocks import FACTORS, Block, Choice, ModuleStacks, form_of
+from eigenpeft.tuners.serving.heads import heads_of
 
-BASE = "__base__"
-"""Name of the task that is the base model itself, as in PEFT's `adapter_names`."""
+_FEWEST_PLACES = 256  # of a block that is opened for one more member
 
 
-class TaskBank(nn.Module):
-    """Serves all members of a coefficient store on one base model, mixed within a batch.
+@dataclass(frozen=True)
+class _Entry:
+    """A member in the bank: its place in each block that has a core of it, and its heads."""
 
-    Memory: one copy of the components, and `2 r K` numbers a task and module. A row's task is an index into the stacked
-    coefficients, so that a batch of 64 tasks costs one gather and a few batched products in each module, not a loop.
+    places: tuple[tuple[int, int], ...] = ()
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
 
-    Only updates of the weights are served: heads that an adapter trained in full are not in a store.
+
+class AdapterBank(nn.Module):
+    """Serves the members of a store on one base model, mixed within a batch, each row with its member's head.
+
+    Memory: one copy of the components and, per member and module, `2 r K` numbers for the core "low_rank", K² for "full"
+    and K for "diagonal". A row's member is an index into the stacked cores, so that a batch of 64 members costs one gather
+    and a few batched products in each module, not a loop. Members come and go while other threads serve: a batch sees the
+    members that were there when its `use` block began.
 
     Args:
         subspace: The shared bases.
-        names: Tasks, in the order of the coefficients.
-        coefficients: Module of the subspace to C_in (n_tasks, r, n_components) and C_out (n_tasks, n_components, r),
-            scaling included, zeros where a task has a smaller rank or lacks the module. Modules left out are not updated.
-        dtype: Of components and coefficients; None keeps the store's float32.
+        names: Members, in the order of the coefficients.
+        coefficients: Module of the subspace to C_in (n_members, r, n_components) and C_out (n_members, n_components, r),
+            scaling included, zeros where a member has a smaller rank or lacks the module. Modules left out are not updated.
+        dtype: Of components and cores; None keeps the store's float32.
 
     Raises:
         SubspaceError: If a name appears twice or is "__base__".
@@ -41,9 +57,9 @@ class TaskBank(nn.Module):
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
         >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> stacked = {"0": (torch.ones(5, 1, 2), torch.ones(5, 2, 1))}
-        >>> bank = TaskBank(PrincipalSubspace({"0": bases}), names=[f"task-{i}" for i in range(5)], coefficients=stacked)
+        >>> bank = AdapterBank(PrincipalSubspace({"0": bases}), names=[f"task-{i}" for i in range(5)], coefficients=stacked)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> with bank.attached(model), bank.tasks(["task-3", "__base__"]):
+        >>> with bank.attached(model), bank.use(["task-3", "__base__"]):
         ...     model(torch.zeros(2, 4)).shape
         torch.Size([2, 3])
     """
@@ -52,229 +68,337 @@ class TaskBank(nn.Module):
         self,
         subspace: PrincipalSubspace,
         *,
-        names: Sequence[str],
-        coefficients: Mapping[str, tuple[Tensor, Tensor]],
+        names: Sequence[str] = (),
+        coefficients: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.subspace = subspace
-        self.names = tuple(names)
-        self._rows = {name: row for row, name in enumerate(self.names)} | {BASE: len(self.names)}
-        if len(self._rows) != len(self.names) + 1:
-            repeated = sorted({name for name in self.names if self.names.count(name) > 1 or name == BASE})
-            raise SubspaceError(f"Names of tasks must be unique and not {BASE!r}; rename {', '.join(repeated)}.")
-        self._updates = nn.ModuleDict()
-        for module, (inside, outside) in coefficients.items():
-            bases = subspace[module]
-            self._updates[_key(module)] = _StackedUpdate(
-                bases.components_in, inside, outside, bases.components_out, dtype=dtype
-            )
+        repeated = sorted({name for name in names if names.count(name) > 1 or name == BASE}) if names else []
+        if repeated:
+            raise SubspaceError(f"Names of members must be unique and not {BASE!r}; rename {', '.join(repeated)}.")
+        embeddings = subspace.info.embeddings
+        self._updates = nn.ModuleList(
+            ModuleStacks(bases, is_embedding=module in embeddings, dtype=dtype) for module, bases in subspace.items()
+        )
+        self._numbers = {module: number for number, module in enumerate(subspace)}
+        self._blocks: list[Block] = []
+        self._entries: dict[str, _Entry] = {}  # never changed in place: swapped, so that a reader sees a whole state
+        self._reset()
+        coefficients = coefficients or {}
+        if names:
+            places = ((self._open_block(FACTORS, len(names), rank=_rank(coefficients)), len(names)),)
+            for module, stacks in coefficients.items():
+                padded = [nn.functional.pad(each, (0, 0, 0, 0, 0, 1)) for each in stacks]
+                self._of(module).put_stacks(places[0][0], [each.to(dtype or each.dtype) for each in padded])
+            modules = frozenset(coefficients)
+            self._entries = {name: _Entry(((places[0][0], row),), {}, modules) for row, name in enumerate(names)}
+            self._blocks[places[0][0]].free.clear()
+
+    def _reset(self) -> None:
+        self._lock = RLock()
+        self._attachments: list[Attachment] = []
+        self._readers: dict[int, int] = {}
+        self._tokens, self._time = itertools.count(), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what belongs to this process: the lock, batches in progress, and models it is attached to."""
+        state = self.__dict__.copy()
+        for name in ("_lock", "_attachments", "_readers", "_tokens"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        time = self._time
+        self._reset()
+        self._time = time
 
     @classmethod
     def from_store(
         cls, store: AdapterStore, *, names: Sequence[str] | None = None, dtype: torch.dtype | None = None
-    ) -> "TaskBank":
-        """All members of a store, or some, read module by module.
+    ) -> "AdapterBank":
+        """All members of a store, or some, each read once.
 
         Args:
-            store: Members of any ranks.
+            store: Members of any kinds and ranks.
             names: Which members; None takes all.
-            dtype: Of components and coefficients in memory; None keeps float32.
+            dtype: Of components and cores in memory; None keeps float32.
 
         Raises:
             KeyError: If the store has no such member.
+            SubspaceError: If a member trained something that cannot be served row by row, such as biases; it is named.
         """
-        members = [store[name] for name in (store.names if names is None else names)]
-        coefficients = {}
-        for module in store.subspace:
-            inside, outside = _padded(members, module, store.subspace[module].n_components)
-            if inside.shape[1]:  # some task adapts the module
-                coefficients[module] = (inside.to(dtype or inside.dtype), outside.to(dtype or outside.dtype))
         chosen = store.names if names is None else tuple(names)
-        return cls(store.subspace, names=chosen, coefficients=coefficients, dtype=dtype)
+        bank = cls(store.subspace, dtype=dtype)
+        members = {name: store[name] for name in chosen}
+        if len(members) != len(chosen):
+            cls(store.subspace, names=chosen)  # says which name appears twice
+        bank._fill(members)
+        return bank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the members."""
+        return tuple(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of components and coefficients in memory."""
+        """Bytes of components and of the room for cores; heads are those of the store's members."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers())
 
+    def add(self, member: AdapterMember, *, name: str | None = None) -> None:
+        """Add a member, also while other threads serve; no other member's cores are copied.
+
+        Args:
+            member: Member of a store with the same bases: `bank.add(store["new"])`.
+            name: Its name in the bank; None takes that in the store.
+
+        Raises:
+            SubspaceError: If the name is taken, the member is of other bases, adapts a module that an attached model lacks,
+                or trained something that cannot be served row by row.
+        """
+        name = str(member.record.get("name") or "") if name is None else name
+        if not name or name == BASE or name in self._entries:
+            raise SubspaceError(
+                f"{name!r} cannot be added to the bank: it is {'empty' if not name else 'taken'}. Pass another name=."
+            )
+        self._check(name, member)
+        heads = heads_of(name, member)
+        with self._lock:
+            for attachment in self._attachments:
+                attachment.check(name, member.cores, heads)
+            places = []
+            for form in dict.fromkeys(form_of(core) for core in member.values()):
+                own = {module: core for module, core in member.items() if form_of(core) == form}
+                block, slot = self._place(form, own)
+                places.append((block, slot))
+                for module, core in own.items():
+                    self._of(module).write(block, slot, core)
+            self._entries = {**self._entries, name: _Entry(tuple(places), heads, frozenset(member))}
+            self._attachments = [each for each in self._attachments if each.is_alive]
+            for attachment in self._attachments:
+                attachment.watch(heads)
+
+    def remove(self, name: str) -> None:
+        """Remove a member, also while other threads serve: batches that began with it are finished with it.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            SubspaceError: If there is none.
+        """
+        with self._lock:
+            if name not in self._entries:
+                self._refuse([name])
+            entry = self._entries[name]
+            self._entries = {other: each for other, each in self._entries.items() if other != name}
+            for block, slot in entry.places:
+                self._blocks[block].retired.append((self._time, slot))
+            self._time += 1
+
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: nn.Module, *, within: str = "") -> Iterator[None]:
         """`attach` for the length of a block.
 
         Args:
             model: Base model.
+            within: As for `attach`.
         """
-        handles = self.attach(model)
+        handles = self.attach(model, within=within)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Let the model's modules take the bank's updates inside `tasks`; outside of it the model is the base model.
+    def attach(self, model: nn.Module, *, within: str = "") -> list[RemovableHandle]:
+        """Let the model's modules take the bank's updates and heads inside `use`; outside of it it is the base model.
 
-        Components and coefficients move to their module's device. The model's weights, names and classes stay.
+        Components and cores move to their module's device. The model's weights, names and classes stay. A copy of the model
+        (`copy.deepcopy`) is served by the same bank.
 
         Args:
             model: Model of the base that the subspace was built for, in any wrapping that keeps the modules' names.
+            within: Path of the part of the model to serve, such as "language_model", where names fit several parts.
 
         Returns:
-            Handles whose `remove()` undoes it.
+            Handles whose `remove()` undoes it; heads of members that are added later get handles in the same list.
 
         Raises:
-            SubspaceError: If the model lacks modules of the bank, or they have other sizes.
+            SubspaceError: If the model lacks modules of the bank, has several that fit one of them, or they have other
+                sizes; or if a member's head does not fit the model's.
         """
-        found = {}
-        for path, module in model.named_modules():
-            name = self.subspace.find(path) if isinstance(getattr(module, "weight", None), Tensor) else None
-            if name is not None and _key(name) in self._updates:
-                found[name] = module
-        missing = [name for name in self.subspace if _key(name) in self._updates and name not in found]
-        if missing:
-            raise SubspaceError(
-                f"{len(missing)} of the bank's {len(self._updates)} modules, such as {missing[0]!r}, are not in the model "
-                f"({type(model).__name__}). Use a model of the base that the subspace was built for."
-            )
-        for name, module in found.items():
-            bases = self.subspace[name]
-            if module.weight.ndim == 2 and sorted(module.weight.shape) != sorted(
-                (bases.in_features, bases.out_features)
-            ):
-                raise SubspaceError(
-                    f"{name!r} has a weight of {tuple(module.weight.shape)} in the model and takes {bases.in_features} "
-                    f"to {bases.out_features} features in the subspace. Use the base that the subspace was built for."
-                )
-        handles = []
-        for name, module in found.items():
-            update = self._updates[_key(name)].to(module.weight.device)
-            handles.append(module.register_forward_hook(_Hook(self, update, name)))
-        return handles
+        with self._lock:
+            entries = self._entries
+            needed = frozenset().union(*(entry.modules for entry in entries.values())) if entries else frozenset()
+            attachment = Attachment(self, model, within=within, needed=needed)
+            for name, entry in entries.items():
+                attachment.check(name, entry.modules, entry.heads)
+            attachment.hook()
+            for entry in entries.values():
+                attachment.watch(entry.heads)
+            self._attachments.append(attachment)
+        return attachment.handles
 
     @contextmanager
-    def tasks(self, names: Sequence[str], *, n_repeats: int = 1) -> Iterator[None]:
-        """Choose the task of each row of the batches that attached models see in the block, in this thread.
+    def use(
+        self, names: Sequence[str], *, n_repeats: int = 1, logits: Literal["padded", "list"] = "padded"
+    ) -> Iterator[None]:
+        """Choose the member of each row of the batches that attached models see in the block, in this thread.
 
         Args:
-            names: One task a row; "__base__" for the base model.
+            names: One name per row; "__base__" for the base model.
             n_repeats: Rows of the model for each name, one after the other: the number of beams, or of sequences to
                 return, of `generate`.
+            logits: How heads with different numbers of labels share a batch: "padded" with -inf to the largest number, or
+                as a "list" of one tensor per row.
 
         Raises:
-            SubspaceError: If a task is not in the bank; the message names all that are not.
+            SubspaceError: If a member is not in the bank; the message names all that are not.
         """
-        unknown = [name for name in dict.fromkeys(names) if name not in self._rows]
-        if unknown:
-            near = {name: get_close_matches(name, self.names, n=1) for name in unknown[:5]}
-            shown = ", ".join(
-                f"{name!r}" + (f" (did you mean {fits[0]!r}?)" if fits else "") for name, fits in near.items()
-            )
-            raise SubspaceError(
-                f"{len(unknown)} of the tasks asked for are not in the bank of {len(self.names)}: {shown}"
-                f"{', ...' if len(unknown) > 5 else ''}. Its names are in `bank.names`; {BASE!r} is the base model."
-            )
-        rows = torch.tensor([self._rows[name] for name in names], dtype=torch.int64)
-        token = _chosen.set({**_chosen.get(), id(self): _Rows(rows.repeat_interleave(n_repeats))})
+        if logits not in ("padded", "list"):
+            raise SubspaceError(f'logits={logits!r} must be "padded" or "list".')
+        with self._lock:
+            token, entries = next(self._tokens), self._entries
+            self._readers[token] = self._time
         try:
-            yield
+            unknown = [name for name in dict.fromkeys(names) if name not in entries and name != BASE]
+            if unknown:
+                self._refuse(unknown)
+            rows = [entries.get(name, _NOTHING) for name in names for _ in range(n_repeats)]
+            with choose(self, self._choice(rows, as_list=logits == "list")):
+                yield
         finally:
-            _chosen.reset(token)
+            with self._lock:
+                del self._readers[token]
 
+    def tasks(self, names: Sequence[str], *, n_repeats: int = 1) -> Any:
+        """Old name of `use`.
 
-class _Rows:
-    """Rows of the stacked coefficients, copied to each device once."""
+        Args:
+            names: As for `use`.
+            n_repeats: As for `use`.
+        """
+        warnings.warn(
+            "AdapterBank.tasks is deprecated and goes away in the next minor version; use AdapterBank.use.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.use(names, n_repeats=n_repeats)
 
-    def __init__(self, rows: Tensor):
-        self._on_device = {rows.device: rows}
-        self._rows = rows
+    def stacks(self, module: str) -> ModuleStacks:
+        """Components and cores of one module.
 
-    def __len__(self) -> int:
-        return len(self._rows)
+        Args:
+            module: Module of the subspace.
+        """
+        return self._of(module)
 
-    def on(self, device: torch.device) -> Tensor:
-        if device not in self._on_device:
-            self._on_device[device] = self._rows.to(device)
-        return self._on_device[device]
+    def _choice(self, rows: Sequence[_Entry], *, as_list: bool) -> Choice:
+        zeros = {block: self._blocks[block].capacity for entry in rows for block, _ in entry.places}
+        places = {block: [zero] * len(rows) for block, zero in zeros.items()}
+        for row, entry in enumerate(rows):
+            for block, slot in entry.places:
+                places[block][row] = slot
+        return Choice(places, zeros, [entry.heads for entry in rows], as_list=as_list)
 
+    def _of(self, module: str) -> ModuleStacks:
+        return self._updates[self._numbers[module]]  # pyright: ignore[reportReturnType]
 
-_chosen: ContextVar[Mapping[int, _Rows]] = ContextVar("eigenpeft_tasks", default={})  # noqa: B039 (never changed in place)
-
-
-class _StackedUpdate(nn.Module):
-    """Components of one module and the coefficients of all tasks, with a last task of zeros: the base model."""
-
-    components_in: Tensor
-    coefficients_in: Tensor
-    coefficients_out: Tensor
-    components_out: Tensor
-
-    def __init__(
-        self,
-        components_in: Tensor,
-        coefficients_in: Tensor,
-        coefficients_out: Tensor,
-        components_out: Tensor,
-        *,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__()
-        tensors = {
-            "components_in": components_in,
-            "coefficients_in": _with_zero_task(coefficients_in),
-            "coefficients_out": _with_zero_task(coefficients_out),
-            "components_out": components_out,
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.to(dtype or tensor.dtype), persistent=False)
-
-    def forward(self, y: Tensor, x: Tensor, rows: Tensor, *, in_place: bool) -> Tensor:
-        return add_updates(
-            y,
-            x,
-            rows,
-            components_in=self.components_in,
-            coefficients_in=self.coefficients_in,
-            coefficients_out=self.coefficients_out,
-            components_out=self.components_out,
-            in_place=in_place,
-        ).to(y.dtype)
-
-
-class _Hook:
-    """Forward hook of one module; does nothing outside of `TaskBank.tasks`."""
-
-    def __init__(self, bank: TaskBank, update: nn.Module, name: str):
-        self.bank, self.update, self.name = bank, update, name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        rows = _chosen.get().get(id(self.bank))
-        if rows is None:
-            return None
-        x = args[0]
-        if len(x) != len(rows):
+    def _check(self, name: str, member: AdapterMember) -> None:
+        own = member.subspace_sha256
+        if own is not None and own != self.subspace.fingerprint:
             raise SubspaceError(
-                f"{self.name!r} got {len(x)} rows for {len(rows)} tasks. Name one task a row in bank.tasks(...), with "
-                "n_repeats= for beams; models that flatten sequences into rows cannot be served mixed."
+                f"{name!r} is a member of a store whose bases have fingerprint {own}, and those of the bank have "
+                f"{self.subspace.fingerprint}. Move that store to these bases first, with rebase()."
             )
-        return self.update(output, x, rows.on(x.device), in_place=owns_output(module, n_hooks=1))
+        for module, core in member.items():
+            check_core(core, module, self.subspace)
+
+    def _fill(self, members: Mapping[str, AdapterMember]) -> None:
+        """Put members into an empty bank, one block per form, with as much room as they need."""
+        places: dict[str, list[tuple[int, int]]] = {name: [] for name in members}
+        heads = {name: heads_of(name, member) for name, member in members.items()}
+        for form in dict.fromkeys(form_of(core) for member in members.values() for core in member.values()):
+            having = [
+                name for name, member in members.items() if any(form_of(core) == form for core in member.values())
+            ]
+            slots = {name: slot for slot, name in enumerate(having)}
+            block = self._open_block(form, len(having), rank=0)
+            for module in self.subspace:
+                own = {name: members[name][module] for name in having if module in members[name]}
+                own = {name: core for name, core in own.items() if form_of(core) == form}
+                rank = max((_rank_of(core) for core in own.values()), default=0)
+                self._blocks[block].rank = max(self._blocks[block].rank, rank)
+                if own and (rank or form != FACTORS):
+                    self._of(module).make_stacks(block, self._blocks[block], rank=rank)
+                    for name, core in own.items():
+                        self._of(module).write(block, slots[name], core)
+            self._blocks[block].free.clear()
+            for name, slot in slots.items():
+                places[name].append((block, slot))
+        self._entries = {
+            name: _Entry(tuple(places[name]), heads[name], frozenset(member)) for name, member in members.items()
+        }
+
+    def _open_block(self, form: str, capacity: int, *, rank: int) -> int:
+        self._blocks.append(Block(form, rank, capacity, free=list(range(capacity))))
+        return len(self._blocks) - 1
+
+    def _place(self, form: str, cores: Mapping[str, Core]) -> tuple[int, int]:
+        """A place for a member's cores of one form, in a block that has room for their rank, or in a new one."""
+        oldest = min(self._readers.values(), default=self._time)
+        for number, block in enumerate(self._blocks):
+            if block.form == form and all(
+                self._has_room(number, block, module, core) for module, core in cores.items()
+            ):
+                slot = block.take(oldest)
+                if slot is not None:
+                    break
+        else:
+            rank = max(map(_rank_of, cores.values())) if form == FACTORS else 0
+            number = self._open_block(form, max(_FEWEST_PLACES, len(self._entries) // 4), rank=rank)
+            slot = self._blocks[number].free.pop()
+        for module in self.subspace:
+            self._of(module).write(number, slot, None)  # what a former member left in modules that this one lacks
+        for module in cores:
+            self._of(module).make_stacks(number, self._blocks[number], rank=self._blocks[number].rank)
+        return number, slot
+
+    def _has_room(self, number: int, block: Block, module: str, core: Core) -> bool:
+        if block.form != FACTORS:
+            return True
+        stacks = self._of(module).parts(number)
+        return _rank_of(core) <= (block.rank if stacks is None else stacks[0].shape[1])
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        near = {name: get_close_matches(str(name), self.names, n=1) for name in unknown[:5]}
+        shown = ", ".join(
+            f"{name!r}" + (f" (did you mean {fits[0]!r}?)" if fits else "") for name, fits in near.items()
+        )
+        raise SubspaceError(
+            f"{len(unknown)} of the members asked for are not in the bank of {len(self)}: {shown}"
+            f"{', ...' if len(unknown) > 5 else ''}. Its names are in `bank.names`; {BASE!r} is the base model."
+        )
 
 
-def _padded(members: Sequence[AdapterMember], module: str, n_components: int) -> tuple[Tensor, Tensor]:
-    factors = [member[module].factors() if module in member else None for member in members]
-    rank = max((len(pair[1]) for pair in factors if pair is not None), default=0)
-    inside = torch.zeros(len(members), rank, n_components)
-    outside = torch.zeros(len(members), n_components, rank)
-    for row, pair in enumerate(factors):
-        if pair is not None:
-            outside[row, : len(pair[0]), : pair[0].shape[1]] = pair[0]
-            inside[row, : len(pair[1]), : pair[1].shape[1]] = pair[1]
-    return inside, outside
+_NOTHING = _Entry()
 
 
-def _with_zero_task(coefficients: Tensor) -> Tensor:
-    return nn.functional.pad(coefficients, (0, 0, 0, 0, 0, 1))
+def _rank(coefficients: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    return max((inside.shape[1] for inside, _ in coefficients.values()), default=0)
 
 
-def _key(module: str) -> str:
-    return module.replace(".", "/")  # names of submodules take no dots
+def _rank_of(core: Core) -> int:
+    return len(core.parts["coefficients_in"]) if core.row.is_factored else 0
+
+
+__getattr__ = moved_names(__name__, {"TaskBank": "eigenpeft.AdapterBank"})
