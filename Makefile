@@ -77,8 +77,8 @@ study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` w
 regimes: setup ## Rerun the study of related adapters: DATA=folder with banking77 and clinc150 (hours; see docs/regimes.md)
 	$(BIN)/python benchmarks/regimes/run.py --data $(DATA) --work regimes-work
 	$(BIN)/python benchmarks/regimes/measures.py --data $(DATA) --work regimes-work
-	$(BIN)/python benchmarks/regimes/report.py --data $(DATA) --work regimes-work --docs docs/regimes.md
 	$(BIN)/python benchmarks/regimes/calibrate.py --data $(DATA) --work regimes-work --ship
+	$(BIN)/python benchmarks/regimes/report.py --data $(DATA) --work regimes-work --docs docs/regimes.md
 
 # Engines have environments of their own: llama.cpp is compiled, vLLM pins versions of its own.
 .llama/.installed:

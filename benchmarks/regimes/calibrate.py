@@ -13,11 +13,13 @@ downhill). The single measures beside them are exploratory.
 import argparse
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import customers
 import torch
-from compare import Cells, accuracies, kind_of
+from compare import Cells, accuracies, interval, kind_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import read
@@ -80,6 +82,44 @@ def observations(cells: Cells, measures: Cells, data: Path, *, kinds: tuple[str,
                 if one == row["method"] and control is not None:
                     record["gains"][f"{one}/{other}"] = row["accuracy"] - control
     return list(found.values())
+
+
+STUDY = RESULTS.parent / "study" / "encoder.jsonl"
+NAMES_THERE = {
+    "EigenLoRA K8": "EigenLoRA K=8",
+    "random K8": "random subspace K=8",
+    "LoRA equal": "LoRA, equal parameters to K=8",
+    "LoRA r8": "LoRA r8",
+    "head": "head only",
+}
+
+
+def unrelated_tasks(measures: Cells, *, n_rows: int = 64) -> Cells:
+    """The earlier study (docs/study.md) as observations: a left-out one of the ten unrelated tasks, the zoo without it."""
+    zoo = next((m for m in measures if m["kind"] == "zoo" and m["zoo"] == "shipped"), None)
+    if zoo is None:
+        return []
+    found = {}
+    for row in read(STUDY):
+        if row["stage"] == "test" and row["n_train"] == n_rows and row.get("zoo") is None:
+            found.setdefault((row["target"], row["seed"]), {})[row["method"]] = row["accuracy"]
+    records = []
+    for (target, seed), by_method in sorted(found.items()):
+        gains = {}
+        for one, other in EVENTS.values():
+            names = NAMES_THERE.get(one), NAMES_THERE[other]
+            if names[0] in by_method and names[1] in by_method:
+                gains[f"{one}/{other}"] = by_method[names[0]] - by_method[names[1]]
+        if gains:
+            measured = {
+                "held_out": math.log10(max(zoo["held_out_8"] - zoo["chance_8"], LEAST)),
+                "adapters": math.log2(zoo["size"] / 20),
+                "n_rows": math.log2(n_rows / 64),
+                "pair_cosine": zoo["pair_cosine"],
+            }
+            place = {"zoo": "shipped", "size": zoo["size"], "target": target, "rows": n_rows, "seed": seed}
+            records.append({**place, "kind": "own", "group": "ten tasks", **measured, "gains": gains})
+    return records
 
 
 def table_of(
@@ -179,10 +219,18 @@ def shipped(found: dict, records: dict[str, Cells]) -> dict:
     for kind, features in MODELS.items():
         events[kind] = []
         for event, pair in EVENTS.items():
-            x, y, _ = table_of(records[kind], features, pair)
+            x, y, kept = table_of(records[kind], features, pair)
             one = found["models"][kind].get(event)
             if one is not None:
-                scores = {"base_rate": float(y.mean()), **{k: one[k] for k in ("brier", "base_brier", "gain")}}
+                by_target = defaultdict(list)
+                for record in kept:
+                    by_target[record["target"]].append(100 * record["gains"]["/".join(pair)])
+                mean, half, _ = interval([fmean(values) for values in by_target.values()])
+                scores = {
+                    "base_rate": float(y.mean()),
+                    "points": [mean, half],
+                    **{k: one[k] for k in ("brier", "base_brier", "gain")},
+                }
                 events[kind].append({"event": event, "features": list(features), **fitted(x, y), **scores})
         ends = {f: [min(r[f] for r in records[kind]), max(r[f] for r in records[kind])] for f in features}
         sizes, rows = ([r[f] for r in records[kind]] for f in ("adapters", "n_rows"))
@@ -213,7 +261,7 @@ def main() -> None:
     cells, measures = read(given.work / "cells.jsonl"), read(given.work / "measures.jsonl")
     # Without rows of the task the audit speaks of a task of the same kind as the adapters'.
     records = {
-        "adapters": observations(cells, measures, given.data, kinds=("own",)),
+        "adapters": observations(cells, measures, given.data, kinds=("own",)) + unrelated_tasks(measures),
         "task": observations(cells, measures, given.data, kinds=("own", "other", "far", "shipped", "mixed")),
     }
     found: dict = {

@@ -146,6 +146,35 @@ def tuning_table(rows: Cells) -> str:
     )
 
 
+def calibration_table(*, single: bool) -> str:
+    """Brier scores on zoos and targets that a model was not fitted on, beside the base rate's."""
+    path = RESULTS / "calibration.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    lines = []
+    for name, by_event in (found["single"] if single else found["models"]).items():
+        for event, one in by_event.items():
+            if one:
+                gain, low, high = one["gain"]
+                text = f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
+                count = f"{one['n']} ({one['n_targets']})"
+                scores = [f"{one[key]:.3f}" for key in ("brier", "base_brier")]
+                lines.append(
+                    [name, event, count, f"{one['happened']:.0%}", *scores, f"**{text}**" if low > 0 else text]
+                )
+    titles = [
+        "measure" if single else "model",
+        "event",
+        "observations (targets)",
+        "happened",
+        "Brier",
+        "base rate's",
+        "gain",
+    ]
+    return table(titles, lines)
+
+
 def draw(rows: Cells, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -213,6 +242,8 @@ def main() -> None:
         "rows-16": comparisons(rows, own, n_rows=16),
         "rows-256": comparisons(rows, own, n_rows=256),
         "tuning": tuning_table(cells),
+        "calibration": calibration_table(single=False),
+        "measures": calibration_table(single=True),
         "others": comparisons(rows, own, [(name, other) for name in OTHERS for other in ("LoRA r8", "EigenLoRA K8")]),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ class Event:
         weights: w_j.
         intercept: b.
         base_rate: How often it happened among all that was seen.
+        points: Mean gain in points of accuracy, and half its 95 % interval, tasks as observations.
         brier: Mean Brier score on zoos and tasks that a model was not fitted on.
         base_brier: The same of the base rate of what it was fitted on.
         gain: Mean of `base_brier - brier` and the ends of its 95 % interval, tasks as observations.
@@ -38,6 +39,7 @@ class Event:
     weights: tuple[float, ...]
     intercept: float
     base_rate: float
+    points: tuple[float, float]
     brier: float
     base_brier: float
     gain: tuple[float, float, float]

@@ -170,7 +170,12 @@ def _restored(name: str, value: Any) -> Any:
     if name == "compress":
         return Compress(**{**value, "rows": tuple(CompressRow(**row) for row in value["rows"])})
     if name == "train":
-        return Train(**{**value, "chances": tuple(Chance(**chance) for chance in value["chances"])})
+        return Train(
+            **{
+                **value,
+                "chances": tuple(Chance(**{k: _tuples(v) for k, v in chance.items()}) for chance in value["chances"]),
+            }
+        )
     if name == "reuse":
         return Reuse(**{**value, "nearest": _tuples(value["nearest"])})
     if name == "modules":

@@ -66,18 +66,22 @@ def train_answer(
     unseen = calibration.unseen(kind, measures, base_model=base_model)
     task = "this task" if with_task else "a new task of the same kind as theirs"
     if unseen:
-        chances = tuple(Chance(event.event, None, event.base_rate, event.predicted) for event in events)
+        chances = tuple(Chance(event.event, None, event.base_rate, event.points, event.predicted) for event in events)
         text = (
             f"Unknown. Nothing like these adapters was seen: {'; '.join(unseen)}. Train the head alone, a LoRA and EigenLoRA "
             "on held-out rows and compare."
         )
         return Train("unknown", text, n_rows, with_task, chances)
     chances = tuple(
-        Chance(event.event, event.probability(measures), event.base_rate, event.predicted) for event in events
+        Chance(event.event, event.probability(measures), event.base_rate, event.points, event.predicted)
+        for event in events
     )
     best = max(chance.probability or 0.0 for chance in chances)
     answer = "likely" if best >= _LIKELY else "unlikely" if best <= _UNLIKELY else "open"
-    told = "; ".join(f"{chance.event} {chance.probability:.0%}" for chance in chances)
+    told = "; ".join(
+        f"{chance.event} {chance.probability:.0%} (on average {chance.points[0]:+.1f} ± {chance.points[1]:.1f} points)"
+        for chance in chances
+    )
     blind = [chance.event for chance in chances if not chance.predicted]
     caveat = (
         f" For {', '.join(blind)} nothing that was measured predicts better than how often it happened, and that is the figure."

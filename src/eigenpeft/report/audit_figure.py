@@ -100,7 +100,7 @@ def _answers(report: AuditReport) -> str:
     train = "".join(
         f"<tr><td>{escape(chance.event)}</td><td>"
         f"{'unknown' if chance.probability is None else format(chance.probability, '.0%')}</td>"
-        f"<td>{chance.base_rate:.0%}</td></tr>"
+        f"<td>{chance.base_rate:.0%}</td><td>{chance.points[0]:+.1f} ± {chance.points[1]:.1f}</td></tr>"
         for chance in report.train.chances
     )
     reuse = "".join(
@@ -108,7 +108,8 @@ def _answers(report: AuditReport) -> str:
     )
     tables = (
         f"<tr><th>K</th><th>numbers per adapter</th><th>error</th><th>size beside plain LoRAs</th></tr>{compress}",
-        f"<tr><th>event, {report.train.n_rows} training rows</th><th>probability</th><th>how often in the calibration</th></tr>"
+        f"<tr><th>event, {report.train.n_rows} training rows</th><th>probability</th><th>how often in the calibration</th>"
+        "<th>mean gain there, points of accuracy</th></tr>"
         f"{train}",
         f"<tr><th>adapter</th><th>cosine with the negative gradient</th></tr>{reuse}" if reuse else "",
     )

@@ -47,11 +47,17 @@ def train_table(report: AuditReport) -> Table:
     """
     table = Table()
     table.add_column(f"event, {report.train.n_rows} training rows")
-    for title in ("probability", "how often in the calibration", "predictable"):
+    for title in ("probability", "how often in the calibration", "mean gain, points", "predictable"):
         table.add_column(title, justify="right")
     for chance in report.train.chances:
         probability = "unknown" if chance.probability is None else f"{chance.probability:.0%}"
-        table.add_row(escape(chance.event), probability, f"{chance.base_rate:.0%}", "yes" if chance.predicted else "no")
+        table.add_row(
+            escape(chance.event),
+            probability,
+            f"{chance.base_rate:.0%}",
+            f"{chance.points[0]:+.1f} ± {chance.points[1]:.1f}",
+            "yes" if chance.predicted else "no",
+        )
     return table
 
 
