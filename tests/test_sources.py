@@ -27,6 +27,7 @@ LAYERS = {
     "engines": 6,
     "report": 6,
     "publish": 6,
+    "recycling": 7,
     "demo": 7,
     "cli": 8,
     "auditing": 8,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,5 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
 
 
 def _event(data: Mapping[str, Any]) -> Event:
-    return Event(
-        **{
-            key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            for key, value in data.items()
-        }
-    )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return Event(**values)

@@ -4,6 +4,7 @@ import codecs
 import glob
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -171,15 +172,71 @@ def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
             [_labelled(row, tokenizer, config, path) for row in rows],
             DataCollatorWithPadding(tokenizer),
         )
+    _check_language_columns(columns, path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenised = [_language(row, tokenizer) for row in rows]
+    return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenised, DataCollatorForSeq2Seq(tokenizer))
+
+
+@dataclass(frozen=True, eq=False)
+class NewTask:
+    """A base model to make again and again, and tokenised rows with labels."""
+
+    make_model: Callable[[], Any]
+    rows: list[dict[str, Any]]
+    collator: Callable[[list[Any]], Any]
+    task_type: str
+
+
+def load_new_task(model: str, path: Path) -> NewTask:
+    """A base model and all rows of a task that it was not trained on: a classifier gets a new head for the labels found.
+
+    Args:
+        model: Folder or Hub id.
+        path: Rows with `text` and `label`; or `text`, `messages`, or `prompt` and `completion` for a language model.
+
+    Raises:
+        EigenPeftError: If the columns are others, or there is one label only.
+    """
+    table = open_rows(path)
+    columns = set(table.column_names)
+    rows: list[Any] = list(iter(table))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if {"text", "label"} <= columns:
+        classes = sorted({row["label"] for row in rows}, key=lambda label: (str(type(label)), label))
+        if len(classes) < 2:
+            raise EigenPeftError(f"{str(path)!r} has the label {classes} alone; a classifier needs two or more.")
+        ids = {label: i for i, label in enumerate(classes)}
+        names = {
+            "id2label": {i: str(label) for label, i in ids.items()},
+            "label2id": {str(k): i for k, i in ids.items()},
+        }
+        encoded = [
+            {
+                **tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=_MAX_LENGTH),
+                "labels": ids[row["label"]],
+            }
+            for row in rows
+        ]
+        # A base that was a classifier of other labels gives up its head.
+        settings: dict[str, Any] = {"num_labels": len(classes), "ignore_mismatched_sizes": True, **names}
+        make = partial(AutoModelForSequenceClassification.from_pretrained, model, **settings)
+        return NewTask(make, encoded, DataCollatorWithPadding(tokenizer), "SEQ_CLS")
+    _check_language_columns(columns, path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = [_language(row, tokenizer) for row in rows]
+    make = partial(AutoModelForCausalLM.from_pretrained, model)
+    return NewTask(make, encoded, DataCollatorForSeq2Seq(tokenizer), "CAUSAL_LM")
+
+
+def _check_language_columns(columns: set[str], path: Path) -> None:
     if not ({"text"} <= columns or {"messages"} <= columns or {"prompt", "completion"} <= columns):
         raise EigenPeftError(
             f"{str(path)!r} has the columns {sorted(columns)}; a task has 'text', 'messages', or 'prompt' and 'completion' "
             "for a language model, or 'text' and 'label' for a classifier."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenised = [_language(row, tokenizer) for row in rows]
-    return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenised, DataCollatorForSeq2Seq(tokenizer))
 
 
 def _labelled(row: dict[str, Any], tokenizer: Any, config: Any, path: Path) -> dict[str, Any]:

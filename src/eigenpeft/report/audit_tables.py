@@ -1,6 +1,6 @@
 """An audit as rich tables for a terminal."""
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +16,7 @@ def answers_text(report: AuditReport) -> Group:
     Args:
         report: From `audit`.
     """
-    parts: list[object] = []
+    parts: list[RenderableType] = []
     tables = (compress_table(report), train_table(report), reuse_table(report))
     for (question, _, text), table in zip(report.answers, tables, strict=True):
         parts += [f"[bold]{escape(question)}[/bold]", escape(text), *([table] if table is not None else []), ""]

@@ -1,0 +1,97 @@
+"""The command recycle: from adapters, a base model and rows of a new task to the best adapter within a budget."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from transformers import TrainingArguments
+
+from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.cli.rows import load_new_task
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.recycling import CANDIDATES, RecycleReport
+from eigenpeft.recycling import recycle as run_recycle
+
+
+@app.command("recycle")
+def recycle_command(
+    adapters: Adapters,
+    model: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
+    dataset: Annotated[
+        Path,
+        typer.Option(
+            help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text and label; or text, "
+            "messages, or prompt and completion."
+        ),
+    ],
+    out: Out,
+    max_steps: Annotated[int, typer.Option(help="Optimiser steps of the last training.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
+    n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
+    head_rate: Annotated[float, typer.Option(help="Peak learning rate of a new head beside an adapter.")] = 3e-2,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(CANDIDATES)}; several; default: all.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    allow_different_base_models: AllowDifferentBaseModels = False,
+    as_json: Json = False,
+) -> None:
+    """Try what adapters can give to a new task beside fresh LoRAs, and train the best on all rows.
+
+    Candidates are judged on a held-out quarter of the rows by successive halving, at a cost of about three trainings. The result is
+    a plain LoRA in OUT/adapter. Started again with the same arguments, it goes on where it stopped.
+
+    Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
+    """
+    quiet(as_json)
+    task = load_new_task(model, dataset)
+    opened = AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models)
+    with opened as collection, tempfile.TemporaryDirectory() as scratch:
+        report = run_recycle(
+            collection,
+            task.make_model,
+            task.rows,
+            args=TrainingArguments(
+                output_dir=scratch,
+                max_steps=max_steps,
+                per_device_train_batch_size=batch_size,
+                seed=seed,
+                disable_tqdm=True,
+                logging_strategy="no",
+            ),
+            out_dir=out,
+            data_collator=task.collator,
+            candidates=candidate or tuple(CANDIDATES),
+            task_type=task.task_type,
+            n_components=n_components,
+            head_rate=head_rate,
+            time_limit=time_limit,
+            progress=not as_json,
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    console.print(_table(report))
+    for name, reason in report.refused.items():
+        console.print(f"Not tried: {escape(name)}: {escape(reason)}")
+    console.print(f"[bold]{escape(report.text)}[/bold]")
+    console.print(f"Wrote {escape(str(out / 'adapter'))}.")
+
+
+def _table(report: RecycleReport) -> Table:
+    """Every candidate at its best rate, with its score after each round."""
+    table = Table(title=f"Scores on {report.n_held_out} held-out rows")
+    rounds = sorted({trial.steps for trial in report.trials})
+    for title in ("candidate", "rate", "trained values", *(f"{steps} steps" for steps in rounds), "seconds"):
+        table.add_column(title, justify="left" if title == "candidate" else "right")
+    for name, rate, scale in dict.fromkeys((trial.candidate, trial.rate, trial.scale) for trial in report.trials):
+        own = [trial for trial in report.trials if (trial.candidate, trial.rate, trial.scale) == (name, rate, scale)]
+        by_steps = {trial.steps: f"{trial.score:.3f}" for trial in own}
+        shown = name if scale is None else f"{name}, λ = {scale:g}"
+        scores = (by_steps.get(steps, "") for steps in rounds)
+        table.add_row(shown, f"{rate:g}", f"{own[0].numbers:,}", *scores, f"{sum(trial.seconds for trial in own):.0f}")
+    return table

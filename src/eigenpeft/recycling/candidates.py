@@ -1,0 +1,147 @@
+"""What `recycle` tries: each candidate's start, its PEFT config and the learning rates tried for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eigenpeft.audit.controls import same_parameters_lora
+from eigenpeft.building.builder import SubspaceBuilder
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.combining import MergedAdapter, merge
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.subspace import PrincipalSubspace, random_subspace
+from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.layers.kinds import factor_dicts
+
+COEFFICIENT_RATES = (1e-2, 3e-2)
+LORA_RATES = (1e-3, 3e-3)
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The adapters, and what candidates make of them once.
+
+    Attributes:
+        collection: The adapters.
+        n_components: K of the subspace.
+        scale: λ of the merged start: the mean update times this.
+        task_type: PEFT's task type of the new task.
+        seed: Of random subspaces.
+        nearest: Name of the adapter to continue.
+    """
+
+    collection: AdapterCollection
+    n_components: int
+    scale: float
+    task_type: str | None
+    seed: int
+    nearest: str
+
+    @cached_property
+    def subspace(self) -> PrincipalSubspace:
+        """Of all adapters."""
+        return SubspaceBuilder(self.n_components).fit(self.collection).subspace_
+
+    @cached_property
+    def merged(self) -> MergedAdapter:
+        """λ times the mean update."""
+        return merge(self.collection, method="mean", progress=False).scaled(self.scale)
+
+    def lora(self, r: int, *, alpha: int | None = None) -> LoraConfig:
+        """A plain LoRA on the modules that the adapters have."""
+        modules = list(self.collection.modules)
+        return LoraConfig(r=r, lora_alpha=alpha or 2 * r, target_modules=modules, task_type=self.task_type)
+
+    def eigenlora(self, *, random: bool = False) -> EigenLoraConfig:
+        """Rank 8 in the adapters' subspace, or in a random one of its size."""
+        subspace = random_subspace(like=self.subspace, seed=self.seed) if random else self.subspace
+        return EigenLoraConfig(subspace=subspace, r=8, lora_alpha=16, task_type=self.task_type)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train the new task.
+
+    Attributes:
+        adapt: Makes the trainable model from a fresh base.
+        rates: Learning rates tried.
+        merged: Whether it starts at the base plus the merged update, which is put into the base's weights.
+    """
+
+    adapt: Callable[[PreTrainedModel, Sources], PeftModel]
+    rates: tuple[float, ...]
+    merged: bool = False
+
+
+def _plain(r: int) -> Callable[[PreTrainedModel, Sources], PeftModel]:
+    return lambda base, sources: get_peft_model(base, sources.lora(r))
+
+
+def _equal(base: PreTrainedModel, sources: Sources) -> PeftModel:
+    config = same_parameters_lora(sources.subspace, r=8)
+    config.task_type = sources.task_type
+    return get_peft_model(base, config)
+
+
+def _head(base: PreTrainedModel, sources: Sources) -> PeftModel:
+    """The head alone: a LoRA of rank 1 that stays zero, so that the result is a plain LoRA folder like the others."""
+    model = get_peft_model(base, sources.lora(1))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AdapterConfigError("this model has no new head, and without one nothing would be trained")
+    return model
+
+
+def _eigenlora(*, random: bool = False) -> Callable[[PreTrainedModel, Sources], PeftModel]:
+    return lambda base, sources: get_peft_model(base, sources.eigenlora(random=random))
+
+
+def _set_factors(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
+    for module, (lora_b, lora_a) in factors.items():
+        layer: Any = model.get_base_model().get_submodule(module)
+        place_a, place_b = (each["default"].weight for each in factor_dicts(layer))
+        with torch.no_grad():
+            place_a.zero_()[: len(lora_a)] = lora_a
+            place_b.zero_()[:, : lora_b.shape[1]] = lora_b
+    return model
+
+
+def _init(base: PreTrainedModel, sources: Sources) -> PeftModel:
+    """EigenLoRAx-INIT (arXiv 2502.04700): LoRA r 8 whose A starts at the leading components, B at zero."""
+    model, values = get_peft_model(base, sources.lora(8)), {}
+    for name, bases in sources.subspace.items():
+        rows = bases.components_in[:8]
+        values[name] = (torch.zeros(bases.out_features, len(rows)), rows)
+    return _set_factors(model, values)
+
+
+def _nearest(base: PreTrainedModel, sources: Sources) -> PeftModel:
+    """A LoRA continued from the nearest adapter, of that one's rank."""
+    read = {}
+    for module in sources.collection.modules:
+        for found in sources.collection.factors(module, names=[sources.nearest]):
+            read[module] = (found.lora_B, found.lora_A)
+    rank = max(len(lora_a) for _, lora_a in read.values())
+    return _set_factors(get_peft_model(base, sources.lora(rank, alpha=rank)), read)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "lora_r8": Candidate(_plain(8), LORA_RATES),
+    "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
+    "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
+    "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENT_RATES),
+    "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
+    "init": Candidate(_init, LORA_RATES),
+    "nearest_continued": Candidate(_nearest, LORA_RATES),
+    "merged_head": Candidate(_head, (1e-1, 3e-1), merged=True),
+    "merged_lora_r8": Candidate(_plain(8), LORA_RATES, merged=True),
+    "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
+}

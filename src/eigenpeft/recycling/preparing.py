@@ -1,0 +1,70 @@
+"""Before the rounds: the multiplier of the merged start, and the adapter that is nearest to the task."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from eigenpeft.audit.reuse import downhill
+from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.recycling.candidates import CANDIDATES, Sources
+from eigenpeft.recycling.search import Search
+from eigenpeft.recycling.training import judge
+
+SCALES = (0.5, 1.0, 2.0, 3.0)
+
+
+def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps: int) -> Sources:
+    """The sources with λ of the best merged start and with the nearest adapter, each looked for only where it is used."""
+    scale, nearest = plain.scale, plain.nearest
+    if any(CANDIDATES[name].merged for name in candidates):
+        scale = max(SCALES, key=lambda value: _start_score(search, with_start(plain, scale=value), steps=steps))
+    if "nearest_continued" in candidates:
+        try:
+            nearest = _nearest(search, plain, steps=steps)
+        except EigenPeftError as error:
+            search.refused["nearest_continued"] = str(error)
+    return with_start(plain, scale=scale, nearest=nearest)
+
+
+def with_start(sources: Sources, *, scale: float | None = None, nearest: str | None = None) -> Sources:
+    """The same sources with another multiplier or another nearest adapter."""
+    place = sources.scale if scale is None else scale
+    return replace(sources, scale=place, nearest=nearest or sources.nearest)
+
+
+def _start_score(search: Search, sources: Sources, *, steps: int) -> tuple[float, float]:
+    """Of the merged start: with a head trained on it where there is a new one, as it is where there is none."""
+    try:
+        trial = search.trial("merged_head", sources, rate=CANDIDATES["merged_head"].rates[0], steps=steps)
+        return trial.score, -trial.loss
+    except EigenPeftError:
+        torch.manual_seed(search.args.seed)
+        base = search.make_model()
+        sources.merged.apply_to(base)
+        score, loss = judge(base, search.held_out, collator=search.collator)
+        return score, -loss
+
+
+def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
+    """The adapter whose update points furthest downhill on the rows, behind a head trained alone where there is a new one."""
+    model: Any
+    try:
+        zero = with_start(sources, scale=0.0)
+        model = search.trained(
+            "merged_head", zero, rate=CANDIDATES["merged_head"].rates[0], steps=steps, rows=search.rows
+        )
+        inner = model.base_model.model
+    except EigenPeftError:
+        torch.manual_seed(search.args.seed)
+        model = inner = search.make_model()
+    named = dict(inner.named_modules())
+    targets = {
+        name: getattr(named[name], "base_layer", named[name]) for name in sources.collection.modules if name in named
+    }
+    rows = [search.rows[i] for i in range(min(len(search.rows), 64))]
+    batches = [search.collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    tokens, _ = gather_tokens(model, targets, batches)
+    return next(iter(downhill(sources.collection, tokens).adapters))

@@ -1,0 +1,100 @@
+"""What `recycle` tried and found, as frozen plain data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eigenpeft.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of one candidate, judged on held-out rows.
+
+    Attributes:
+        candidate: Name, a key of `CANDIDATES`.
+        rate: Learning rate of the adapter.
+        steps: Optimiser steps.
+        scale: λ of a merged start; None where there is none.
+        score: Accuracy of a classifier; minus the loss of everything else. Higher is better.
+        loss: On the held-out rows.
+        numbers: Trained values beside the head.
+        seconds: Of training and judging.
+    """
+
+    candidate: str
+    rate: float
+    steps: int
+    scale: float | None
+    score: float
+    loss: float
+    numbers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecycleReport:
+    """The whole run.
+
+    Attributes:
+        winner: Name of the candidate that was trained on all rows.
+        rate: Its learning rate.
+        steps: Its steps.
+        score: Its score in the last round it was judged in.
+        control: The best score of a fresh LoRA r 8 with as many steps, and the steps; None where none was tried.
+        trials: All of them, in order.
+        refused: Candidates that could not be tried, and why.
+        n_train: Rows that trials were trained on.
+        n_held_out: Rows that they were judged on.
+        seconds: Of everything.
+        stopped: Whether the time limit ended the rounds early.
+    """
+
+    winner: str
+    rate: float
+    steps: int
+    score: float
+    control: tuple[float, int] | None
+    trials: tuple[Trial, ...]
+    refused: dict[str, str]
+    n_train: int
+    n_held_out: int
+    seconds: float
+    stopped: bool
+
+    @property
+    def text(self) -> str:
+        """The end in plain words."""
+        numbers = next(trial.numbers for trial in self.trials if trial.candidate == self.winner)
+        beside = "no fresh LoRA r 8 was tried beside it"
+        if self.winner == "lora_r8":
+            beside = "that is a fresh LoRA: nothing that was recycled did better here"
+        elif self.control is not None:
+            beside = f"a fresh LoRA r 8 had {self.control[0]:.3f} after {self.control[1]} steps"
+        early = " The time limit ended the search early." if self.stopped else ""
+        return (
+            f"Best of {len({trial.candidate for trial in self.trials})} candidates: {self.winner} at the learning rate "
+            f"{self.rate:g}, with {numbers:,} trained values beside the head. On {self.n_held_out} held-out rows it scored "
+            f"{self.score:.3f}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "RecycleReport":
+        """The report that `to_dict` gave, also after JSON.
+
+        Args:
+            data: What `to_dict` returned.
+
+        Raises:
+            ArtifactError: If it is no such report.
+        """
+        try:
+            control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
+            trials = tuple(Trial(**trial) for trial in data["trials"])
+            return cls(**{**data, "control": control, "trials": trials})
+        except (KeyError, TypeError, IndexError) as error:
+            raise ArtifactError(f"This is no report of recycle ({error}); run it again.") from error

@@ -1,0 +1,161 @@
+"""The search from end to end: choose the merged start's multiplier, halve the candidates, train the winner on all rows."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+
+from eigenpeft.artifacts.atomic import atomic_file
+from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.recycling.candidates import CANDIDATES, Sources
+from eigenpeft.recycling.halving import first_steps
+from eigenpeft.recycling.preparing import prepared
+from eigenpeft.recycling.report import RecycleReport, Trial
+from eigenpeft.recycling.result import write_result
+from eigenpeft.recycling.search import Search, halved
+
+# Of the rounds together, in trainings of `max_steps`; the last training on all rows is one more.
+BUDGET = 3.0
+
+
+def recycle(
+    adapters: AdapterCollection,
+    make_model: Callable[[], PreTrainedModel],
+    rows: Any,
+    *,
+    args: TrainingArguments,
+    out_dir: str | Path,
+    data_collator: Callable[[list[Any]], Any] | None = None,
+    trainer: Callable[..., Trainer] = Trainer,
+    candidates: Sequence[str] = tuple(CANDIDATES),
+    task_type: str | None = "SEQ_CLS",
+    n_components: int = 8,
+    head_rate: float = 3e-2,
+    held_out: float = 0.25,
+    time_limit: float | None = None,
+    progress: bool = True,
+) -> RecycleReport:
+    """From adapters, a base model and rows of a new task to the best adapter within a budget.
+
+    Candidates are fresh LoRAs, EigenLoRA in the adapters' subspace, a random subspace, a merged start (the base plus λ times
+    the adapters' mean update; then the head alone, LoRA or EigenLoRA), LoRA started at the principal components, and the
+    nearest adapter continued; each with two learning rates. They are judged on held-out rows by successive halving (the better
+    half gets twice the steps), and the winner is trained on all rows. All rounds together cost at most three trainings of
+    `args.max_steps` steps. "A fresh LoRA was best" is a result.
+
+    Args:
+        adapters: Of the base model; at least two.
+        make_model: Makes the base model with the new task's head, in the same way each time: the seed is set before.
+        rows: Of the new task, as the trainer takes them: tokenised, with labels; a sequence or a `datasets.Dataset`.
+        args: Steps of the last training (`max_steps`), batch size, precision, seed. Rates and saving are set here.
+        out_dir: Folder of the result: `adapter` (a plain LoRA), `report.json`, `trials.jsonl`. Called again with the same
+            arguments, it goes on where it stopped.
+        data_collator: Makes a batch; default: `transformers.default_data_collator`.
+        trainer: `Trainer`, a subclass, or a function that makes one.
+        candidates: Keys of `CANDIDATES`.
+        task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM" or another.
+        n_components: K of the subspace.
+        head_rate: Peak learning rate of a new head beside an adapter.
+        held_out: Share of the rows that candidates are judged on.
+        time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
+        progress: Show a progress bar.
+
+    Returns:
+        `RecycleReport`; its `text` says it in words.
+
+    Raises:
+        EigenPeftError: If an argument is out of range, there are too few rows, every candidate is refused, or the folder holds
+            trials of other arguments.
+    """
+    start, unknown = time.perf_counter(), [name for name in candidates if name not in CANDIDATES]
+    if unknown or not candidates:
+        raise EigenPeftError(f"candidates={list(candidates)} must be of {', '.join(CANDIDATES)}, at least one.")
+    if args.max_steps < 1 or not 0 < held_out < 1:
+        raise EigenPeftError(
+            f"max_steps={args.max_steps} of args must be at least 1 (epochs are not counted here) and held_out={held_out} between "
+            "0 and 1."
+        )
+    train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
+    out = Path(out_dir)
+    settings = {
+        "adapters": list(adapters.names),
+        "rows": len(rows),
+        "held_out": held_out,
+        "max_steps": args.max_steps,
+        "seed": args.seed,
+        "n_components": n_components,
+        "head_rate": head_rate,
+    }
+    search = Search(
+        make_model,
+        train_rows,
+        judged_rows,
+        args,
+        data_collator or default_data_collator,
+        trainer,
+        head_rate,
+        out / "trials.jsonl",
+        time.monotonic() + (math.inf if time_limit is None else time_limit),
+        trials=_remembered(out, settings),
+    )
+    plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
+    entrants = [(name, rate) for name in candidates for rate in CANDIDATES[name].rates]
+    steps = first_steps(len(entrants), max_steps=args.max_steps, budget=BUDGET)
+    sources = prepared(search, plain, candidates, steps=steps)
+    bar = tqdm(desc="Recycling", unit="trial", disable=not progress)
+    entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
+    bar.close()
+    model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
+    merged = sources.merged if CANDIDATES[best.candidate].merged else None
+    write_result(model, merged, out / "adapter", base_model=adapters.base_model_name_or_path)
+    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == "lora_r8"]
+    report = RecycleReport(
+        winner=best.candidate,
+        rate=best.rate,
+        steps=args.max_steps,
+        score=best.score,
+        control=max(fresh, key=lambda pair: (pair[1], pair[0])) if fresh else None,
+        trials=tuple(search.trials),
+        refused=search.refused,
+        n_train=len(train_rows),
+        n_held_out=len(judged_rows),
+        seconds=time.perf_counter() - start,
+        stopped=stopped,
+    )
+    with atomic_file(out / "report.json", overwrite=True) as path:
+        path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _split(rows: Any, share: float, *, seed: int) -> tuple[Any, Any]:
+    """Training and held-out rows, drawn by seed."""
+    n = len(rows)
+    held = max(1, round(n * share))
+    if n - held < 1:
+        raise EigenPeftError(f"{n} rows cannot be split into training and held-out rows; give at least 2.")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    if hasattr(rows, "select"):
+        return rows.select(order[held:]), rows.select(order[:held])
+    return Subset(rows, order[held:]), Subset(rows, order[:held])
+
+
+def _remembered(out: Path, settings: dict[str, Any]) -> list[Trial]:
+    """The trials of a run with the same settings that was stopped."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, log = out / "settings.json", out / "trials.jsonl"
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise EigenPeftError(
+            f"{str(out)!r} holds trials of other adapters, rows or settings; choose another out_dir, or remove it."
+        )
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]

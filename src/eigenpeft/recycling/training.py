@@ -1,0 +1,95 @@
+"""Train one model on rows and judge it on others, with transformers' `Trainer` or any subclass of it."""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from eigenpeft.errors import EigenPeftError
+
+_BATCH = 32
+
+
+def train(
+    model: PeftModel,
+    rows: Any,
+    *,
+    args: TrainingArguments,
+    rate: float,
+    head_rate: float,
+    steps: int,
+    collator: Callable[[list[Any]], Any] | None,
+    trainer: Callable[..., Trainer],
+) -> None:
+    """Train in place for a number of steps.
+
+    Args:
+        model: With its adapter.
+        rows: As the trainer takes them.
+        args: What steps, rates, output folder and saving do not replace.
+        rate: Peak learning rate of the adapter.
+        head_rate: Of `modules_to_save`, which is a new task's head.
+        steps: Optimiser steps, a tenth of them for warm-up.
+        collator: Of batches.
+        trainer: `Trainer`, a subclass or a function that makes one.
+    """
+    head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    adapter = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
+    groups = [{"params": head, "lr": head_rate}, {"params": adapter, "lr": rate}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=args.weight_decay)
+    with tempfile.TemporaryDirectory() as scratch:
+        own = copy.copy(args)
+        changes: dict[str, Any] = {
+            "output_dir": scratch,
+            "max_steps": steps,
+            "warmup_steps": steps // 10,
+            "save_strategy": "no",
+        }
+        changes["dataloader_pin_memory"] = own.dataloader_pin_memory and torch.cuda.is_available()
+        for name, value in {**changes, "eval_strategy": "no", "report_to": []}.items():
+            setattr(own, name, value)
+        set_seed(own.seed)
+        made = trainer(model=model, args=own, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None))
+        made.remove_callback(PrinterCallback)  # it prints to stdout, where --json puts its one object
+        made.train()
+
+
+@torch.no_grad()
+def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[float, float]:
+    """Score and loss on rows: accuracy where one row of logits per example meets whole labels, minus the loss otherwise.
+
+    Args:
+        model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
+        rows: With labels.
+        collator: Of batches.
+
+    Raises:
+        EigenPeftError: If the model gives no loss.
+    """
+    was, device = model.training, next(model.parameters()).device
+    model.eval()
+    right = seen = 0
+    loss, classifies = 0.0, True
+    for batch in DataLoader(rows, batch_size=_BATCH, collate_fn=collator):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        found = model(**batch)
+        if found.loss is None:
+            raise EigenPeftError(f"The model gives no loss for rows with {', '.join(batch)}; rows need labels.")
+        labels = batch["labels"]
+        size = len(labels)
+        loss, seen = loss + float(found.loss) * size, seen + size
+        classifies = classifies and found.logits.ndim == 2 and found.logits.shape[1] > 1 and labels.ndim == 1
+        right += int((found.logits.argmax(1) == labels).sum()) if classifies and not labels.is_floating_point() else 0
+        classifies = classifies and not labels.is_floating_point()
+    model.train(was)
+    loss /= max(seen, 1)
+    loss = loss if math.isfinite(loss) else math.inf  # a diverged run is the worst one, not an error
+    return (right / max(seen, 1) if classifies else -loss), loss

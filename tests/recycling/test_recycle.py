@@ -1,0 +1,137 @@
+"""recycle on a small classifier: the result is a plain LoRA with the winner's logits, trials are remembered, and refusals."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from eigenpeft import AdapterCollection
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.recycling import CANDIDATES, RecycleReport, recycle, run
+from eigenpeft.recycling.result import write_result
+from tests.factories import random_factors, tiny_bert, write_adapter
+
+NAMES = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
+
+
+def task_rows(count=32):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 64, (count, 7), generator=generator)
+    return [{"input_ids": row.tolist(), "labels": int(row[0]) % 2} for row in ids]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    width = tiny_bert().config.hidden_size
+    for i in range(4):
+        factors = random_factors(modules=dict.fromkeys(NAMES, (width, width)), rank=2, seed=i)
+        write_adapter(
+            folder / f"a{i}", {name: (0.1 * b, 0.1 * a) for name, (b, a) in factors.items()}, task_type="SEQ_CLS"
+        )
+    return AdapterCollection.from_pretrained(folder)
+
+
+def arguments(folder, **changes):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "seed": 3, "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(folder / "unused"), **{**settings, **changes})
+
+
+def make_model():
+    return tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def recycled(adapters, folder, *, rows=None, args=None, **changes):
+    return recycle(
+        adapters,
+        changes.pop("make_model", make_model),
+        task_rows() if rows is None else rows,
+        args=args or arguments(folder),
+        out_dir=folder / "out",
+        n_components=changes.pop("n_components", 2),
+        progress=False,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CANDIDATES))
+def test_every_candidate_ends_as_a_plain_lora_with_the_logits_of_the_trained_model(
+    adapters, tmp_path, name, monkeypatch
+):
+    seen, ids = {}, torch.tensor([row["input_ids"] for row in task_rows()])
+
+    def remember(model, merged, folder, *, base_model):
+        with torch.no_grad():
+            seen["logits"] = model.eval()(input_ids=ids).logits
+        write_result(model, merged, folder, base_model=base_model)
+
+    monkeypatch.setattr(run, "write_result", remember)
+    report = recycled(adapters, tmp_path, candidates=[name])
+    assert report.winner == name
+    assert not report.refused
+    torch.manual_seed(3)
+    untrained = make_model().eval()
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "out" / "adapter").eval()
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        assert (found - untrained(input_ids=ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(found, seen["logits"], atol=1e-5, rtol=1e-4)
+
+
+def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
+    names = ["lora_r8", "eigenlora", "random_subspace", "same_parameters"]
+    report = recycled(adapters, tmp_path, candidates=names, args=arguments(tmp_path, max_steps=32))
+    rounds = sorted({trial.steps for trial in report.trials})
+    assert [b // a for a, b in zip(rounds, rounds[1:], strict=False)] == [2] * (len(rounds) - 1)
+    counts = [sum(trial.steps == steps for trial in report.trials) for steps in rounds]
+    assert counts == [8, 4, 2][: len(counts)]
+    assert report.control is not None
+    assert report.winner in report.text
+    again = RecycleReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report
+
+
+def test_a_second_call_repeats_no_trial(adapters, tmp_path):
+    made = []
+
+    def counted(**settings):
+        made.append(settings["args"].max_steps)
+        return Trainer(**settings)
+
+    first = recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"], trainer=counted)
+    before = len(made)
+    second = recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"], trainer=counted)
+    assert len(made) == before + 1  # the winner on all rows
+    assert second.trials == first.trials
+    with pytest.raises(EigenPeftError, match="holds trials of other adapters, rows or settings"):
+        recycled(adapters, tmp_path, candidates=["lora_r8"], rows=task_rows(20))
+
+
+def test_a_time_limit_ends_the_rounds_and_the_best_so_far_is_trained(adapters, tmp_path):
+    report = recycled(adapters, tmp_path, time_limit=0.0, candidates=["lora_r8", "eigenlora", "random_subspace"])
+    assert report.stopped
+    assert len(report.trials) == 1
+    assert "time limit" in report.text
+
+
+def test_what_cannot_be_tried_is_named(adapters, tmp_path):
+    report = recycled(adapters, tmp_path, n_components=50, candidates=["lora_r8", "eigenlora"])
+    assert report.winner == "lora_r8"
+    assert "eigenlora" in report.refused
+    assert "nothing that was recycled did better" in report.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": ["best"]}, "must be of lora_r8"),
+        ({"candidates": []}, "at least one"),
+        ({"held_out": 1.0}, "held_out=1.0 between 0 and 1"),
+        ({"rows": task_rows(1)}, "1 rows cannot be split"),
+    ],
+)
+def test_bad_arguments_are_refused(adapters, tmp_path, changes, message):
+    with pytest.raises(EigenPeftError, match=message):
+        recycled(adapters, tmp_path, **changes)
