@@ -67,24 +67,27 @@ class Slice:
 
 
 CHEAP = ("EigenLoRA K8", "merged, head")
-BANK, CLINC = ("bank_a", "bank_b"), ("clinc_a", "clinc_b")
+BANK, FIRST, LAST = ("bank_a", "bank_b"), ("clinc_a",), ("clinc_b",)
 PLAN = (
     Slice("tune", ("head", "EigenLoRA K8", "LoRA r8", "random K8", "LoRA equal"), BANK, stage="tune"),
     # The two primary cells: zoo of 20, 64 rows, related targets.
-    Slice("primary", PRIMARY, ("clinc_a",)),
-    Slice("primary", PRIMARY, ("clinc_b",)),
-    # A target without relatives: the other domains of clinc150, the ten unrelated tasks; and fewer relatives.
-    Slice("unrelated", CHEAP, CLINC, zoo="other"),
-    Slice("growth-10", CHEAP, CLINC, size=10),
-    Slice("growth-5", CHEAP, CLINC, size=5),
-    Slice("shipped", CHEAP, CLINC, zoo="shipped", size=10),
-    Slice("on-top", ON_TOP, CLINC),
+    Slice("primary", PRIMARY, FIRST),
     Slice("primary", PRIMARY, BANK),
+    # Fewer relatives; none: the other data set, the ten unrelated tasks.
+    Slice("growth-10", CHEAP, FIRST, size=10),
+    Slice("far", CHEAP, FIRST, zoo="far"),
+    Slice("growth-5", CHEAP, FIRST, size=5),
+    Slice("shipped", CHEAP, FIRST, zoo="shipped", size=10),
+    Slice("on-top", ON_TOP, FIRST),
     Slice("far", CHEAP, BANK, zoo="far"),
-    Slice("growth-10", CHEAP, BANK, size=10),
     Slice("growth-5", CHEAP, BANK, size=5),
     Slice("shipped", CHEAP, BANK, zoo="shipped", size=10),
-    Slice("on-top", ON_TOP, BANK),
+    Slice("primary", PRIMARY, LAST),
+    Slice("unrelated", CHEAP, FIRST + LAST, zoo="other"),
+    Slice("growth-10", CHEAP, BANK + LAST, size=10),
+    Slice("growth-5", CHEAP, LAST, size=5),
+    Slice("shipped", CHEAP, LAST, zoo="shipped", size=10),
+    Slice("on-top", ON_TOP, BANK + LAST),
     Slice("mixed", CHEAP, zoo="mixed"),
     Slice("rows-16", (*PRIMARY, *ON_TOP), rows=16),
     Slice("tune-others", TUNED_OTHERS, BANK, stage="tune"),
@@ -92,7 +95,7 @@ PLAN = (
     Slice("primary-again", (*PRIMARY, *ON_TOP), seeds=(1,)),
     Slice("growth-40", CHEAP, size=40),
     Slice("rows-256", (*PRIMARY, *ON_TOP), rows=256),
-    Slice("unrelated-again", CHEAP, CLINC, zoo="other", seeds=(1,)),
+    Slice("unrelated-again", CHEAP, FIRST + LAST, zoo="other", seeds=(1,)),
     Slice("growth-5-again", CHEAP, size=5, seeds=(1, 2), draws=True),
     Slice("growth-10-again", CHEAP, size=10, seeds=(1, 2), draws=True),
     Slice("primary-third", (*PRIMARY, *ON_TOP), seeds=(2,)),
