@@ -9,6 +9,7 @@ from eigenpeft.cli import merge as merge
 from eigenpeft.cli import merge_base as merge_base
 from eigenpeft.cli import publish as publish
 from eigenpeft.cli import recycle as recycle
+from eigenpeft.cli import store as store
 from eigenpeft.cli import sync_adapters as sync_adapters
 from eigenpeft.cli import trl as trl
 from eigenpeft.cli.app import app, main

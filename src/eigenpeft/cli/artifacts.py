@@ -134,14 +134,16 @@ def project(
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
-    """Put adapters into a subspace: one file with the bases and every adapter's coefficients, and what that loses.
+    """Put adapters into a new store: the bases, every adapter's core and head, and what the projection loses.
 
     Example: eigenpeft project subspace adapters/ --out store
     """
     quiet(as_json)
     bases = PrincipalSubspace.from_pretrained(subspace)
     with AdapterCollection.from_pretrained(
-        adapters, allow_different_base_models=allow_different_base_models
+        adapters,
+        allow_different_base_models=allow_different_base_models,
+        embeddings=bool(bases.info.embeddings),
     ) as collection:
         store = AdapterStore.from_collection(bases, collection)
     store.save_pretrained(out)

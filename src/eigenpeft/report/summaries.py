@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from eigenpeft.collection.diagnosis import Finding
-from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
+from eigenpeft.subspace.card import license_of
 
 
 def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding] = ()) -> dict[str, Any]:
@@ -42,19 +43,42 @@ def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding]
 
 
 def store_summary(store: AdapterStore) -> dict[str, Any]:
-    """Sizes and errors of a store: relative ΔW error a module and adapter, and each adapter's mean and largest.
+    """Sizes and errors of a store: relative ΔW error per module and adapter, and what each adapter is.
 
     Args:
-        store: What to describe.
+        store: What to describe; every member is read once.
     """
-    errors = store.relative_errors
-    by_adapter = {name: [row[name] for row in errors.values() if name in row] for name in store.names}
+    errors: dict[str, dict[str, float]] = {module: {} for module in store.subspace}
+    adapters = {}
+    for name in store.names:
+        member = store[name]
+        adapters[name] = member_summary(member)
+        for module, error in member.relative_errors.items():
+            errors[module][name] = error
     return {
         "n_adapters": len(store),
         "bytes": store.n_bytes,
         "subspace_bytes": store.subspace.n_bytes,
-        "adapters": {name: _mean_and_largest(values) for name, values in by_adapter.items()},
+        "adapters": adapters,
         "relative_errors": errors,
+    }
+
+
+def member_summary(member: AdapterMember) -> dict[str, Any]:
+    """What one member of a store is: its cores, its size, what it keeps besides updates, and its errors.
+
+    Args:
+        member: The member. One that was trained in the subspace is exact and has no errors.
+    """
+    return {
+        "cores": list(member.kinds),
+        "n_modules": len(member),
+        "bytes": member.n_bytes,
+        "task_type": member.record.get("task_type"),
+        "license": license_of(member.record) or None,
+        "kept": [key.removeprefix("base_model.model.") for key in member.kept],
+        "not_kept": [str(key) for key in member.record.get("kept_aside") or () if key not in member.kept],
+        **_mean_and_largest(member.relative_errors.values()),
     }
 
 

@@ -34,18 +34,30 @@ def module_table(summary: dict[str, Any]) -> Table:
 
 
 def adapter_table(summary: dict[str, Any]) -> Table:
-    """One row an adapter: mean and largest relative ΔW error over its modules.
+    """One row per adapter: its core, what it keeps besides updates, mean and largest relative ΔW error over its modules.
 
     Args:
-        summary: From `store_summary`.
+        summary: From `store_summary`, or its `adapters` alone.
     """
-    table = Table(title="Relative error of ΔW (Frobenius) over the modules of each adapter")
+    table = Table(title="Adapters, and the relative error of ΔW (Frobenius) over the modules of each")
     table.add_column("adapter")
+    for title in ("core", "kept besides"):
+        table.add_column(title)
     for title in ("mean", "largest"):
         table.add_column(title, justify="right")
     for name, row in summary["adapters"].items():
-        table.add_row(escape(name), _number(row["mean_error"]), _number(row["largest_error"]))
+        errors = [_number(row["mean_error"]), _number(row["largest_error"])]
+        if row["mean_error"] is None:
+            errors = ["exact", "exact"]
+        table.add_row(escape(name), ", ".join(row["cores"]), escape(_kept(row)), *errors)
     return table
+
+
+def _kept(row: dict[str, Any]) -> str:
+    modules = list(dict.fromkeys(key.rpartition(".")[0] or key for key in row["kept"]))
+    shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    lost = [f"not kept: {', '.join(row['not_kept'][:3])}"] if row["not_kept"] else []
+    return "; ".join([*([shown] if shown else []), *lost]) or "-"
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

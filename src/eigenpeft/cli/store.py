@@ -1,0 +1,181 @@
+"""The commands store add, list, remove, rename, compact and rebase."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.collection.settings import CONFIG_NAME
+from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.report.summaries import member_summary, store_summary
+from eigenpeft.report.tables import adapter_table
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+
+store_app = typer.Typer(
+    help="Stores of many adapters in one subspace: add, list, remove, rename, compact, rebase.", no_args_is_help=True
+)
+app.add_typer(store_app, name="store")
+
+Store = Annotated[str, typer.Argument(help="Folder of a store.")]
+
+
+@store_app.command()
+def add(
+    store: Store,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of EigenLoRA or LoRA adapters, folders of such folders, Hub ids, or STORE#MEMBER, in any mix."
+        ),
+    ],
+    subspace: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a subspace: make the store if it is not there yet.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the one adapter that is added; default: its folder's.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of members of the same name.")] = False,
+    allow_different_base_models: AllowDifferentBaseModels = False,
+    as_json: Json = False,
+) -> None:
+    """Add adapters, each written alone: trained EigenLoRA as it is, LoRA by projection; heads are kept.
+
+    Example: eigenpeft store add store my-trained-adapter --subspace subspace
+    """
+    quiet(as_json)
+    each = [one for source in sources for one in _adapters_in(source)]
+    if name is not None and len(each) != 1:
+        raise EigenPeftError(f"--name {name!r} goes with one adapter, and {len(each)} are named; leave it out.")
+    opened = _open_or_make(store, subspace)
+    added = {}
+    for source in each:
+        before = set(opened.names)
+        member = opened.add(source, name=name, replace=replace, allow_different_base_models=allow_different_base_models)
+        own = name or next((other for other in opened.names if other not in before), str(member.record.get("name")))
+        added[own] = member_summary(member)
+    if as_json:
+        print_json({"path": store, "added": added, "n_adapters": len(opened)})
+        return
+    console.print(adapter_table({"adapters": added}))
+    console.print(f"Added {len(added)} to {escape(store)}, which has {len(opened)} adapters now.")
+
+
+@store_app.command("list")
+def list_members(store: Store, as_json: Json = False) -> None:
+    """Show every member: its core, what it keeps besides, and what its projection lost.
+
+    Example: eigenpeft store list store
+    """
+    quiet(as_json)
+    summary = store_summary(AdapterStore.from_pretrained(store))
+    if as_json:
+        print_json({"path": store, **summary})
+        return
+    console.print(adapter_table(summary))
+    console.print(
+        f"{summary['n_adapters']} adapters in {summary['bytes'] / 1e6:.2f} MB, of which the shared bases are "
+        f"{summary['subspace_bytes'] / 1e6:.2f} MB."
+    )
+
+
+@store_app.command()
+def remove(
+    store: Store,
+    names: Annotated[list[str], typer.Argument(help="Names of members.")],
+    as_json: Json = False,
+) -> None:
+    """Remove members; their bytes go with the next compact.
+
+    Example: eigenpeft store remove store old-adapter
+    """
+    quiet(as_json)
+    opened = AdapterStore.from_pretrained(store)
+    for name in names:
+        opened[name]  # so that an unknown name stops before anything is removed
+    for name in names:
+        opened.remove(name)
+    _done({"path": store, "removed": names, "n_adapters": len(opened)}, as_json, f"Removed {len(names)}.")
+
+
+@store_app.command()
+def rename(
+    store: Store,
+    name: Annotated[str, typer.Argument(help="Name of a member.")],
+    new_name: Annotated[str, typer.Argument(help="Its new name.")],
+    as_json: Json = False,
+) -> None:
+    """Give a member another name.
+
+    Example: eigenpeft store rename store checkpoint-500 customer-17
+    """
+    quiet(as_json)
+    AdapterStore.from_pretrained(store).rename(name, new_name)
+    _done({"path": store, "renamed": {name: new_name}}, as_json, f"Renamed {name!r} to {new_name!r}.")
+
+
+@store_app.command()
+def compact(store: Store, as_json: Json = False) -> None:
+    """Join the members' files, drop what was removed, and bring a store of an older version up.
+
+    Example: eigenpeft store compact store
+    """
+    quiet(as_json)
+    opened = AdapterStore.from_pretrained(store)
+    freed = opened.compact()
+    text = f"{len(opened)} adapters, {max(freed, 0) / 1e6:.2f} MB became free."
+    _done({"path": store, "n_adapters": len(opened), "freed_bytes": freed}, as_json, text)
+
+
+@store_app.command()
+def rebase(
+    store: Store,
+    subspace: Annotated[str, typer.Argument(help="Folder or Hub id of the new subspace, of the same modules.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Write a store with all members moved to other bases, and show what that loses.
+
+    Example: eigenpeft store rebase store wider-subspace --out wider-store
+    """
+    quiet(as_json)
+    bases = PrincipalSubspace.from_pretrained(subspace)
+    moved = AdapterStore.from_pretrained(store).rebase(bases, save_directory=out)
+    summary = store_summary(moved)
+    if as_json:
+        print_json({"path": str(out), **summary})
+        return
+    console.print(adapter_table(summary))
+    console.print(f"Wrote {escape(str(out))}: {len(moved)} adapters.")
+
+
+def _open_or_make(store: str, subspace: str | None) -> AdapterStore:
+    if subspace is None or Path(store).exists():
+        opened = AdapterStore.from_pretrained(store)
+        if subspace is not None and PrincipalSubspace.from_pretrained(subspace) != opened.subspace:
+            raise EigenPeftError(f"--subspace {subspace!r} is not the subspace of the store {store!r}; leave it out.")
+        return opened
+    made = AdapterStore(PrincipalSubspace.from_pretrained(subspace))
+    made.save_pretrained(store)
+    return made
+
+
+def _adapters_in(source: str) -> list[str]:
+    """The folders of adapters in a folder, if it is not one itself."""
+    folder = Path(source)
+    if not folder.is_dir() or _is_adapter(folder):
+        return [source]
+    return sorted(str(child) for child in folder.iterdir() if child.is_dir() and _is_adapter(child)) or [source]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME))
+
+
+def _done(summary: dict[str, Any], as_json: bool, text: str) -> None:
+    if as_json:
+        print_json(summary)
+    else:
+        console.print(escape(text))
