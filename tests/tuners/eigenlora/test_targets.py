@@ -3,11 +3,12 @@
 import warnings
 
 import pytest
-from peft import get_peft_model
+import torch
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from eigenpeft import EigenLoraConfig, PrincipalSubspace
+from eigenpeft import EigenLoraConfig, PrincipalSubspace, export_lora
 from eigenpeft.errors import AdapterConfigError
 from tests.tuners.conftest import random_subspace, tiny_llama
 
@@ -61,3 +62,46 @@ def test_one_subspace_is_not_put_on_two_towers():
         get_peft_model(towers, EigenLoraConfig(subspace=subspace, r=2))
     names = [f"text.{name}" for name in subspace]
     assert adapted(get_peft_model(towers, EigenLoraConfig(subspace=subspace, r=2, target_modules=names))) == names
+
+
+class Towers(nn.Module):
+    """One tower inside another's name: "layers.0.q" and "vision.layers.0.q"."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)})])
+        self.vision = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)})])})
+
+    def forward(self, x):
+        return self.layers[0]["q"](x) + self.vision["layers"][0]["q"](2 * x)
+
+
+def test_a_name_inside_a_longer_one_is_not_adapted_with_it(tmp_path):
+    subspace = random_subspace(Towers(), ["layers.0.q"], n_components=4)
+    subspace = PrincipalSubspace({"layers.0.q": subspace["layers.0.q"]})
+    model = get_peft_model(Towers(), EigenLoraConfig(subspace=subspace, r=2, init_lora_weights=False))
+    assert adapted(model) == ["layers.0.q"]
+    x = torch.randn(3, 8)
+    expected = model(x)
+    model.save_pretrained(tmp_path / "ours")
+    assert adapted(PeftModel.from_pretrained(Towers(), tmp_path / "ours")) == ["layers.0.q"]
+    export_lora(model, tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of modules without tensors
+        plain = PeftModel.from_pretrained(Towers(), tmp_path / "lora")
+    assert adapted(plain) == ["layers.0.q"]
+    torch.testing.assert_close(plain(x), expected)
+
+
+def test_two_modules_never_share_one_basis():
+    subspace = PrincipalSubspace(
+        {"layers.0.q": random_subspace(Towers(), ["layers.0.q"], n_components=4)["layers.0.q"]}
+    )
+    with pytest.raises(
+        AdapterConfigError, match=r"'layers.0.q' and 'vision.layers.0.q' are both targeted and both fit"
+    ):
+        get_peft_model(Towers(), EigenLoraConfig(subspace=subspace, r=2, target_modules=["q"]))
+    pattern = EigenLoraConfig(subspace=subspace, r=2, exclude_modules="nothing")
+    with pytest.raises(AdapterConfigError, match=r"'vision.layers.0.q' would be adapted too, .* is a pattern"):
+        get_peft_model(Towers(), pattern)

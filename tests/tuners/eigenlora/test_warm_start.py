@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, CollectionError
+from tests.factories import random_factors, write_adapter
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
 from tests.tuners.layers.test_kinds import KINDS
@@ -171,3 +173,40 @@ def test_layers_with_many_updates_take_no_warm_start(kind, what, tmp_path):
     config = EigenLoraConfig(subspace=subspace, init_from=str(tmp_path), **common)
     with pytest.raises(AdapterConfigError, match=f"is one update for '{module}', which has {what}"):
         get_peft_model(base, config)
+
+
+def test_what_a_warm_start_leaves_out_is_named(tokens, tmp_path):
+    options = {"r": 2, "task_type": "CAUSAL_LM"}
+    wide = LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], modules_to_save=["lm_head"], **options)
+    model = get_peft_model(tiny_llama(), wide)
+    train(model, tokens, steps=1)
+    model.save_pretrained(tmp_path / "wide")
+    subspace = random_subspace(tiny_llama(), ["q_proj", "v_proj"])
+    config = EigenLoraConfig(subspace=subspace, init_from=str(tmp_path / "wide"), target_modules=["q_proj"], **options)
+    with pytest.warns(UserWarning, match="starts without") as caught:
+        get_peft_model(tiny_llama(), config)
+    said = next(str(warning.message) for warning in caught if "starts without" in str(warning.message))
+    assert "2 modules that are not in the subspace: 'model.layers.0.self_attn.o_proj'" in said
+    assert "2 modules that the new adapter does not adapt: 'model.layers.0.self_attn.v_proj'" in said
+    assert (
+        "1 tensors that are no updates of weights (heads, biases or tokens): 'base_model.model.lm_head.weight'" in said
+    )
+
+
+def test_a_whole_warm_start_says_nothing(architecture, trained, recwarn):
+    config = EigenLoraConfig(subspace=str(trained / "subspace"), r=4, init_from=str(trained / "first"))
+    get_peft_model(architecture[0](), config)
+    assert not any("starts without" in str(warning.message) for warning in recwarn)
+
+
+def test_two_modules_of_an_adapter_that_fit_one_basis_are_refused(tmp_path):
+    factors = random_factors(modules={"text.layers.0.q": (8, 8), "vision.layers.0.q": (8, 8)}, rank=2)
+    write_adapter(tmp_path / "towers", factors)
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)})])})
+    config = EigenLoraConfig(
+        subspace=random_subspace(model, ["q"], n_components=4), r=2, init_from=str(tmp_path / "towers")
+    )
+    with pytest.raises(
+        AdapterConfigError, match=r"'text.layers.0.q' and 'vision.layers.0.q' both fit the subspace's one"
+    ):
+        get_peft_model(model, config)

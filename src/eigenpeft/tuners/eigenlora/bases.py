@@ -31,6 +31,7 @@ class Injection:
         subspace: The subspace; None for components that the adapter's own file brings.
         warm_start: Where `init_from` leads; None for a start at zero.
         names: Modules of the model to those of the subspace, where these are known.
+        placed: Modules of the subspace to those of the model, as far as they have been adapted.
         cut: Banks cut to the number of components asked for, filled as layers need them.
         shared: Components in memory that layers share, filled as layers need them.
     """
@@ -38,8 +39,26 @@ class Injection:
     subspace: PrincipalSubspace | None
     warm_start: WarmStart | None
     names: Mapping[str, str]
+    placed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, ModuleSubspace] = field(default_factory=dict)
     shared: dict[Any, Basis] = field(default_factory=dict)
+
+    def place(self, name: str, module: str) -> None:
+        """Note that a module of the model takes the bases of a module of the subspace.
+
+        Args:
+            name: Module of the subspace.
+            module: Module of the model.
+
+        Raises:
+            AdapterConfigError: If another module of the model has taken them.
+        """
+        other = self.placed.setdefault(name, module)
+        if other != module:
+            raise AdapterConfigError(
+                f"{other!r} and {module!r} are both targeted and both fit the subspace's one module {name!r}. Name the one "
+                "that is meant in full with target_modules=[...], or leave the other out with exclude_modules=[...]."
+            )
 
 
 def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:

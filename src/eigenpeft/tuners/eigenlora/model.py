@@ -27,6 +27,7 @@ from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
+from eigenpeft.tuners.host.target_names import exclude, strays
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
 
@@ -57,11 +58,16 @@ class EigenLoraModel(FactorModel):
             shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
         matches = match_modules(model, shapes or config.embedded_n_components or (), shapes=shapes)
         if config.target_modules is None and not config.target_parameters:
-            config.target_modules = matching_modules(model, matches, config)  # pyright: ignore[reportAttributeAccessIssue]
+            wanted = matching_modules(model, matches, config)
+            config.target_modules = wanted  # pyright: ignore[reportAttributeAccessIssue]
+            exclude(config, strays(model, wanted))
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
-        yield Injection(subspace, warm_start, matches.found)
+        given = Injection(subspace, warm_start, matches.found)
+        yield given
+        if warm_start is not None:
+            warm_start.report(given.placed)
         config.note_start()
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
@@ -71,9 +77,11 @@ class EigenLoraModel(FactorModel):
         """`FactorModel.swap`: coefficients on the module's components in the place of both of LoRA's factors.
 
         Raises:
-            AdapterConfigError: If the subspace does not fit the layer, or a warm start is not defined for it.
+            AdapterConfigError: If the subspace does not fit the layer, another layer has taken its bases, or a warm start is not
+                defined for it.
         """
         name, basis = basis_for(layer, given, config, module)
+        given.place(name, module)
         core = core_kind(config.core)
         parts = start(layer, adapter_name, basis=basis, config=config, module=module)
         if given.warm_start is not None and name in given.warm_start.modules:

@@ -16,6 +16,7 @@ from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.files.store_export import contents_of_member
+from eigenpeft.tuners.host.target_names import strays
 from eigenpeft.tuners.layers.convolution import is_convolution
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name
 
@@ -107,6 +108,8 @@ def contents_of_model(model: nn.Module, name: str) -> Contents:
     ]
     if not updates:
         raise AdapterConfigError(f"{name!r} adapts no layer of the model; there is nothing to export.")
+    base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    fields["exclude_modules"] = strays(base, {update.target for update in updates if update.kind == "module"}) or None
     own = tuple(f"{path}.lora_" for path in layers)
     state = get_peft_model_state_dict(inner, adapter_name=name)
     others = {
