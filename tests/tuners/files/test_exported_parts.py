@@ -96,10 +96,12 @@ def test_wrapped_models_are_exported_as_the_model_inside(tmp_path, tokens, kind,
     torch.testing.assert_close(logits(plain, tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_base_compiled_before_it_was_adapted_is_exported_under_its_own_names(tmp_path, tokens, monkeypatch):
+@pytest.mark.parametrize("kind", ["eigenlora", "moslora"])
+def test_a_base_compiled_before_it_was_adapted_is_exported_under_its_own_names(tmp_path, tokens, monkeypatch, kind):
     monkeypatch.setattr(torch._dynamo.config, "disable", True)  # the wrapper and its names, without a compiler
-    config = configs(modules_to_save=["lm_head"])["moslora"]
+    config = configs(modules_to_save=["lm_head"])[kind]
     model = get_peft_model(torch.compile(base()), config)
+    assert not any("_orig_mod" in name for name in model.peft_config["default"].target_modules)
     expected = train(model, tokens, steps=2)
     export_lora(model, tmp_path)
     assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from eigenpeft.collection.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import match_modules
@@ -58,7 +59,7 @@ class EigenLoraModel(FactorModel):
             shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
         matches = match_modules(model, shapes or config.embedded_n_components or (), shapes=shapes)
         if config.target_modules is None and not config.target_parameters:
-            wanted = matching_modules(model, matches, config)
+            wanted = {without_wrappers(name) for name in matching_modules(model, matches, config)}
             config.target_modules = wanted  # pyright: ignore[reportAttributeAccessIssue]
             exclude(config, strays(model, wanted))
         if subspace is not None and subspace.info.fan_in_fan_out:

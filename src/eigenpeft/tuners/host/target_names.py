@@ -5,6 +5,7 @@ from collections.abc import Collection
 from peft import LoraConfig
 from torch import nn
 
+from eigenpeft.collection.keys import without_wrappers
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 
@@ -13,7 +14,7 @@ def strays(model: nn.Module, targets: Collection[str]) -> list[str]:
     """The modules that PEFT would adapt besides the targets, because their names end in a target's.
 
     Args:
-        model: Model of the targets, with or without adapters.
+        model: Model of the targets, with or without adapters, compiled or not.
         targets: Names of modules in full.
 
     Example:
@@ -22,7 +23,7 @@ def strays(model: nn.Module, targets: Collection[str]) -> list[str]:
         ['vision.q']
     """
     targets = set(targets)
-    names = dict.fromkeys(name.removesuffix(".base_layer") for name, _ in model.named_modules())
+    names = dict.fromkeys(without_wrappers(name).removesuffix(".base_layer") for name, _ in model.named_modules())
     return [name for name in names if name not in targets and _ends_in_one(name, targets)]
 
 
