@@ -44,6 +44,7 @@ def read_adapter(
     subspace: PrincipalSubspace,
     *,
     allow_different_base_models: bool = False,
+    in_part: bool = False,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -54,6 +55,7 @@ def read_adapter(
         source: Folder or Hub id of one adapter of peft_type EIGENLORA or LORA.
         subspace: Bases of the store.
         allow_different_base_models: Take a LoRA adapter whose config names another base model than the subspace's.
+        in_part: Leave out modules of a LoRA adapter that the subspace lacks; the member's record has them as `left_out`.
         token: Token for the Hub.
         cache_dir: Download cache.
         local_files_only: Use downloaded files only.
@@ -71,7 +73,9 @@ def read_adapter(
             "or use AdapterStore.from_collection."
         )
     (location,) = locations
-    return location.name, _read(location, subspace, allow_different_base_models=allow_different_base_models)
+    return location.name, _read(
+        location, subspace, allow_different_base_models=allow_different_base_models, in_part=in_part
+    )
 
 
 def read_model(model: Any, subspace: PrincipalSubspace, *, adapter_name: str) -> AdapterMember:
@@ -98,13 +102,16 @@ def read_model(model: Any, subspace: PrincipalSubspace, *, adapter_name: str) ->
     return replace(member, record={**member.record, "source": "a model in memory"})
 
 
-def projected(collection: AdapterCollection, name: str, subspace: PrincipalSubspace) -> AdapterMember:
+def projected(
+    collection: AdapterCollection, name: str, subspace: PrincipalSubspace, *, in_part: bool = False
+) -> AdapterMember:
     """One LoRA adapter of a collection, projected on the bases; what is lost is measured, and the rest is kept exactly.
 
     Args:
         collection: Opened adapters.
         name: Which of them.
         subspace: The bases.
+        in_part: As for `read_adapter`.
 
     Raises:
         SubspaceError: If it adapts a module that is not in the subspace, or has trained biases of its factors.
@@ -113,11 +120,12 @@ def projected(collection: AdapterCollection, name: str, subspace: PrincipalSubsp
     only = collection.subset([name])
     found = {module: subspace.find(module) for module in only.modules}
     unknown = [module for module, own in found.items() if own is None]
-    if unknown:
+    if unknown and (not in_part or len(unknown) == len(found)):
         raise SubspaceError(
             f"{len(unknown)} of the {len(found)} adapted modules are not in the subspace, such as {unknown[0]!r}, in the "
             f"adapter {name!r}. Build the subspace from a collection that adapts them, or leave out the adapters that do."
         )
+    found = {module: own for module, own in found.items() if own is not None}
     _refuse_double(name, found)
     kept = {key: tensor for key, tensor in only.read_kept_aside(name).items() if not _DROPPED.search(key)}
     biases = [key for key in kept if _FACTOR_BIAS.search(key)]
@@ -128,14 +136,14 @@ def projected(collection: AdapterCollection, name: str, subspace: PrincipalSubsp
         )
     original = {new: old for old, new in only.aligned(name).items()}
     cores, errors, paths = {}, {}, {}
-    for module, own in sorted(found.items(), key=lambda pair: natural_order(str(pair[1]))):
-        assert own is not None
+    for module, own in sorted(found.items(), key=lambda pair: natural_order(pair[1])):
         pair = only.factors(module)[0]
         cores[own] = subspace.project({own: (pair.lora_B, pair.lora_A)})[own]
         errors[own] = relative_error(pair.lora_B, pair.lora_A, subspace[own])
         paths[own] = original.get(module, module)
     config = _short_config(_config_of(Path(only[name].weights_path).parent))
-    return AdapterMember(cores, {**only[name].record(), "config": config}, kept, errors, paths)
+    left_out = {"left_out": unknown} if unknown else {}
+    return AdapterMember(cores, {**only[name].record(), "config": config, **left_out}, kept, errors, paths)
 
 
 def relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> float:
@@ -155,7 +163,9 @@ def relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> flo
     return float(residual) / norm
 
 
-def _read(location: Location, subspace: PrincipalSubspace, *, allow_different_base_models: bool) -> AdapterMember:
+def _read(
+    location: Location, subspace: PrincipalSubspace, *, allow_different_base_models: bool, in_part: bool = False
+) -> AdapterMember:
     if _config_of(location.folder).get("peft_type") == "EIGENLORA":
         return _trained(location, subspace)
     opened, problems = open_adapter(location, embeddings=bool(subspace.info.embeddings))
@@ -164,7 +174,7 @@ def _read(location: Location, subspace: PrincipalSubspace, *, allow_different_ba
     with AdapterCollection([opened]) as collection:
         if not allow_different_base_models:
             _check_base(collection[location.name], subspace)
-        return projected(collection, location.name, subspace)
+        return projected(collection, location.name, subspace, in_part=in_part)
 
 
 def _trained(location: Location, subspace: PrincipalSubspace) -> AdapterMember:
@@ -279,7 +289,7 @@ def _check_base(adapter: SourceAdapter, subspace: PrincipalSubspace) -> None:
         )
 
 
-def _refuse_double(name: str, found: Mapping[str, str | None]) -> None:
+def _refuse_double(name: str, found: Mapping[str, str | None] | Mapping[str, str]) -> None:
     by_module: dict[str | None, list[str]] = {}
     for path, module in found.items():
         by_module.setdefault(module, []).append(path)

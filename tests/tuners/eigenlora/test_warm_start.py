@@ -10,7 +10,7 @@ from torch import nn
 
 from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, CollectionError
-from tests.factories import random_factors, write_adapter
+from tests.factories import random_factors, tiny_bert, write_adapter
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import is_conv1d, random_subspace, tiny_gpt2, tiny_llama, train
 from tests.tuners.layers.test_kinds import KINDS
@@ -112,7 +112,7 @@ def test_an_adapter_of_other_modules_is_refused(tmp_path, tokens):
     train(model, tokens)
     model.save_pretrained(tmp_path / "other")
     subspace = random_subspace(tiny_gpt2(), ["c_attn"])
-    with pytest.raises(AdapterConfigError, match="none of its modules"):
+    with pytest.raises(AdapterConfigError, match="2 of the 2 adapted modules are not in the subspace"):
         get_peft_model(tiny_gpt2(), EigenLoraConfig(subspace=subspace, r=2, init_from=str(tmp_path / "other")))
 
 
@@ -207,6 +207,48 @@ def test_two_modules_of_an_adapter_that_fit_one_basis_are_refused(tmp_path):
         subspace=random_subspace(model, ["q"], n_components=4), r=2, init_from=str(tmp_path / "towers")
     )
     with pytest.raises(
-        AdapterConfigError, match=r"'text.layers.0.q' and 'vision.layers.0.q' both fit the subspace's one"
+        AdapterConfigError, match=r"'text.layers.0.q', 'vision.layers.0.q', which all fit the subspace's one"
     ):
         get_peft_model(model, config)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A subspace, and the folder and store member of one trained classifier in it, with its logits."""
+    subspace = random_subspace(tiny_bert(), ("query", "value"), n_components=6)
+    subspace.save_pretrained(tmp_path / "subspace")
+    config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=3, lora_alpha=7, core="full", task_type="SEQ_CLS")
+    model = get_peft_model(tiny_bert(), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    store = AdapterStore(subspace)
+    store.add(model, name="one")
+    store.save_pretrained(tmp_path / "store")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model(torch.arange(1, 13)[None]).logits
+
+
+@pytest.mark.parametrize("source", ["adapter", "store#one"])
+@pytest.mark.parametrize("lora_alpha", [7, 5])
+def test_a_classifier_starts_with_its_head(classifier, source, lora_alpha):
+    folder, expected = classifier
+    options = {"subspace": str(folder / "subspace"), "r": 3, "lora_alpha": lora_alpha, "core": "full"}
+    config = EigenLoraConfig(**options, task_type="SEQ_CLS", init_from=str(folder / source))
+    model = get_peft_model(tiny_bert(), config).eval()
+    torch.testing.assert_close(model(torch.arange(1, 13)[None]).logits, expected, atol=1e-6, rtol=0)
+    with model.disable_adapter():
+        base = model(torch.arange(1, 13)[None]).logits
+    torch.testing.assert_close(base, tiny_bert()(torch.arange(1, 13)[None]).logits)
+
+
+def test_a_head_of_another_width_starts_afresh_and_is_named(classifier):
+    folder, _ = classifier
+    options = {"subspace": str(folder / "subspace"), "r": 3, "core": "full", "task_type": "SEQ_CLS"}
+    config = EigenLoraConfig(**options, init_from=str(folder / "store#one"))
+    with pytest.warns(
+        UserWarning, match=r"2 tensors that are no updates of weights .*: 'base_model\.model\.classifier\.bias'"
+    ):
+        get_peft_model(tiny_bert(num_labels=5), config)

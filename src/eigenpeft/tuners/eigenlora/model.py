@@ -68,7 +68,7 @@ class EigenLoraModel(FactorModel):
         given = Injection(subspace, warm_start, matches.found)
         yield given
         if warm_start is not None:
-            warm_start.report(given.placed)
+            warm_start.report(given.placed, warm_start.fill_heads(model, adapter_name))
         config.note_start()
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
