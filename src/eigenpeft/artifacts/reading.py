@@ -83,6 +83,18 @@ def _read_into(descriptor: int, view: memoryview, start: int) -> int:
     return len(part)
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder of that name; a name that no file system takes names none.
+
+    Args:
+        path: Any text: longer than names may be, with NUL characters, or a Hub id.
+    """
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: str | Path, *, limit: int) -> bytes:
     """All of a regular file that has at most `limit` bytes.
 

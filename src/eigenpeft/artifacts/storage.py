@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.artifacts.manifest import MANIFEST, UNFINISHED_MANIFEST
-from eigenpeft.artifacts.reading import read_json
+from eigenpeft.artifacts.reading import is_folder, read_json
 from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.errors import ArtifactError, SubspaceNotFoundError
 
@@ -153,7 +153,7 @@ def locate(
     """
     label = " or ".join(dict.fromkeys(kind.label for kind in kinds))
     folder, commit = Path(path_or_id), None
-    if not folder.is_dir():
+    if not is_folder(folder):
         try:
             folder = Path(
                 snapshot_download(

@@ -86,6 +86,11 @@ def audit_adapters(
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
     names = _enough(collection, untrained)
+    # More than the adapters' ranks or the widths allow there are not, in any module.
+    n_components = min(
+        n_components,
+        max(min(sum(collection.ranks(module).values()), *collection.shapes[module]) for module in collection.modules),
+    )
     groups = independent_groups(names, findings)
     measured = _measured(
         collection, groups=groups, n_components=n_components, n_nulls=n_nulls, seed=seed, progress=progress

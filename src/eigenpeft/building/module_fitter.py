@@ -174,6 +174,12 @@ class ModuleFitter:
                     generator=seeded_generator(self.seed, module, side),
                 )
                 sides[side] = torch.cat([components, extra.to(components.dtype)])
+        largest = torch.cat([fitted.singular_values_in, fitted.singular_values_out]).max()
+        if not largest.float().isfinite():
+            raise ValueError(
+                f"its singular values reach {float(largest):.3g}, more than a file's float32 holds: an adapter diverged; leave "
+                "it out, or pass weighting='equal'."
+            )
         return ModuleSubspace(
             components_in=sides["in"].float(),
             components_out=sides["out"].float(),

@@ -14,6 +14,8 @@ from eigenpeft.collection.keys import natural_order
 from eigenpeft.collection.weights import WeightsFile, file_sha256
 from eigenpeft.errors import CollectionError
 
+_LARGEST = 1e60
+
 
 @dataclass(frozen=True)
 class AdapterFactors:
@@ -164,5 +166,10 @@ class OpenAdapter:
                 raise ValueError(
                     f"has {n_bad} of {values.numel()} numbers NaN or infinite in {factor} of {module!r}; it diverged or "
                     "was damaged, leave it out"
+                )
+            # Only float64 reaches so far, and the squares of updates leave it.
+            if dtype == torch.float64 and values.numel() and (largest := float(values.abs().max())) > _LARGEST:
+                raise ValueError(
+                    f"has numbers as large as {largest:.3g} in {factor} of {module!r}; it diverged, leave it out"
                 )
         return AdapterFactors(adapter=self.info.name, lora_A=lora_A, lora_B=lora_B)

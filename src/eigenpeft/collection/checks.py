@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from eigenpeft.collection.adapter import OpenAdapter
+from eigenpeft.collection.base_models import canonical_base
 from eigenpeft.collection.keys import natural_order
 from eigenpeft.collection.opening import some
 
@@ -24,7 +25,7 @@ def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
     for member in members:
         # A config that names no base model contradicts nobody.
         if member.info.base_model:
-            by_base.setdefault(member.info.base_model, []).append(member.info.name)
+            by_base.setdefault(canonical_base(member.info.base_model), []).append(member.info.name)
     if len(by_base) < 2:
         return []
     listed = "; ".join(

@@ -13,7 +13,11 @@ _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])
 # Trained with the factors but no part of a matrix B A: biases, embedding factors unless they are asked for; VeLoRA's is
 # needed in training only.
 _ASIDE = re.compile(r"\.lora_(?:B(?:\.[^.]+)?\.bias|embedding_[AB](?:\.[^.]+)?|velora_\w+(?:\..+)?)$")
-_LORA = re.compile(r"\.lora_(?P<word>\w+)")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<word>\w+)")
+# Tensors by which PEFT's variants, its relatives and other tools are known, wherever they stand.
+_VARIANTS = frozenset(
+    {"A", "B", "AB", "E", "ranknum", "diag", "magnitude_vector", "monteclora_sampler", "down", "up", "mid", "a", "b"}
+)
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,13 @@ class ParsedKey:
     Attributes:
         kind: "factor" for lora_A and lora_B; "aside" for tensors that are no part of a weight update B A (heads, biases,
             base weights, and embedding factors unless they are asked for); "foreign" for LoRA tensors of a method other
-            than plain LoRA.
-        module: Canonical name of the adapted module, for factors.
+            than plain LoRA; "doubtful" for a name with `lora_` that is foreign if its module is adapted, and else aside.
+        module: Canonical name of the module that a factor, a foreign or a doubtful tensor belongs to.
         factor: "A" or "B", for factors.
         adapter: Name of the adapter inside the key (`.lora_A.default.weight`), if it has one.
     """
 
-    kind: Literal["factor", "aside", "foreign"]
+    kind: Literal["factor", "aside", "foreign", "doubtful"]
     module: str = ""
     factor: str = ""
     adapter: str | None = None
@@ -50,8 +54,10 @@ def parse_key(key: str, *, embeddings: bool = False) -> ParsedKey:
     """
     if match := _FACTOR.fullmatch(key) or (_EMBEDDING_FACTOR.fullmatch(key) if embeddings else None):
         return ParsedKey("factor", canonical_module(match["module"]), match["factor"], match["adapter"])
-    if _LORA.search(key) and not _ASIDE.search(key):
-        return ParsedKey("foreign")
+    if (match := _LORA.match(key)) and not _ASIDE.search(key):
+        # A head may be called "lora_head": such a tensor is only of another method where it belongs to an adapted module.
+        kind = "foreign" if match["word"] in _VARIANTS else "doubtful"
+        return ParsedKey(kind, canonical_module(match["module"]))
     return ParsedKey("aside")
 
 
@@ -62,8 +68,10 @@ def canonical_module(name: str) -> str:
         name: Key without its `.lora_A.weight` ending.
     """
     name = without_wrappers(name)
-    # DistributedDataParallel's "module." is only recognisable in front of PEFT's own prefix.
-    return name.removeprefix("module.").removeprefix(_PREFIX) if _PREFIX in name else name
+    # A PeftModel inside another one, or a wrapper around it, puts its own prefix in front of PEFT's: only what follows the
+    # last one is the base model's own name. DistributedDataParallel's "module." is only recognisable beside it.
+    _, prefix, own = f".{name}".rpartition(f".{_PREFIX}")
+    return own.removeprefix("module.") if prefix else name
 
 
 def without_wrappers(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from eigenpeft.collection.adapter import FactorLocation, OpenAdapter, SourceAdapter
 from eigenpeft.collection.keys import ParsedKey, natural_order, parse_key
+from eigenpeft.collection.other_tools import format_of_keys
 from eigenpeft.collection.settings import LoraSettings, licence_of, read_settings
 from eigenpeft.collection.sources import Location
 from eigenpeft.collection.weights import WeightsFile, open_weights
@@ -87,7 +88,14 @@ def _problems_of_names(names: Iterable[str]) -> list[str]:
 
 
 def _problems_of_keys(parsed: Mapping[str, ParsedKey]) -> list[str]:
-    foreign = [key for key, part in parsed.items() if part.kind == "foreign"]
+    adapted = {part.module for part in parsed.values() if part.kind == "factor"}
+    foreign = [
+        key
+        for key, part in parsed.items()
+        if part.kind == "foreign" or (part.kind == "doubtful" and part.module in adapted)
+    ]
+    if (found := format_of_keys(parsed)) is not None:
+        return [found]
     if foreign:
         return [
             f"has {len(foreign)} LoRA tensors that plain LoRA does not have, {some(foreign)}: its update is not s B A; "

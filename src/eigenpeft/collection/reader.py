@@ -65,10 +65,10 @@ class AdapterCollection:
         """Open adapters by their configs and headers; no tensor is read yet.
 
         Args:
-            sources: Folders of adapters, folders whose direct subfolders are adapters, and Hub ids ("owner/name" or
-                "owner/name@revision"), one or many, in any mix. What exists on disk is taken from disk. An adapter that
-                is named twice counts once. Adapters are named after their folder or repository; namesakes get their
-                parent's name in front.
+            sources: Folders of adapters, folders whose direct subfolders are adapters, and Hub ids ("owner/name",
+                "owner/name@revision", or "owner/name/subfolder" for an adapter inside a repository), one or many, in any
+                mix. What exists on disk is taken from disk. An adapter that is named twice counts once. Adapters are
+                named after their folder or repository; namesakes get their parent's name in front.
             allow_different_base_models: Take adapters whose configs name different base models (or local copies of one
                 model under different paths), as long as shapes fit.
             embeddings: Read the factors of embeddings too, as updates (embedding_dim, num_embeddings) with one input feature

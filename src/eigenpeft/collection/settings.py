@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenpeft.artifacts.reading import read_json, read_start
+from eigenpeft.collection.other_tools import format_of_config
 from eigenpeft.collection.patterns import PatternTable
 
 CONFIG_NAME = "adapter_config.json"
@@ -196,6 +197,8 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
     kind = str(config.get("peft_type")).upper()
     if kind in ("EIGENLORA", "MOSLORA"):
         return [f"is of peft_type {kind!r}; write it as a plain LoRA adapter first, with eigenpeft.export_lora"]
+    if (found := format_of_config(config)) is not None:
+        return [found]
     if kind != "LORA":
         return [f"is of peft_type {config.get('peft_type')!r}; only 'LORA' has an update s B A to take apart"]
     problems = [

@@ -10,11 +10,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.other_tools import format_of_folder
 from eigenpeft.collection.settings import CONFIG_NAME
 from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
 
 _HUB_FILES = (CONFIG_NAME, "adapter_model.*", "README.md")
-_HUB_ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?:@(?P<revision>\S+))?", re.ASCII)
+_HUB_ID = re.compile(
+    r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?(?:@(?P<revision>\S+))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def locate(
     """Find the adapters that are meant; those on the Hub are downloaded (config, weights and README alone).
 
     Args:
-        sources: Adapter folders, folders of adapter folders, Hub ids "owner/name" or "owner/name@revision", in any mix.
+        sources: Adapter folders, folders of adapter folders, Hub ids "owner/name", "owner/name@revision" or
+            "owner/name/subfolder", in any mix.
             What exists on disk is taken from disk. A folder that is named twice counts once.
         token: Token for the Hub.
         cache_dir: Download cache; the Hub's default.
@@ -83,6 +87,8 @@ def _local(path: Path, *, source: str) -> list[Location]:
         for child in children
         if _looks_like_adapter(child) and not child.name.startswith(".")
     ]
+    if not found and (other := format_of_folder(path)) is not None:
+        raise ValueError(other)
     if not found:
         raise ValueError(f"has no {CONFIG_NAME}, neither in itself nor in a folder directly below it")
     return found
@@ -97,13 +103,17 @@ def _from_hub(
     source: str, *, token: str | bool | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> Location:
     match = _HUB_ID.fullmatch(source)
-    if match is None or source.startswith((".", "~")):
-        raise ValueError("is no folder here and no Hub id of the form 'owner/name' or 'owner/name@revision'")
+    subfolder = match["subfolder"] if match else None
+    if match is None or source.startswith((".", "~")) or {".", ".."} & set((subfolder or "").split("/")):
+        raise ValueError(
+            "is no folder here and no Hub id of the form 'owner/name', 'owner/name@revision' or, for an adapter in a "
+            "subfolder of a repository, 'owner/name/subfolder'"
+        )
     try:
         folder = snapshot_download(
             f"{match['owner']}/{match['repo']}",
             revision=match["revision"],
-            allow_patterns=list(_HUB_FILES),
+            allow_patterns=[f"{subfolder}/{name}" if subfolder else name for name in _HUB_FILES],
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -113,7 +123,13 @@ def _from_hub(
         raise ValueError(
             f"is no folder here, and as a Hub id it cannot be had ({type(error).__name__}: {reason})"
         ) from error
-    return Location(_label(match["repo"]), source, Path(folder), revision=Path(folder).name)
+    found = Path(folder, subfolder) if subfolder else Path(folder)
+    if not _looks_like_adapter(found):
+        raise ValueError(
+            f"was found on the Hub, but has no {CONFIG_NAME} there; if its adapters are in subfolders, name one: "
+            f"'{match['owner']}/{match['repo']}/subfolder'"
+        )
+    return Location(_label(found.name if subfolder else match["repo"]), source, found, revision=Path(folder).name)
 
 
 def _label(name: str) -> str:

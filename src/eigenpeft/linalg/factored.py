@@ -149,7 +149,9 @@ def balancing(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> Bal
     u, values, vh = torch.linalg.svd(root_out @ root_in.mT, full_matrices=False)
     # Factors that cancel (B A = 0, neither of them 0) leave rounding noise, which must not count as rank.
     floor = torch.finfo(dtype).eps * root_out.norm() * root_in.norm()
-    rank = int((values[: numerical_rank(values.to(dtype))] > floor).sum())
+    # Relative to the largest one before the cast: float32 ends at 1e38, and products of factors do not.
+    relative = (values / values[:1].clamp(min=torch.finfo(torch.float64).tiny)).to(dtype)
+    rank = int((values[: numerical_rank(relative)] > floor).sum())
     scale = values[:rank].rsqrt()
     return Balancing(
         out_side=root_in.mT @ vh[:rank].mT * scale,

@@ -72,7 +72,8 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
         weighting: "equal" gives each ΔW unit Frobenius norm, "energy" leaves it.
 
     Returns:
-        `Stacks`, without rows if every update is zero; float64 if a factor is, else float32.
+        `Stacks`, without rows if every update is zero; float64 if a factor is, or if an update is so large or small that
+        rows or weights of it would leave float32's range; else float32.
 
     Raises:
         ValueError: If the weighting is unknown, there are no factors, or their outer sizes differ.
@@ -86,7 +87,7 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
     write = _write_raw if rows == "raw" else _write_balanced
     for lora_B, lora_A in factors:
         m, n = len(lora_B), lora_A.shape[1]
-        dtype = torch.float64 if torch.float64 in (lora_A.dtype, lora_B.dtype) else torch.float32
+        dtype = torch.float32 if _fits_float32(lora_B, lora_A) else torch.float64
         shapes.append((m, n))
         if shapes[-1] != shapes[0]:
             continue  # only to name all shapes
@@ -158,6 +159,16 @@ def share_curve(
     for core in cores(stacks, coefficients_in, coefficients_out):
         energy += core.square()
     return leading_energies(energy) / stacks.energy
+
+
+def _fits_float32(lora_B: Tensor, lora_A: Tensor) -> bool:
+    """Whether all of an adapter's rows and weights fit: they go from 1 / ‖ΔW‖ to ‖ΔW‖, and ‖ΔW‖ is at most ‖B‖ ‖A‖."""
+    if torch.float64 in (lora_A.dtype, lora_B.dtype):
+        return False
+    bound = float(torch.linalg.vector_norm(lora_B, dtype=torch.float64)) * float(
+        torch.linalg.vector_norm(lora_A, dtype=torch.float64)
+    )
+    return bound == 0.0 or 1e-18 < bound < 1e18
 
 
 def _write_balanced(

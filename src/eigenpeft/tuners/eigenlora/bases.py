@@ -18,7 +18,15 @@ from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
 from eigenpeft.tuners.layers.linear import InputFactor
-from eigenpeft.tuners.layers.shared_bases import Basis, attach_basis, attach_empty_basis, recall, resolve
+from eigenpeft.tuners.layers.shared_bases import (
+    Basis,
+    attach_basis,
+    attach_empty_basis,
+    drop_unused_bases,
+    fill_basis,
+    recall,
+    resolve,
+)
 
 _EMBEDDED = {"lora_A": "components_in", "lora_B": "components_out"}
 
@@ -82,6 +90,13 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
             )
         place = config.subspace if isinstance(config.subspace, str) else None
         subspace = resolve(place, revision=config.subspace_revision, sha256=config.subspace_sha256)
+        if config.subspace_sha256 is None and config.is_from_file:
+            warnings.warn(
+                f"The adapter's config has no fingerprint of its subspace (subspace_sha256), so that nothing says whether "
+                f"{place!r} holds the components that it was trained on. Its outputs are right only if it does; write "
+                f"{subspace.fingerprint!r} into its config once you know.",
+                stacklevel=2,
+            )
     return subspace
 
 
@@ -227,20 +242,52 @@ def embedded_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def fill_embedded(model: nn.Module, adapter_name: str, embedded: Mapping[str, Tensor]) -> None:
-    """Put saved components where `attach_empty_basis` left zeros.
+    """Give an adapter the components of its own file; those of other adapters stay what they are.
 
     Args:
         model: Adapted model.
         adapter_name: Adapter.
         embedded: As `embedded_tensors` gave them.
+
+    Raises:
+        AdapterConfigError: If components are missing, of another shape, or not finite.
     """
-    for path, _, basis in adapted_layers(model, adapter_name):
-        for factor, side in _EMBEDDED.items():
-            key = f"{path}.{factor}.components"
-            saved = embedded.get(key, embedded.get(f"base_model.model.{key}"))
-            if saved is not None:
-                held = getattr(basis, side)
-                setattr(basis, side, saved.to(device=held.device, dtype=held.dtype))
+    layers = list(adapted_layers(model, adapter_name))
+    saved = {path: _saved_components(path, embedded) for path, _, _ in layers}
+    missing = [
+        f"{path}.{factor}.components"
+        for path, _, basis in layers
+        for factor, side in _EMBEDDED.items()
+        if side not in saved[path] and (not basis.is_filled or saved[path])
+    ]
+    if missing:
+        raise AdapterConfigError(
+            f"{len(missing)} tensors of embedded components are missing in the file of adapter {adapter_name!r}, such as "
+            f"{missing[0]!r}: it was cut short, or a tool left them out. Get a fresh copy."
+        )
+    for path, _, basis in layers:
+        for side, tensor in saved[path].items():
+            held = getattr(basis, side)
+            if tensor.shape != held.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise AdapterConfigError(
+                    f"The file of adapter {adapter_name!r} has {side} of shape {tuple(tensor.shape)} and dtype "
+                    f"{tensor.dtype} for {path!r}, where {tuple(held.shape)} finite numbers are expected: it was altered. Get "
+                    "a fresh copy."
+                )
+    for path, layer, basis in layers:
+        if saved[path]:
+            filled = fill_basis(layer, basis, **saved[path])
+            for factors in factor_dicts(layer):
+                factors[adapter_name].use_basis(filled)
+            drop_unused_bases(layer)
+
+
+def _saved_components(path: str, embedded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {
+        side: embedded.get(f"{path}.{factor}.components", embedded.get(f"base_model.model.{path}.{factor}.components"))
+        for factor, side in _EMBEDDED.items()
+    }
+    return {side: tensor for side, tensor in found.items() if tensor is not None}
 
 
 def _embedded_pair(count: Any, shape: tuple[int, int], module: str) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """Configuration of EigenLoRA."""
 
+import logging
+import re
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
@@ -11,6 +14,9 @@ from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.tuners.layers.shared_bases import remember
 from eigenpeft.version import __version__
+
+logger = logging.getLogger(__name__)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
@@ -79,7 +85,9 @@ class EigenLoraConfig(ExplainedConfig):
     eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
-        from_file = self.peft_type is not None  # which users leave out, and PEFT's files always have
+        self.is_from_file = from_file = (
+            self.peft_type is not None
+        )  # which users leave out, and PEFT's files always have
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
         self._has_started = False
@@ -95,6 +103,7 @@ class EigenLoraConfig(ExplainedConfig):
             raise AdapterConfigError(
                 f"n_components={self.n_components!r} must be None or a whole number of at least 1."
             )
+        self._check_reference()
         if isinstance(self.subspace, PrincipalSubspace):
             # Kept beside the fields: they must stay plain values that JSON and `asdict` can take.
             self._subspace, fingerprint = self.subspace, remember(self.subspace)
@@ -105,6 +114,28 @@ class EigenLoraConfig(ExplainedConfig):
                 )
             self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
             self.subspace = self.subspace.origin
+
+    def _check_reference(self) -> None:
+        """Refuse what no adapter's file says of its subspace, before anything is opened or allocated for it."""
+        if self.is_from_file and self.init_from is not None:
+            # A start is for making adapters: a file's numbers take its place, and it could name anything of the reader's.
+            logger.warning(
+                "init_from=%r in an adapter's file is passed over: the adapter has its numbers.", self.init_from
+            )
+            self.init_from = None
+        if not isinstance(self.subspace, str | PathLike | PrincipalSubspace | None):
+            raise AdapterConfigError(
+                f"subspace={str(self.subspace)[:80]!r} must be a path, a Hub id or a PrincipalSubspace."
+            )
+        if self.subspace_sha256 is not None and not _SHA256.fullmatch(str(self.subspace_sha256)):
+            raise AdapterConfigError(
+                f"subspace_sha256={str(self.subspace_sha256)[:80]!r} must be 64 hexadecimal digits, or None."
+            )
+        if not isinstance(self.embedded_n_components, dict | None):
+            raise AdapterConfigError(
+                f"embedded_n_components={str(self.embedded_n_components)[:80]!r} must be None or a number of components by "
+                "module name; the config was altered, get a fresh copy of the adapter."
+            )
 
     def note_start(self) -> None:
         """Note that an adapter has started from `init_from`: what is saved from now on is a trained adapter's file."""

@@ -32,6 +32,14 @@ class InputFactor(nn.Module):
         """The shared components."""
         return self._owned_elsewhere[0]
 
+    def use_basis(self, basis: Basis) -> None:
+        """Stand on other components of the same shape, which the LoRA layer owns too.
+
+        Args:
+            basis: The components.
+        """
+        self._owned_elsewhere = (basis,)
+
     @property
     def weight(self) -> Tensor:
         """(r, in_features), as LoRA's own `lora_A.weight`."""
@@ -76,6 +84,14 @@ class OutputFactor(nn.Module):
     def basis(self) -> Basis:
         """The shared components."""
         return self._owned_elsewhere[0]
+
+    def use_basis(self, basis: Basis) -> None:
+        """Stand on other components of the same shape, which the LoRA layer owns too.
+
+        Args:
+            basis: The components.
+        """
+        self._owned_elsewhere = (basis,)
 
     @property
     def weight(self) -> Tensor:

@@ -1,5 +1,6 @@
 """One frozen copy of each bank per model, and the ways to find a subspace that an adapter names."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from eigenpeft.artifacts.reading import is_folder
 from eigenpeft.errors import ArtifactError, SubspaceNotFoundError
 from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
 
@@ -26,13 +28,15 @@ class Basis(nn.Module):
     Args:
         components_in: (K_in, in_features).
         components_out: (K_out, out_features).
+        is_filled: Whether these are components, and not zeros that an adapter's file is about to fill.
     """
 
     components_in: Tensor
     components_out: Tensor
 
-    def __init__(self, components_in: Tensor, components_out: Tensor):
+    def __init__(self, components_in: Tensor, components_out: Tensor, *, is_filled: bool = True):
         super().__init__()
+        self.is_filled = is_filled
         self.register_buffer("components_in", components_in, persistent=False)
         self.register_buffer("components_out", components_out, persistent=False)
 
@@ -73,11 +77,16 @@ def resolve(path_or_id: str | None, *, revision: str | None, sha256: str | None)
     searched = ["subspaces in memory"]
     folders = [Path(folder) for folder in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if folder]
     candidates = [Path(path_or_id)] if path_or_id else []
-    candidates += [folder / Path(path_or_id).name if path_or_id else folder for folder in folders]
+    # Of what a file calls the subspace only the last part is looked for there, and only below the folders of the search path.
+    name = Path(path_or_id).name if path_or_id else ""
+    if not path_or_id:
+        candidates += folders
+    elif name not in ("", ".", ".."):
+        candidates += [folder / name for folder in folders]
     mismatch = None
     for candidate in candidates:
         searched.append(str(candidate.absolute()))
-        if candidate.is_dir():
+        if is_folder(candidate):
             try:
                 subspace = PrincipalSubspace.from_pretrained(candidate, sha256=sha256)
             except ArtifactError as error:
@@ -103,29 +112,30 @@ def attach_basis(
 ) -> Basis:
     """The layer's one copy of `bases`, made on the base weight's device when it is the first to be asked for.
 
+    A copy is shared only where it holds these very components, number by number: what a file says of its fingerprint is no
+    reason to give an adapter the components of another.
+
     Args:
         layer: LoRA layer of the module.
         bases: The module's components, cut to the number wanted.
         fingerprint: Of the subspace they come from.
         shared: What the layers of one injection share, filled here; None for a bank that no other layer has.
     """
-    bases_of_layer = _bases(layer)
-    n_in, n_out = bases.n_components_in, bases.n_components_out
-    key = f"{fingerprint[:24]}-{n_in}" + (f"-{n_out}" if n_out != n_in else "")
-    if key not in bases_of_layer:
-        device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
-        shared = {} if shared is None else shared
-        place = id(bases), device
-        if place not in shared:
-            shared[place] = Basis(bases.components_in.to(device), bases.components_out.to(device))
-        bases_of_layer[key] = shared[place]
-    return bases_of_layer[key]  # pyright: ignore[reportReturnType]
+    for basis in _bases(layer).values():
+        if basis.is_filled and _holds(basis, bases.components_in, bases.components_out):  # pyright: ignore[reportArgumentType]
+            return basis  # pyright: ignore[reportReturnType]
+    device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
+    shared = {} if shared is None else shared
+    place = id(bases), device
+    if place not in shared:
+        shared[place] = Basis(bases.components_in.to(device), bases.components_out.to(device))
+    return _add(layer, shared[place], fingerprint=fingerprint)
 
 
 def attach_empty_basis(
     layer: LoraLayer, *, shape: tuple[int, int], n_components: tuple[int, int], fingerprint: str
 ) -> Basis:
-    """A basis of zeros for embedded components, which the adapter's own file is about to fill.
+    """A basis of zeros for embedded components, which the adapter's own file is about to fill; no other adapter gets it.
 
     Args:
         layer: LoRA layer of the module.
@@ -133,9 +143,53 @@ def attach_empty_basis(
         n_components: (K_in, K_out), as the adapter's config records it.
         fingerprint: Of the subspace the components were cut from.
     """
-    outside, inside = (torch.zeros(count, width) for count, width in zip(reversed(n_components), shape, strict=True))
-    empty = torch.zeros(0)
-    return attach_basis(layer, ModuleSubspace(inside, outside, empty, empty, empty), fingerprint=fingerprint)
+    device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
+    inside, outside = (
+        torch.zeros(count, width, device=device) for count, width in zip(n_components, reversed(shape), strict=True)
+    )
+    return _add(layer, Basis(inside, outside, is_filled=False), fingerprint=fingerprint)
+
+
+def fill_basis(layer: LoraLayer, basis: Basis, components_in: Tensor, components_out: Tensor) -> Basis:
+    """The layer's basis that holds components from an adapter's file: this one, one that another adapter has, or a new one.
+
+    Args:
+        layer: LoRA layer of the module.
+        basis: What the adapter has now.
+        components_in: From its file, of the shape of the basis.
+        components_out: Likewise.
+
+    Returns:
+        The basis that the adapter must use from now on. No other adapter's components change.
+    """
+    for other in _bases(layer).values():
+        if other.is_filled and _holds(other, components_in, components_out):  # pyright: ignore[reportArgumentType]
+            return other  # pyright: ignore[reportReturnType]
+    inside, outside = (
+        saved.to(device=held.device, dtype=held.dtype, copy=True)
+        for saved, held in ((components_in, basis.components_in), (components_out, basis.components_out))
+    )
+    if basis.is_filled:
+        return _add(layer, Basis(inside, outside), fingerprint="embedded")
+    basis.components_in, basis.components_out, basis.is_filled = inside, outside, True
+    return basis
+
+
+def _holds(basis: Basis, components_in: Tensor, components_out: Tensor) -> bool:
+    pairs = ((basis.components_in, components_in), (basis.components_out, components_out))
+    return all(
+        held.shape == wanted.shape and torch.equal(held, wanted.to(device=held.device, dtype=held.dtype))
+        for held, wanted in pairs
+    )
+
+
+def _add(layer: LoraLayer, basis: Basis, *, fingerprint: str) -> Basis:
+    bases = _bases(layer)
+    n_in, n_out = len(basis.components_in), len(basis.components_out)
+    stem = f"{fingerprint[:24]}-{n_in}" + (f"-{n_out}" if n_out != n_in else "")
+    keys = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    bases[next(key for key in keys if key not in bases)] = basis
+    return basis
 
 
 def drop_unused_bases(layer: LoraLayer) -> None:
