@@ -31,7 +31,10 @@ def test_no_public_name_hides_a_module():
 def test_audit_is_short_for_audit_adapters_and_its_package_is_still_found():
     from eigenpeft.audit import AuditReport
 
-    assert eigenpeft.audit is eigenpeft.audit_adapters
+    assert callable(eigenpeft.audit)
+    assert eigenpeft.audit.audit_adapters is eigenpeft.audit_adapters
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'collection'"):
+        eigenpeft.audit()
     assert AuditReport.__module__ == "eigenpeft.audit.report"
 
 
@@ -97,6 +100,29 @@ def test_arguments_are_documented_and_keyword_only(function, is_method):
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     # Two leading arguments may be positional where both are obvious: (model, folder), (subspace, collection).
     assert len(positional) <= 2, f"make keyword-only: {positional[2:]}"
+
+
+def test_importing_is_cheap_and_every_name_comes_when_it_is_used():
+    code = (
+        "import sys, eigenpeft\n"
+        "assert not {'torch', 'peft', 'transformers'} & set(sys.modules), 'imported at once'\n"
+        "assert set(eigenpeft.__all__) <= set(dir(eigenpeft))\n"
+        "assert all(getattr(eigenpeft, name) is not None for name in eigenpeft.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("first", ["eigenpeft", "peft"])
+def test_the_methods_are_known_whichever_is_imported_first(first):
+    second = {"eigenpeft": "peft", "peft": "eigenpeft"}[first]
+    code = (
+        f"import {first}, {second}, peft, eigenpeft\n"
+        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        "assert {'EIGENLORA', 'MOSLORA'} <= {kind.value for kind in known}\n"
+        "assert type(peft.__spec__.loader).__name__ == 'SourceFileLoader', peft.__spec__.loader\n"
+        "assert not [one for one in __import__('sys').meta_path if type(one).__name__ == '_Waiting']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_importing_needs_no_extra_and_registers_the_methods():

@@ -1,21 +1,25 @@
 """Recycle LoRA adapters: principal subspaces, coefficient-only fine-tuning, exact export to plain LoRA.
 
-Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT.
+Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT, as soon as PEFT itself is imported. Everything
+else is imported when it is first used.
 """
 
-from eigenpeft.audit import audit_adapters
-from eigenpeft.building import SubspaceBuilder
-from eigenpeft.collection import AdapterCollection
-from eigenpeft.combining import merge
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from eigenpeft.deprecation import find_moved_modules, moved_names
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.reward import LowRankRewardModel
-from eigenpeft.subspace import AdapterStore, PrincipalSubspace
-from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft.lazy import after_import, lazy_names
 from eigenpeft.version import __version__
 
-find_moved_modules()
-audit = audit_adapters  # The short name. `from eigenpeft.audit import ...` still finds the package.
+if TYPE_CHECKING:
+    from eigenpeft.audit import audit_adapters
+    from eigenpeft.building import SubspaceBuilder
+    from eigenpeft.collection import AdapterCollection
+    from eigenpeft.combining import merge
+    from eigenpeft.reward import LowRankRewardModel
+    from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+    from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
 
 __all__ = [
     "AdapterBank",
@@ -33,4 +37,32 @@ __all__ = [
     "merge",
 ]
 
-__getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore", "TaskBank": "eigenpeft.AdapterBank"})
+_PLACES = {
+    "AdapterBank": "eigenpeft.tuners",
+    "AdapterCollection": "eigenpeft.collection",
+    "AdapterStore": "eigenpeft.subspace",
+    "EigenLoraConfig": "eigenpeft.tuners",
+    "LowRankRewardModel": "eigenpeft.reward",
+    "MosLoraConfig": "eigenpeft.tuners",
+    "PrincipalSubspace": "eigenpeft.subspace",
+    "SubspaceBuilder": "eigenpeft.building",
+    "audit_adapters": "eigenpeft.audit",
+    "export_lora": "eigenpeft.tuners",
+    "merge": "eigenpeft.combining",
+}
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _otherwise(name: str) -> object:
+    if name == "audit":  # the package, which can be called: short for audit_adapters
+        return import_module("eigenpeft.audit")
+    return _old_names(name)
+
+
+_old_names = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore", "TaskBank": "eigenpeft.AdapterBank"})
+__getattr__ = lazy_names(__name__, _PLACES, otherwise=_otherwise)
+find_moved_modules()
+after_import("peft", lambda: import_module("eigenpeft.tuners"))

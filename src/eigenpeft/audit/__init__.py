@@ -1,13 +1,23 @@
-"""What can be done with adapters: compress them, train a new task from them, reuse one; measured, beside chance."""
+"""What can be done with adapters: compress them, train a new task from them, reuse one; measured, beside chance.
+
+The package can be called: `eigenpeft.audit(collection)` is short for `audit_adapters(collection)`.
+"""
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
 from eigenpeft.audit.calibration import Calibration, load_calibration
-from eigenpeft.audit.controls import nearest_adapter, same_parameters_lora
 from eigenpeft.audit.gradient import GradientShare, ModuleGradient, gradient_share
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.reuse import Downhill, downhill
 from eigenpeft.audit.run import audit_adapters
 from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from eigenpeft.audit.controls import nearest_adapter, same_parameters_lora
 
 __all__ = [
     "AuditReport",
@@ -30,3 +40,20 @@ __all__ = [
     "nearest_adapter",
     "same_parameters_lora",
 ]
+
+_CONTROLS = "eigenpeft.audit.controls"  # needs PEFT, which takes seconds to import
+
+
+def _no_such_name(name: str) -> Any:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> AuditReport:
+        return audit_adapters(*args, **options)
+
+
+__getattr__ = lazy_names(
+    __name__, {"nearest_adapter": _CONTROLS, "same_parameters_lora": _CONTROLS}, otherwise=_no_such_name
+)
+sys.modules[__name__].__class__ = _CallablePackage

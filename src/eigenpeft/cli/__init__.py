@@ -1,17 +1,45 @@
-"""The `eigenpeft` command: importing this package gives it all its commands."""
+"""The `eigenpeft` command: the modules that define its commands are imported when they are needed."""
 
-from eigenpeft.cli import artifacts as artifacts
-from eigenpeft.cli import audit as audit
-from eigenpeft.cli import demo as demo
-from eigenpeft.cli import doctor as doctor
-from eigenpeft.cli import lore as lore
-from eigenpeft.cli import merge as merge
-from eigenpeft.cli import merge_base as merge_base
-from eigenpeft.cli import publish as publish
-from eigenpeft.cli import recycle as recycle
-from eigenpeft.cli import store as store
-from eigenpeft.cli import sync_adapters as sync_adapters
-from eigenpeft.cli import trl as trl
-from eigenpeft.cli.app import app, main
+import sys
+from difflib import get_close_matches
+from importlib import import_module
 
-__all__ = ["app", "main"]
+from eigenpeft.version import __version__
+
+TRL_SCRIPTS = ("distillation", "dpo", "grpo", "kto", "reward", "rloo", "sft")
+# Command to the module that defines it. Importing all of them takes seconds.
+COMMANDS = {
+    "audit": "audit",
+    "build": "artifacts",
+    "convert": "artifacts",
+    "demo": "demo",
+    "doctor": "doctor",
+    "export": "artifacts",
+    "inspect": "artifacts",
+    "lore": "lore",
+    "merge": "merge",
+    "merge-base": "merge_base",
+    "project": "artifacts",
+    "push": "publish",
+    "recycle": "recycle",
+    "store": "store",
+    "sync-adapters": "sync_adapters",
+    **dict.fromkeys(TRL_SCRIPTS, "trl"),
+}
+
+
+def main() -> None:
+    """Entry point: imports what the command needs and runs it."""
+    arguments = sys.argv[1:]
+    word = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"{__version__}\n")
+        return
+    if word is not None and word not in COMMANDS:
+        close = get_close_matches(word, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        sys.stderr.write(f"Error: there is no command {word!r}.{hint} The commands are {', '.join(COMMANDS)}.\n")
+        sys.exit(2)
+    for module in [COMMANDS[word]] if word else sorted(set(COMMANDS.values())):
+        import_module(f"eigenpeft.cli.{module}")
+    import_module("eigenpeft.cli.app").main()
