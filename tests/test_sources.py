@@ -14,6 +14,7 @@ LAYERS = {
     "version": 0,
     "errors": 0,
     "deprecation": 0,
+    "lazy": 0,
     "artifacts": 1,
     "linalg": 1,
     "collection": 2,
