@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from eigenpeft import EigenLoraConfig
-from eigenpeft.cli import app
 from eigenpeft.cli import doctor as doctor_module
+from eigenpeft.cli import load
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
 
 @pytest.fixture
 def run():
     def call(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        result = CliRunner().invoke(load(), [str(word) for word in words])
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

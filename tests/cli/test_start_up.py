@@ -14,7 +14,10 @@ def test_the_table_has_every_command_at_its_place():
     for module in set(COMMANDS.values()):
         import_module(f"eigenpeft.cli.{module}")
     app = import_module("eigenpeft.cli.app").app
-    made = {command.name or command.callback.__name__.replace("_", "-"): command.callback for command in app.registered_commands}
+    made = {
+        command.name or command.callback.__name__.replace("_", "-"): command.callback
+        for command in app.registered_commands
+    }
     made |= {group.name: None for group in app.registered_groups}
     assert set(made) == set(COMMANDS)
     for name, callback in made.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from eigenpeft.cli import app
+from eigenpeft.cli import load
 from eigenpeft.engines import sync_adapters
 from eigenpeft.errors import EigenPeftError
 
@@ -99,11 +99,11 @@ def test_what_the_server_refuses_is_reported_and_the_others_are_loaded(server, s
         "--out",
         str(tmp_path / "loras"),
     ]
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(load(), arguments)
     assert result.exit_code == 1
     assert "Loaded 0, kept 2, unloaded 0, failed 1." in result.stdout
     server.refuses.clear()
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(load(), [*arguments, "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["loaded"] == ["shop/bert"]
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from eigenpeft import LowRankRewardModel
-from eigenpeft.cli import app
+from eigenpeft.cli import load
 from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 
 
 def run(*arguments):
-    result = CliRunner().invoke(app, ["lore", *map(str, arguments)])
+    result = CliRunner().invoke(load(), ["lore", *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -3,6 +3,7 @@
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 from eigenpeft.version import __version__
 
@@ -40,6 +41,16 @@ def main() -> None:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         sys.stderr.write(f"Error: there is no command {word!r}.{hint} The commands are {', '.join(COMMANDS)}.\n")
         sys.exit(2)
-    for module in [COMMANDS[word]] if word else sorted(set(COMMANDS.values())):
-        import_module(f"eigenpeft.cli.{module}")
+    load(word)
     import_module("eigenpeft.cli.app").main()
+
+
+def load(command: str | None = None) -> Any:
+    """The command line's app with one of its commands, or with all of them.
+
+    Args:
+        command: Name of the command; None loads all.
+    """
+    for module in [COMMANDS[command]] if command else sorted(set(COMMANDS.values())):
+        import_module(f"eigenpeft.cli.{module}")
+    return import_module("eigenpeft.cli.app").app
