@@ -14,8 +14,7 @@ from eigenpeft.linalg.factored import truncate
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
-from eigenpeft.tuners.layers.convolution import is_convolution
-from eigenpeft.tuners.layers.kinds import factor_dicts
+from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of
 
 _LINEAR_ALGEBRA = ("linear", "cat", "svd")
 # PEFT's own functions of (tensors, weights, density), for cores whose coefficients are one tensor.
@@ -52,8 +51,8 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
         return True
     layers = [layer for name in adapters for _, layer, _ in adapted_layers(model, name)]
     # The channels of a grouped convolution's B are bound to the groups; ranks that differ within one layer do not add.
-    bases: list[Any] = [layer.get_base_layer() for layer in layers]
-    grouped = any(is_convolution(base) and base.groups > 1 for base in bases)
+    kinds = [(layer, kind_of(layer)) for layer in layers]
+    grouped = any(kind.rank_is_split and kind.n_blocks(layer) > 1 for layer, kind in kinds)
     ranks = [{layer.r[name] for name in adapters if name in layer.r} for layer in layers]
     return not grouped and (combination != "linear" or all(len(each) == 1 for each in ranks))
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from eigenpeft.collection.keys import without_wrappers
@@ -29,7 +28,7 @@ from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
 from eigenpeft.tuners.host.target_names import exclude, strays
-from eigenpeft.tuners.layers.convolution import is_convolution
+from eigenpeft.tuners.layers.kinds import kind_of
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
 
 
@@ -171,11 +170,10 @@ class EigenLoraModel(FactorModel):
 
 
 def _check_warm_start(layer: LoraLayer, config: EigenLoraConfig, module: str) -> None:
-    base: Any = layer.get_base_layer()
-    n_experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
-    n_groups = base.groups if is_convolution(base) else 1
-    if max(n_experts, n_groups) > 1:
-        what = f"{n_experts} experts" if n_experts > 1 else f"{n_groups} groups"
+    kind = kind_of(layer)
+    n_blocks = kind.n_blocks(layer)
+    if n_blocks > 1:
+        what = f"{n_blocks} {kind.blocks}"
         raise AdapterConfigError(
             f"init_from={config.init_from!r} is one update for {module!r}, which has {what} with updates of their own; "
             "leave it out with exclude_modules, or leave init_from out."

@@ -5,17 +5,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace.cores import CoreKind, Parts, core_kind
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
-from eigenpeft.tuners.layers.convolution import ConvolutionInputFactor, ConvolutionOutputFactor, is_convolution
-from eigenpeft.tuners.layers.embedding import EmbeddingInputFactor, EmbeddingOutputFactor
-from eigenpeft.tuners.layers.experts import ExpertDiagonalFactor, RepeatedInputFactor
-from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor
-from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
+from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
@@ -34,23 +29,18 @@ def start(
     Raises:
         AdapterConfigError: If the core is not defined for a grouped convolution.
     """
-    core, rank = core_kind(config.core), layer.r[adapter_name]
+    core, kind, rank = core_kind(config.core), kind_of(layer), layer.r[adapter_name]
     init: Any = config.init_lora_weights
-    n_in, n_out = len(basis.components_in), len(basis.components_out)
-    if isinstance(layer, Embedding):
-        # The entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.
+    n_in, n_out, n_blocks = len(basis.components_in), len(basis.components_out), kind.n_blocks(layer)
+    if n_blocks == 1 or kind.rank_is_split:
+        # Where the output side is not zero, the entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.
         scale = math.sqrt((layer.out_features or 0) / n_out)
-        return core.start(n_in, n_out, rank, init=init, zero_side="in", scale=scale)
-    if isinstance(layer, ParamWrapper) and (n_experts := layer.num_experts) > 1:
-        if core.is_factored:
-            return core.start(n_in, n_out, rank * n_experts, init=init)
-        each = [core.start(n_in, n_out, rank, init=init)["coefficients_out"] for _ in range(n_experts)]
-        return {"coefficients_out": torch.stack(each, dim=-1).flatten(1)}
-    base: Any = layer.get_base_layer()
-    whole = core.start(n_in, n_out, rank, init=init)
-    if is_convolution(base) and (groups := base.groups) > 1:
-        return _grouped(whole, groups, core, module)
-    return whole
+        whole = core.start(n_in, n_out, rank, init=init, zero_side=kind.zero_side, scale=scale)
+        return whole if n_blocks == 1 else _grouped(whole, n_blocks, core, module)
+    if core.is_factored:
+        return core.start(n_in, n_out, rank * n_blocks, init=init)
+    each = [core.start(n_in, n_out, rank, init=init)["coefficients_out"] for _ in range(n_blocks)]
+    return {"coefficients_out": torch.stack(each, dim=-1).flatten(1)}
 
 
 def _grouped(whole: dict[str, Tensor], groups: int, core: CoreKind, module: str) -> dict[str, Tensor]:
@@ -80,25 +70,9 @@ def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, parts: Parts, co
     """
     inputs, outputs = factor_dicts(layer)
     replaced = inputs[adapter_name], outputs[adapter_name]
-    pair: tuple[Any, nn.Module]
-    inside, outside = parts.get("coefficients_in"), parts["coefficients_out"]
-    if isinstance(layer, Embedding):
-        pair = EmbeddingInputFactor(basis, coefficients=inside), EmbeddingOutputFactor(basis, coefficients=outside)
-    elif isinstance(layer, ParamWrapper) and layer.num_experts > 1:
-        output = OutputFactor if core.is_matrix else ExpertDiagonalFactor
-        repeated = RepeatedInputFactor(basis, n_experts=layer.num_experts)
-        pair = (
-            repeated if inside is None else InputFactor(basis, coefficients=inside),
-            output(basis, coefficients=outside),
-        )
-    elif is_convolution(layer.get_base_layer()):
-        pair = (
-            ConvolutionInputFactor(basis, coefficients=inside, replaced=replaced[0]),
-            ConvolutionOutputFactor(basis, coefficients=outside, replaced=replaced[1]),
-        )
-    else:
-        bias = replaced[1].bias
-        pair = InputFactor(basis, coefficients=inside), OutputFactor(basis, coefficients=outside, bias=bias)
+    inside = parts.get("coefficients_in")
+    sides = Sides(basis, inside, parts["coefficients_out"], core.is_matrix)
+    pair = kind_of(layer).pair(sides, layer, replaced)
     if inside is None:
         pair[0].follows = (pair[1],)
     for factors, factor in zip((inputs, outputs), pair, strict=True):

@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 
 from eigenpeft.collection.keys import without_wrappers
@@ -17,8 +16,7 @@ from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.files.store_export import contents_of_member
 from eigenpeft.tuners.host.target_names import strays
-from eigenpeft.tuners.layers.convolution import is_convolution
-from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name
+from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, weight_name
 
 _INSIDE_ATTENTION = ".base_layer.out_proj"  # where LoRA keeps the layer of an attention's output projection
 
@@ -133,14 +131,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _update(path: str, layer: Any, name: str) -> LoraUpdate:
     lora_A, lora_B = (getattr(factors[name], "weight", factors[name]).detach() for factors in factor_dicts(layer))
-    kind, n_blocks, base = "module", 1, layer.get_base_layer()
-    if isinstance(layer, ParamWrapper):
-        kind, n_blocks = "parameter", layer.num_experts
-    elif is_convolution(base):
-        n_blocks = base.groups
-    elif path.endswith(_INSIDE_ATTENTION):
-        kind = "inside"
-    keys = lora_keys(path, is_embedding=isinstance(layer, Embedding))
+    kind = kind_of(layer)
+    target = "parameter" if kind.is_parameter else "inside" if path.endswith(_INSIDE_ATTENTION) else "module"
+    keys = lora_keys(path, is_embedding=kind.name == "embedding")
     bias = getattr(factor_dicts(layer)[1][name], "bias", None)
     return LoraUpdate(
         lora_B,
@@ -148,8 +141,8 @@ def _update(path: str, layer: Any, name: str) -> LoraUpdate:
         float(layer.scaling[name]),
         weight_name(path, layer),
         keys,
-        kind=kind,
-        n_blocks=n_blocks,
+        kind=target,
+        n_blocks=kind.n_blocks(layer),
         bias=None if bias is None else bias.detach(),
     )
 

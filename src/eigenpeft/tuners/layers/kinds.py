@@ -1,16 +1,140 @@
-"""Where LoRA keeps the factors of each kind of layer, and how a factor put in their place is settled."""
+"""The kinds of LoRA layer as one table: where LoRA keeps A and B, which factors of ours go there, blocks and shapes."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.layers.convolution import is_convolution
+from eigenpeft.tuners.layers.convolution import (
+    ConvolutionInputFactor,
+    ConvolutionOutputFactor,
+    MixedConvolutionFactor,
+    is_convolution,
+)
+from eigenpeft.tuners.layers.embedding import EmbeddingInputFactor, EmbeddingOutputFactor, MixedEmbeddingFactor
+from eigenpeft.tuners.layers.experts import ExpertDiagonalFactor, MixedExpertFactor, RepeatedInputFactor
+from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
+from eigenpeft.tuners.layers.shared_bases import Basis
+
+
+class Sides(NamedTuple):
+    """What EigenLoRA's pair of factors is made of.
+
+    Attributes:
+        basis: The components.
+        inside: C_in, or None where A is the components themselves.
+        outside: C_out, or the diagonals.
+        is_matrix: Whether C_out has columns, rather than being diagonals.
+    """
+
+    basis: Basis
+    inside: Tensor | None
+    outside: Tensor
+    is_matrix: bool
+
+
+def _linear_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
+    outside = OutputFactor(sides.basis, coefficients=sides.outside, bias=replaced[1].bias)
+    return InputFactor(sides.basis, coefficients=sides.inside), outside
+
+
+def _embedding_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
+    inside = EmbeddingInputFactor(sides.basis, coefficients=sides.inside)
+    return inside, EmbeddingOutputFactor(sides.basis, coefficients=sides.outside)
+
+
+def _convolution_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
+    inside = ConvolutionInputFactor(sides.basis, coefficients=sides.inside, replaced=replaced[0])
+    return inside, ConvolutionOutputFactor(sides.basis, coefficients=sides.outside, replaced=replaced[1])
+
+
+def _expert_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
+    output = OutputFactor if sides.is_matrix else ExpertDiagonalFactor
+    if sides.inside is None:
+        inside = RepeatedInputFactor(sides.basis, n_experts=layer.num_experts)
+    else:
+        inside = InputFactor(sides.basis, coefficients=sides.inside)
+    return inside, output(sides.basis, coefficients=sides.outside)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One row of `KINDS`.
+
+    Attributes:
+        name: What it is.
+        fits: Whether a LoRA layer is of this kind; the first row that fits counts.
+        attributes: Names of the dictionaries, by adapter, in which LoRA keeps A and B.
+        pair: EigenLoRA's two factors from their `Sides`, the layer, and LoRA's own A and B.
+        mixed: MoSLoRA's factor `B M`.
+        n_blocks: How many updates of their own a layer has: experts of a parameter, groups of a convolution.
+        blocks: What messages call them.
+        rank_is_split: Whether LoRA's r is that of all blocks together (groups), or of each one (experts).
+        window: Inputs per input channel: the entries of a convolution's kernel.
+        zero_side: Side that LoRA starts at zero.
+        is_parameter: Whether LoRA adapts a bare parameter, by `target_parameters`.
+    """
+
+    name: str
+    fits: Callable[[Any], bool]
+    attributes: tuple[str, str] = ("lora_A", "lora_B")
+    pair: Callable[[Sides, Any, tuple[Any, Any]], tuple[Any, nn.Module]] = _linear_pair
+    mixed: type[MixedFactor] = MixedFactor
+    n_blocks: Callable[[Any], int] = lambda layer: 1
+    blocks: str = "blocks"
+    rank_is_split: bool = False
+    window: Callable[[Any], int] = lambda layer: 1
+    zero_side: Literal["in", "out"] = "out"
+    is_parameter: bool = False
+
+
+KINDS: tuple[LayerKind, ...] = (
+    LayerKind(
+        "embedding",
+        lambda layer: isinstance(layer, Embedding),
+        attributes=("lora_embedding_A", "lora_embedding_B"),
+        pair=_embedding_pair,
+        mixed=MixedEmbeddingFactor,
+        zero_side="in",
+    ),
+    LayerKind(
+        "experts",
+        lambda layer: isinstance(layer, ParamWrapper) and layer.num_experts > 1,
+        pair=_expert_pair,
+        mixed=MixedExpertFactor,
+        n_blocks=lambda layer: layer.num_experts,
+        blocks="experts",
+        is_parameter=True,
+    ),
+    LayerKind("parameter", lambda layer: isinstance(layer, ParamWrapper), is_parameter=True),
+    LayerKind(
+        "convolution",
+        lambda layer: is_convolution(layer.get_base_layer()),
+        pair=_convolution_pair,
+        mixed=MixedConvolutionFactor,
+        n_blocks=lambda layer: layer.get_base_layer().groups,
+        blocks="groups",
+        rank_is_split=True,
+        window=lambda layer: math.prod(layer.get_base_layer().kernel_size),
+    ),
+    LayerKind("linear", lambda layer: True),
+)
+"""Kinds of LoRA layer; "linear" is every other one, such as Conv1D, attention, and quantized layers."""
+
+
+def kind_of(layer: LoraLayer) -> LayerKind:
+    """The row of a LoRA layer.
+
+    Args:
+        layer: LoRA layer.
+    """
+    return next(kind for kind in KINDS if kind.fits(layer))
 
 
 def tuned_layers(layer: nn.Module, key: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -43,7 +167,7 @@ def weight_name(path: str, layer: LoraLayer) -> str:
         layer: LoRA layer.
     """
     name = path.replace(".base_layer", "")
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+    return f"{name}.{layer.parameter_name}" if kind_of(layer).is_parameter else name  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def factor_dicts(layer: LoraLayer) -> tuple[Any, Any]:
@@ -52,9 +176,8 @@ def factor_dicts(layer: LoraLayer) -> tuple[Any, Any]:
     Args:
         layer: LoRA layer.
     """
-    if isinstance(layer, Embedding):
-        return layer.lora_embedding_A, layer.lora_embedding_B
-    return layer.lora_A, layer.lora_B
+    inputs, outputs = kind_of(layer).attributes
+    return getattr(layer, inputs), getattr(layer, outputs)
 
 
 def replace_factor(factors: Any, adapter_name: str, factor: nn.Module) -> None:
@@ -75,9 +198,7 @@ def weight_shape(layer: LoraLayer) -> tuple[int, int]:
     Args:
         layer: LoRA layer.
     """
-    base: Any = layer.get_base_layer()
-    window = math.prod(base.kernel_size) if is_convolution(base) else 1
-    return layer.out_features or 0, (layer.in_features or 0) * window
+    return layer.out_features or 0, (layer.in_features or 0) * kind_of(layer).window(layer)
 
 
 def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_adapters: Sequence[str]) -> None:

@@ -4,16 +4,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.host.factor_model import FactorModel
-from eigenpeft.tuners.layers.convolution import MixedConvolutionFactor, is_convolution
-from eigenpeft.tuners.layers.embedding import MixedEmbeddingFactor
-from eigenpeft.tuners.layers.experts import MixedExpertFactor
-from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor
-from eigenpeft.tuners.layers.linear import MixedFactor
+from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.moslora.config import MosLoraConfig
 from eigenpeft.tuners.moslora.start import initial_mixer
 
@@ -28,10 +23,10 @@ class MosLoraModel(FactorModel):
         Raises:
             AdapterConfigError: If `fold` is asked of a layer whose mixer has blocks.
         """
-        inputs, outputs = factor_dicts(layer)
-        n_blocks = _n_blocks(layer, outputs[adapter_name])
+        (inputs, outputs), kind = factor_dicts(layer), kind_of(layer)
+        n_blocks = kind.n_blocks(layer)
         mixer = initial_mixer(
-            layer.r[adapter_name] // (n_blocks if is_convolution(layer.get_base_layer()) else 1),
+            layer.r[adapter_name] // (n_blocks if kind.rank_is_split else 1),
             init=config.init_mixer,
             n_blocks=n_blocks if n_blocks > 1 else None,
         )
@@ -43,33 +38,8 @@ class MosLoraModel(FactorModel):
                 )
             fold_start(layer, inputs[adapter_name], outputs[adapter_name], mixer=mixer)
         else:
-            mixed = mixed_factor(layer, outputs[adapter_name], mixer=mixer, train_mixer=config.train_mixer)
+            mixed = kind.mixed(outputs[adapter_name], mixer=mixer, train_mixer=config.train_mixer)
             replace_factor(outputs, adapter_name, mixed)
-
-
-def _n_blocks(layer: LoraLayer, replaced: Any) -> int:
-    """In how many blocks the channels that a mixer mixes fall: groups of a convolution, experts of a parameter."""
-    if isinstance(layer, ParamWrapper):
-        return layer.num_experts
-    return replaced.groups if is_convolution(layer.get_base_layer()) else 1
-
-
-def mixed_factor(layer: LoraLayer, replaced: Any, *, mixer: Tensor, train_mixer: bool) -> MixedFactor:
-    """The factor `B M` that takes the place of a layer's B.
-
-    Args:
-        layer: LoRA layer.
-        replaced: Its B: a linear layer, a convolution, or an embedding's bare matrix.
-        mixer: Its start.
-        train_mixer: Whether it is trained.
-    """
-    if isinstance(layer, Embedding):
-        return MixedEmbeddingFactor(replaced, mixer=mixer, train_mixer=train_mixer)
-    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
-        return MixedExpertFactor(replaced, mixer=mixer, train_mixer=train_mixer)
-    if is_convolution(layer.get_base_layer()):
-        return MixedConvolutionFactor(replaced, mixer=mixer, train_mixer=train_mixer)
-    return MixedFactor(replaced, mixer=mixer, train_mixer=train_mixer)
 
 
 @torch.no_grad()
@@ -82,7 +52,7 @@ def fold_start(layer: LoraLayer, lora_A: Any, lora_B: Any, *, mixer: Tensor) -> 
         lora_B: Its B, the side that is not zero for embeddings.
         mixer: (r, r).
     """
-    if isinstance(layer, Embedding):
+    if kind_of(layer).zero_side == "in":
         lora_B.copy_(lora_B @ mixer.to(lora_B))
     else:
         lora_A.weight.copy_(torch.einsum("sr,r...->s...", mixer.to(lora_A.weight), lora_A.weight))
