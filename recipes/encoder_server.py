@@ -160,7 +160,9 @@ def make_app(classifiers: Classifiers, *, batch_size: int = 64, wait: float = 0.
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Serve the classifiers of a store on one encoder.")
     parser.add_argument("--model", required=True, help="Base model: local path or Hub id.")
-    parser.add_argument("--store", required=True, help="Store with the classifiers, heads included: local path or Hub id.")
+    parser.add_argument(
+        "--store", required=True, help="Store with the classifiers, heads included: local path or Hub id."
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--batch_size", type=int, default=64)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["eigenpeft[trl]"]
+# dependencies = ["eigenpeft[trl,gguf]"]
 # ///
 """Export a trained adapter as a plain LoRA, check that nothing changed, and say how to serve it.
 
@@ -9,7 +9,7 @@ Command:   python recipes/export_and_serve.py --adapter DIR_OR_HUB_ID --model DI
 Hardware:  whatever loads the base model; no matrix of the size of a weight is formed.
 Time:      that of loading the base model twice.
 Expected:  the largest difference between the logits of the adapter and of the export (about 1e-5 in float32), OUT/lora,
-           OUT/merged with --merge, and the commands for vLLM and llama.cpp (documented by those projects, not run here).
+           OUT/adapter.gguf for base models of the Llama family, OUT/merged with --merge, and commands for vLLM and llama.cpp.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from eigenpeft import export_lora
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners import export_gguf
 
 
 @dataclass
@@ -34,9 +36,18 @@ class Arguments:
 
 SERVE = """
 vLLM:      vllm serve {model} --enable-lora --max-lora-rank {r} --lora-modules task={out}/lora
-llama.cpp: python convert_lora_to_gguf.py {out}/lora --base {model} --outfile task.gguf
-           llama-server -m MODEL.gguf --lora task.gguf
+llama.cpp: {llama}
 """
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+
+def write_gguf(model: PeftModel, arguments: Arguments) -> str:
+    """The file for llama.cpp and the command that takes it, or why there is none."""
+    try:
+        export_gguf(model, f"{arguments.out}/adapter.gguf", rank=arguments.rank)
+    except AdapterConfigError as error:
+        return f"not written: {error}"
+    return f"llama-server -m MODEL.gguf --lora {arguments.out}/adapter.gguf"
 
 
 @torch.no_grad()
@@ -48,14 +59,15 @@ def main(arguments: Arguments) -> None:
     model = PeftModel.from_pretrained(base(), arguments.adapter).eval()
     wanted = model(**tokens).logits
     export_lora(model, f"{arguments.out}/lora", rank=arguments.rank)
+    llama = write_gguf(model, arguments)
     plain = PeftModel.from_pretrained(base(), f"{arguments.out}/lora").eval()  # plain PEFT: eigenpeft is not needed
     print(f"largest logit difference of the export: {(plain(**tokens).logits - wanted).abs().max():.1e}")
     config = plain.peft_config["default"]
     if arguments.merge:
         plain.merge_and_unload().save_pretrained(f"{arguments.out}/merged")
         AutoTokenizer.from_pretrained(arguments.model).save_pretrained(f"{arguments.out}/merged")
-    largest = max(config.r, *config.rank_pattern.values(), 1)
-    print(SERVE.format(model=arguments.model, out=arguments.out, r=largest))
+    allowed = next((rank for rank in VLLM_RANKS if rank >= config.r), config.r)
+    print(SERVE.format(model=arguments.model, out=arguments.out, r=allowed, llama=llama))
 
 
 if __name__ == "__main__":

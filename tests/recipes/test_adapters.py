@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,10 @@ def test_exporting_changes_nothing_and_says_how_to_serve(recipe, lora):
         "export_and_serve", *flags(adapter="ours", model="base", out="served", prompt="w1 w2 w3", merge=True)
     )
     assert float(re.search(r"difference of the export: (\S+)", printed)[1]) < 1e-4
-    assert "--max-lora-rank 4" in printed
-    assert "convert_lora_to_gguf.py served/lora" in printed
+    assert "--max-lora-rank 8" in printed  # the smallest that vLLM takes and that holds 4
+    has_gguf = find_spec("gguf") is not None
+    assert ("--lora served/adapter.gguf" if has_gguf else "needs the package gguf") in printed
+    assert Path("served/adapter.gguf").is_file() == has_gguf
     tokens = torch.arange(4, 14)[None]
     merged = type(tiny_model()).from_pretrained("served/merged")
     want = logits(PeftModel.from_pretrained(tiny_model(), "ours").eval(), tokens)
