@@ -270,3 +270,23 @@ def test_bad_arguments_are_named(arguments, message, adapters):
 def test_unknown_agreement_is_named(unannotated):
     with pytest.raises(ValueError, match="agreement='vote' is unknown; pass 'mean' or 'sum'"):
         unannotated(elect)(torch.ones(2, 3, 3), agreement="vote")
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "boosting", "svc", "pico", "wudi"])
+def test_rounding_apart_of_a_common_subspace_is_no_room_for_more_directions(method, close):
+    # Adapters exported from one subspace: their row spaces are the same up to float32, and the core space has twice the axes.
+    generator = torch.Generator().manual_seed(0)
+    out, inside = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in (30, 40))
+    cores = torch.randn(3, 6, 6, generator=generator).double()
+    exact = [(out @ core, inside.mT) for core in cores]
+    rounded = [
+        ((out @ turn).float(), (turn.mT @ core @ inside.mT).float()) for core, turn in zip(cores, turns(), strict=True)
+    ]
+    assert core_space(rounded).cores.shape[1] > 6
+    close(merged(rounded, method), merged(exact, method).numpy(), 1e-4)
+
+
+def turns():
+    """Three orthogonal matrices, so that the factors of equal subspaces are rounded differently."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.linalg.qr(torch.randn(6, 6, generator=generator).double())[0] for _ in range(3)]

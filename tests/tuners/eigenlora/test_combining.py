@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraLayer
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg.factored import balance
+from eigenpeft.linalg.merging import merge_updates
 from eigenpeft.tuners.parameter_groups import parameter_groups
 from tests.peft_suite.random_subspaces import random_subspace as subspace_of_all
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
@@ -196,3 +198,38 @@ def test_an_adapter_says_how_to_load_it(method, word, tmp_path):
         assert "import eigenpeft" in card
         assert f"This is {word} adapter" in card
     assert "library_name: peft" in (tmp_path / "README.md").read_text()
+
+
+CORE_RULES = ["task_arithmetic", "mean", "tsv", "iso_c", "iso_cts", "boosting", "svc", "pico", "wudi", "dare"]
+
+
+@pytest.mark.parametrize("core", ["low_rank", "full"])
+@pytest.mark.parametrize("rule", CORE_RULES)
+def test_rules_merge_the_cores_where_adapters_share_a_subspace(rule, core):
+    model = two_adapters(core)
+    sources = [updates(model, name) for name in ("default", "second")]
+    model.add_weighted_adapter(["default", "second"], [0.7, 1.0], "merged", combination_type=rule, svd_rank=16)
+    assert model.peft_config["merged"].core == core
+    for path, found in updates(model, "merged").items():
+        if rule == "dare":
+            assert found.isfinite().all()
+            continue
+        # The same rule on the whole updates, as `eigenpeft.merge` would: what a rule gives does not depend on the axes.
+        factors = [balance(source[path], torch.eye(source[path].shape[1])) for source in sources]
+        expected = merge_updates(factors, method=rule, weights=[0.7, 1.0])
+        expected = expected.lora_B @ expected.lora_A
+        torch.testing.assert_close(found.double(), expected, atol=2e-4 * float(expected.norm()), rtol=0)
+
+
+def test_rules_on_cores_refuse_what_has_no_common_core():
+    model = two_adapters("diagonal")
+    with pytest.raises(AdapterConfigError, match="'tsv' works on cores .* diagonal cores is not diagonal"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv")
+    model = two_adapters("full")
+    with pytest.raises(AdapterConfigError, match="density=0.5 is no option of method='tsv'"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv", density=0.5)
+    model.add_adapter(
+        "plain", EigenLoraConfig(subspace=random_subspace(model.get_base_model(), TARGETS, seed=9), core="full")
+    )
+    with pytest.raises(AdapterConfigError, match="these differ in core or subspace"):
+        model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "merged2", combination_type="iso_c")

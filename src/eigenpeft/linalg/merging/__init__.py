@@ -6,6 +6,7 @@ from eigenpeft.linalg.merging.measures import MergeMeasures, measure_merge
 from eigenpeft.linalg.merging.moments import input_directions, moments_on_axes
 from eigenpeft.linalg.merging.pico import norm_scale
 from eigenpeft.linalg.merging.registry import CALIBRATIONS, RULES, Rule, check_options, find_rule, merge_cores
+from eigenpeft.linalg.merging.spectral import weighted
 
 __all__ = [
     "CALIBRATIONS",
@@ -24,5 +25,6 @@ __all__ = [
     "merge_updates",
     "moments_on_axes",
     "norm_scale",
+    "weighted",
     "with_model_inputs",
 ]

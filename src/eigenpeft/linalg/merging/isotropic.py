@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.merging.spectral import polar, triplets, weighted
+from eigenpeft.linalg.merging.spectral import common_ranks, polar, triplets, weighted
 
 
 def iso_c(
@@ -33,8 +33,8 @@ def iso_cts(
 ) -> Float[Tensor, "k_out k_in"]:
     """`iso_c` whose last directions are those of single tasks (arXiv 2502.04959).
 
-    With q = min(K_out, K_in): `d = round((q - int(common_share q)) / T)` directions for each task and `k = q - T d` common
-    ones. The common ones are the top k triplets of `Σ w_t M_t`, those of a task the top d of `R_t = w_t M_t - U_c U_cᵀ w_t M_t`.
+    With q the rank that all updates span together: `d = round((q - int(common_share q)) / T)` directions for each task and
+    `k = q - T d` common ones. The common ones are the top k triplets of `Σ w_t M_t`, those of a task the top d of `R_t = w_t M_t - U_c U_cᵀ w_t M_t`.
     All left and all right vectors are made orthonormal by their polar factors; every singular value is the mean of all.
 
     Args:
@@ -48,7 +48,7 @@ def iso_cts(
     if not 0.0 <= common_share <= 1.0:
         raise ValueError(f"common_share={common_share} must be between 0 and 1: the share of common directions.")
     updates = weighted(cores, weights)
-    q = min(updates.shape[1:])
+    q = min(common_ranks(updates))
     per_task = round((q - int(common_share * q)) / len(updates))
     common = triplets(updates.sum(dim=0), most=max(0, q - len(updates) * per_task))
     parts = [common]

@@ -9,8 +9,8 @@ from torch import Tensor
 from eigenpeft.linalg.factored import FactoredSvd
 
 # A rule that raises small singular values would raise rounding noise as well, whose directions are arbitrary: values below
-# this share of the largest are not there. Squares of float64 numbers, which several rules take, cannot tell less.
-NOISE = 1e-7
+# this share of the largest are not there. Factors in float32 that span one subspace differ by less.
+NOISE = 1e-6
 
 
 def triplets(core: Float[Tensor, "a b"], *, most: int | None = None, noise: float = NOISE) -> FactoredSvd:
@@ -38,6 +38,24 @@ def count_present(values: Float[Tensor, "k"], *, noise: float) -> int:
         noise: The share.
     """
     return int(values.gt(noise * values.max()).sum()) if len(values) else 0
+
+
+def common_ranks(cores: Float[Tensor, "t k_out k_in"]) -> tuple[int, int]:
+    """How many directions the updates span together on the output and on the input side, rounding noise left out.
+
+    Axes that are there only because float32 factors of one subspace were rounded apart must not count as room for more
+    directions.
+
+    Args:
+        cores: Updates on common axes; each counts at unit norm.
+    """
+    norms = torch.linalg.vector_norm(cores, dim=(1, 2))
+    unit = cores / norms.where(norms > 0, 1.0)[:, None, None]
+    ranks = []
+    for sides in (unit, unit.mT):
+        energies = torch.linalg.eigvalsh((sides @ sides.mT).sum(dim=0)).clamp(min=0.0)
+        ranks.append(count_present(energies, noise=NOISE**2))
+    return ranks[0], ranks[1]
 
 
 def polar(columns: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.merging.spectral import polar, triplets, weighted
+from eigenpeft.linalg.merging.spectral import common_ranks, polar, triplets, weighted
 
 
 def tsv(
@@ -14,7 +14,8 @@ def tsv(
 ) -> Float[Tensor, "k_out k_in"]:
     """`polar([U_1 ... U_T]) diag(S_1, ..., S_T) polar([V_1 ... V_T])ᵀ` (Gargiulo et al., arXiv 2412.00081).
 
-    Each `w_t M_t = U_t S_t V_tᵀ` gives its top ⌊q / T⌋ triplets, q = min(K_out, K_in), at least one.
+    Each `w_t M_t = U_t S_t V_tᵀ` gives its top ⌊q / T⌋ triplets, at least one; q is the rank that all
+    updates span together, on the smaller side.
 
     Args:
         cores: Updates on common axes.
@@ -24,7 +25,7 @@ def tsv(
         ValueError: If the weights do not fit.
     """
     updates = weighted(cores, weights)
-    most = max(1, min(updates.shape[1:]) // len(updates))
+    most = max(1, min(common_ranks(updates)) // len(updates))
     parts = [triplets(update, most=most) for update in updates]
     left, right = torch.cat([part.U for part in parts], dim=1), torch.cat([part.Vh for part in parts])
     values = torch.cat([part.S for part in parts])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.merging.spectral import weighted
+from eigenpeft.linalg.merging.spectral import common_ranks, weighted
 
 
 def wudi(
@@ -18,7 +18,8 @@ def wudi(
     """`M = (Σ M_t G_t + ρ Σ M_t)(Σ G_t + ρ I)⁻¹`, `G_t = M_tᵀM_t / ‖M_t‖²` (WUDI, arXiv 2503.08099).
 
     The paper descends `Σ ‖(M - M_t) M_tᵀ‖² / ‖M_t‖²` from `M = Σ M_t`; this is its minimiser, with a ridge towards that start
-    where the updates say nothing. `ρ = ridge · trace(Σ G_t) / K_in`.
+    where the updates say nothing. `ρ = ridge · trace(Σ G_t)` per direction that the updates span on the
+    input side.
 
     Args:
         cores: Updates on common axes.
@@ -35,7 +36,7 @@ def wudi(
     scaled = updates / norms.where(norms > 0, 1.0).sqrt()[:, None, None]
     grams = scaled.mT @ scaled
     total = grams.sum(dim=0)
-    rho = ridge * total.diagonal().mean()
+    rho = ridge * total.trace() / max(1, common_ranks(updates)[1])
     goal = (updates @ grams).sum(dim=0) + rho * updates.sum(dim=0)
     if rho == 0.0:
         return goal  # every update is zero

@@ -6,12 +6,15 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
+from eigenpeft.linalg.merging import RULES, find_rule, merge_cores, norm_scale, weighted
 from eigenpeft.subspace.cores import core_kind
+from eigenpeft.subspace.seeding import seeded_generator
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of
@@ -24,6 +27,58 @@ _ENTRYWISE: dict[str, Any] = {
     "dare_linear": dare_linear,
     "magnitude_prune": magnitude_prune,
 }
+# Rules on cores that keep a diagonal core diagonal.
+_DIAGONAL_RULES = ("task_arithmetic", "mean", "dare")
+
+
+def is_core_rule(combination: str) -> bool:
+    """Whether a word names a rule of `eigenpeft.linalg.merging` on cores, and is none of PEFT's.
+
+    Args:
+        combination: As a user passes it.
+    """
+    rule = RULES.get(combination)
+    return (
+        combination not in _ENTRYWISE and rule is not None and not rule.model_inputs and "statistics" not in rule.needs
+    )
+
+
+def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> None:
+    """Refuse a rule on cores where adapters have no cores on common axes.
+
+    Args:
+        model: Adapted model.
+        configs: Of the adapters.
+        adapters: Their names.
+        combination: Name of the rule.
+
+    Raises:
+        AdapterConfigError: If they differ in core or subspace, or a layer has several cores.
+    """
+    if any(config.lora_bias for config in configs):
+        raise AdapterConfigError(
+            f"combination_type={combination!r}: no rule merges the biases of lora_bias=True; combine with 'linear' or 'cat'."
+        )
+    known = can_combine(model, configs, adapters, "svd")
+    core = getattr(configs[0], "core", None)
+    several = [
+        module
+        for name in adapters
+        for module, layer, _ in (adapted_layers(model, name) if known else ())
+        if isinstance(layer, ParamWrapper) or is_convolution(layer.get_base_layer()) or core == "mixture"
+    ]
+    if not known or several or (core == "diagonal" and combination not in _DIAGONAL_RULES):
+        why = (
+            f"{several[0]!r} has no single core"
+            if several
+            else f"the result of this rule on diagonal cores is not diagonal (only that of {', '.join(_DIAGONAL_RULES)} is)"
+            if known
+            else "these differ in core or subspace, or are not all EigenLoRA"
+        )
+        raise AdapterConfigError(
+            f"combination_type={combination!r} works on cores of one kind in one subspace; {why}. Merge them as plain LoRA with "
+            "eigenpeft.merge(model, method=...)."
+        )
 
 
 def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> bool:
@@ -102,6 +157,64 @@ def combine(
         inside, outside = _combined(parts, combination, rank=len(target_in))
         target_in.zero_()[: len(inside)] = inside
         target_out.zero_()[:, : len(inside)] = outside
+
+
+@torch.no_grad()
+def combine_cores(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    new: str,
+    *,
+    core: str,
+    combination: str,
+    scale: float | str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Fill the coefficients of a new adapter, whose scaling is 1, with the sources' cores merged by a published rule.
+
+    Args:
+        model: Adapted model that has the new adapter already.
+        adapters: Sources, of one core on the same bases.
+        weights: One a source.
+        new: Name of the new adapter.
+        core: Kind of their cores.
+        combination: Name in `eigenpeft.linalg.merging.RULES`.
+        scale: Final multiplier; "auto" and None as for `eigenpeft.merge`.
+        seed: Seed of DARE's draws.
+        **options: Options of the rule.
+
+    Raises:
+        AdapterConfigError: If an option is unknown or out of range.
+    """
+    rule = find_rule(combination)
+    scale = rule.scale if scale is None else scale
+    kind = core_kind(core)
+    for module, layer, _ in adapted_layers(model, new):
+        present = [name for name in adapters if name in factor_dicts(layer)[0]]
+        cores = torch.stack(
+            [layer.scaling[name] * kind.to_dense(_parts(layer, name)).detach().double() for name in present]
+        )
+        own = [weight for name, weight in zip(adapters, weights, strict=True) if name in present]
+        seeds = [seeded_generator(seed, module, f"dare {name}").initial_seed() for name in present]
+        extra: dict[str, Any] = {"seeds": seeds} if "seeds" in rule.needs else {}
+        try:
+            merged = merge_cores(cores, method=combination, weights=own, **options, **extra)
+        except ValueError as error:
+            raise AdapterConfigError(f"combination_type={combination!r}: {error}") from error
+        merged = merged * (norm_scale(merged, weighted(cores, own)) if isinstance(scale, str) else scale)
+        target_in, target_out = _coefficients(layer, new)
+        rank = None if target_in is None else len(target_in)
+        parts = kind.from_factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype), rank)
+        target_out.copy_(parts["coefficients_out"])
+        if target_in is not None:
+            target_in.copy_(parts["coefficients_in"])
+
+
+def _parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
+    inside, outside = _coefficients(layer, adapter_name)
+    return {"coefficients_out": outside} | ({} if inside is None else {"coefficients_in": inside})
 
 
 def _combined(parts: Sequence[Any], combination: str, *, rank: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from eigenpeft.tuners.eigenlora.bases import (
     matching_modules,
     subspace_of,
 )
-from eigenpeft.tuners.eigenlora.combining import can_combine, combine
+from eigenpeft.tuners.eigenlora.combining import can_combine, check_core_rule, combine, combine_cores, is_core_rule
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.placing import place, start
@@ -112,7 +112,9 @@ class EigenLoraModel(FactorModel):
 
         Adapters of one core on the same bases stay EigenLoRA with "linear", "cat" and "svd". The cores "full" and
         "diagonal" have no factors to choose between, and all three give the weighted sum of the updates itself; "ties",
-        "dare_ties", "dare_linear" and "magnitude_prune" work on the entries of their coefficients. Other combinations work
+        "dare_ties", "dare_linear" and "magnitude_prune" work on the entries of their coefficients. The rules of
+        `eigenpeft.linalg.merging.RULES` that need no data ("tsv", "iso_c", "svc", "pico", ...) merge the cores themselves,
+        at the rank `svd_rank` for "low_rank"; `scale` and the rule's options are further arguments. Other combinations work
         on LoRA's factors or on the update's entries, and what they make leaves the subspace.
 
         Args:
@@ -126,8 +128,14 @@ class EigenLoraModel(FactorModel):
         if adapter_name in self.peft_config:
             return
         self._check_alike(adapters)
-        checked = self._check_add_weighted_adapter(adapters, combination_type, svd_rank)
-        if not can_combine(self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]):
+        configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
+        by_rule = is_core_rule(combination_type) and 0 < len(configs) == len(adapters)
+        if by_rule:
+            check_core_rule(self.model, configs, adapters, combination_type)
+        checked = self._check_add_weighted_adapter(adapters, "svd" if by_rule else combination_type, svd_rank)
+        if not by_rule and not can_combine(
+            self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]
+        ):
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs)
             return
         combination, rank, target_modules = checked
@@ -136,6 +144,12 @@ class EigenLoraModel(FactorModel):
             self.peft_config[adapters[0]], target_modules=target_modules, init_from=None, **settings
         )
         self.inject_adapter(self.model, adapter_name)
+        if by_rule:
+            core = configs[0].core  # pyright: ignore[reportAttributeAccessIssue] (checked above)
+            combine_cores(
+                self.model, adapters, weights, adapter_name, core=core, combination=combination_type, **kwargs
+            )
+            return
         options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}
         combine(self.model, adapters, weights, adapter_name, combination=combination, **options)
         sum_biases(self.model, adapters, weights, adapter_name)
