@@ -34,8 +34,9 @@ def iso_cts(
     """`iso_c` whose last directions are those of single tasks (arXiv 2502.04959).
 
     With q the rank that all updates span together: `d = round((q - int(common_share q)) / T)` directions for each task and
-    `k = q - T d` common ones. The common ones are the top k triplets of `Σ w_t M_t`, those of a task the top d of `R_t = w_t M_t - U_c U_cᵀ w_t M_t`.
-    All left and all right vectors are made orthonormal by their polar factors; every singular value is the mean of all.
+    `k = q - T d` common ones. The common ones are the top k triplets of `Σ w_t M_t`, those of a task the top d of
+    `R_t = w_t M_t - U_c U_cᵀ w_t M_t`. All left and all right vectors are made orthonormal by their polar factors; every
+    singular value is the mean of all.
 
     Args:
         cores: Updates on common axes.

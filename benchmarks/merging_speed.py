@@ -1,0 +1,173 @@
+"""Seconds and memory of merging eight rank-16 adapters with Mistral-7B's q, k, v, o shapes, beside the same rules on full weights.
+
+Command:  python benchmarks/merging_speed.py --work DIR          (about 5 minutes on two idle cores)
+          python benchmarks/merging_speed.py --work DIR --full   (the rules on whole matrices: hours on one core; see below)
+Writes:   benchmarks/results/merging_speed.json
+
+Random factors, 128 modules, float32 on disk; from the adapters' folders to the merged folder, each rule in a process of its own:
+wall and CPU seconds, and the peak of resident memory, Python and torch included. The rules on full weights run on the four modules
+of one layer, in float32 with the same arithmetic as the definitions, CPU seconds, and are multiplied by 32 layers; a rule whose four
+modules would take too long is measured on k and v and scaled by the measured cost of the singular value decompositions.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timing import environment
+
+from eigenpeft import merge
+
+SHAPES = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
+N_ADAPTERS, RANK, N_LAYERS = 8, 16, 32
+METHODS = ("task_arithmetic", "tsv", "iso_c", "ties", "svc", "pico", "wudi")
+RESULT = Path(__file__).parent / "results" / "merging_speed.json"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--full", nargs="*", help="rules on whole matrices: iso_c, ties, tsv; all without a name")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        one(arguments.work, arguments.one)
+        return
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {"eigenpeft": {}, "full": {}}
+    if arguments.full is not None:
+        for method in arguments.full or ("ties", "iso_c", "tsv"):
+            results["full"][method] = full(method)
+            print(method, results["full"][method], flush=True)
+            write(results)
+        return
+    adapters = make_adapters(arguments.work)
+    for method in METHODS:
+        command = [sys.executable, __file__, "--work", adapters, "--threads", str(arguments.threads), "--one", method]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        results["eigenpeft"][method] = json.loads(done.stdout.splitlines()[-1])
+        print(method, results["eigenpeft"][method], flush=True)
+        write(results)
+
+
+def write(results):
+    results |= {"command": "python benchmarks/merging_speed.py", "environment": environment()}
+    for method, found in results["full"].items():
+        if method in results["eigenpeft"]:
+            found["times_slower"] = round(
+                found["cpu_seconds_128_modules"] / results["eigenpeft"][method]["cpu_seconds"], 1
+            )
+    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def one(adapters, method):
+    """One merge in this process; prints what it took."""
+    start, cpu = time.perf_counter(), time.process_time()
+    merged = merge(adapters, method=method, rank=16, progress=False)
+    merged.save_pretrained(adapters.parent / f"merged-{method}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        json.dumps(
+            {
+                "seconds": round(time.perf_counter() - start, 1),
+                "cpu_seconds": round(time.process_time() - cpu, 1),
+                "peak_bytes": peak,
+                "modules": merged.report.n_modules,
+            }
+        )
+    )
+
+
+def make_adapters(work):
+    """Eight folders with random factors of unit-size entries, written once."""
+    folder = work / "mistral_shapes"
+    generator = torch.Generator().manual_seed(0)
+    for i in range(N_ADAPTERS):
+        place = folder / f"adapter{i}"
+        if (place / "adapter_config.json").exists():
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for layer in range(N_LAYERS):
+            for name, (m, n) in SHAPES.items():
+                key = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
+                tensors[f"{key}A.weight"] = torch.randn(RANK, n, generator=generator) / n**0.5
+                tensors[f"{key}B.weight"] = torch.randn(m, RANK, generator=generator) / RANK**0.5
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "r": RANK,
+            "lora_alpha": 2 * RANK,
+            "base_model_name_or_path": "mistral",
+            "task_type": None,
+        }
+        (place / "adapter_config.json").write_text(
+            json.dumps(config | {"init_lora_weights": True, "target_modules": list(SHAPES)})
+        )
+    return folder
+
+
+def full(method):
+    """CPU seconds of a rule on whole matrices of one layer, and what that makes for 32 layers."""
+    generator = torch.Generator().manual_seed(0)
+    seconds = {}
+    for name, (m, n) in SHAPES.items():
+        if method == "tsv" and m == 4096:
+            continue
+        if m == 4096 and "q_proj" in seconds:
+            seconds[name] = seconds["q_proj"]  # the same shape
+            continue
+        updates = [
+            torch.randn(m, RANK, generator=generator) @ torch.randn(RANK, n, generator=generator)
+            for _ in range(N_ADAPTERS)
+        ]
+        start = time.process_time()
+        FULL[method](updates)
+        seconds[name] = round(time.process_time() - start, 2)
+        print(method, name, seconds[name], flush=True)
+    if method == "tsv":  # its 4096 x 4096 modules: 8 + 2 decompositions, each as dear as iso_c's one
+        known = json.loads(RESULT.read_text())["full"]["iso_c"]["cpu_seconds"]
+        seconds |= {name: round(10 * known[name], 1) for name in ("q_proj", "o_proj")}
+    return {"cpu_seconds": seconds, "cpu_seconds_128_modules": round(N_LAYERS * sum(seconds.values()), 1)}
+
+
+def ties_full(updates, density=0.2):
+    trimmed = []
+    for update in updates:
+        kept = int(density * update.numel())
+        threshold = update.abs().flatten().kthvalue(update.numel() - kept).values
+        trimmed.append(torch.where(update.abs() > threshold, update, 0.0))
+    sign = sum(trimmed).sign()
+    agreeing = [torch.where(update * sign > 0, update, 0.0) for update in trimmed]
+    return sum(agreeing) / sum((update != 0).float() for update in agreeing).clamp(min=1)
+
+
+def iso_c_full(updates):
+    u, s, vh = torch.linalg.svd(sum(updates), full_matrices=False)
+    return s.mean() * (u @ vh)
+
+
+def tsv_full(updates):
+    parts = [torch.linalg.svd(update, full_matrices=False) for update in updates]
+    most = len(parts[0][1]) // len(updates)
+    left, right = torch.cat([u[:, :most] for u, _, _ in parts], 1), torch.cat([vh[:most] for _, _, vh in parts])
+    values = torch.cat([s[:most] for _, s, _ in parts])
+    polar = []
+    for matrix in (left, right):
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        polar.append(u @ vh)
+    return (polar[0] * values) @ polar[1]
+
+
+FULL = {"ties": ties_full, "iso_c": iso_c_full, "tsv": tsv_full}
+
+
+if __name__ == "__main__":
+    main()
