@@ -6,8 +6,8 @@ Writes:   benchmarks/results/merging_speed.json
 
 Random factors, 128 modules, float32 on disk; from the adapters' folders to the merged folder, each rule in a process of its own:
 wall and CPU seconds, and the peak of resident memory, Python and torch included. The rules on full weights run on the four modules
-of one layer, in float32 with the same arithmetic as the definitions, CPU seconds, and are multiplied by 32 layers; a rule whose four
-modules would take too long is measured on k and v and scaled by the measured cost of the singular value decompositions.
+of one layer, in float32 with the same arithmetic as the definitions, CPU seconds, and are multiplied by 32 layers; a rule whose
+four modules would take too long is measured on k and v and scaled by the measured cost of the singular value decompositions.
 """
 
 import argparse
