@@ -311,6 +311,18 @@ def test_members_of_a_store_are_merged(mixed):
     assert merged.rank <= 6
 
 
+def test_heads_of_a_store_are_kept(tmp_path):
+    for i in range(2):
+        trained_bert(i).save_pretrained(tmp_path / "zoo" / f"task{i}")
+    collection = AdapterCollection.from_pretrained(tmp_path / "zoo")
+    store = AdapterStore(SubspaceBuilder(4).fit(collection).subspace_)
+    for i in range(2):
+        store.add(tmp_path / "zoo" / f"task{i}", allow_different_base_models=True)
+    assert {name: sorted(head) for name, head in merge(store, progress=False).heads.items()} == {
+        name: sorted(head) for name, head in merge(collection, progress=False).heads.items()
+    }
+
+
 def test_adapters_of_a_model_are_merged_and_put_beside_them(tmp_path):
     ids = torch.arange(6)[None] % 64
     model = trained_bert(0)
@@ -332,7 +344,10 @@ def test_a_merge_replaces_an_older_one_and_leaves_no_stale_head(tmp_path):
     for i in range(3):
         trained_bert(i).save_pretrained(tmp_path / "zoo" / f"task{i}")
     merge(tmp_path / "zoo", progress=False).save_pretrained(tmp_path / "merged")
-    merge(tmp_path / "zoo", names=["task0", "task1"], progress=False).save_pretrained(tmp_path / "merged")
+    fewer = merge(tmp_path / "zoo", names=["task0", "task1"], progress=False)
+    with pytest.raises(ArtifactError, match="already holds a plain LoRA adapter; pass overwrite=True"):
+        fewer.save_pretrained(tmp_path / "merged")
+    fewer.save_pretrained(tmp_path / "merged", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "merged" / "heads").iterdir()) == ["task0", "task1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "zoo"]
 
@@ -448,7 +463,7 @@ def test_what_cannot_be_merged_is_refused_by_name(kind, mixed):
 def test_a_folder_of_something_else_is_left_alone(mixed, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is not empty and holds no adapter"):
+    with pytest.raises(ArtifactError, match="holds files that eigenpeft did not write: thesis.txt"):
         merge(mixed, progress=False).save_pretrained(tmp_path / "notes")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.txt"]
 

@@ -10,6 +10,7 @@ import yaml
 from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from eigenpeft.artifacts.atomic import check_output
 from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
 from eigenpeft.cli.rows import load_task, open_rows
 from eigenpeft.combining import MergedAdapter, load_statistics, merge
@@ -19,6 +20,7 @@ from eigenpeft.combining.sources import open_sources
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.linalg.merging import RULES
 from eigenpeft.report.merge_tables import grid_table, merge_table
+from eigenpeft.tuners.files.lora_files import KIND
 
 _BATCH = 32
 _MAX_LENGTH = 512
@@ -61,6 +63,9 @@ def merge_command(
     n_rows: Annotated[int, typer.Option(help="Rows of each dataset to use.")] = 100,
     head: Annotated[str | None, typer.Option(help="Adapter whose head becomes the merged adapter's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws of dare.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that eigenpeft wrote there.")
+    ] = False,
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
@@ -70,6 +75,7 @@ def merge_command(
     """
     quiet(as_json)
     written = _recipe(adapters, recipe)
+    check_output(out, kind=KIND, overwrite=overwrite, inputs=written.adapters)
     arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **written.settings, **written.options}
     given = {"method": method, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
     arguments |= {name: value for name, value in given.items() if value is not None}
@@ -100,7 +106,7 @@ def merge_command(
         progress=not as_json,
         **arguments,
     )
-    merged.save_pretrained(out, head=head)
+    merged.save_pretrained(out, head=head, overwrite=overwrite, inputs=written.adapters)
     _show(merged, out, as_json=as_json)
 
 

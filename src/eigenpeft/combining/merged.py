@@ -1,8 +1,7 @@
 """A merged adapter: one plain LoRA in memory, with its report and its sources' heads, and its folder on disk."""
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from eigenpeft.combining.card import merged_card
-from eigenpeft.combining.heads import HEAD_FILE, HEADS_FOLDER, head_files
+from eigenpeft.combining.heads import head_files
 from eigenpeft.combining.report import MergeReport
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.stacking import Factors
@@ -62,19 +61,28 @@ class MergedAdapter:
         """
         return replace(self, factors={name: (factor * B, A) for name, (B, A) in self.factors.items()})
 
-    def save_pretrained(self, save_directory: str | Path, *, head: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        head: str | None = None,
+        overwrite: bool = False,
+        inputs: Sequence[str | Path] = (),
+    ) -> None:
         """Write a plain LoRA folder that PEFT alone loads: one rank and one alpha, a model card, and a report as JSON.
 
         Heads are written beside it, one per source adapter, as `heads/<task>/head.safetensors` (see `load_head`).
 
         Args:
-            save_directory: Folder to make. A merged adapter that is already there is replaced.
+            save_directory: Folder to make.
             head: Name of the source adapter whose head becomes the merged adapter's own; a merge of one adapter keeps its
                 own without being asked.
+            overwrite: Whether to replace an adapter that eigenpeft wrote there; one that was trained is never replaced.
+            inputs: Paths that were read; the folder must not be one of them or lie inside one.
 
         Raises:
             AdapterConfigError: If there is no head of that name.
-            ArtifactError: If the folder holds something else or cannot be written.
+            ArtifactError: If the folder holds something that is not replaced, or cannot be written.
         """
         head = next(iter(self.heads)) if head is None and len(self.report.sources) == 1 and self.heads else head
         if head is not None and head not in self.heads:
@@ -98,14 +106,15 @@ class MergedAdapter:
             REPORT_NAME: report.encode(),
             "README.md": merged_card(self.report, self.records, self.base_model, tuple(self.heads)).encode(),
         }
-        write_lora(Path(save_directory), updates, fields, own | dict(self.shared), files=files)
-        for stale in (Path(save_directory) / HEADS_FOLDER).glob("*"):  # of the merge that was there before
-            if (
-                stale.name not in self.heads
-                and stale.is_dir()
-                and [file.name for file in stale.iterdir()] == [HEAD_FILE]
-            ):
-                shutil.rmtree(stale)
+        write_lora(
+            Path(save_directory),
+            updates,
+            fields,
+            own | dict(self.shared),
+            files=files,
+            overwrite=overwrite,
+            inputs=inputs,
+        )
 
     @torch.no_grad()
     def add_to(self, model: PeftModel, *, adapter_name: str = "merged") -> None:

@@ -1,6 +1,6 @@
 """What can be merged, seen alike: adapters of a collection, members of a store, adapters of a PEFT model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from eigenpeft.errors import CollectionError
 from eigenpeft.linalg.stacking import Factors
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import contents_of_model
+from eigenpeft.tuners.files.store_export import contents_of_member
 
 Adapters = AdapterCollection | AdapterStore | PeftModel | str | Path | Sequence[str | Path]
 """What `merge` takes: an open collection, folders and Hub ids, a store, or a PEFT model with several adapters."""
@@ -77,30 +78,42 @@ class CollectionSources:
 
 @dataclass(frozen=True)
 class LoadedSources:
-    """Adapters whose factors are in memory; see `CollectionSources`."""
+    """Members of a store or adapters of a model; see `CollectionSources`.
+
+    Attributes:
+        names: Adapters, in order.
+        records: JSON-able record of each adapter.
+        parts: What they hold besides their factors.
+        base_model: Base model, if known.
+        task_type: PEFT's task type, where all agree.
+        read: Updates of a module by adapter.
+        largest: Largest rank of a merged update, by module.
+        embeddings: Modules that are embeddings.
+        transposed: Modules whose base weights are stored transposed.
+    """
 
     names: tuple[str, ...]
     records: tuple[dict[str, Any], ...]
     parts: OtherParts
     base_model: str | None
     task_type: str | None
-    factors: Mapping[str, Mapping[str, Factors]]
+    read: Callable[[str], dict[str, Factors]]
+    largest: Mapping[str, int]
     embeddings: frozenset[str] = field(default_factory=frozenset)
     transposed: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """See `CollectionSources.modules`."""
-        return tuple(self.factors)
+        return tuple(self.largest)
 
     def updates(self, module: str) -> dict[str, Factors]:
         """See `CollectionSources.updates`."""
-        return dict(self.factors[module])
+        return self.read(module)
 
     def largest_rank(self, module: str) -> int:
         """See `CollectionSources.largest_rank`."""
-        pairs = list(self.factors[module].values())
-        return min(sum(len(lora_A) for _, lora_A in pairs), len(pairs[0][0]), pairs[0][1].shape[1])
+        return self.largest[module]
 
     def is_embedding(self, module: str) -> bool:
         """See `CollectionSources.is_embedding`."""
@@ -151,26 +164,34 @@ def common(values: set[str | None]) -> str | None:
 
 def _of_store(store: AdapterStore, names: Sequence[str] | None) -> LoadedSources:
     chosen = _chosen(store.names, names, where="the store")
+    # Cores are small; factors are made of them module by module.
     members = {name: store[name] for name in chosen}
-    factors: dict[str, dict[str, Factors]] = {}
-    for name, member in members.items():
-        for module, pair in store.subspace.reconstruct(member).items():
-            factors.setdefault(module, {})[name] = pair
-    info = store.subspace.info
-    parts = parts_of(
-        {name: tuple(member.kept) for name, member in members.items()},
-        saved={name: tuple(member.config.get("modules_to_save") or ()) for name, member in members.items()},
-        read=lambda name, key: members[name].kept[key],
-    )
+    others = {name: contents_of_member(store, name)[2] for name in chosen}
+    info, subspace = store.subspace.info, store.subspace
+    paths = {module: next((m.path(module) for m in members.values() if module in m), None) for module in subspace}
+    modules = {path: module for module, path in paths.items() if path is not None}
+    records = tuple(dict(member.record) for member in members.values())
     return LoadedSources(
         names=chosen,
-        records=tuple(dict(member.record) for member in members.values()),
-        parts=parts,
+        records=records,
+        parts=parts_of(
+            {name: tuple(own) for name, own in others.items()},
+            saved={name: tuple(member.config.get("modules_to_save") or ()) for name, member in members.items()},
+            read=lambda name, key: others[name][key],
+        ),
         base_model=info.base_model_name_or_path,
-        task_type=common({member.record.get("task_type") for member in members.values()}),
-        factors={module: factors[module] for module in store.subspace.modules if module in factors},
-        embeddings=frozenset(info.embeddings),
-        transposed=frozenset(info.fan_in_fan_out),
+        task_type=common({record.get("task_type") for record in records}),
+        read=lambda path: {
+            name: subspace.reconstruct({modules[path]: member[modules[path]]})[modules[path]]
+            for name, member in members.items()
+            if modules[path] in member
+        },
+        largest={
+            path: min(len(subspace[module].components_out), len(subspace[module].components_in))
+            for path, module in modules.items()
+        },
+        embeddings=frozenset(path for path, module in modules.items() if module in info.embeddings),
+        transposed=frozenset(path for path, module in modules.items() if module in info.fan_in_fan_out),
     )
 
 
@@ -209,10 +230,15 @@ def _of_model(model: PeftModel, names: Sequence[str] | None) -> LoadedSources:
         parts=parts,
         base_model=model.peft_config[chosen[0]].base_model_name_or_path,
         task_type=common(task_types),
-        factors=factors,
+        read=lambda module: dict(factors[module]),
+        largest={module: _largest_rank(list(pairs.values())) for module, pairs in factors.items()},
         embeddings=frozenset(embeddings),
         transposed=frozenset(transposed),
     )
+
+
+def _largest_rank(pairs: Sequence[Factors]) -> int:
+    return min(sum(len(lora_A) for _, lora_A in pairs), len(pairs[0][0]), pairs[0][1].shape[1])
 
 
 def _chosen(present: tuple[str, ...], names: Sequence[str] | None, *, where: str) -> tuple[str, ...]:

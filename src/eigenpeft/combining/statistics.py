@@ -155,12 +155,13 @@ def collect_statistics(
     return found
 
 
-def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Path) -> None:
+def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Path, *, overwrite: bool = False) -> None:
     """Write statistics of several adapters into a folder, whole or not at all.
 
     Args:
         statistics: As `collect_statistics` gives them.
-        folder: Folder to make or to update.
+        folder: Folder to make.
+        overwrite: Whether to replace statistics that are there.
 
     Raises:
         ArtifactError: If it cannot be written.
