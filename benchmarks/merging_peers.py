@@ -1,6 +1,8 @@
 """The weighted sum of ten adapters by PEFT's combination types and by `merge`: error against the exact sum, seconds.
 
 Command:  python benchmarks/merging_peers.py --work DIR          (about a minute)
+          python -m venv .peers && .peers/bin/pip install torch==2.13.0 vlora-dev==1.0.0 mergekit==0.1.5 fusion-bench==0.2.33
+          python benchmarks/merging_peers.py --work DIR --peers-python .peers/bin/python
 Writes:   benchmarks/results/merging_peers.json
 
 Three zoos of the ten shipped adapters of all-MiniLM-L6-v2: as they are (rank 8, alpha 16); the same factors read as rsLoRA; and
@@ -12,6 +14,7 @@ error 0. TIES and DARE claim no sum; their rows say how far from it they go.
 import argparse
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from timing import environment
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from eigenpeft import merge
 from eigenpeft.combining.sources import CollectionSources, open_sources
@@ -44,6 +47,7 @@ OURS = {"task_arithmetic": {}, "ties": {"density": 0.2}, "dare": {"drop": 0.5}, 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("merging-work"))
+    parser.add_argument("--peers-python", help="Python that has vlora-dev, mergekit and fusion-bench")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {"command": "python benchmarks/merging_peers.py", "environment": environment(), "zoos": {}}
@@ -60,6 +64,10 @@ def main():
         names = [folder.name for folder in folders]
         for combination, options in PEFT_TYPES.items():
             rows[f"PEFT {combination}"] = by_peft(model, names, combination, options, exact)
+        if arguments.peers_python:
+            rows |= by_peers(
+                arguments.peers_python, arguments.work / "peers" / "made" / zoo.replace(" ", "_"), folders, exact
+            )
         results["zoos"][zoo] = rows
         for name, row in rows.items():
             print(zoo, name, row, flush=True)
@@ -83,6 +91,45 @@ def by_peft(model, names, combination, options, exact):
     }
     model.delete_adapter("made")
     return {"error": relative_error(found, exact), "cpu_seconds": round(seconds, 2)}
+
+
+def by_peers(python, work, folders, exact):
+    """Other packages, each in a process of its own: on the adapters, or on models with an adapter merged in each."""
+    models = [work / "models" / folder.name for folder in folders]
+    base = work / "models" / "base"
+    AutoModel.from_pretrained(base_model()).save_pretrained(base)
+    for folder, model in zip(folders, models, strict=True):
+        merged, whole = merge(folder, progress=False), AutoModel.from_pretrained(base_model())
+        merged.apply_to(whole)
+        whole.save_pretrained(model)
+    rows = {}
+    for tool, methods, inputs in (
+        ("vlora", ("task_arithmetic", "ties", "dare"), folders),
+        ("mergekit", ("task_arithmetic", "ties", "dare_linear", "dare_ties"), models),
+        ("fusion_bench", ("ties",), models),
+    ):
+        for method in methods:
+            out = work / tool / method
+            shutil.rmtree(out, ignore_errors=True)
+            command = [python, Path(__file__).with_name("merging_peers_worker.py"), tool, method, base, out, *inputs]
+            done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                rows[f"{tool} {method}"] = {"error": None, "message": done.stderr.strip().splitlines()[-1][:200]}
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            if tool == "vlora":
+                found = {name: B.double() @ A.double() for name, (B, A) in merge(out, progress=False).factors.items()}
+            else:
+                found = {
+                    key.removesuffix(".weight"): value.double()
+                    for key, value in load_file(out / "delta.safetensors").items()
+                }
+            found = {
+                name: next(value for key, value in found.items() if name.endswith(key) or key.endswith(name))
+                for name in exact
+            }
+            rows[f"{tool} {method}"] = {"error": relative_error(found, exact), **row}
+    return rows
 
 
 def exact_sum(folders):
