@@ -10,13 +10,14 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from eigenpeft.building.choosing import independent_starts
-from eigenpeft.building.module_fitter import AUTO, MERGEABLE, ModuleFitter
+from eigenpeft.building.module_fitter import AUTO, ModuleFitter
 from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.fitting import (
+    MERGEABLE,
     METHODS,
     WEIGHTINGS,
     Method,

@@ -12,7 +12,15 @@ from eigenpeft.building.chunks import bytes_at_once, chunk_adapters
 from eigenpeft.building.work_folder import FittedModule
 from eigenpeft.collection.reader import AdapterCollection, AdapterFactors
 from eigenpeft.linalg.chunked import fit_chunks
-from eigenpeft.linalg.fitting import FittedBases, Method, Weighting, explained_share_curve, fit_bases, stack_rows
+from eigenpeft.linalg.fitting import (
+    MERGEABLE,
+    FittedBases,
+    Method,
+    Weighting,
+    explained_share_curve,
+    fit_bases,
+    stack_rows,
+)
 from eigenpeft.linalg.incremental import merge_components
 from eigenpeft.linalg.orthogonal import random_complement
 from eigenpeft.linalg.shares import added_shares
@@ -22,7 +30,6 @@ from eigenpeft.subspace.seeding import seeded_generator
 
 # Methods whose bases are the leading singular vectors of one growing stack of rows, so that a new adapter's rows can be
 # merged without reading the old ones. HOOI refines against all adapters at once; EigenLoRAx moves its mean.
-MERGEABLE = ("balanced", "hosvd")
 # Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
 _SHARE_GUESS = 64
 AUTO = "auto"

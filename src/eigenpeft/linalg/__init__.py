@@ -21,11 +21,7 @@ from eigenpeft.linalg.fitting import (
     METHODS,
     FittedBases,
     explained_share_curve,
-    fit_balanced,
     fit_bases,
-    fit_eigenlorax,
-    fit_hooi,
-    fit_hosvd,
     stack_rows,
 )
 from eigenpeft.linalg.incremental import Merged, merge_components
@@ -53,11 +49,7 @@ __all__ = [
     "choose_route",
     "explained_share_curve",
     "factored_svd",
-    "fit_balanced",
     "fit_bases",
-    "fit_eigenlorax",
-    "fit_hooi",
-    "fit_hosvd",
     "fix_signs",
     "frobenius_norm",
     "full_spectrum",

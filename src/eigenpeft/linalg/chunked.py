@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.fitting import FittedBases
+from eigenpeft.linalg.fitting import METHODS, FittedBases
 from eigenpeft.linalg.incremental import Sketch, empty_sketch, extend_sketch
 from eigenpeft.linalg.shares import added_shares
 from eigenpeft.linalg.stacking import Factors, Weighting, share_curve, stack_factors
@@ -47,7 +47,7 @@ def fit_chunks(
     Args:
         chunks: Gives the chunks, the same ones each time; called twice.
         n_components: K, a number.
-        method: "balanced" or "hosvd": methods whose bases come from one growing stack of rows.
+        method: One of `MERGEABLE`, whose bases come from one growing stack of rows.
         weighting: As for `fit_bases`.
 
     Returns:
@@ -56,7 +56,7 @@ def fit_chunks(
     Raises:
         ValueError: If all updates are zero, or K exceeds the rank of what was kept of a side.
     """
-    rows = "moments" if method == "hosvd" else "balanced"
+    rows = METHODS[method].rows
     sketches: tuple[Sketch, Sketch] | None = None
     norms: list[float] = []
     energy, n_rows = 0.0, 0

@@ -1,8 +1,7 @@
 """From the factors of many adapters of one weight to a pair of bases: balanced, hosvd, hooi, eigenlorax."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,9 +12,46 @@ from eigenpeft.linalg.centred import centred_components
 from eigenpeft.linalg.decompose import Decomposition, leading_components
 from eigenpeft.linalg.shares import added_shares
 from eigenpeft.linalg.stacking import WEIGHTINGS as WEIGHTINGS
-from eigenpeft.linalg.stacking import ManyFactors, Stacks, Weighting, share_curve, stack_factors
+from eigenpeft.linalg.stacking import ManyFactors, Rows, Stacks, Weighting, share_curve, stack_factors
 
 Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One row of `METHODS`.
+
+    Attributes:
+        rows: Which rows of the adapters are stacked: of their balanced factors, their second moments, or the raw ones.
+        centred: Whether the mean is taken off and its direction kept as the first component.
+        refined: Whether the bases are refined towards the least error of the projected updates.
+        mergeable: Whether the bases come from one growing stack, so that more rows can be merged into them.
+    """
+
+    rows: Rows
+    centred: bool = False
+    refined: bool = False
+    mergeable: bool = False
+
+
+METHODS: dict[str, Fit] = {
+    # Directions of the balanced factors S^{1/2} Vᵀ and S^{1/2} Uᵀ of each ω ΔW = U S Vᵀ: of the updates alone, so that
+    # (B G⁻¹, G A) gives the bases of (B, A).
+    "balanced": Fit("balanced", mergeable=True),
+    # Leading eigenvectors of Σ ω²ΔWᵀΔW and Σ ω²ΔWΔWᵀ: the higher-order singular value decomposition of the stack of updates
+    # (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000), as in the Universal Weight Subspace
+    # Hypothesis; its error is within √2 of the least.
+    "hosvd": Fit("moments", mergeable=True),
+    # Bases of the largest Σ ω²‖V_out ΔW V_inᵀ‖²: higher-order orthogonal iteration (the same authors; JD-Full of arXiv
+    # 2407.00066), from the better of "hosvd" and "balanced", never worse than either.
+    "hooi": Fit("moments", refined=True),
+    # Algorithm 1 of EigenLoRAx (arXiv 2502.04700), except that the subtracted mean is not lost: its direction is the first
+    # component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how an update is split
+    # into factors; kept for comparison.
+    "eigenlorax": Fit("raw", centred=True),
+}
+"""The methods of `fit_bases`."""
+MERGEABLE = tuple(name for name, fit in METHODS.items() if fit.mergeable)
 
 # A share is reached when it is missed by no more than the rounding of float32 data and the truncation of noise.
 _SHARE_SLACK = 1e-6
@@ -62,7 +98,7 @@ def fit_bases(
             Adapters whose update is zero are left out. A `FactorStream` reads them as they are needed ("hooi": 3 times).
         n_components: An int K takes exactly K components on both sides. A float in (0, 1] takes the fewest components
             whose explained share of `Σ ω²‖ΔW‖²` reaches it.
-        method: "balanced" (default), "hosvd", "hooi" or "eigenlorax"; see the function of that name.
+        method: "balanced" (default), "hosvd", "hooi" or "eigenlorax"; `METHODS` says what they are.
         weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "energy" by 1. With "eigenlorax" it weighs
             the explained share alone: that recipe stacks the rows as they are.
         tol: Tolerance of the iterative solver and of the refinement.
@@ -83,150 +119,11 @@ def fit_bases(
         >>> fitted.components_in.shape, round(fitted.explained_variance_ratio.sum().item(), 4)
         (torch.Size([2, 5]), 1.0)
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
-    return METHODS[method](factors, n_components=n_components, weighting=weighting, tol=tol, generator=generator)
-
-
-def fit_balanced(
-    factors: ManyFactors,
-    *,
-    n_components: int | float,
-    weighting: Weighting = "equal",
-    tol: float = 1e-4,
-    generator: Generator | None = None,
-) -> FittedBases:
-    """Principal directions of the balanced factors `S^{1/2} Vᵀ` and `S^{1/2} Uᵀ` of each `ω ΔW = U S Vᵀ`.
-
-    Depends on the updates alone: `(B G⁻¹, G A)` gives the bases of `(B, A)`.
-
-    Args:
-        factors: As for `fit_bases`, and so are the other arguments.
-        n_components: Number or share.
-        weighting: Weights of the adapters.
-        tol: Tolerance of the iterative solver.
-        generator: Source of its start.
-
-    Raises:
-        ValueError: As `fit_bases`.
-    """
-    stacks = stack_factors(factors, rows="balanced", weighting=weighting)
-    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator)
-
-
-def fit_hosvd(
-    factors: ManyFactors,
-    *,
-    n_components: int | float,
-    weighting: Weighting = "equal",
-    tol: float = 1e-4,
-    generator: Generator | None = None,
-) -> FittedBases:
-    """Leading eigenvectors of `Σ ω²ΔWᵀΔW` and `Σ ω²ΔWΔWᵀ`, from the factors only.
-
-    The higher-order singular value decomposition of the stack of updates (De Lathauwer, De Moor and Vandewalle, SIAM J.
-    Matrix Anal. Appl. 21, 2000), as in the Universal Weight Subspace Hypothesis; its error is within √2 of the least.
-
-    Args:
-        factors: As for `fit_bases`, and so are the other arguments.
-        n_components: Number or share.
-        weighting: Weights of the adapters.
-        tol: Tolerance of the iterative solver.
-        generator: Source of its start.
-
-    Raises:
-        ValueError: As `fit_bases`.
-    """
-    stacks = stack_factors(factors, rows="moments", weighting=weighting)
-    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator)
-
-
-def fit_hooi(
-    factors: ManyFactors,
-    *,
-    n_components: int | float,
-    weighting: Weighting = "equal",
-    tol: float = 1e-4,
-    generator: Generator | None = None,
-) -> FittedBases:
-    """Bases of the largest `Σ ω²‖V_out ΔW V_inᵀ‖²`, that is of the least error of the projected updates.
-
-    Higher-order orthogonal iteration (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21, 2000;
-    JD-Full of arXiv 2407.00066), started from the better of "hosvd" and "balanced", never worse than either. For
-    a share, the number of components is found by bisection.
-
-    Args:
-        factors: As for `fit_bases`, and so are the other arguments.
-        n_components: Number or share.
-        weighting: Weights of the adapters.
-        tol: Tolerance of the iterative solver; the refinement stops at a relative gain below it.
-        generator: Source of the solver's start.
-
-    Raises:
-        ValueError: As `fit_bases`.
-    """
-    options = {"n_components": n_components, "weighting": weighting, "tol": tol, "generator": generator}
-    starts = [fit(factors, **options) for fit in (fit_hosvd, fit_balanced)]
-    stacks = stack_factors(factors, rows="moments", weighting=weighting)
-    # The fewest components, then the largest share: with a number of components all have as many.
-    start = min(starts, key=lambda fitted: (len(fitted.components_in), -float(fitted.explained_variance_ratio.sum())))
-    most = len(start.components_in)
-    fitted = _refined(stacks, start, tol=tol)
-    if n_components >= 1:  # a number of components, or the share of all of them
-        return fitted
-    fewest = 1
-    while fewest < most:
-        middle = (fewest + most) // 2
-        trial = _refined(stacks, _truncated(start, middle), tol=tol)
-        if float(trial.explained_variance_ratio.sum()) >= n_components - _SHARE_SLACK:
-            fitted, most = trial, middle
-        else:
-            fewest = middle + 1
-    return fitted
-
-
-def fit_eigenlorax(
-    factors: ManyFactors,
-    *,
-    n_components: int | float,
-    weighting: Weighting = "equal",
-    tol: float = 1e-4,
-    generator: Generator | None = None,
-) -> FittedBases:
-    """Principal components of the raw rows of all lora_A and of all lora_Bᵀ, centred, with the mean's direction first.
-
-    Algorithm 1 of EigenLoRAx (arXiv 2502.04700), except that the subtracted mean is not lost: its direction is
-    the first component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how
-    an update is split into factors; kept for comparison.
-
-    Args:
-        factors: As for `fit_bases`, and so are the other arguments.
-        n_components: Number or share.
-        weighting: Weights of the adapters in the explained share.
-        tol: Tolerance of the iterative solver.
-        generator: Source of its start.
-
-    Raises:
-        ValueError: As `fit_bases`.
-    """
-    stacks = stack_factors(factors, rows="raw", weighting=weighting)
-    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator, centred=True)
-
-
-METHODS: dict[str, Callable[..., FittedBases]] = {
-    "balanced": fit_balanced,
-    "hosvd": fit_hosvd,
-    "hooi": fit_hooi,
-    "eigenlorax": fit_eigenlorax,
-}
-"""The methods of `fit_bases`."""
-
-_ROWS: dict[str, Literal["balanced", "moments", "raw"]] = {
-    "balanced": "balanced",
-    "hosvd": "moments",
-    "hooi": "moments",
-    "eigenlorax": "raw",
-}
+    fit = _row(method)
+    if fit.refined:
+        return _fit_refined(factors, n_components=n_components, weighting=weighting, tol=tol, generator=generator)
+    stacks = stack_factors(factors, rows=fit.rows, weighting=weighting)
+    return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator, centred=fit.centred)
 
 
 def stack_rows(
@@ -247,9 +144,7 @@ def stack_rows(
     Raises:
         ValueError: If an argument is unknown or shapes differ.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
-    stacks = stack_factors(factors, rows=_ROWS[method], weighting=weighting)
+    stacks = stack_factors(factors, rows=_row(method).rows, weighting=weighting)
     return stacks.rows_in, stacks.rows_out
 
 
@@ -314,6 +209,44 @@ def _fit_stacks(
                 f"side, explain {float(curve[-1]):.4f}; pass a smaller share, or {rank} for all of them."
             )
         trial *= 2
+
+
+def _fit_refined(
+    factors: ManyFactors,
+    *,
+    n_components: int | float,
+    weighting: Weighting,
+    tol: float,
+    generator: Generator | None,
+) -> FittedBases:
+    """The bases of "hooi"; for a share, the number of components is found by bisection."""
+    solver: dict[str, Any] = {"tol": tol, "generator": generator}
+    starts = [
+        _fit_stacks(stack_factors(factors, rows=rows, weighting=weighting), n_components=n_components, **solver)
+        for rows in ("moments", "balanced")
+    ]
+    stacks = stack_factors(factors, rows="moments", weighting=weighting)
+    # The fewest components, then the largest share: with a number of components all have as many.
+    start = min(starts, key=lambda fitted: (len(fitted.components_in), -float(fitted.explained_variance_ratio.sum())))
+    most = len(start.components_in)
+    fitted = _refined(stacks, start, tol=tol)
+    if n_components >= 1:  # a number of components, or the share of all of them
+        return fitted
+    fewest = 1
+    while fewest < most:
+        middle = (fewest + most) // 2
+        trial = _refined(stacks, _truncated(start, middle), tol=tol)
+        if float(trial.explained_variance_ratio.sum()) >= n_components - _SHARE_SLACK:
+            fitted, most = trial, middle
+        else:
+            fewest = middle + 1
+    return fitted
+
+
+def _row(method: str) -> Fit:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, METHODS))}.")
+    return METHODS[method]
 
 
 def _check_not_zero(stacks: Stacks) -> None:

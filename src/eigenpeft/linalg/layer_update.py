@@ -65,10 +65,74 @@ def choose_route(n_tokens: int, *, n_components: int, rank: int | None) -> Route
     """
     if rank is None:
         return CHAIN
-    on_components = n_tokens * n_components
-    on_factor = n_tokens * max(rank, MIN_WIDTH) + n_components * rank
-    once, twice = on_components > on_factor, on_components > 2 * on_factor
+    once, twice = (
+        factor_is_cheaper(n_tokens, n_components=n_components, rank=rank, n_products=count) for count in (1, 2)
+    )
     return Route(twice and n_components > MAX_KEPT_RATIO * max(rank, MIN_WIDTH), once, twice, once)
+
+
+def factor_is_cheaper(n_tokens: int, *, n_components: int, rank: int, n_products: int = 1) -> bool:
+    """Whether products on a factor of width r, formed anew, take fewer multiply-adds than one on its K components.
+
+    Args:
+        n_tokens: T, rows of the other operand.
+        n_components: K.
+        rank: r.
+        n_products: How many products on the factor take the place of one on the components.
+
+    Examples:
+        >>> factor_is_cheaper(4096, n_components=64, rank=16)
+        True
+    """
+    return n_tokens * n_components > n_products * (n_tokens * max(rank, MIN_WIDTH) + n_components * rank)
+
+
+def input_product(
+    x: Float[Tensor, "*t n"],
+    components_in: Float[Tensor, "k_in n"],
+    coefficients_in: Float[Tensor, "r k_in"] | None,
+    *,
+    on_factor: bool,
+) -> tuple[Float[Tensor, "*t r"], Float[Tensor, "*t w"]]:
+    """`h = x V_inᵀ C_inᵀ`, on the factor `A = C_in V_in` or on the components.
+
+    Args:
+        x: Input.
+        components_in: V_in.
+        coefficients_in: C_in; None for the identity.
+        on_factor: Whether to form A.
+
+    Returns:
+        h, and what its gradient needs: h itself on the factor, else `x V_inᵀ`.
+    """
+    if on_factor:
+        assert coefficients_in is not None
+        hidden = linear(x, coefficients_in @ components_in)
+        return hidden, hidden
+    kept = linear(x, components_in)
+    return (kept if coefficients_in is None else linear(kept, coefficients_in)), kept
+
+
+def output_operands(
+    hidden: Float[Tensor, "*t r"],
+    coefficients_out: Float[Tensor, "k_out r"] | Float[Tensor, " k_out"],
+    components_out: Float[Tensor, "k_out m"],
+    *,
+    on_factor: bool,
+) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is `h C_outᵀ V_out`: h and the factor `Bᵀ`, or `h C_outᵀ` and the components.
+
+    Args:
+        hidden: h.
+        coefficients_out: C_out; or the diagonal of a square one.
+        components_out: V_out.
+        on_factor: Whether to form B.
+    """
+    if on_factor:
+        return hidden, coefficients_out.mT @ components_out
+    return (
+        hidden * coefficients_out if coefficients_out.ndim == 1 else linear(hidden, coefficients_out)
+    ), components_out
 
 
 def low_rank_update(
@@ -97,17 +161,8 @@ def low_rank_update(
     Returns:
         The sum, and what to keep for the backward pass: `x V_inᵀ`, or, with x itself, `x Aᵀ`.
     """
-    if route.input_on_factor:
-        assert coefficients_in is not None
-        hidden = linear(x, coefficients_in @ components_in)
-        kept = hidden
-    else:
-        kept = linear(x, components_in)
-        hidden = kept if coefficients_in is None else linear(kept, coefficients_in)
-    if route.output_on_factor:
-        product = hidden, coefficients_out.mT @ components_out
-    else:
-        product = _times_core(hidden, coefficients_out), components_out
+    hidden, kept = input_product(x, components_in, coefficients_in, on_factor=route.input_on_factor)
+    product = output_operands(hidden, coefficients_out, components_out, on_factor=route.output_on_factor)
     return (y.addmm_(*product) if in_place else torch.addmm(y, *product)), kept
 
 
@@ -239,7 +294,3 @@ def core_updates(
             core[rows] = own
     product, flat = (core.flatten(0, 1), components_out), y.view(-1, y.shape[2]) if in_place else y.flatten(0, 1)
     return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
-
-
-def _times_core(hidden: Tensor, coefficients_out: Tensor) -> Tensor:
-    return hidden * coefficients_out if coefficients_out.ndim == 1 else linear(hidden, coefficients_out)

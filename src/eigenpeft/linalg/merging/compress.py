@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.fitting import fit_hooi
+from eigenpeft.linalg.fitting import fit_bases
 from eigenpeft.linalg.merging.spectral import weighted
 
 # The cores are small: let the iteration converge.
@@ -48,6 +48,8 @@ def compress_then_merge(
     if n_components >= most:
         return updates.sum(dim=0)  # the bases would span everything: only a pair of equal numbers of rows is fitted
     identity = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device)
-    bases = fit_hooi([(update, identity) for update in equal], n_components=n_components, weighting="energy", tol=_TOL)
+    bases = fit_bases(
+        [(update, identity) for update in equal], n_components=n_components, method="hooi", weighting="energy", tol=_TOL
+    )
     projected = bases.components_out @ updates.sum(dim=0) @ bases.components_in.mT
     return bases.components_out.mT @ projected @ bases.components_in

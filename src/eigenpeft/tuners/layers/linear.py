@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eigenpeft.linalg.layer_update import factor_is_cheaper, input_product, output_operands
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
@@ -55,12 +56,9 @@ class InputFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
-        components = self.basis.components_in.to(x.dtype)
-        if self.coefficients is None:
-            return F.linear(x, components)
-        if _chain_is_cheaper(x, self.coefficients):
-            return F.linear(F.linear(x, components), self.coefficients.to(x.dtype))
-        return F.linear(x, self.weight.to(x.dtype))
+        coefficients = None if self.coefficients is None else self.coefficients.to(x.dtype)
+        on_factor = coefficients is not None and _factor_is_cheaper(x, coefficients)
+        return input_product(x, self.basis.components_in.to(x.dtype), coefficients, on_factor=on_factor)[0]
 
 
 class OutputFactor(nn.Module):
@@ -110,11 +108,9 @@ class OutputFactor(nn.Module):
         components = self.basis.components_out.to(h.dtype)
         coefficients = self.coefficients.to(h.dtype)
         bias = None if self.bias is None else self.bias.to(h.dtype)
-        if coefficients.ndim == 1:
-            return F.linear(h * coefficients, components.mT, bias)
-        if _chain_is_cheaper(h, coefficients):
-            return F.linear(F.linear(h, coefficients), components.mT, bias)
-        return F.linear(h, self.weight.to(h.dtype), bias)
+        on_factor = coefficients.ndim == 2 and _factor_is_cheaper(h, coefficients)
+        left, right = output_operands(h, coefficients, components, on_factor=on_factor)
+        return F.linear(left, right.mT, bias)
 
 
 class MixedFactor(nn.Module):
@@ -156,10 +152,6 @@ class MixedFactor(nn.Module):
         return F.linear(F.linear(h, self.mixer.to(h.dtype)), self.factor.to(h.dtype), bias)
 
 
-def _chain_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:
-    # Multiply-adds per feature of the wide side: chain T K, materialised K r + T r. Products narrower than 16
-    # columns run as slowly as those of 16, so r counts as at least that.
-    n_tokens = x.numel() // x.shape[-1]
+def _factor_is_cheaper(x: Tensor, coefficients: Tensor) -> bool:
     n_components, rank = sorted(coefficients.shape, reverse=True)
-    rank = max(rank, 16)
-    return n_tokens * n_components <= n_components * rank + n_tokens * rank
+    return factor_is_cheaper(x.numel() // x.shape[-1], n_components=n_components, rank=rank)
