@@ -110,7 +110,8 @@ def feature_column(table: Dataset, name: str, path: Path) -> Any:
         EigenPeftError: If a row is missing, is not a list of numbers, or has another length.
     """
     column = table.with_format("numpy")[name]
-    width = len(table[0][name])
+    first = table[0][name]
+    width = len(first) if isinstance(first, list) else 0
     for row, value in enumerate(table[name]):
         good = isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
         if not good or len(value) != width:

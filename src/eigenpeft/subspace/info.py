@@ -1,9 +1,11 @@
 """Where a subspace comes from: the part of it that is not tensors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from eigenpeft.errors import ArtifactError
 from eigenpeft.version import __version__
 
 
@@ -51,9 +53,35 @@ class SubspaceInfo:
 
         Args:
             values: Parsed JSON.
+
+        Raises:
+            ArtifactError: If a field has a value that no version writes.
         """
-        known = {entry.name for entry in fields(cls)}
-        kept: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
-        }
+        kept: dict[str, Any] = {}
+        for entry in fields(cls):
+            if entry.name in values:
+                value = values[entry.name]
+                if not _is_right(entry.name, value):
+                    raise ArtifactError(
+                        f"The config of the subspace has {entry.name}={str(value)[:80]!r}, which no version of eigenpeft writes: "
+                        "it was altered. Get a fresh copy."
+                    )
+                kept[entry.name] = tuple(value) if isinstance(value, list) else value
         return cls(**kept)
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Whether a field of a config file has the kind of value that it is written with."""
+    if name in ("base_model_name_or_path", "missed_energy_bound") and value is None:
+        return True
+    if name == "n_components":
+        values = value.values() if isinstance(value, dict) else [value]
+        return all(isinstance(each, int | float | str | None) for each in values)
+    if name in ("n_pseudo_components", "seed"):
+        return type(value) is int
+    if name == "missed_energy_bound":
+        return isinstance(value, int | float) and math.isfinite(value)
+    if name in ("sources", "measured_on", "fan_in_fan_out", "embeddings"):
+        kind = dict if name == "sources" else str
+        return isinstance(value, list | tuple) and all(isinstance(each, kind) for each in value)
+    return isinstance(value, str)

@@ -385,7 +385,9 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
     in_store = where.kind is storage.STORE_1
     described, prefix = (config.get("subspace"), "subspace.") if in_store else (config, "")
     modules = described.get("modules") if isinstance(described, dict) else None
-    if not isinstance(described, dict) or not isinstance(modules, list):
+    if not isinstance(described, dict) or not (
+        isinstance(modules, list) and all(isinstance(module, str) for module in modules)
+    ):
         raise ArtifactError(f"The {where.kind.config_name} of {where.origin!r} lists no modules; get a fresh copy.")
     with storage.open_tensors(where) as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
