@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.linalg.coefficients import change_of_bases, project, reconstruct
 from eigenpeft.linalg.factored import projection_residual
 from eigenpeft.linalg.orthogonal import orthonormal_rows
 
@@ -38,3 +38,23 @@ def test_projecting_twice_changes_nothing(bases, random_factors):
     twice = project(*reconstruct(*once, **bases), **bases)
     for one, other in zip(once, twice, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grown", [True, False])
+def test_a_moved_core_is_the_projection_on_the_new_bases(grown):
+    """Against the float64 projection of the whole update; without loss where the new bases contain the old ones."""
+    generator = torch.Generator().manual_seed(0)
+    n, m = 11, 9
+    whole_in, whole_out = (
+        torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0].mT for width in (n, m)
+    )
+    old_in, old_out = whole_in[:4], whole_out[:3]
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    new_in = turn @ whole_in[:6] if grown else whole_in[2:7]
+    new_out = whole_out[:5].flip(0) if grown else whole_out[1:4]
+    core = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    left, right = change_of_bases(old_out=old_out, old_in=old_in, new_out=new_out, new_in=new_in)
+    update = old_out.mT @ core @ old_in
+    moved = new_out.mT @ (left @ core @ right) @ new_in
+    torch.testing.assert_close(moved, (new_out.mT @ new_out) @ update @ (new_in.mT @ new_in))
+    assert ((moved - update).norm() < 1e-12) == grown

@@ -1,4 +1,4 @@
-"""Coefficients of factored matrices on a pair of bases, and back."""
+"""Coefficients of factored matrices on a pair of bases, back, and from one pair of bases to another."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -48,3 +48,28 @@ def reconstruct(
         `(lora_B, lora_A)`, ordinary LoRA factors of the same rank.
     """
     return components_out.mT @ coefficients_out, coefficients_in @ components_in
+
+
+def change_of_bases(
+    *,
+    old_out: Float[Tensor, "k_out m"],
+    old_in: Float[Tensor, "k_in n"],
+    new_out: Float[Tensor, "l_out m"],
+    new_in: Float[Tensor, "l_in n"],
+) -> tuple[Float[Tensor, "l_out k_out"], Float[Tensor, "k_in l_in"]]:
+    """What moves a core to other bases: `M' = L M R` with `L = V'_out V_outᵀ` and `R = V_in V'_inᵀ`.
+
+    `V'_outᵀ M' V'_in` is the orthogonal projection of `V_outᵀ M V_in` on the new bases: exact while the old span lies in the
+    new one, as when components were added, else the nearest that the new bases hold ("Shared LoRA Subspaces", arXiv
+    2602.06043, for growing subspaces).
+
+    Args:
+        old_out: V_out.
+        old_in: V_in.
+        new_out: V'_out, orthonormal rows.
+        new_in: V'_in, orthonormal rows.
+
+    Returns:
+        `(L, R)`.
+    """
+    return new_out @ old_out.mT, old_in @ new_in.mT

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.coefficients import change_of_bases, reconstruct
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.cores import Core
 from eigenpeft.subspace.member import AdapterMember
@@ -27,11 +28,11 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     Returns:
         The core, of the same kind where that can be, else "full"; and ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm.
     """
-    left = new.components_out @ old.components_out[: core.n_out].mT
-    right = old.components_in[: core.n_in] @ new.components_in.mT
+    old_out, old_in = old.components_out[: core.n_out], old.components_in[: core.n_in]
+    left, right = change_of_bases(old_out=old_out, old_in=old_in, new_out=new.components_out, new_in=new.components_in)
     outside, inside = core.factors()
     outside, inside = outside.to(left.dtype), inside.to(right.dtype)
-    lora_B, lora_A = old.components_out[: core.n_out].mT @ outside, inside @ old.components_in[: core.n_in]
+    lora_B, lora_A = reconstruct(outside, inside, components_out=old_out, components_in=old_in)
     norm = float(frobenius_norm(lora_B, lora_A))
     residual = projection_residual(lora_B, lora_A, components_out=new.components_out, components_in=new.components_in)
     return _moved(core, left, right), float(residual) / norm if norm else 0.0

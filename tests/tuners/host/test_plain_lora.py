@@ -161,7 +161,7 @@ print(json.dumps({name: outcome(scene) for name, scene in SCENES.items()}))
 # Prints which names and class attributes of PEFT's modules are other objects once eigenpeft is imported.
 REPLACED = r"""
 import json, sys
-import peft, peft.mixed_model, peft.optimizers, peft.tuners.mixed, peft.utils.hotswap, transformers, trl
+import peft, peft.mixed_model, peft.optimizers, peft.tuners.mixed, peft.utils.hotswap, transformers
 
 
 def snapshot():

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor, nn
 
@@ -29,6 +28,8 @@ _ENTRYWISE: dict[str, Any] = {
 }
 # Rules on cores that keep a diagonal core diagonal.
 _DIAGONAL_RULES = ("task_arithmetic", "mean", "dare")
+# Kinds of layer whose update is V_outᵀ M V_in of one core M.
+_ONE_CORE = ("linear", "embedding")
 
 
 def is_core_rule(combination: str) -> bool:
@@ -60,14 +61,14 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
             f"combination_type={combination!r}: no rule merges the biases of lora_bias=True; combine with 'linear' or 'cat'."
         )
     known = can_combine(model, configs, adapters, "svd")
-    core = getattr(configs[0], "core", None)
     several = [
         module
         for name in adapters
         for module, layer, _ in (adapted_layers(model, name) if known else ())
-        if isinstance(layer, ParamWrapper) or is_convolution(layer.get_base_layer()) or core == "mixture"
+        if kind_of(layer).name not in _ONE_CORE
     ]
-    if not known or several or (core == "diagonal" and combination not in _DIAGONAL_RULES):
+    is_diagonal = known and not core_kind(configs[0].core).is_matrix
+    if not known or several or (is_diagonal and combination not in _DIAGONAL_RULES):
         why = (
             f"{several[0]!r} has no single core"
             if several
