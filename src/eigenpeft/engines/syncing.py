@@ -70,7 +70,7 @@ def sync_adapters(
     (label,) = catalog.labels
     wanted = list(catalog.names(label) if names is None else names)
     folder = Path(folder).resolve() / label.replace("/", "--")
-    client = _Client(server, timeout)
+    client = AdapterEndpoints(server, timeout)
     there = client.adapters(f"{label}/")
     report = SyncReport()
     used = set()
@@ -111,10 +111,18 @@ def _written(catalog: StoreCatalog, name: str, folder: Path) -> str:
     return key
 
 
-class _Client:
-    """The few requests that loading takes."""
+class AdapterEndpoints:
+    """The few requests that loading takes.
 
-    def __init__(self, server: str, timeout: float):
+    Args:
+        server: Address, such as http://localhost:8000.
+        timeout: Seconds to wait for an answer.
+
+    Raises:
+        EigenPeftError: If the server does not answer, or has no endpoints for loading adapters.
+    """
+
+    def __init__(self, server: str, timeout: float = 120.0):
         if not server.startswith(("http://", "https://")):
             raise EigenPeftError(f"server={server!r} must be an address such as http://localhost:8000.")
         self._server, self._timeout = server.rstrip("/"), timeout
@@ -129,7 +137,14 @@ class _Client:
         self._load, self._unload = found[0]
 
     def adapters(self, prefix: str) -> dict[str, str]:
-        """Folder of each loaded adapter whose name begins so."""
+        """Folder of each loaded adapter whose name begins so.
+
+        Args:
+            prefix: Start of the names.
+
+        Raises:
+            EigenPeftError: If the server does not say.
+        """
         status, text = self._ask("/v1/models")
         if status != 200:
             raise EigenPeftError(f"{self._server}/v1/models answered {status}: {_message(text)}")
@@ -137,12 +152,21 @@ class _Client:
         return {model["id"]: str(model.get("root")) for model in models if model["id"].startswith(prefix)}
 
     def load(self, name: str, path: Path) -> str | None:
-        """What went wrong, if anything did."""
+        """Load an adapter; returns what went wrong, if anything did.
+
+        Args:
+            name: Its name in requests.
+            path: Its folder, as the server sees it.
+        """
         logger.info("Loading %r from %r", name, str(path))
         return self._failure(self._load, {"lora_name": name, "lora_path": str(path)})
 
     def unload(self, name: str) -> str | None:
-        """What went wrong, if anything did."""
+        """Unload an adapter; returns what went wrong, if anything did.
+
+        Args:
+            name: Its name in requests.
+        """
         logger.info("Unloading %r", name)
         return self._failure(self._unload, {"lora_name": name})
 
