@@ -96,6 +96,7 @@ def main():
     parser.add_argument("--zoo", choices=("shipped", "clinc"), default="shipped")
     parser.add_argument("--work", type=Path, default=Path("merging-work"))
     parser.add_argument("--part", default="0/1", help="i/n: every n-th cell from the i-th, for several processes")
+    parser.add_argument("--cells", nargs="*", help="these alone")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,6 +111,8 @@ def main():
     cells.mkdir(parents=True, exist_ok=True)
     index, n_parts = map(int, arguments.part.split("/"))
     for name, settings in list(CELLS.items())[index::n_parts]:
+        if arguments.cells and name not in arguments.cells:
+            continue
         path = cells / f"{name}.json"
         if not path.exists():
             cell = {
