@@ -11,8 +11,8 @@ from torch import nn
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.combining import load_head, merge
-from eigenpeft.errors import AdapterConfigError, ArtifactError, CollectionError
-from eigenpeft.linalg.merging import RULES
+from eigenpeft.errors import AdapterConfigError, ArtifactError, CollectionError, SubspaceError
+from eigenpeft.linalg.merging import RULES, merge_updates
 from tests.factories import MODULES, make_collection, random_factors, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
 
 DATA_FREE = [name for name, rule in RULES.items() if "statistics" not in rule.needs]
@@ -477,3 +477,37 @@ def test_experts_and_convolutions_of_a_model_are_refused_by_name():
 def test_a_model_that_lacks_the_modules_is_named(mixed):
     with pytest.raises(AdapterConfigError, match="'layer.0.query' is 0 times in the model"):
         merge(mixed, progress=False).apply_to(tiny_llama())
+
+
+def test_an_interrupted_merge_goes_on_and_gives_the_same(mixed, tmp_path, monkeypatch):
+    expected = merge(mixed, method="dare_ties", rank=4, seed=3, progress=False)
+    calls = []
+
+    def fail_at_third(space, **arguments):
+        calls.append(space)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return merge_updates(space, **arguments)
+
+    arguments = {"method": "dare_ties", "rank": 4, "seed": 3, "work_dir": tmp_path / "work", "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("eigenpeft.combining.merging.merge_updates", fail_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            merge(mixed, **arguments)
+        with pytest.raises(
+            SubspaceError, match="holds an unfinished build of other adapters or settings .*different: rank"
+        ):
+            merge(mixed, **arguments | {"rank": 5})
+        merged = merge(mixed, **arguments)
+    assert len(calls) == 5  # two modules were kept of the four
+    assert merged.report == expected.report
+    for module, (lora_B, lora_A) in expected.factors.items():
+        assert torch.equal(merged.factors[module][0], lora_B)
+        assert torch.equal(merged.factors[module][1], lora_A)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_work_folder_needs_adapters_on_disk(tmp_path):
+    with pytest.raises(AdapterConfigError, match="work_dir is for adapters on disk"):
+        merge(trained_bert(0), work_dir=tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
@@ -86,8 +87,20 @@ class Shards:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.bases.tensors().items()}
         tensors["norms"] = torch.tensor(fitted.norms, dtype=torch.float64)
         tensors["missed_bound"] = torch.tensor([fitted.missed_bound], dtype=torch.float64)
+        self.save_tensors(module, tensors)
+
+    def save_tensors(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a finished module.
+
+        Args:
+            module: Its name.
+            tensors: Contiguous, on the CPU.
+
+        Raises:
+            ArtifactError: If they cannot be written.
+        """
         try:
-            self._write(self._path(module), lambda place: save_file(tensors, place))
+            self._write(self._path(module), lambda place: save_file(dict(tensors), place))
         except (OSError, SafetensorError) as error:  # a full disk arrives as the latter
             raise ArtifactError(
                 f"Could not keep the finished module {module!r} in {str(self.folder)!r}: {error}. Free some space and "
@@ -103,15 +116,28 @@ class Shards:
         Raises:
             ArtifactError: If it is not there or damaged.
         """
+        tensors = self.load_tensors(module, names=(*TENSOR_FIELDS, "norms", "missed_bound"))
+        bases = ModuleSubspace(**{name: tensors[name] for name in TENSOR_FIELDS})
+        return FittedModule(bases, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
+
+    def load_tensors(self, module: str, *, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of a finished module.
+
+        Args:
+            module: Its name.
+            names: Of the tensors.
+
+        Raises:
+            ArtifactError: If it is not there or damaged.
+        """
         path = self._path(module)
         try:
             tensors = load_file(path)
-            bases = ModuleSubspace(**{name: tensors[name] for name in TENSOR_FIELDS})
-            return FittedModule(bases, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
+            return {name: tensors[name] for name in names}
         except (OSError, SafetensorError, KeyError) as error:
             raise ArtifactError(
                 f"The finished module {module!r} cannot be read back from {str(path)!r} ({error}). The work folder must "
-                "be one that all processes see. Delete the file and run the same command again to fit it anew."
+                "be one that all processes see. Delete the file and run the same command again to make it anew."
             ) from error
 
     def remove(self) -> None:

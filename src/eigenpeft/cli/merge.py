@@ -11,7 +11,7 @@ from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from eigenpeft.artifacts.atomic import check_output
-from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, join_team, print_json, quiet
 from eigenpeft.cli.rows import load_task, open_rows
 from eigenpeft.combining import MergedAdapter, load_statistics, merge
 from eigenpeft.combining.recipe import MergeRecipe, read_recipe
@@ -74,6 +74,7 @@ def merge_command(
     Example: eigenpeft merge adapters/ --method tsv --rank 16 --out merged
     """
     quiet(as_json)
+    team = join_team()
     written = _recipe(adapters, recipe)
     check_output(out, kind=KIND, overwrite=overwrite, inputs=written.adapters)
     arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **written.settings, **written.options}
@@ -102,10 +103,13 @@ def merge_command(
         weights=weights | typed,
         score=score,
         statistics=None if statistics is None else load_statistics(statistics),
+        work_dir=work_dir,
         allow_different_base_models=allow_different_base_models,
         progress=not as_json,
         **arguments,
     )
+    if not team.is_main:
+        return
     merged.save_pretrained(out, head=head, overwrite=overwrite, inputs=written.adapters)
     _show(merged, out, as_json=as_json)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from huggingface_hub.utils import tqdm
 from torch import nn
 
 from eigenpeft.combining.merged import MergedAdapter
+from eigenpeft.combining.modules import MergedModule, job, merge_modules
 from eigenpeft.combining.report import MergeReport, MergeTotals
 from eigenpeft.combining.sources import Adapters, Sources, open_sources
 from eigenpeft.combining.statistics import InputStatistics
@@ -17,6 +19,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.merging import RULES, CoreSpace, check_options, core_space, find_rule, merge_updates
 from eigenpeft.linalg.stacking import Factors
 from eigenpeft.subspace.seeding import seeded_generator
+from eigenpeft.version import __version__
 
 
 def merge(
@@ -31,6 +34,7 @@ def merge(
     statistics: Mapping[str, InputStatistics] | None = None,
     names: Sequence[str] | None = None,
     seed: int = 0,
+    work_dir: str | Path | None = None,
     allow_different_base_models: bool = False,
     progress: bool = True,
     **options: Any,
@@ -60,6 +64,8 @@ def merge(
         statistics: Second moments of each task's inputs by adapter, from `collect_statistics`; "regmean" needs them.
         names: Merge these adapters alone.
         seed: Seed of DARE's draws.
+        work_dir: Folder for finished modules, removed at the end: an interrupted merge goes on where it stopped, and the
+            processes of a `torchrun` share the modules (each returns the whole merge; save it in one of them).
         allow_different_base_models: Take adapters whose configs name other base models, as long as shapes fit.
         progress: Show a progress bar.
         **options: Options of the rule, such as `density=0.2`.
@@ -76,7 +82,7 @@ def merge(
         >>> merged = eigenpeft.merge("adapters", method="tsv", rank=16)  # doctest: +SKIP
         >>> merged.save_pretrained("merged")  # doctest: +SKIP
     """
-    settings = _Settings(method, scale, rank, tuple(calibrate), dict(options), seed, statistics)
+    settings = _Settings(method, scale, rank, tuple(calibrate), dict(options), seed, statistics, work_dir)
     settings.check(score=score)
     sources = open_sources(adapters, names=names, allow_different_base_models=allow_different_base_models)
     given = weights_by_name(sources.names, weights)
@@ -85,6 +91,7 @@ def merge(
     if score is None or not isinstance(scale, Sequence):
         return _merge(sources, given, settings, progress=progress)
     # λ multiplies the result of every rule, so that one merge serves the whole grid.
+    settings = replace(settings, work_dir=None)
     unscaled = _merge(sources, given, replace(settings, scale=1.0), progress=progress)
     grid = []
     for factor in tqdm(scale, desc="Scoring", unit="scale", disable=not progress):
@@ -144,6 +151,22 @@ class _Settings:
     options: dict[str, Any]
     seed: int
     statistics: Mapping[str, InputStatistics] | None
+    work_dir: str | Path | None
+
+    def plan(self, weights: Mapping[str, float]) -> list[tuple[str, Any]]:
+        """What a merged module depends on besides the adapters, JSON-able."""
+        digests = {name: one.digest() for name, one in (self.statistics or {}).items()}
+        return [
+            ("method", self.method),
+            ("options", self.typed_options()),
+            ("calibrate", list(self.calibrate)),
+            ("scale", self.scale),
+            ("rank", self.rank),
+            ("seed", self.seed),
+            ("weights", dict(weights)),
+            ("statistics", digests),
+            ("versions", {"eigenpeft": __version__, "torch": torch.__version__}),
+        ]
 
     def check(self, *, score: Callable[[MergedAdapter], float] | None) -> None:
         """Find what is wrong before anything is read."""
@@ -199,20 +222,23 @@ class _Settings:
 
 
 def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, *, progress: bool) -> MergedAdapter:
-    totals, factors, scales, ranks = MergeTotals(sources.names), {}, [], []
-    for module in tqdm(sources.modules, desc="Merging", unit="module", disable=not progress):
+    def merge_one(module: str) -> MergedModule:
         updates = sources.updates(module)
         space = core_space(list(updates.values()))
         try:
-            merged = merge_updates(
-                space, weights=[weights[name] for name in updates], **settings.arguments(module, updates, space)
-            )
+            arguments = settings.arguments(module, updates, space)
+            return tuple(updates), merge_updates(space, weights=[weights[name] for name in updates], **arguments)
         except ValueError as error:
             raise AdapterConfigError(f"Cannot merge {module!r}: {error}") from error
-        factors[module] = merged.lora_B.float(), merged.lora_A.float()
-        totals.add(tuple(updates), merged.measures)
-        scales.append(merged.scale)
-        ranks.append(merged.rank)
+
+    plan = {} if settings.work_dir is None else job(sources, settings.plan(weights))
+    modules = merge_modules(sources, merge_one, work_dir=settings.work_dir, plan=plan, progress=progress)
+    totals = MergeTotals(sources.names)
+    for present, merged in modules.values():
+        totals.add(present, merged.measures)
+    factors = {module: (merged.lora_B.float(), merged.lora_A.float()) for module, (_, merged) in modules.items()}
+    scales = [merged.scale for _, merged in modules.values()]
+    ranks = [merged.rank for _, merged in modules.values()]
     rank = settings.rank or max(1, *ranks)
     rule = find_rule(settings.method)
     options = {name: settings.options.get(name, value) for name, value in rule.options.items()}

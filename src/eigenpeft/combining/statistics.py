@@ -1,5 +1,6 @@
 """Second moments of the inputs that each adapter's task gives to every module, from a few rows without labels."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,13 @@ class InputStatistics:
         grams = {module: gram + other.grams[module] for module, gram in self.grams.items()}
         counts = {module: count + other.counts[module] for module, count in self.counts.items()}
         return replace(self, grams=grams, counts=counts)
+
+    def digest(self) -> str:
+        """SHA-256 of all numbers, so that a merge that is resumed knows them again."""
+        digest = hashlib.sha256(json.dumps(dict(self.counts), sort_keys=True).encode())
+        for module in sorted(self.grams):
+            digest.update(self.grams[module].contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def on_axes(self, module: str, updates: Mapping[str, Factors], components_in: Tensor) -> Tensor:
         """`V E[x xᵀ] Vᵀ` (K_in, K_in) on the input axes of some of the adapters.
