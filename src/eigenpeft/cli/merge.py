@@ -63,6 +63,9 @@ def merge_command(
     n_rows: Annotated[int, typer.Option(help="Rows of each dataset to use.")] = 100,
     head: Annotated[str | None, typer.Option(help="Adapter whose head becomes the merged adapter's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws of dare.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder for finished modules, to go on after an interruption or under torchrun.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that eigenpeft wrote there.")
     ] = False,
