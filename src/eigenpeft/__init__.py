@@ -14,7 +14,7 @@ from eigenpeft.version import __version__
 
 if TYPE_CHECKING:
     from eigenpeft.audit import audit_adapters
-    from eigenpeft.building import SubspaceBuilder
+    from eigenpeft.building import SubspaceBuilder, build_subspace
     from eigenpeft.collection import AdapterCollection
     from eigenpeft.combining import merge
     from eigenpeft.reward import LowRankRewardModel
@@ -33,6 +33,7 @@ __all__ = [
     "SubspaceBuilder",
     "__version__",
     "audit_adapters",
+    "build_subspace",
     "export_lora",
     "merge",
 ]
@@ -47,6 +48,7 @@ _PLACES = {
     "PrincipalSubspace": "eigenpeft.subspace",
     "SubspaceBuilder": "eigenpeft.building",
     "audit_adapters": "eigenpeft.audit",
+    "build_subspace": "eigenpeft.building",
     "export_lora": "eigenpeft.tuners",
     "merge": "eigenpeft.combining",
 }

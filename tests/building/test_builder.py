@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, build_subspace
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import principal_angles
@@ -262,3 +262,11 @@ def test_record_of_the_sources_is_complete(collection, tmp_path):
     assert subspace.info.base_model_name_or_path == "tiny/base"
     subspace.save_pretrained(tmp_path / "s")
     assert PrincipalSubspace.from_pretrained(tmp_path / "s").info == subspace.info
+
+
+def test_one_call_builds_what_the_builder_builds(made, collection):
+    expected = SubspaceBuilder(n_components=4, method="hosvd").fit(collection).subspace_
+    for adapters in (made.folder, collection, sorted(made.folder.iterdir())):
+        assert build_subspace(adapters, n_components=4, method="hosvd") == expected
+    with pytest.raises(SubspaceError, match="method='none' must be one of"):
+        build_subspace(collection, method="none")

@@ -331,6 +331,33 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
     return diagnosis.findings()
 
 
+def build_subspace(
+    adapters: AdapterCollection | str | Path | Sequence[str | Path],
+    *,
+    n_components: int | float | str | Mapping[str, int | float | str] = 32,
+    **settings: Any,
+) -> PrincipalSubspace:
+    """The principal subspace of adapters, in one call.
+
+    Args:
+        adapters: A collection; or what `AdapterCollection.from_pretrained` takes: folders or Hub ids, or a folder of adapters.
+        n_components: As for `SubspaceBuilder`.
+        **settings: Further arguments of `SubspaceBuilder`.
+
+    Raises:
+        CollectionError: If the adapters cannot be opened together; the message names each problem.
+        SubspaceError: As `SubspaceBuilder.fit`.
+
+    Examples:
+        >>> subspace = build_subspace("adapters/", n_components=16)  # doctest: +SKIP
+    """
+    builder = SubspaceBuilder(n_components=n_components, **settings)
+    if isinstance(adapters, AdapterCollection):
+        return builder.fit(adapters).subspace_
+    with AdapterCollection.from_pretrained(adapters) as collection:
+        return builder.fit(collection).subspace_
+
+
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:
     shown = "\n".join(f"- {problem}" for problem in problems[:5])
     rest = f"\n- ... and {len(problems) - 5} more" if len(problems) > 5 else ""
