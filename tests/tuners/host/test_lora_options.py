@@ -133,3 +133,19 @@ def test_activated_lora_matches_lora_with_the_same_factors(tokens):
     torch.manual_seed(1)
     ours = get_peft_model(base(), MosLoraConfig(init_mixer="identity", train_mixer=False, **options))
     torch.testing.assert_close(train(ours, tokens), train(theirs, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_combination_wider_than_the_weight_is_whole(tokens):
+    """PEFT's "svd" cuts A at in_features and B at out_features; v_proj has 16 x 32 here."""
+    options = {"target_modules": LAYERS, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base(), MosLoraConfig(r=8, **options))
+    model.add_adapter("wide", MosLoraConfig(r=20, **options))
+    model.base_model.add_weighted_adapter(["default", "wide"], [1.0, 1.0], "both", "svd")
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            assert (len(layer.lora_A["both"].weight), layer.lora_B["both"].weight.shape[1]) == (20, 20)
+            if layer.out_features < 20:  # q_proj has 32 x 32, whose sum of rank 28 is truncated
+                update = layer.get_delta_weight("default") + layer.get_delta_weight("wide")
+                torch.testing.assert_close(layer.get_delta_weight("both"), update, atol=1e-4, rtol=1e-4)
+    model.set_adapter("both")
+    assert logits(model, tokens).isfinite().all()

@@ -185,14 +185,21 @@ def sum_biases(model: nn.Module, adapters: Sequence[str], weights: Sequence[floa
 def _fill_to_rank(layer: LoraLayer, adapter_name: str) -> int:
     """Fill plain factors with zeros to the rank that the layer was made with, where the weight itself is narrower.
 
+    PEFT's "svd" cuts each factor at its own side's width then: a weight of 8 x 16 gets an A of 16 rows and a B of 8 columns,
+    and the rows without a column belong to no singular value.
+
     Returns:
         The rank that the factors have then.
     """
     lora_A, lora_B = (
         getattr(factors[adapter_name], "weight", factors[adapter_name]) for factors in factor_dicts(layer)
     )
-    missing = layer.r[adapter_name] - len(lora_A)
-    if missing > 0 and lora_B.shape[1] == len(lora_A):  # not a grouped convolution's
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return len(lora_A)
+    common = min(len(lora_A), lora_B.shape[1])
+    lora_A.data, lora_B.data = lora_A[:common], lora_B[:, :common]
+    missing = layer.r[adapter_name] - common
+    if missing > 0:
         lora_A.data = torch.cat([lora_A, lora_A.new_zeros(missing, *lora_A.shape[1:])])
         lora_B.data = torch.cat([lora_B, lora_B.new_zeros(len(lora_B), missing, *lora_B.shape[2:])], dim=1)
     return len(lora_A)
