@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft import PeftConfig, PeftModel
 from rich.markup import escape
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
-from eigenpeft.errors import EigenPeftError
-
-_LOADERS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+from eigenpeft.tuners.files.merged_base import merge_into_base
 
 
 @app.command("merge-base")
@@ -28,17 +25,7 @@ def merge_base(
     Example: eigenpeft merge-base my-task --out my-task-merged
     """
     quiet(as_json)
-    config = PeftConfig.from_pretrained(adapter)
-    base = base or config.base_model_name_or_path
-    task = str(getattr(config.task_type, "value", config.task_type))
-    if base is None or task not in _LOADERS:
-        raise EigenPeftError(
-            f"{adapter} names the base model {base!r} and the task type {task!r}; merge-base needs a base model (pass "
-            f"--base) and one of {', '.join(_LOADERS)}."
-        )
-    labels = {} if num_labels is None else {"num_labels": num_labels}
-    model = _LOADERS[task].from_pretrained(base, dtype="auto", **labels)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    merged, base = merge_into_base(adapter, base=base, num_labels=num_labels)
     with atomic_folder(out, kind="merged model", inputs=(adapter, base)) as scratch:
         merged.save_pretrained(scratch)
         if _has_tokenizer(base):
