@@ -234,7 +234,11 @@ class LoReFitter:
     def _sizes(self, n_users: int) -> list[int]:
         if self.n_basis == "auto":
             return [size for size in AUTO_N_BASIS if size <= n_users]
-        return [self.n_basis] if isinstance(self.n_basis, int) else list(self.n_basis)
+        return (
+            [self.n_basis]
+            if isinstance(self.n_basis, int)
+            else [size for size in self.n_basis if isinstance(size, int)]
+        )
 
     def _scales(self) -> list[float]:
         if self.deviation_scale == "auto":

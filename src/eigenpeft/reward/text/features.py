@@ -90,10 +90,11 @@ def embed_preferences(
     parts = []
     for start in tqdm(starts, desc="Embedding comparisons", disable=len(starts) < 2):
         rows = dataset.select(range(start, min(start + part_size, len(dataset))))
+        examples: list[Any] = list(rows)
         texts = [
             join(row.get("prompt") or ("" if isinstance(row[side], str) else []), row[side], processing_class)
             for side in ("chosen", "rejected")
-            for row in rows  # pyright: ignore[reportGeneralTypeIssues]
+            for row in examples
         ]
         users = [str(user) for user in rows[user_column]]
         part = cache.read(texts, users)
