@@ -27,7 +27,8 @@ PACKAGES = (
     ("accelerate", "1.10", ""),
     ("trl", "1.16", "the commands sft, dpo, kto, reward, grpo, rloo, distillation: pip install 'eigenpeft[trl]'"),
     ("matplotlib", "3.8", "figures: pip install 'eigenpeft[plots]'"),
-    ("vllm", "0", "serving exported adapters"),
+    ("vllm", "0.32", "serving the members of a store: pip install 'eigenpeft[vllm]'"),
+    ("gguf", "0.17", "export for llama.cpp: pip install 'eigenpeft[gguf]'"),
 )
 # (distribution, module that must import)
 BACK_ENDS = (
