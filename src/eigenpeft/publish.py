@@ -1,6 +1,7 @@
 """Publish what was saved: subspaces, stores and adapters, with cards that need no editing and files that others can load."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 
 from eigenpeft.artifacts import storage
-from eigenpeft.artifacts.reading import MAX_JSON_BYTES, read_bytes, read_json
+from eigenpeft.artifacts.plain_text import for_card, for_code
+from eigenpeft.artifacts.reading import MAX_JSON_BYTES, is_folder, read_bytes, read_json
+from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.audit import AuditReport
+from eigenpeft.collection.base_models import hub_id
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png
@@ -70,7 +73,7 @@ def prepare(
         folder: Folder of a saved subspace, store or adapter.
         repo_id: `owner/name` on the Hub.
         subspace: Hub id that an adapter's config shall name as its subspace, in place of a local folder.
-        base_model: Hub id that an adapter's config shall name as its base model, in place of a local folder.
+        base_model: Hub id that config and card shall name as the base model, in place of a local folder.
         audit: Of the adapters that a subspace or a store was built from; its table and figure go into the card.
 
     Raises:
@@ -94,11 +97,12 @@ def prepare(
         card = _card_in(folder, storage.STORE.label)
         if _STORE_TITLE in card:  # members may have come since it was written
             card = store.card()
-        return _artifact(folder, repo_id, storage.STORE.label, store.files(), card, store.subspace, audit)
+        return _artifact(folder, repo_id, storage.STORE.label, store.files(), card, store.subspace, audit, base_model)
     if (folder / storage.SUBSPACE.config_name).is_file():
         bases, kind = PrincipalSubspace.from_pretrained(folder), storage.SUBSPACE  # checks format and hashes
         files = (kind.config_name, kind.tensors_name)
-        return _artifact(folder, repo_id, kind.label, files, _card_in(folder, kind.label), bases, audit)
+        card = _card_in(folder, kind.label)
+        return _artifact(folder, repo_id, kind.label, files, card, bases, audit, base_model)
     raise ArtifactError(
         f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name} or {_ADAPTER_CONFIG}; "
         "pass the folder that save_pretrained or a trainer wrote."
@@ -120,11 +124,22 @@ def _artifact(
     card: str,
     subspace: PrincipalSubspace,
     audit: AuditReport | None,
+    base_model: str | None,
 ) -> Publication:
-    made = {}
+    made, old = {}, subspace.info.base_model_name_or_path
+    if base_model is None and _is_local(old):
+        raise ArtifactError(
+            f"The {label} names the local base model {old!r}, which others do not have; pass base_model (--base-model), its Hub "
+            "id."
+        )
+    if base_model is not None:
+        name = storage.SUBSPACE.config_name
+        config = read_json(folder / name)
+        made[name] = (json.dumps(_with_base(config, base_model), indent=2) + "\n").encode()
+        card = _card_with_base(card, old, base_model)
     if audit is not None:
         _check_audited(subspace, audit)
-        card, made = _with_audit(card, audit), {AUDIT_FIGURE: audit_png(audit)}
+        card, made[AUDIT_FIGURE] = _with_audit(card, audit), audit_png(audit)
     return Publication(label, repo_id, folder, files, _addressed(card, repo_id), made=made)
 
 
@@ -163,7 +178,7 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
             f"The {_ADAPTER_CONFIG} of {str(folder)!r} holds {type(config).__name__} instead of a JSON object; save the adapter "
             "again."
         )
-    given = dict(config)
+    given, old_base = dict(config), config.get("base_model_name_or_path")
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
     elif _is_local(config.get("base_model_name_or_path")):
@@ -185,6 +200,8 @@ def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str |
         card = _adapter_card(folder, config).rstrip() + "\n\n" + card
     elif "eigenpeft" not in card:
         card = card.rstrip() + "\n\n" + _how_to_load(config)
+    if base_model is not None:
+        card = _card_with_base(card, old_base, base_model)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n" if config != given else None
     return Publication("adapter", repo_id, folder, (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS), _addressed(card, repo_id), text)
 
@@ -217,8 +234,30 @@ def _with_audit(card: str, audit: AuditReport) -> str:
     return f"{before.rstrip()}\n\n{audit_section(audit)}\n{modules}{after}".rstrip() + "\n"
 
 
+def _with_base(config: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+    """A subspace's config with another base model, in the records of its sources too where these name a folder."""
+    sources = [
+        {**source, "base_model": base_model} if _is_local(source.get("base_model")) else source
+        for source in config.get("sources", ())
+    ]
+    return {**config, "base_model_name_or_path": base_model, "sources": sources}
+
+
+def _card_with_base(card: str, old: Any, base_model: str) -> str:
+    """The card with another base model: in its metadata, and wherever it names the old one's folder."""
+    for place in {old, ModelCard(card, ignore_metadata_errors=True).data.get("base_model")}:
+        if _is_local(place):
+            card = card.replace(place, base_model)
+            card = card.replace(f"`{for_code(Path(place).name)}`, a local folder", f"`{base_model}`")
+    changed = ModelCard(card, ignore_metadata_errors=True)
+    changed.data["base_model"] = base_model
+    return str(changed)
+
+
 def _is_local(place: Any) -> bool:
-    return isinstance(place, str) and bool(place) and (Path(place).exists() or Path(place).is_absolute())
+    if not isinstance(place, str) or not place:
+        return False
+    return hub_id(place) is None or is_folder(place)
 
 
 def _addressed(card: str, repo_id: str) -> str:
@@ -245,23 +284,17 @@ model = PeftModel.from_pretrained(base_model, "<this repository or its local pat
 
 
 def _adapter_card(folder: Path, config: Mapping[str, Any]) -> str:
-    with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-    size = 0
-    for shape in shapes.values():
-        count = 1
-        for length in shape:
-            count *= length
-        size += count
+    shapes = TensorFile(folder / _ADAPTER_WEIGHTS, keep_open=False).shapes
+    size = sum(math.prod(shape) for shape in shapes.values())
     method, base = str(config.get("peft_type")), config.get("base_model_name_or_path")
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
-        tags=["eigenpeft", method.lower(), "lora", "base_model:adapter:" + str(base)],
+        tags=["eigenpeft", method.lower(), "lora", *([f"base_model:adapter:{base}"] if base else [])],
     )
     fields = ("r", "lora_alpha", "core", "n_components", "subspace", "subspace_sha256", "init_mixer", "target_modules")
     rows = "\n".join(f"| {name} | `{_shown(config[name])}` |" for name in fields if config.get(name) is not None)
-    body = f"""# {method} adapter of {base}
+    body = f"""# {for_card(method)} adapter{f" of {for_card(base)}" if base else ""}
 
 {size:,} numbers in {len(shapes)} tensors, trained with eigenpeft. Paper: {_PAPERS.get(method, "see PEFT's documentation")}.
 
@@ -276,5 +309,4 @@ def _adapter_card(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = ", ".join(sorted(map(str, value))) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")
+    return for_code(", ".join(sorted(map(str, value))) if isinstance(value, list) else value)

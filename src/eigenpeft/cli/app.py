@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.markup import escape
 
+from eigenpeft.artifacts.plain_text import for_terminal
 from eigenpeft.building.team import Team, share_threads
 from eigenpeft.errors import CollectionError, EigenPeftError, LostProcessError, SubspaceError
+from eigenpeft.report.markup import escape
 from eigenpeft.version import __version__
 
 # A launcher stops all processes 0.1 s after the first one fails; so long the silent ones let the main one print.
@@ -44,14 +45,21 @@ AllowDifferentBaseModels = Annotated[
 ]
 
 
+class _PlainFormatter(logging.Formatter):
+    """Records whose control characters are shown: they tell names from files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is being done.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     if version:
         console.print(__version__)
         raise typer.Exit

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.cli.app import (
@@ -22,6 +21,7 @@ from eigenpeft.cli.app import (
 )
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.report.markup import escape
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from eigenpeft.audit import audit_adapters as run_audit
 from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
@@ -13,6 +12,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
 from eigenpeft.report.audit_tables import answers_text, gradient_table, outside_table, share_table
+from eigenpeft.report.markup import escape
 from eigenpeft.report.tables import findings_text
 
 

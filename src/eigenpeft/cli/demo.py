@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from eigenpeft.cli.app import Json, Out, app, console, errors, print_json, quiet
 from eigenpeft.demo.run import run_demo
 from eigenpeft.demo.tables import demo_table, demo_verdict
+from eigenpeft.report.markup import escape
 
 
 @app.command()

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from packaging.version import Version
-from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.cli.app import Json, app, console, print_json
+from eigenpeft.report.markup import escape
 from eigenpeft.version import __version__
 
 # (distribution, oldest version, what needs it; "" = always needed)

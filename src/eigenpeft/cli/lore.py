@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -15,6 +14,7 @@ from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
 from eigenpeft.cli.rows import feature_column, open_rows
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
+from eigenpeft.report.markup import escape
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
 from eigenpeft.reward.text.backbone import reference_head
 from eigenpeft.reward.text.features import embed_preferences

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.markup import escape
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from eigenpeft.artifacts.atomic import check_output
@@ -19,6 +18,7 @@ from eigenpeft.combining.scoring import HeldOutTask, held_out_score
 from eigenpeft.combining.sources import open_sources
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.linalg.merging import RULES
+from eigenpeft.report.markup import escape
 from eigenpeft.report.merge_tables import grid_table, merge_table
 from eigenpeft.tuners.files.lora_files import KIND
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from transformers import AutoTokenizer
 
 from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
+from eigenpeft.report.markup import escape
 from eigenpeft.tuners.files.merged_base import merge_into_base
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.audit import AuditReport
@@ -12,6 +11,7 @@ from eigenpeft.cli.app import Json, app, console, print_json, quiet
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare
 from eigenpeft.publish import push as push_publication
+from eigenpeft.report.markup import escape
 
 
 @app.command()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from transformers import TrainingArguments
 
@@ -14,6 +13,7 @@ from eigenpeft.cli.rows import load_new_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.recycling import CANDIDATES, RecycleReport
 from eigenpeft.recycling import recycle as run_recycle
+from eigenpeft.report.markup import escape
 
 
 @app.command("recycle")

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
 from eigenpeft.collection.settings import CONFIG_NAME
 from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.report.markup import escape
 from eigenpeft.report.summaries import member_summary, store_summary
 from eigenpeft.report.tables import adapter_table
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace

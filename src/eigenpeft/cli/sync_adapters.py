@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from eigenpeft.cli.app import Json, app, console, print_json, quiet
 from eigenpeft.engines import sync_adapters
+from eigenpeft.report.markup import escape
 
 
 @app.command("sync-adapters")

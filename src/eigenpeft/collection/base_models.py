@@ -1,9 +1,10 @@
-"""Names of base models that mean one: renamed repositories of the Hub, trailing slashes, folders of its cache."""
+"""Names of base models: which mean one (renamed repositories, slashes, the Hub's cache), and which are Hub ids."""
 
 import re
 
 _CACHED = re.compile(r"(?:^|/)models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+$")
 _CACHED_ALONE = re.compile(r"(?:^|/)models--(?P<name>(?!.*--)[^/]+)/snapshots/[^/]+$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # Repositories that had no owner at first, by the start of their names; the Hub redirects the old names.
 _OWNERS = {
     "albert-": "albert",
@@ -53,3 +54,21 @@ def canonical_base(name: str) -> str:
         return f"{owner}/{name}" if owner else name
     old = next((old for old in _RENAMED if name.startswith(old)), None)
     return _RENAMED[old] + name.removeprefix(old) if old else name
+
+
+def hub_id(name: str | None) -> str | None:
+    """The Hub id that a name is or, as a folder of the Hub's cache, stands for; None for other paths and for text.
+
+    Args:
+        name: What an adapter's config calls its base model.
+
+    Example:
+        >>> hub_id("meta-llama/Llama-3.2-1B"), hub_id("/home/me/llama")
+        ('meta-llama/Llama-3.2-1B', None)
+    """
+    if name is None:
+        return None
+    if _HUB_ID.fullmatch(name):
+        return name
+    found = _CACHED.search(name.replace("\\", "/").rstrip("/"))
+    return f"{found['owner']}/{found['name']}" if found else None

@@ -5,6 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from eigenpeft.artifacts.plain_text import for_card, for_code
+from eigenpeft.collection.base_models import hub_id
 from eigenpeft.combining.report import MergeReport
 from eigenpeft.subspace.card import most_restrictive_license, source_row
 
@@ -21,6 +23,7 @@ def merged_card(
         heads: Adapters whose heads lie beside it.
     """
     license = most_restrictive_license(records)
+    base_model = hub_id(base_model)  # a card names no folder of its author's
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",
@@ -32,7 +35,7 @@ def merged_card(
     scale = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
     kept = (
         "\nNo rule merges heads: each source's own lies in `heads/<task>/`. Put it into the model with\n"
-        '`eigenpeft.combining.load_head(model, "<path of this adapter>", task="' + heads[0] + '")`.\n'
+        '`eigenpeft.combining.load_head(model, "<path of this adapter>", task="' + for_code(heads[0]) + '")`.\n'
         if heads
         else ""
     )
@@ -79,5 +82,4 @@ def _options(report: MergeReport) -> str:
 
 
 def _row(name: str, weight: float, distance: float | None) -> str:
-    shown = str(name).replace("|", "\\|").replace("\n", " ")
-    return f"| {shown} | {weight:g} | {'untrained' if distance is None else f'{distance:.3f}'} |"
+    return f"| {for_card(name)} | {weight:g} | {'untrained' if distance is None else f'{distance:.3f}'} |"

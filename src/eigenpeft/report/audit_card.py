@@ -1,5 +1,6 @@
 """An audit as a section of a model card."""
 
+from eigenpeft.artifacts.plain_text import for_card
 from eigenpeft.audit import AuditReport
 
 AUDIT_FIGURE = "audit.png"
@@ -19,12 +20,12 @@ def audit_section(report: AuditReport) -> str:
         f"{held_out.low[k - 1]:.3f} to {held_out.high[k - 1]:.3f} | {held_out.null[k - 1]:.3f} |"
         for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most})
     ]
-    answers = "\n\n".join(f"**{question}** {_plain(text)}" for question, _, text in report.answers)
+    answers = "\n\n".join(f"**{question}** {for_card(text)}" for question, _, text in report.answers)
     compressed = "\n".join(
         f"| {row.n_components} | {row.numbers:,} | {row.kept:.1%} | {row.error:.1%} | {row.ratio:.0%} |"
         for row in report.compress.rows
     )
-    noticed = "\n".join(f"- {_plain(finding.message)}" for finding in report.findings) or "- nothing"
+    noticed = "\n".join(f"- {for_card(finding.message)}" for finding in report.findings) or "- nothing"
     return f"""## What can be done with these adapters?
 
 {answers}
@@ -35,7 +36,7 @@ def audit_section(report: AuditReport) -> str:
 
 ### How much they share
 
-A detail: {_plain(report.verdict)}. {_plain(report.advice)}
+A detail: {for_card(report.verdict)}. {for_card(report.advice)}
 
 Measured by `eigenpeft audit` on {len(report.adapters)} adapters and {len(report.modules)} modules, weights alone. Explained:
 of the adapters that the components were fitted to. Held out: of an adapter, by components fitted to the others. By
@@ -51,8 +52,3 @@ Noticed about the adapters:
 
 {noticed}
 """
-
-
-def _plain(text: str) -> str:
-    # Names come from other people's files: nothing in them may start markup or a new line.
-    return text.replace("\n", " ").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[").replace("`", "'")

@@ -1,10 +1,10 @@
 """An audit as rich tables for a terminal."""
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.audit import AuditReport, GradientShare
+from eigenpeft.report.markup import escape
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _NEAREST = 5

@@ -1,9 +1,9 @@
 """A merge as tables for a terminal: its sources, and what was tried to choose the multiplier."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.combining import MergeReport
+from eigenpeft.report.markup import escape
 
 
 def merge_table(report: MergeReport) -> Table:

@@ -8,8 +8,9 @@ from eigenpeft.subspace import PrincipalSubspace
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 except ImportError:
-    FigureCanvasAgg = Figure = None
+    FigureCanvasAgg = Figure = Text = None
 
 
 def plot_spectra(subspace: PrincipalSubspace, path: str | Path) -> None:
@@ -48,6 +49,8 @@ def save_figure(figure: "Figure", path: str | Path) -> None:  # pyright: ignore[
         figure: A matplotlib figure.
         path: PNG file to write.
     """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names from files may hold "$", which would be read as a formula
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")

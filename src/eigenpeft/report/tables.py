@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from eigenpeft.collection.diagnosis import Finding
+from eigenpeft.report.markup import escape
 
 
 def module_table(summary: dict[str, Any]) -> Table:
@@ -16,7 +16,7 @@ def module_table(summary: dict[str, Any]) -> Table:
         summary: From `subspace_summary`.
     """
     table = Table(
-        title=f"{len(summary['modules'])} modules, {summary['n_adapters']} adapters of {summary['base_model']}"
+        title=f"{len(summary['modules'])} modules, {summary['n_adapters']} adapters of {escape(summary['base_model'])}"
     )
     table.add_column("module")
     for title in ("out × in", "K", "explained", "condition in", "condition out"):

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from eigenpeft.artifacts.plain_text import for_card, for_code
+from eigenpeft.collection.base_models import hub_id
 from eigenpeft.subspace.info import SubspaceInfo
 
 # From the most to the least permissive; anything unknown counts as more restrictive than all of them.
@@ -86,6 +89,18 @@ def license_of(source: Mapping[str, Any]) -> str:
     return str(source.get("license") or source.get("licence") or "")
 
 
+def shown_base(name: str | None) -> str:
+    """The base model as a card names it: of a local folder, which others do not have, only its own name.
+
+    Args:
+        name: Hub id, path or None.
+    """
+    if name is None:
+        return "not recorded"
+    known = hub_id(name)
+    return f"`{for_code(known)}`" if known else f"`{for_code(PurePath(name).name)}`, a local folder"
+
+
 def subspace_card(info: SubspaceInfo, rows: Sequence[ModuleRow], *, fingerprint: str) -> str:
     """Text of README.md for a subspace.
 
@@ -116,8 +131,8 @@ def store_card(
         members: Their records; of large stores the first ones, whose licenses count for the whole.
     """
     listed = [
-        f"| {_cell(member.get('name'))} | {_cell(member.get('source'))} | {_cell(member.get('task_type'))} | "
-        f"{_cell(license_of(member))} |"
+        f"| {for_card(member.get('name'))} | {for_card(member.get('source'))} | {for_card(member.get('task_type'))} | "
+        f"{for_card(license_of(member))} |"
         for member in members[:_LISTED]
     ]
     more = f"\nand {n_members - len(listed)} more.\n" if n_members > len(listed) else ""
@@ -148,7 +163,7 @@ def _card(
 ) -> str:
     license = most_restrictive_license(sources)
     data = ModelCardData(
-        base_model=info.base_model_name_or_path,
+        base_model=hub_id(info.base_model_name_or_path),
         library_name="eigenpeft",
         tags=["eigenpeft", "lora", tag],
         license=license if license != "unknown" else "other",
@@ -157,9 +172,10 @@ def _card(
     note = " (at least one adapter names none: ask its author)" if license == "unknown" else ""
     body = f"""# {title}
 
-Base model: `{info.base_model_name_or_path}`. For each of {len(rows)} adapted weights: two orthonormal bases, fitted
-with `method="{info.method}"`, `weighting="{info.weighting}"`, `n_components={info.n_components}`,
-{info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft {info.eigenpeft_version}.
+Base model: {shown_base(info.base_model_name_or_path)}. For each of {len(rows)} adapted weights: two orthonormal bases, fitted
+with `method="{for_code(info.method)}"`, `weighting="{for_code(info.weighting)}"`,
+`n_components={for_code(info.n_components)}`, {info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft
+{for_card(info.eigenpeft_version)}.
 They explain {share:.1%} of the adapters' squared update norms (mean over the modules, measured on
 {len(info.measured_on)} adapters). That figure alone does not say that a new task will train well in it: compare with a
 random subspace of the same size before relying on it.
@@ -194,7 +210,7 @@ Principal subspaces of LoRA adapters: EigenLoRAx, arXiv 2502.04700.
 def _module_row(row: ModuleRow) -> str:
     n_in, n_out = row.n_components
     counts = str(n_in) if n_in == n_out else f"{n_in} (in), {n_out} (out)"
-    return f"| `{row.module}` | {row.shape[0]} × {row.shape[1]} | {counts} | {row.explained_share:.3f} |"
+    return f"| `{for_code(row.module)}` | {row.shape[0]} × {row.shape[1]} | {counts} | {row.explained_share:.3f} |"
 
 
 def source_row(source: Mapping[str, Any]) -> str:
@@ -204,9 +220,4 @@ def source_row(source: Mapping[str, Any]) -> str:
         source: Its record.
     """
     cells = [*(source.get(key) for key in ("name", "source", "revision", "rank", "lora_alpha")), license_of(source)]
-    return "| " + " | ".join([*map(_cell, cells), f"`{str(source.get('sha256') or '')[:12]}`"]) + " |"
-
-
-def _cell(value: Any) -> str:
-    # Names come from other people's files: nothing in them may end the cell or the row.
-    return str(value if value is not None else "").replace("|", "\\|").replace("\n", " ")
+    return "| " + " | ".join([*map(for_card, cells), f"`{for_code(str(source.get('sha256') or '')[:12])}`"]) + " |"

@@ -5,6 +5,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from eigenpeft.artifacts.plain_text import for_card
+from eigenpeft.collection.base_models import hub_id
+
 _WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one a row of the basis; every server of
 classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
 _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
@@ -24,15 +27,17 @@ def reward_card(
         backbone: Whether the classifier is in the folder.
     """
     data = ModelCardData(
-        base_model=info.get("base_model"),
+        base_model=hub_id(str(info["base_model"])) if info.get("base_model") else None,
         library_name="eigenpeft",
         pipeline_tag="text-classification" if backbone else None,
         tags=["eigenpeft", "reward-model", "personalisation", "lore"],
     )
     facts = "".join(
-        f"| {key.replace('_', ' ')} | {value} |\n" for key, value in info.items() if not isinstance(value, dict | list)
+        f"| {for_card(key.replace('_', ' '))} | {for_card(value)} |\n"
+        for key, value in info.items()
+        if not isinstance(value, dict | list)
     )
-    told = str(
+    told = for_card(
         info.get("verdict") or "Not evaluated against its controls; run `eigenpeft lore evaluate` before relying on it."
     )
     body = f"""# Low-rank reward model: {n_basis} basis rewards, {n_users} users
