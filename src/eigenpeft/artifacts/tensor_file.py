@@ -250,7 +250,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(key: str, entry: Any, data_size: int) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape, first and last byte of a header's entry, held against each other."""
     fits = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
-    shape, offsets = (entry.get("shape"), entry.get("data_offsets")) if fits else (None, None)
+    shape: Any = entry.get("shape") if fits else None
+    offsets: Any = entry.get("data_offsets") if fits else None
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > _MAX_AXES:
         raise ValueError(f"the header's entry of {key[:200]!r} is none")
     first, last = offsets

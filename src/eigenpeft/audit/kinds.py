@@ -48,7 +48,7 @@ def _faults(value: Any, kind: Any, where: str) -> Iterator[str]:
         for field in fields(kind) if fits else ():
             yield from _faults(getattr(value, field.name), hints[field.name], f"{where}.{field.name}".lstrip("."))
     else:
-        numbers = (int, float) if kind is float else kind  # JSON writes 1.0 as 1
-        fits = kind is Any or (isinstance(value, numbers) and not (isinstance(value, bool) and kind in (int, float)))
+        kinds: Any = (int, float) if kind is float else kind  # JSON writes 1.0 as 1
+        fits = kind is Any or (isinstance(value, kinds) and not (isinstance(value, bool) and kind in (int, float)))
     if not fits:
         yield f"{where} is {value!r:.60}, not {kind.__name__ if isinstance(kind, type) and origin is None else kind}"

@@ -250,6 +250,7 @@ def read_index(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
+        argument: Any
         for opcode, argument, _ in genops(data):
             if opcode.name == "STOP":
                 return stack.pop()

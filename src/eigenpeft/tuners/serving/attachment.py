@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -159,11 +159,12 @@ def _matched(model: nn.Module, subspace: Any, needed: frozenset[str]) -> dict[st
             f"{len(missing)} of the bank's {len(needed)} modules, such as {missing[0]!r}, are not in the model "
             f"({type(model).__name__}). Use a model of the base that the subspace was built for."
         )
-    for name in [name for name, module in found.items() if sorted(module.weight.shape) != sorted(shapes[name])]:
+    sizes = {name: tuple(cast(Tensor, module.weight).shape) for name, module in found.items()}
+    for name in [name for name, size in sizes.items() if sorted(size) != sorted(shapes[name])]:
         if name in needed:
             out_features, in_features = shapes[name]
             raise SubspaceError(
-                f"{name!r} has a weight of {tuple(found[name].weight.shape)} in the model and takes {in_features} to "
+                f"{name!r} has a weight of {sizes[name]} in the model and takes {in_features} to "
                 f"{out_features} features in the subspace. Use the base that the subspace was built for; convolutions and "
                 "packed weights cannot be served."
             )
