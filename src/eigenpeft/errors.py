@@ -79,3 +79,19 @@ class UnknownAdapterError(EigenPeftError, KeyError):
 
 class LostProcessError(EigenPeftError, RuntimeError):
     """Another process of a launch ended before its work was done."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on the CPU or an accelerator, in Python or in torch.
+
+    Args:
+        error: Any.
+
+    Examples:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("[enforce fail] can't allocate memory: 8 bytes"))
+        (True, True)
+    """
+    texts = ("can't allocate memory", "out of memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    )

@@ -152,17 +152,18 @@ def atomic_file(path: str | Path, *, overwrite: bool = False, inputs: Iterable[s
             _fsync(target.parent)
 
 
-def check_file(path: str | Path, *, overwrite: bool = False) -> None:
+def check_file(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
     """Refuse a file that must not be written, before the work for it.
 
     Args:
         path: The file to write.
         overwrite: Whether a file of that name may be replaced.
+        inputs: Paths that are read; the file must not be one of them or lie inside one.
 
     Raises:
         ArtifactError: If something is there that must not be replaced.
     """
-    target = Path(path)
+    target = _checked_target(path, inputs, is_file=True)
     if target.is_dir():
         raise ArtifactError(f"Cannot write the file {str(path)!r}: a folder of that name is in the way.")
     if os.path.lexists(target) and (not overwrite or not target.is_file()):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection
-from eigenpeft.errors import CollectionError, SubspaceError
+from eigenpeft.errors import CollectionError, SubspaceError, is_out_of_memory
 from eigenpeft.linalg.fitting import (
     MERGEABLE,
     METHODS,
@@ -89,6 +90,7 @@ class SubspaceBuilder:
         self.tol = tol
         self.memory_limit = memory_limit
         self._seen: list[AdapterCollection] = []
+        self._shards: Shards | None = None
 
     @classmethod
     def from_subspace(cls, subspace: PrincipalSubspace) -> "SubspaceBuilder":
@@ -108,36 +110,51 @@ class SubspaceBuilder:
         builder.subspace_, builder.findings_ = subspace, ()
         return builder
 
-    def fit(self, collection: AdapterCollection, *, work_dir: str | Path | None = None) -> "SubspaceBuilder":
+    def fit(
+        self, collection: AdapterCollection, *, work_dir: str | Path | None = None, keep_work_dir: bool = False
+    ) -> "SubspaceBuilder":
         """Fit to the adapters of `collection`, forgetting what was fitted before.
 
         Args:
             collection: At least one adapter with an update that is not zero.
-            work_dir: Folder for finished modules, removed at the end. With it an interrupted fit goes on where it stopped
-                when it is called again, and the processes of a `torchrun` or `accelerate launch` share the modules
-                among them (the folder must be one that all of them see). Without it nothing is written, and every
-                process of a launch would do all the work. The result is the same in each case.
+            work_dir: Folder for finished modules, new or empty, removed at the end. With it an interrupted fit goes on where
+                it stopped when it is called again, and the processes of a `torchrun` or `accelerate launch` share the
+                modules among them (the folder must be one that all of them see). Without it nothing is written, and every
+                process of a launch would do all the work. The result is the same in each case: a fit goes on only with the
+                same settings and with adapters of the same contents.
+            keep_work_dir: Leave the work folder for `remove_work_dir`, so that an interruption before the result is saved
+                loses nothing.
 
         Returns:
             The builder itself, with `subspace_` and `findings_` set, in every process.
 
         Raises:
             SubspaceError: If an argument is out of range, a module has fewer independent directions than `n_components`
-                (one message names all such modules), or the work folder is another build's.
+                (one message names all such modules), memory does not suffice for a module, or the work folder is another
+                build's.
             CollectionError: If a tensor cannot be read or is not finite.
+            ArtifactError: If the work folder holds other files or cannot be written.
             LostProcessError: If another process of the launch ended.
         """
         self._check_arguments()
         team = Team() if work_dir is None else Team.of_this_launch()
-        shards = None if work_dir is None else Shards(work_dir, self._plan(collection))
-        fitted = self._fit_modules(collection, team, shards)
-        # Adapters are hashed for the record: the other half of the reading, shared out as well.
-        records = team.gather(
+        # Adapters are hashed for the record, shared out among the processes; the work folder's plan needs the hashes first.
+        parts = team.gather(
             [(i, adapter.record()) for i, adapter in enumerate(collection.adapters) if i % team.size == team.rank],
             doing="hashing the adapters",
         )
-        if shards is not None and team.is_main:  # the gathering above waited until everybody had loaded all modules
-            shards.remove()
+        records = tuple(record for _, record in sorted(parts, key=lambda part: part[0]))
+        shards = None
+        if work_dir is not None:
+            folders = tuple(Path(adapter.weights_path).parent for adapter in collection.adapters)
+            shards = Shards(work_dir, self._plan(collection, records), inputs=folders)
+        with nullcontext() if shards is None or not team.is_main else shards.only_writer():
+            fitted = self._fit_modules(collection, team, shards)
+        # Everybody has loaded all modules before anybody removes them.
+        team.gather([], doing="reading the finished modules")
+        self._shards = shards if team.is_main else None
+        if not keep_work_dir:
+            self.remove_work_dir()
         self._seen = [collection]
         self.findings_ = (*collection.findings, *_diagnose(collection, fitted))
         bounds = [module.missed_bound for module in fitted.values()]
@@ -150,7 +167,7 @@ class SubspaceBuilder:
                 n_components=dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
                 n_pseudo_components=self.n_pseudo_components,
                 seed=self.seed,
-                sources=tuple(record for _, record in sorted(records, key=lambda entry: entry[0])),
+                sources=records,
                 measured_on=collection.names,
                 fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
                 embeddings=tuple(module for module in collection.modules if collection.is_embedding(module)),
@@ -158,6 +175,12 @@ class SubspaceBuilder:
             ),
         )
         return self
+
+    def remove_work_dir(self) -> None:
+        """Remove what `fit` wrote into its work folder, in the main process; nothing if that is done or there was none."""
+        if self._shards is not None:
+            self._shards.remove()
+            self._shards = None
 
     def partial_fit(self, collection: AdapterCollection) -> "SubspaceBuilder":
         """Add adapters of any rank to the fitted subspace; the number of components of a module stays as it is.
@@ -262,15 +285,16 @@ class SubspaceBuilder:
             groups=independent_starts(collection) if AUTO in self._asked_components() else {},
         )
 
-    def _plan(self, collection: AdapterCollection) -> dict[str, Any]:
-        """Everything a finished module depends on; files by size and time, since hashing them all takes its time."""
-        files = [Path(adapter.weights_path).stat() for adapter in collection.adapters]
-        names = ("n_components", "method", "weighting", "n_pseudo_components", "seed", "tol", "memory_limit")
+    def _plan(self, collection: AdapterCollection, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Everything a finished module depends on: settings in their order, files by content, factors as they are read."""
+        names = ("method", "weighting", "n_pseudo_components", "seed", "tol", "memory_limit")
+        asked = self.n_components
         return {
             **{name: getattr(self, name) for name in names},
-            "n_components": dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,
+            # The first pattern that fits counts: as pairs, since the order of an object's entries is easily lost.
+            "n_components": [list(pair) for pair in asked.items()] if isinstance(asked, Mapping) else asked,
             "adapters": [
-                [name, file.st_size, file.st_mtime_ns] for name, file in zip(collection.names, files, strict=True)
+                [record["name"], record["sha256"], collection.layout_sha256(str(record["name"]))] for record in records
             ],
             "modules": list(collection.modules),
             "versions": {"eigenpeft": __version__, "torch": torch.__version__},
@@ -278,6 +302,9 @@ class SubspaceBuilder:
 
     def _fit_modules(self, collection: AdapterCollection, team: Team, shards: Shards | None) -> dict[str, FittedModule]:
         """All modules, fitted by this process or, with a work folder, by any process of the team, now or earlier."""
+        if shards is not None and team.is_main:
+            shards.forget_damaged()
+        team.gather([], doing="looking at what was finished before")
         costs = {
             module: module_cost(sum(collection.ranks(module).values()), collection.shapes[module])
             for module in collection.modules
@@ -291,6 +318,7 @@ class SubspaceBuilder:
         fitter = self._fitter(collection)
         fitted: dict[str, FittedModule] = {}
         problems: list[tuple[str, str | CollectionError]] = []
+        too_large: list[str] = []
         for module in tqdm(team.part(costs), desc="Fitting", unit="module", disable=not team.is_main):
             try:
                 result = fitter.fit(module, collection)
@@ -300,11 +328,22 @@ class SubspaceBuilder:
             except ValueError as error:
                 problems.append((module, f"{module}: {error}"))
                 continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                too_large.append(module)
+                break
             if shards is None:
                 fitted[module] = result
             elif not problems:
                 shards.save(module, result)
-        problems = team.gather(problems, doing="fitting modules")
+        problems, too_large = (team.gather(found, doing="fitting modules") for found in (problems, too_large))
+        if too_large and not problems:
+            raise SubspaceError(
+                f"Memory does not suffice to fit the module {too_large[0]!r}, with the factors of "
+                f"{len(collection.members(too_large[0]))} adapters. Pass memory_limit (--memory-limit on the command line), "
+                "such as 500MB, so that they are merged one after another. What was finished is kept in the work folder."
+            )
         if problems:
             if shards is not None and team.is_main:
                 shards.remove()  # of no use: what is wrong must be changed, and then it is another build

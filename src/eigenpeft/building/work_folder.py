@@ -2,23 +2,33 @@
 
 import hashlib
 import json
+import logging
 import os
-import shutil
-import tempfile
+import re
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from eigenpeft.artifacts.locks import one_writer
+from eigenpeft.artifacts.storage import fingerprint
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
+logger = logging.getLogger(__name__)
+
 _PLAN = "build_plan.json"
+_MARK = "eigenpeft_work_folder"  # key of the plan that says whose folder this is
+_FORMAT_VERSION = 1
+_SCRATCH = re.compile(r"\.(build_plan\.json|[0-9a-f]{32}\.safetensors)\.[0-9a-f]{8}\.tmp")
+_SHOWN = 5  # names of foreign files in one message
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,31 +50,44 @@ class FittedModule:
 class Shards:
     """Finished modules of one build, on disk.
 
-    Files are named after a hash of the module's name, written under a temporary name and renamed, so that what carries
-    its final name is whole. Processes of one build share the folder; each writes other modules.
+    Files are named after a hash of the module's name, written under a temporary name and renamed, and carry a hash of their
+    tensors, so that what carries its final name and its hash is whole. Processes of one build share the folder; each writes
+    other modules. Only files that a build wrote are ever deleted.
 
     Args:
-        folder: Made if absent.
-        plan: Everything the result depends on, JSON-able: a folder that was begun with another plan is refused.
+        folder: Made if absent. One that holds anything but an unfinished build is refused.
+        plan: Everything the result depends on, JSON-able, with the names of all modules under "modules"; the order of its
+            entries counts. A folder that was begun with another plan is refused.
+        inputs: Paths that are read; the folder must not be one of them or lie inside one.
 
     Raises:
         SubspaceError: If the folder belongs to another build.
-        ArtifactError: If it cannot be made or written.
+        ArtifactError: If it holds other files, touches an input, or cannot be made or written.
     """
 
-    def __init__(self, folder: str | Path, plan: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, plan: Mapping[str, Any], *, inputs: tuple[str | Path, ...] = ()):
         self.folder = Path(folder)
-        text = json.dumps(plan, indent=1, sort_keys=True)
+        self._modules = tuple(plan.get("modules", ()))
+        text = json.dumps({_MARK: _FORMAT_VERSION, **plan}, indent=1)
+        _check_inputs(self.folder, inputs)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / _PLAN
             if not path.exists():
+                _check_foreign(self.folder)
                 self._write(path, lambda place: place.write_text(text, encoding="utf-8"))
             found = path.read_text(encoding="utf-8")
-        except OSError as error:
+        except ArtifactError:
+            raise
+        except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"Cannot use the work folder {str(folder)!r}: {error.strerror or error}. Choose one you may write to."
+                f"Cannot use the work folder {str(folder)!r}: {getattr(error, 'strerror', None) or error}. Choose one you "
+                "may write to."
             ) from error
+        if not is_work_folder(self.folder):
+            raise ArtifactError(
+                f"Cannot use {str(folder)!r} as the work folder: its {_PLAN} was not written by eigenpeft. Name a new folder."
+            )
         if found != text:
             raise SubspaceError(
                 f"The work folder {str(folder)!r} holds an unfinished build of other adapters or settings "
@@ -73,6 +96,29 @@ class Shards:
 
     def __contains__(self, module: str) -> bool:
         return self._path(module).exists()
+
+    def only_writer(self) -> AbstractContextManager[None]:
+        """Hold the folder against another build of the same; for the main process of a launch.
+
+        Raises:
+            ArtifactError: On entering, if another build is using the folder.
+        """
+        return one_writer(self.folder, patience=2.0)
+
+    def forget_damaged(self) -> None:
+        """Delete the modules that cannot be read back or do not have their hash, with a warning: they are fitted again."""
+        for module in self._modules:
+            if module in self:
+                try:
+                    self.load_tensors(module, names=())
+                except ArtifactError as error:
+                    logger.warning("%s It is fitted again.", error)
+                    with suppress(OSError):
+                        self._path(module).unlink()
+        for file in self.folder.iterdir():
+            if _SCRATCH.fullmatch(file.name):  # of a process that was killed
+                with suppress(OSError):
+                    file.unlink()
 
     def save(self, module: str, fitted: FittedModule) -> None:
         """Keep a finished module.
@@ -99,8 +145,9 @@ class Shards:
         Raises:
             ArtifactError: If they cannot be written.
         """
+        metadata = {"sha256": fingerprint(tensors)}
         try:
-            self._write(self._path(module), lambda place: save_file(dict(tensors), place))
+            self._write(self._path(module), lambda place: save_file(dict(tensors), place, metadata=metadata))
         except (OSError, SafetensorError) as error:  # a full disk arrives as the latter
             raise ArtifactError(
                 f"Could not keep the finished module {module!r} in {str(self.folder)!r}: {error}. Free some space and "
@@ -121,7 +168,7 @@ class Shards:
         return FittedModule(bases, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
 
     def load_tensors(self, module: str, *, names: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of a finished module.
+        """The tensors of a finished module, whose hash is checked.
 
         Args:
             module: Its name.
@@ -132,29 +179,74 @@ class Shards:
         """
         path = self._path(module)
         try:
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                expected = (file.metadata() or {}).get("sha256")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            if fingerprint(tensors) != expected:
+                raise ValueError("its numbers do not have their hash")
             return {name: tensors[name] for name in names}
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"The finished module {module!r} cannot be read back from {str(path)!r} ({error}). The work folder must "
-                "be one that all processes see. Delete the file and run the same command again to make it anew."
+                "be one that all processes see; otherwise the file was damaged."
             ) from error
 
     def remove(self) -> None:
-        """Delete the folder: the build is done, or can never be."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete what the build wrote, and the folder if nothing else is in it: the build is done, or can never be."""
+        ours = {self._path(module).name for module in self._modules} | {_PLAN}
+        with suppress(OSError):
+            # The plan goes last: what is left by an interruption is still known as ours.
+            for file in sorted(self.folder.iterdir(), key=lambda file: file.name == _PLAN):
+                if file.name in ours or _SCRATCH.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _path(self, module: str) -> Path:
         return self.folder / f"{hashlib.sha256(module.encode()).hexdigest()[:32]}.safetensors"
 
     def _write(self, path: Path, write: Any) -> None:
-        handle, scratch = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
-        os.close(handle)
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            write(Path(scratch))
-            Path(scratch).replace(path)
+            write(scratch)
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
         finally:
-            Path(scratch).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
+
+
+def is_work_folder(folder: str | Path) -> bool:
+    """Whether a folder was begun by a build of this version.
+
+    Args:
+        folder: The folder, which may be absent.
+    """
+    try:
+        plan = json.loads((Path(folder) / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(plan, dict) and plan.get(_MARK) == _FORMAT_VERSION
+
+
+def _check_inputs(folder: Path, inputs: tuple[str | Path, ...]) -> None:
+    work = Path(os.path.realpath(folder))
+    for source in inputs:
+        place = Path(os.path.realpath(source))
+        if place.exists() and (work == place or place in work.parents):
+            raise ArtifactError(
+                f"Cannot use {str(folder)!r} as the work folder: it is or lies inside {str(source)!r}, which is read. Name a "
+                "new folder."
+            )
+
+
+def _check_foreign(folder: Path) -> None:
+    foreign = sorted(file.name for file in folder.iterdir() if not _SCRATCH.fullmatch(file.name))
+    # Another process of the same launch may have written the plan by now.
+    if foreign and not (folder / _PLAN).exists():
+        names = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
+        raise ArtifactError(
+            f"Cannot use {str(folder)!r} as the work folder: it holds other files ({names}). Name a new or an empty folder."
+        )
 
 
 def _difference(found: str, plan: Mapping[str, Any]) -> str:
@@ -162,5 +254,6 @@ def _difference(found: str, plan: Mapping[str, Any]) -> str:
         other = json.loads(found)
     except ValueError:
         return f"its {_PLAN} is damaged"
+    del other[_MARK]
     names = [name for name in sorted({*other, *plan}) if other.get(name) != json.loads(json.dumps(plan)).get(name)]
     return f"different: {', '.join(names)}"

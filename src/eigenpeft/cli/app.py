@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -15,9 +16,17 @@ import typer
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 
+from eigenpeft.artifacts.atomic import check_output
 from eigenpeft.artifacts.plain_text import for_terminal
 from eigenpeft.building.team import Team, share_threads
-from eigenpeft.errors import CollectionError, EigenPeftError, LostProcessError, SubspaceError
+from eigenpeft.errors import (
+    ArtifactError,
+    CollectionError,
+    EigenPeftError,
+    LostProcessError,
+    SubspaceError,
+    is_out_of_memory,
+)
 from eigenpeft.report.markup import escape
 from eigenpeft.version import __version__
 
@@ -39,6 +48,10 @@ Adapters = Annotated[
     typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids (owner/name@revision), in any mix."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what eigenpeft wrote there before; files of others are never replaced."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
 AllowDifferentBaseModels = Annotated[
     bool, typer.Option(help="Take adapters whose configs name other base models, as long as shapes fit.")
@@ -67,6 +80,10 @@ def _options(
 
 def main() -> None:
     """Entry point: every foreseen error is one message on stderr and exit code 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file or a pipe may take a code page without all letters ("Δ"): show "?" rather than end after the work is done.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except (EigenPeftError, OSError, KeyError) as error:
@@ -77,6 +94,32 @@ def main() -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         errors.print(f"[red]Error:[/red] {escape(str(message))}", soft_wrap=True)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        errors.print("[red]Error:[/red] Memory does not suffice. Free some, or give the command less at a time.")
+        sys.exit(1)
+
+
+def check_together(path: Path, *, kind: str, overwrite: bool, inputs: Sequence[str]) -> None:
+    """`check_output` in every process of a launch; one of them speaks.
+
+    Args:
+        path: Folder to write.
+        kind: What it will hold.
+        overwrite: Whether an artifact of this kind may be replaced.
+        inputs: What is read.
+
+    Raises:
+        ArtifactError: If the folder must not be written.
+    """
+    try:
+        check_output(path, kind=kind, overwrite=overwrite, inputs=inputs)
+    except ArtifactError:
+        if console.quiet:
+            time.sleep(_TIME_TO_SPEAK)
+            sys.exit(1)
+        raise
 
 
 def join_team() -> Team:
@@ -133,9 +176,10 @@ def number_of_bytes(text: str) -> int:
     Raises:
         EigenPeftError: If it is none.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)b?\s*", text.lower())
     if match is None or float(match[1]) == 0:
-        raise EigenPeftError(f"{text!r} is not a size in bytes; write it like 500MB, 1.5GB or 200000000.")
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise EigenPeftError(f"{shown!r} is not a size in bytes; write it like 500MB, 1.5GB or 200000000.")
     return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
 
 

@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
+from eigenpeft.artifacts.atomic import check_file, check_output
+from eigenpeft.artifacts.storage import STORE, SUBSPACE
 from eigenpeft.building import SubspaceBuilder
+from eigenpeft.building.work_folder import is_work_folder
 from eigenpeft.cli.app import (
     Adapters,
     AllowDifferentBaseModels,
     Json,
     Out,
+    Overwrite,
     app,
+    check_together,
     components,
     console,
     join_team,
@@ -57,6 +62,7 @@ def build(
         bool, typer.Option("--embeddings", help="Read the factors of embeddings too, which are otherwise kept aside.")
     ] = False,
     allow_different_base_models: AllowDifferentBaseModels = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Build a principal subspace from LoRA adapters of one base model.
@@ -68,6 +74,10 @@ def build(
     """
     team = join_team()
     quiet(as_json)
+    work = work_dir or out.with_name(f"{out.name}.work")
+    # With a work folder an interrupted build goes on, also one that was interrupted just after its result was written.
+    resumes = is_work_folder(work)
+    check_together(out, kind=SUBSPACE.label, overwrite=overwrite or resumes, inputs=[*adapters, work])
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models, embeddings=embeddings
     ) as collection:
@@ -79,10 +89,11 @@ def build(
             n_pseudo_components=n_pseudo_components,
             seed=seed,
             memory_limit=None if memory_limit is None else number_of_bytes(memory_limit),
-        ).fit(kept, work_dir=work_dir or out.with_name(f"{out.name}.work"))
+        ).fit(kept, work_dir=work, keep_work_dir=True)
     if not team.is_main:
         return
-    builder.subspace_.save_pretrained(out)
+    builder.subspace_.save_pretrained(out, overwrite=overwrite)
+    builder.remove_work_dir()
     summary = subspace_summary(builder.subspace_, findings=builder.findings_)
     if as_json:
         print_json({"path": str(out), **summary})
@@ -107,6 +118,7 @@ def build(
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a subspace or a store.")],
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the spectra to.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Show components, explained share and condition of every module.
@@ -114,10 +126,12 @@ def inspect(
     Example: eigenpeft inspect subspace --plot spectra.png
     """
     quiet(as_json)
+    if plot is not None:
+        check_file(plot, overwrite=overwrite, inputs=[path])
     subspace = PrincipalSubspace.from_pretrained(path)
     summary = subspace_summary(subspace)
     if plot is not None:
-        plot_spectra(subspace, plot)
+        plot_spectra(subspace, plot, overwrite=overwrite)
     if as_json:
         print_json(summary)
         return
@@ -132,6 +146,7 @@ def project(
     adapters: Adapters,
     out: Out,
     allow_different_base_models: AllowDifferentBaseModels = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Put adapters into a new store: the bases, every adapter's core and head, and what the projection loses.
@@ -139,6 +154,7 @@ def project(
     Example: eigenpeft project subspace adapters/ --out store
     """
     quiet(as_json)
+    check_output(out, kind=STORE.label, overwrite=overwrite, inputs=[subspace, *adapters])
     bases = PrincipalSubspace.from_pretrained(subspace)
     with AdapterCollection.from_pretrained(
         adapters,
@@ -146,7 +162,7 @@ def project(
         embeddings=bool(bases.info.embeddings),
     ) as collection:
         store = AdapterStore.from_collection(bases, collection)
-    store.save_pretrained(out)
+    store.save_pretrained(out, overwrite=overwrite)
     summary = store_summary(store)
     if as_json:
         print_json({"path": str(out), **summary})
@@ -171,6 +187,7 @@ def export(
         str | None,
         typer.Option(help="For gguf: folder or Hub id of the base model; default: the one that the store names."),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write one adapter of a store as an ordinary LoRA adapter that needs no eigenpeft.
@@ -186,9 +203,9 @@ def export(
         raise EigenPeftError("--base-model is read for --format gguf alone; leave it out.")
     opened = AdapterStore.from_pretrained(store)
     if file_format == "gguf":
-        export_gguf(opened, out, adapter_name=name, rank=rank, base_model=base_model)
+        export_gguf(opened, out, adapter_name=name, rank=rank, base_model=base_model, overwrite=overwrite)
     else:
-        export_lora(opened, out, adapter_name=name, rank=rank)
+        export_lora(opened, out, adapter_name=name, rank=rank, overwrite=overwrite)
     if as_json:
         print_json({"path": str(out), "adapter": name, "rank": rank, "format": file_format})
         return
@@ -200,6 +217,7 @@ def export(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that the EigenLoRAx or MoSLoRA repository's code saved.")],
     out: Out,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint of the papers' own repositories as an ordinary LoRA adapter with the same update.
@@ -207,7 +225,7 @@ def convert(
     Example: eigenpeft convert mrpc_eigenlora --out mrpc-lora
     """
     quiet(as_json)
-    convert_reference_checkpoint(checkpoint, out)
+    convert_reference_checkpoint(checkpoint, out, overwrite=overwrite)
     if as_json:
         print_json({"path": str(out), "checkpoint": str(checkpoint)})
         return

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from eigenpeft.artifacts.atomic import check_file
 from eigenpeft.audit import audit_adapters as run_audit
-from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, app, console, print_json, quiet
+from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Overwrite, app, console, print_json, quiet
 from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
@@ -40,6 +41,7 @@ def audit(
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Say what can be done with adapters: compress them, train a new task from them, reuse one. Seconds to minutes.
@@ -52,6 +54,9 @@ def audit(
     quiet(as_json)
     if (model is None) != (dataset is None):
         raise EigenPeftError("Pass both --model and --dataset: the gradient of a new task needs the two of them.")
+    for path in (plot, html):
+        if path is not None:
+            check_file(path, overwrite=overwrite, inputs=adapters)
     task = None if model is None or dataset is None else load_task(model, dataset, n_rows=n_rows)
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
@@ -69,9 +74,9 @@ def audit(
             progress=not as_json,
         )
     if plot is not None:
-        plot_audit(report, plot)
+        plot_audit(report, plot, overwrite=overwrite)
     if html is not None:
-        write_page(report, html)
+        write_page(report, html, overwrite=overwrite)
     if as_json:
         print_json(report.to_dict())
         return

@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 from transformers import AutoTokenizer
 
-from eigenpeft.artifacts.atomic import atomic_folder
-from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
+from eigenpeft.artifacts.atomic import atomic_folder, check_output
+from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
 from eigenpeft.report.markup import escape
 from eigenpeft.tuners.files.merged_base import merge_into_base
+
+_KIND = "merged model"
 
 
 @app.command("merge-base")
@@ -18,6 +20,7 @@ def merge_base(
     out: Out,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
     num_labels: Annotated[int | None, typer.Option(help="Labels of a classifier's head.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the base model with the adapter folded in: an ordinary model that needs neither PEFT nor eigenpeft.
@@ -25,8 +28,9 @@ def merge_base(
     Example: eigenpeft merge-base my-task --out my-task-merged
     """
     quiet(as_json)
+    check_output(out, kind=_KIND, overwrite=overwrite, inputs=[adapter])
     merged, base = merge_into_base(adapter, base=base, num_labels=num_labels)
-    with atomic_folder(out, kind="merged model", inputs=(adapter, base)) as scratch:
+    with atomic_folder(out, kind=_KIND, overwrite=overwrite, inputs=(adapter, base)) as scratch:
         merged.save_pretrained(scratch)
         if _has_tokenizer(base):
             AutoTokenizer.from_pretrained(base).save_pretrained(scratch)

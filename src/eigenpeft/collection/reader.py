@@ -1,8 +1,10 @@
 """Collections of LoRA adapters of one base model: opened by their headers, read one module at a time."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from huggingface_hub.utils import tqdm
@@ -221,6 +223,18 @@ class AdapterCollection:
             module: Name from `modules`.
         """
         return any("lora_embedding_" in member.locations[module].key_A for member in self._having(module))
+
+    def layout_sha256(self, name: str) -> str:
+        """SHA-256 of how an adapter's factors are read: places, shapes and scalings of its modules, as its config has them.
+
+        Args:
+            name: Adapter. With the hash of its weights file this says everything that its updates depend on.
+        """
+        self._check_names([name])
+        member = self._members[name]
+        modules = {module: asdict(location) for module, location in member.locations.items()}
+        text = json.dumps([modules, member.fan_in_fan_out], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def subset(self, names: Iterable[str]) -> "AdapterCollection":
         """The same adapters, fewer of them; files already open are shared.

@@ -3,30 +3,31 @@
 import base64
 import io
 import re
-import tempfile
 import textwrap
 from html import escape
 from pathlib import Path
 
+from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.audit import AuditReport, Curve
-from eigenpeft.errors import ArtifactError
 from eigenpeft.report.plots import new_figure, save_figure
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _NEAREST = 5
 
 
-def plot_audit(report: AuditReport, path: str | Path) -> None:
+def plot_audit(report: AuditReport, path: str | Path, *, overwrite: bool = False) -> None:
     """Draw the three answers, the held-out share with its null and by layer, and the adapters' similarity.
 
     Args:
         report: From `audit`.
         path: PNG file to write.
+        overwrite: Whether to replace a file of that name.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
+        ArtifactError: If the file exists or cannot be written.
     """
-    save_figure(_figure(report), path)
+    save_figure(_figure(report), path, overwrite=overwrite)
 
 
 def audit_png(report: AuditReport) -> bytes:
@@ -43,16 +44,17 @@ def audit_png(report: AuditReport) -> bytes:
     return image.getvalue()
 
 
-def write_page(report: AuditReport, path: str | Path) -> None:
+def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False) -> None:
     """Write the three answers, the figure and the numbers as one HTML file that needs nothing else.
 
     Args:
         report: From `audit`.
         path: HTML file to write, whole or not at all.
+        overwrite: Whether to replace a file of that name.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
-        ArtifactError: If the file cannot be written.
+        ArtifactError: If the file exists or cannot be written.
     """
     picture = base64.b64encode(audit_png(report)).decode()
     findings = "".join(f"<li><b>{escape(f.kind)}</b> {escape(f.message)}</li>" for f in report.findings)
@@ -81,14 +83,8 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
 <th>effective rank in</th><th>effective rank out</th><th>held-out share</th></tr>{rows}</table></html>
 """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise ArtifactError(f"Cannot write {str(path)!r}: {error.strerror or error}. Choose another place.") from error
+    with atomic_file(path, overwrite=overwrite) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _answers(report: AuditReport) -> str:

@@ -6,15 +6,17 @@ from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.reward.evaluation.evaluate import LoReEvaluation
 
 
-def plot_evaluation(found: LoReEvaluation, path: str | Path) -> None:
+def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool = False) -> None:
     """Draw the few-shot curve with its intervals, and the calibration of the Bradley-Terry probabilities.
 
     Args:
         found: From `evaluate_lore`.
         path: PNG file to write.
+        overwrite: Whether to replace a file of that name.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
+        ArtifactError: If the file exists or cannot be written.
     """
     figure, (curve, reliability) = new_figure(1, 2, width=10, height=4.2)
     colours: dict[str, str] = {"LoRe": "tab:blue", "shared head": "tab:grey", "LoRe, population": "tab:orange"}
@@ -36,4 +38,4 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path) -> None:
     for axes in (curve, reliability):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.subspace import PrincipalSubspace
 
@@ -13,15 +14,17 @@ except ImportError:
     FigureCanvasAgg = Figure = Text = None
 
 
-def plot_spectra(subspace: PrincipalSubspace, path: str | Path) -> None:
+def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bool = False) -> None:
     """Draw explained share against K, and the singular values of both sides, one thin line a module.
 
     Args:
         subspace: What to draw.
         path: PNG file to write.
+        overwrite: Whether to replace a file of that name.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
+        ArtifactError: If the file exists or cannot be written.
     """
     figure, (share, side_in, side_out) = new_figure(1, 3, width=13, height=4)
     for bases in subspace.values():
@@ -39,26 +42,24 @@ def plot_spectra(subspace: PrincipalSubspace, path: str | Path) -> None:
         f"{len(subspace)} modules of {subspace.info.base_model_name_or_path}, {len(subspace.info.sources)} adapters, "
         f"method {subspace.info.method}, weighting {subspace.info.weighting}: one line a module"
     )
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)
 
 
-def save_figure(figure: "Figure", path: str | Path) -> None:  # pyright: ignore[reportInvalidTypeForm]
-    """Write a figure as PNG under a temporary name, then rename it.
+def save_figure(figure: "Figure", path: str | Path, *, overwrite: bool = False) -> None:  # pyright: ignore[reportInvalidTypeForm]
+    """Write a figure as PNG, whole or not at all.
 
     Args:
         figure: A matplotlib figure.
         path: PNG file to write.
+        overwrite: Whether to replace a file of that name.
+
+    Raises:
+        ArtifactError: If the file exists or cannot be written.
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # names from files may hold "$", which would be read as a formula
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_file(path, overwrite=overwrite) as scratch:
         figure.savefig(scratch, format="png", dpi=130)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float):
