@@ -1,9 +1,14 @@
 """The work folder: whole files, only one build's, and fits that go on where they stopped."""
 
+import json
+import os
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft.artifacts.locks import one_writer
 from eigenpeft.building.module_fitter import ModuleFitter
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.errors import ArtifactError, CollectionError, SubspaceError
@@ -39,11 +44,12 @@ def interrupted_after_two(monkeypatch):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    shards = Shards(tmp_path / "work", {"seed": 0})
+    plan = {"seed": 0, "modules": ["../layer"]}
+    shards = Shards(tmp_path / "work", plan)
     bases = random_bases(6, 20, 12, n_pseudo=2)
     assert "../layer" not in shards
     shards.save("../layer", FittedModule(bases, norms=(1.5, 0.0), missed_bound=0.25))
-    assert "../layer" in Shards(tmp_path / "work", {"seed": 0})
+    assert "../layer" in Shards(tmp_path / "work", plan)
     loaded = shards.load("../layer")
     assert loaded.norms == (1.5, 0.0)
     assert loaded.missed_bound == 0.25
@@ -59,7 +65,7 @@ def test_a_damaged_module_is_told_not_used(tmp_path):
     shards.save("layer", FittedModule(random_bases(3, 20, 12), norms=(1.0,)))
     path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ArtifactError, match="finished module 'layer' cannot be read back .* Delete the file"):
+    with pytest.raises(ArtifactError, match="finished module 'layer' cannot be read back"):
         shards.load("layer")
 
 
@@ -113,3 +119,123 @@ def test_a_file_in_the_way_is_told(tmp_path, collection):
     (tmp_path / "work").write_text("mine")
     with pytest.raises(ArtifactError, match="Cannot use the work folder .*Choose one you may write to"):
         SubspaceBuilder(4).fit(collection, work_dir=tmp_path / "work")
+
+
+# What changed between two runs is noticed; nobody's files are deleted.
+
+
+def interrupted(tmp_path, builder):
+    with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection, pytest.raises(Interrupted):
+        builder.fit(collection, work_dir=tmp_path / "work")
+
+
+def resume(tmp_path, builder):
+    with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:
+        resumed = builder.fit(collection, work_dir=tmp_path / "work").subspace_
+        return resumed, builder.fit(collection).subspace_
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_changed_config_is_another_build(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder(5, weighting="energy"))
+    edit(tmp_path / "adapters" / "adapter-1" / "adapter_config.json", lora_alpha=800)
+    with pytest.raises(SubspaceError, match=r"unfinished build of other adapters .*different: adapters\)"):
+        resume(tmp_path, SubspaceBuilder(5, weighting="energy"))
+
+
+def test_a_changed_config_that_changes_no_update_is_the_same_build(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder(5))
+    edit(tmp_path / "adapters" / "adapter-1" / "adapter_config.json", inference_mode=False, lora_dropout=0.5)
+    resumed, fresh = resume(tmp_path, SubspaceBuilder(5))
+    assert resumed.fingerprint == fresh.fingerprint
+
+
+def test_a_replaced_file_of_the_same_size_and_time_is_another_build(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder(5))
+    path = tmp_path / "adapters" / "adapter-1" / "adapter_model.safetensors"
+    before = path.stat()
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(SubspaceError, match=r"different: adapters\)"):
+        resume(tmp_path, SubspaceBuilder(5))
+
+
+def test_a_copied_file_of_another_time_is_the_same_build(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder(5))
+    os.utime(tmp_path / "adapters" / "adapter-1" / "adapter_model.safetensors")
+    resumed, fresh = resume(tmp_path, SubspaceBuilder(5))
+    assert resumed.fingerprint == fresh.fingerprint
+
+
+def test_the_order_of_patterns_is_part_of_the_build(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder({"*": 5, "*.query": 3}))
+    with pytest.raises(SubspaceError, match=r"different: n_components\)"):
+        resume(tmp_path, SubspaceBuilder({"*.query": 3, "*": 5}))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "other module"])
+def test_a_damaged_module_is_fitted_again(tmp_path, collection, interrupted_after_two, caplog, damage):
+    interrupted(tmp_path, SubspaceBuilder(5))
+    first, second = sorted((tmp_path / "work").glob("*.safetensors"))
+    data = bytearray(first.read_bytes())
+    data[-200] ^= 64
+    first.write_bytes({"flip": bytes(data), "cut": bytes(data[:-8]), "other module": second.read_bytes()}[damage])
+    resumed, fresh = resume(tmp_path, SubspaceBuilder(5))
+    assert resumed.fingerprint == fresh.fingerprint
+    assert damage == "other module" or "It is fitted again" in caplog.text
+
+
+def test_a_folder_of_somebody_else_is_refused_and_untouched(tmp_path, collection):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    with pytest.raises(ArtifactError, match=r"it holds other files \(thesis.txt\). Name a new or an empty folder"):
+        SubspaceBuilder(4).fit(collection, work_dir=tmp_path / "mine")
+    (tmp_path / "mine" / "build_plan.json").write_text('{"my": "plan"}')
+    with pytest.raises(ArtifactError, match="its build_plan.json was not written by eigenpeft"):
+        SubspaceBuilder(4).fit(collection, work_dir=tmp_path / "mine")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["build_plan.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize("place", ["adapters/adapter-0", "adapters/adapter-0/work"])
+def test_a_work_folder_inside_an_adapter_is_refused(tmp_path, collection, place):
+    with pytest.raises(ArtifactError, match="is or lies inside .*adapter-0', which is read"):
+        SubspaceBuilder(4).fit(collection, work_dir=tmp_path / place)
+    with AdapterCollection.from_pretrained(tmp_path / "adapters") as again:
+        assert again.names == collection.names
+
+
+def test_what_others_put_into_the_work_folder_stays(tmp_path, collection, interrupted_after_two):
+    interrupted(tmp_path, SubspaceBuilder(5))
+    (tmp_path / "work" / "thesis.txt").write_text("three years")
+    (tmp_path / "work" / ("0" * 32 + ".safetensors")).write_text("mine too")
+    (tmp_path / "work" / (".build_plan.json." + "0" * 8 + ".tmp")).write_text("of a killed process")
+    resume(tmp_path, SubspaceBuilder(5))
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["0" * 32 + ".safetensors", "thesis.txt"]
+
+
+def test_two_builds_do_not_share_a_work_folder(tmp_path, collection):
+    with one_writer(tmp_path / "work"), pytest.raises(ArtifactError, match="Another process is writing .*work'"):
+        SubspaceBuilder(5).fit(collection, work_dir=tmp_path / "work")
+
+
+def test_too_little_memory_names_the_module_and_keeps_what_was_finished(tmp_path, collection, monkeypatch):
+    fit = ModuleFitter.fit
+
+    def fails(self, module, collection):
+        if module == collection.modules[2]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")
+        return fit(self, module, collection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModuleFitter, "fit", fails)
+        with pytest.raises(SubspaceError, match=rf"Memory does not suffice .*{collection.modules[2]}.*--memory-limit"):
+            SubspaceBuilder(5).fit(collection, work_dir=tmp_path / "work")
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 2
+    assert (
+        SubspaceBuilder(5).fit(collection, work_dir=tmp_path / "work").subspace_
+        == SubspaceBuilder(5).fit(collection).subspace_
+    )

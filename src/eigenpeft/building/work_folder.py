@@ -69,6 +69,7 @@ class Shards:
         self.folder = Path(folder)
         self._modules = tuple(plan.get("modules", ()))
         text = json.dumps({_MARK: _FORMAT_VERSION, **plan}, indent=1)
+        self._plan_sha256 = hashlib.sha256(text.encode()).hexdigest()
         _check_inputs(self.folder, inputs)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ class Shards:
         Raises:
             ArtifactError: If they cannot be written.
         """
-        metadata = {"sha256": fingerprint(tensors)}
+        metadata = {"sha256": fingerprint(tensors), "module": module, "plan": self._plan_sha256}
         try:
             self._write(self._path(module), lambda place: save_file(dict(tensors), place, metadata=metadata))
         except (OSError, SafetensorError) as error:  # a full disk arrives as the latter
@@ -180,10 +181,10 @@ class Shards:
         path = self._path(module)
         try:
             with safe_open(path, framework="pt") as file:
-                expected = (file.metadata() or {}).get("sha256")
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            if fingerprint(tensors) != expected:
-                raise ValueError("its numbers do not have their hash")
+            if metadata != {"sha256": fingerprint(tensors), "module": module, "plan": self._plan_sha256}:
+                raise ValueError("its numbers do not have their hash, or it is of another module or build")
             return {name: tensors[name] for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ArtifactError(

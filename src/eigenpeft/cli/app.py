@@ -101,7 +101,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def check_together(path: Path, *, kind: str, overwrite: bool, inputs: Sequence[str]) -> None:
+def check_together(path: Path, *, kind: str, overwrite: bool, inputs: Sequence[str | Path]) -> None:
     """`check_output` in every process of a launch; one of them speaks.
 
     Args:
