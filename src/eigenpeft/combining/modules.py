@@ -48,7 +48,10 @@ def merge_modules(
     if work_dir is None:
         bar = tqdm(sources.modules, desc="Merging", unit="module", disable=not progress)
         return {module: merge_one(module) for module in bar}
-    team, shards = Team.of_this_launch(), Shards(work_dir, plan)
+    team, shards = Team.of_this_launch(), Shards(work_dir, {**plan, "modules": list(sources.modules)})
+    if team.is_main:
+        shards.forget_damaged()
+    team.gather([], doing="looking at what was finished before")
     left = [module for module in sources.modules if module not in shards]
     if len(left) < len(sources.modules) and team.is_main:
         logger.info("%d of %d modules were finished before", len(sources.modules) - len(left), len(sources.modules))
