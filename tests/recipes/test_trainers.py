@@ -113,6 +113,33 @@ def test_without_a_subspace_it_says_what_is_missing(recipe, place):
         )
 
 
+def few_numbers(method):
+    """Flags of the runs that train few numbers, and how many those are on the tiny model."""
+    subspace = {"subspace": "subspace"}
+    return {
+        "diagonal": ({"method": "eigenlora", "core": "diagonal", **subspace}, 6 * 12),
+        "diagonal, random": ({"method": "random", "core": "diagonal", **subspace}, 6 * 12),
+        "full, K 8": ({"method": "eigenlora", "core": "full", "n_components": 8, **subspace}, 6 * 64),
+        "tinylora": ({"method": "tinylora", "tiny_u": 13}, 13),
+        "lora r 1": ({"method": "lora", "r": 1, **subspace}, 4 * 64 + 2 * 80 - 2 * 16),
+    }[method]
+
+
+@pytest.mark.parametrize("method", ["diagonal", "diagonal, random", "full, K 8", "tinylora", "lora r 1"])
+def test_grpo_with_few_numbers(recipe, place, monkeypatch, method):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    flags, n_trained = few_numbers(method)
+    config = (RECIPES / "grpo.yaml").read_text().replace("dataset_config: main\n", "")
+    (place / "run.yaml").write_text(config)
+    flags = {"model": "base", "dataset": "data/grpo", "output_dir": "out", **FLAGS, **OWN["grpo"], **flags}
+    flags |= {"sync_folder": "policies"} if method != "tinylora" else {}
+    printed = recipe("grpo", "--config", place / "run.yaml", *(p for k, v in flags.items() for p in (f"--{k}", str(v))))
+    assert f"trainable params: {n_trained:,} " in printed
+    assert Path("out/adapter_config.json").is_file()
+    if method != "tinylora":
+        assert json.loads(Path("policies/policy-v2/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
 def test_grpo_reads_the_last_number():
     names = runpy.run_path(str(RECIPES / "grpo.py"))
     assert [names["last_number"](text) for text in ("7 + 5 = 12.", "it is 1,234", "-3", "none")] == [
