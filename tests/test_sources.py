@@ -146,6 +146,12 @@ def test_functions_fit_a_screen(path):
             assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines without its docstring"
 
 
+def test_only_the_table_of_cores_asks_which_core_it_is():
+    table = SOURCE / "subspace" / "cores.py"
+    asking = re.compile(r"""\bcore(\.name|\.kind)? (==|!=|in) ?[("']""")
+    assert [path.name for path in FILES if path != table and asking.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_the_architecture_lists_every_file():
     listed: dict[str, set[str]] = {}
     package = ""

@@ -17,7 +17,7 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         r"TestHotSwapping::.*(rank_padding|with_rank_pattern|rank_not_divisible)|TestMultiRankAdapter::test_multirank|"
         r"test_rank_pattern_for_moe_target_parameters",
-        ("eigenlora-mixer", "eigenlora-diagonal"),
+        ("eigenlora-full", "eigenlora-diagonal"),
         "asserts the rank of the factors, or that one rank does not fit another; these cores have none",
     ),
     (
@@ -52,7 +52,7 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         r"test_weighted_combination_of_adapters\[",
-        ("eigenlora-mixer", "eigenlora-diagonal"),
+        ("eigenlora-full", "eigenlora-diagonal"),
         "asserts the rank r of the result, which these cores do not have",
     ),
     (
@@ -74,7 +74,7 @@ NOT_APPLICABLE: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         r"test_add_weighted_adapter_with_different_scaling\[magnitude_prune_svd-0.9-0.1-weights2\]",
-        ("eigenlora-mixer",),
+        ("eigenlora-full",),
         "bounds the absolute error, as suits updates of rank 8; the mixer's random update has every rank. The correlation, "
         "which it asserts first, is met",
     ),

@@ -1,6 +1,6 @@
 """Run PEFT's own tests against one of our methods, beside LoRA itself, and write down what passes.
 
-    python tests/peft_suite/run.py --peft-source DIR --method eigenlora --core mixer
+    python tests/peft_suite/run.py --peft-source DIR --method eigenlora --core full
 
 `DIR` holds PEFT's `tests/`, of the release that is installed; see README.md beside this file.
 """
@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peft-source", required=True, help="folder with PEFT's tests/ of the installed release")
     parser.add_argument("--method", required=True, choices=("lora", "eigenlora", "moslora"))
-    parser.add_argument("--core", default="low_rank", choices=("low_rank", "mixer", "diagonal"), help="of EigenLoRA")
+    parser.add_argument("--core", default="low_rank", choices=("low_rank", "full", "diagonal"), help="of EigenLoRA")
     parser.add_argument("--files", nargs="+", default=FILES, help="test files, without .py")
     parser.add_argument("--select", default="", help="as pytest's -k")
     parser.add_argument("--work", help="folder to keep (tiny models, LoRA's own results) for the next run")

@@ -108,6 +108,21 @@ def test_starts_at_zero_and_not_on_a_saddle(name, zero_side):
     assert CORES[name].to_dense(CORES[name].start(6, 6, RANK, init=False)).any()
 
 
+@pytest.mark.parametrize(("name", "sizes"), DEFINED)
+def test_a_moved_core_is_the_product(name, sizes):
+    n_in, n_out = sizes
+    parts = random_parts(name, n_in, n_out, torch.float64)
+    left, right = torch.randn(4, n_out, dtype=torch.float64), torch.randn(n_in, 9, dtype=torch.float64)
+    moved = CORES[name].moved(parts, left, right)
+    if name == "diagonal":
+        assert moved is None  # L diag(d) R is not diagonal
+        left, right = torch.eye(8, n_out, dtype=torch.float64), torch.eye(n_in, 8, dtype=torch.float64)
+        moved = CORES[name].moved(parts, left, right)
+        assert CORES[name].moved(parts, left, right[:, :7]) is None  # as many components on both sides
+    Core(name, moved)
+    torch.testing.assert_close(CORES[name].to_dense(moved), left @ oracle(name, parts) @ right)
+
+
 def test_a_core_of_another_kind():
     core = Coefficients(torch.randn(6, 2), torch.randn(2, 6))
     assert core.kind == "low_rank"

@@ -1,4 +1,7 @@
-"""The kinds of core `M` in `ΔW = V_outᵀ M V_in`, as one table: shapes, numbers of parameters, starts and conversions."""
+"""The kinds of core `M` in `ΔW = V_outᵀ M V_in`, as one table: shapes, numbers of parameters, starts and conversions.
+
+What depends on the kind is asked of its row; no other file asks `if core == "..."`.
+"""
 
 import math
 import warnings
@@ -95,6 +98,16 @@ class CoreKind(ABC):
         identity = torch.eye(min(n_out, n_in), dtype=dense.dtype, device=dense.device)
         return (dense, identity) if n_in <= n_out else (identity, dense)
 
+    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        """The parts of `L M R` (`linalg.coefficients.change_of_bases`); None where that is not of this kind.
+
+        Args:
+            parts: Tensors by name.
+            left: L, (K'_out, K_out).
+            right: R, (K_in, K'_in).
+        """
+        return {"coefficients_out": left @ parts["coefficients_out"] @ right}
+
     def n_parameters(self, n_in: int, n_out: int, rank: int) -> int:
         """How many numbers are trained in one module.
 
@@ -151,6 +164,12 @@ class _LowRank(CoreKind):
         if rank is not None:
             coefficients_out, coefficients_in = truncate(coefficients_out, coefficients_in, rank=rank)
         return {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out}
+
+    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        return {
+            "coefficients_in": parts["coefficients_in"] @ right,
+            "coefficients_out": left @ parts["coefficients_out"],
+        }
 
     def start(
         self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
@@ -214,6 +233,12 @@ class _Diagonal(CoreKind):
         self.shapes(coefficients_in.shape[1], len(coefficients_out), 1)
         return {"coefficients_out": (coefficients_out * coefficients_in.mT).sum(dim=1)}
 
+    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        if not (_only_adds(left) and _only_adds(right.mT) and len(left) == right.shape[1]):
+            return None
+        diagonal = parts["coefficients_out"]
+        return {"coefficients_out": nn.functional.pad(diagonal, (0, len(left) - len(diagonal)))}
+
 
 class _Mixture(CoreKind):
     """`M = Σ_t w_t M_t` of frozen cores, with one trained weight per core (LoRA-Soups' CAT, arXiv 2410.13025)."""
@@ -237,6 +262,9 @@ class _Mixture(CoreKind):
         dense = coefficients_out @ coefficients_in
         return {"weights": dense.new_ones(1), "cores": dense[None]}
 
+    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        return {"weights": parts["weights"], "cores": torch.einsum("ij,tjk,kl->til", left, parts["cores"], right)}
+
     def start(
         self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
     ) -> dict[str, Tensor]:
@@ -249,7 +277,8 @@ CORES: dict[str, CoreKind] = {row.name: row for row in (_LowRank(), _Full(), _Di
 """The kinds of core by name."""
 FROM_ZERO: tuple[str, ...] = ("low_rank", "full", "diagonal")
 """Those that an adapter can be trained in from `ΔW = 0`, without other adapters."""
-_RENAMED = {"mixer": "full"}
+RENAMED = {"mixer": "full"}
+"""Old names of cores."""
 
 
 def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> CoreKind:
@@ -267,15 +296,15 @@ def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> Cor
         >>> core_kind("low_rank").n_parameters(16, 16, 4)
         128
     """
-    if name in _RENAMED:
+    if name in RENAMED:
         if not from_file:
             warnings.warn(
-                f"core={name!r} is deprecated and goes away in the next minor version; use core={_RENAMED[name]!r}, the "
+                f"core={name!r} is deprecated and goes away in the next minor version; use core={RENAMED[name]!r}, the "
                 "same under another name.",
                 DeprecationWarning,
                 stacklevel=stacklevel,
             )
-        name = _RENAMED[name]
+        name = RENAMED[name]
     if name not in CORES:
         raise SubspaceError(f"core={name!r} must be one of {', '.join(map(repr, CORES))}.")
     return CORES[name]
@@ -393,6 +422,12 @@ class Coefficients(Core):
 
     def __init__(self, coefficients_out: Tensor, coefficients_in: Tensor):
         super().__init__("low_rank", {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out})
+
+
+def _only_adds(change: Tensor) -> bool:
+    """Whether new components are the old ones and more behind them: the change of basis is an identity over zeros."""
+    identity = torch.eye(*change.shape, dtype=change.dtype, device=change.device)
+    return len(change) >= change.shape[1] and bool(torch.allclose(change, identity, rtol=0, atol=1e-6))
 
 
 def _uniform(shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from eigenpeft.errors import SubspaceError
@@ -67,27 +66,7 @@ def move_member(member: AdapterMember, old: PrincipalSubspace, new: PrincipalSub
 
 def _moved(core: Core, left: Tensor, right: Tensor) -> Core:
     parts = {name: tensor.to(left.dtype) for name, tensor in core.parts.items()}
-    if core.kind == "low_rank":
-        parts = {
-            "coefficients_in": parts["coefficients_in"] @ right,
-            "coefficients_out": left @ parts["coefficients_out"],
-        }
-        return Core("low_rank", parts, core.scaling)
-    if core.kind == "mixture":
-        parts["cores"] = torch.einsum("ij,tjk,kl->til", left, parts["cores"], right)
-        return Core("mixture", parts, core.scaling)
-    if core.kind == "diagonal" and _only_adds(left) and _only_adds(right.mT):
-        diagonal = parts["coefficients_out"]
-        return Core(
-            "diagonal",
-            {"coefficients_out": torch.nn.functional.pad(diagonal, (0, len(left) - len(diagonal)))},
-            core.scaling,
-        )
-    dense = core.row.to_dense(parts)
-    return Core("full", {"coefficients_out": left @ dense @ right}, core.scaling)
-
-
-def _only_adds(change: Tensor) -> bool:
-    """Whether new components are the old ones and more behind them: the change of basis is an identity over zeros."""
-    identity = torch.eye(*change.shape, dtype=change.dtype, device=change.device)
-    return len(change) >= change.shape[1] and bool(torch.allclose(change, identity, rtol=0, atol=1e-6))
+    moved = core.row.moved(parts, left, right)
+    if moved is not None:
+        return Core(core.kind, moved, core.scaling)
+    return Core("full", {"coefficients_out": left @ core.row.to_dense(parts) @ right}, core.scaling)

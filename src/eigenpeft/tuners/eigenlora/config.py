@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.subspace.cores import FROM_ZERO, core_kind
+from eigenpeft.subspace.cores import FROM_ZERO, RENAMED, core_kind
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
@@ -92,7 +92,7 @@ class EigenLoraConfig(ExplainedConfig):
         self.peft_type = peft_type("EIGENLORA")
         self._has_started = False
         check_lora_options(self, method="EigenLoRA")
-        if self.core == "mixer":
+        if self.core in RENAMED:
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
         for name, allowed in (("core", FROM_ZERO), ("save_subspace", ("reference", "embed"))):
             if getattr(self, name) not in allowed:
