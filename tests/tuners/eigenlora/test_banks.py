@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from eigenpeft import EigenLoraConfig, PrincipalSubspace, export_lora
+from eigenpeft import AdapterBank, AdapterStore, EigenLoraConfig, PrincipalSubspace, export_lora
 from eigenpeft.errors import AdapterConfigError, SubspaceError
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
@@ -68,3 +68,19 @@ def test_embedded_counts_of_a_file_are_checked(subspace, tmp_path, count):
     config.subspace_sha256 = "0" * 64
     with pytest.raises(AdapterConfigError, match="must be a number of components|embeds no components"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
+
+
+@pytest.mark.parametrize("core", ["low_rank", "full"])
+def test_a_store_and_a_bank_serve_what_was_trained(subspace, tokens, tmp_path, core):
+    model = get_peft_model(tiny_llama(), EigenLoraConfig(subspace=subspace, r=4, core=core, task_type="CAUSAL_LM"))
+    expected = train(model, tokens)
+    store = AdapterStore(subspace)
+    store.add(model, name="trained")
+    store.save_pretrained(tmp_path / "store")
+    opened = AdapterStore.from_pretrained(tmp_path / "store")
+    assert opened.subspace.bank_of == subspace.bank_of
+    base, bank = tiny_llama().eval(), AdapterBank.from_store(opened)
+    with bank.attached(base), bank.use(["trained", "__base__", "trained"]):
+        served = logits(base, tokens)
+    torch.testing.assert_close(served[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(served[1], logits(tiny_llama(), tokens)[1], rtol=1e-5, atol=1e-6)
