@@ -85,7 +85,7 @@ class Attachment:
                 "base that the subspace was built for."
             )
         for path, state in heads.items():
-            module = self._head(path)
+            module = self._heads[path] if path in self._heads else self._head(path)
             if module is not None:
                 check_head(name, path, state, module)
 

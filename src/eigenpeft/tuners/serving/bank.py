@@ -94,6 +94,7 @@ class AdapterBank(nn.Module):
             modules = frozenset(coefficients)
             self._entries = {name: _Entry(((places[0][0], row),), {}, modules) for row, name in enumerate(names)}
             self._blocks[places[0][0]].free.clear()
+            self._blocks[places[0][0]].used.update(range(len(names)))
 
     def _reset(self) -> None:
         self._lock = RLock()
@@ -320,7 +321,7 @@ class AdapterBank(nn.Module):
                 f"{name!r} is a member of a store whose bases have fingerprint {own}, and those of the bank have "
                 f"{self.subspace.fingerprint}. Move that store to these bases first, with rebase()."
             )
-        for module, core in member.items():
+        for module, core in member.items() if own is None else ():  # what comes out of a store was checked there
             check_core(core, module, self.subspace)
 
     def _fill(self, members: Mapping[str, AdapterMember]) -> None:
@@ -343,6 +344,7 @@ class AdapterBank(nn.Module):
                     for name, core in own.items():
                         self._of(module).write(block, slots[name], core)
             self._blocks[block].free.clear()
+            self._blocks[block].used.update(slots.values())
             for name, slot in slots.items():
                 places[name].append((block, slot))
         self._entries = {
@@ -362,13 +364,17 @@ class AdapterBank(nn.Module):
             ):
                 slot = block.take(oldest)
                 if slot is not None:
+                    if (
+                        slot in block.used
+                    ):  # what a former member left in modules that this one lacks, or beyond its rank
+                        for module in self.subspace:
+                            self._of(module).write(number, slot, None)
                     break
         else:
             rank = max(map(_rank_of, cores.values())) if form == FACTORS else 0
             number = self._open_block(form, max(_FEWEST_PLACES, len(self._entries) // 4), rank=rank)
             slot = self._blocks[number].free.pop()
-        for module in self.subspace:
-            self._of(module).write(number, slot, None)  # what a former member left in modules that this one lacks
+        self._blocks[number].used.add(slot)
         for module in cores:
             self._of(module).make_stacks(number, self._blocks[number], rank=self._blocks[number].rank)
         return number, slot

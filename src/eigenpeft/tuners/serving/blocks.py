@@ -36,6 +36,7 @@ class Block:
         capacity: Members that fit.
         free: Places that no member has.
         retired: Places that batches in progress may still read, each with the time at which it was given up.
+        used: Places that have had a member and may hold other numbers than zeros.
     """
 
     form: str
@@ -43,6 +44,7 @@ class Block:
     capacity: int
     free: list[int] = field(default_factory=list)
     retired: list[tuple[int, int]] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
 
     def take(self, oldest_reader: int) -> int | None:
         """A free place, or None.
@@ -125,7 +127,7 @@ class ModuleStacks(nn.Module):
         self.put_stacks(number, [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes])
 
     def write(self, number: int, slot: int, core: Core | None) -> None:
-        """Put a member's core at a place that no batch reads; None clears it.
+        """Put a member's core at a place of zeros that no batch reads; None makes it one.
 
         Args:
             number: Number of the block.
@@ -135,19 +137,18 @@ class ModuleStacks(nn.Module):
         stacks = self.parts(number)
         if stacks is None:
             return
-        for stack in stacks:
-            stack[slot].zero_()
         if core is None:
-            return
-        if len(stacks) == 2:
-            outside, inside = core.factors()
+            for stack in stacks:
+                stack[slot].zero_()
+        elif len(stacks) == 2:
+            outside, inside = core.row.to_factors(core.parts)
             stacks[0][slot, : len(inside), : inside.shape[1]] = inside
-            stacks[1][slot, : len(outside), : outside.shape[1]] = outside
+            _copy_scaled(stacks[1][slot, : len(outside), : outside.shape[1]], outside, core.scaling)
         elif stacks[0].ndim == 3:
-            stacks[0][slot, : core.n_out, : core.n_in] = core.dense()
+            _copy_scaled(stacks[0][slot, : core.n_out, : core.n_in], core.row.to_dense(core.parts), core.scaling)
         else:
-            diagonal = core.parts["coefficients_out"] * core.scaling
-            stacks[0][slot, : len(diagonal)] = diagonal
+            diagonal = core.parts["coefficients_out"]
+            _copy_scaled(stacks[0][slot, : len(diagonal)], diagonal, core.scaling)
 
     def forward(self, y: Tensor, x: Tensor, chosen: "Choice", *, in_place: bool) -> Tensor | None:
         """`y` with the updates of the members that are chosen; None where none of them adapts the module.
@@ -262,3 +263,8 @@ class Choice:
         if key not in self._on_device:
             self._on_device[key] = make()
         return self._on_device[key]
+
+
+def _copy_scaled(place: Tensor, numbers: Tensor, scaling: float) -> None:
+    # In the numbers' own precision, and few operations: each one may have to wait for threads that serve.
+    place.copy_(numbers if scaling == 1.0 else numbers * scaling)
