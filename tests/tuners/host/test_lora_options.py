@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
-from eigenpeft import EigenLoraConfig, MosLoraConfig
+from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.errors import AdapterConfigError
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
@@ -149,3 +150,32 @@ def test_a_combination_wider_than_the_weight_is_whole(tokens):
                 torch.testing.assert_close(layer.get_delta_weight("both"), update, atol=1e-4, rtol=1e-4)
     model.set_adapter("both")
     assert logits(model, tokens).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", ["velora_config", "monteclora_config"])
+def test_variants_of_the_training_come_back_and_merge(tmp_path, tokens, kind, option):
+    value = {"velora_config": VeloraConfig(num_groups=4), "monteclora_config": MontecloraConfig(num_samples=2)}
+    model = get_peft_model(base(), config(kind, **{option: value[option]}))
+    expected = train(model, tokens, steps=2, lr=0.05)
+    assert (expected - logits(base(), tokens)).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "ours").eval(), tokens), expected)
+    export_lora(model, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(plain, tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model.merge_and_unload(), tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kasa_config": KasaConfig()}, "kasa_config=.* is not supported"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights='mica' must be one of True, False, 'gaussian'"),
+        ({"layer_replication": [(0, 1)]}, "layer_replication=.* is not supported"),
+    ],
+)
+def test_what_the_methods_do_not_define_is_refused(options, message):
+    for method in (MosLoraConfig, EigenLoraConfig):
+        with pytest.raises(AdapterConfigError, match=message):
+            method(**options)

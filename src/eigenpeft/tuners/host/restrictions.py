@@ -12,8 +12,6 @@ _UNSUPPORTED = (
     "arrow_config",
     "megatron_config",
     "kasa_config",
-    "velora_config",
-    "monteclora_config",
     "loftq_config",
     "corda_config",
     "eva_config",
