@@ -162,6 +162,7 @@ class SubspaceBuilder:
             {name: module.bases for name, module in fitted.items()},
             info=SubspaceInfo(
                 base_model_name_or_path=collection.base_model_name_or_path,
+                base_model_revision=collection.base_model_revision,
                 method=self.method,
                 weighting=self.weighting,
                 n_components=dict(self.n_components) if isinstance(self.n_components, Mapping) else self.n_components,

@@ -50,6 +50,7 @@ class SourceAdapter:
         kept_aside: Keys of its tensors that are no part of an update: heads, saved modules, biases, embedding factors.
         weights_path: Its weights file.
         weights_stamp: The state of that file when its header was read.
+        base_revision: Revision of the base model that the config names.
     """
 
     name: str
@@ -65,6 +66,7 @@ class SourceAdapter:
     kept_aside: tuple[str, ...]
     weights_path: str
     weights_stamp: Stamp | None = None
+    base_revision: str | None = None
 
     @cached_property
     def sha256(self) -> str:

@@ -22,10 +22,14 @@ def problems_between(members: Sequence[OpenAdapter], *, allow_different_base_mod
 
 def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
     by_base: dict[str, list[str]] = {}
+    revisions = _contradicting_revisions(members)
     for member in members:
-        # A config that names no base model contradicts nobody.
+        # A config that names no base model, or no revision of it, contradicts nobody.
         if member.info.base_model:
-            by_base.setdefault(canonical_base(member.info.base_model), []).append(member.info.name)
+            base = canonical_base(member.info.base_model)
+            revision = member.info.base_revision if base in revisions else None
+            if revision or base not in revisions:
+                by_base.setdefault(f"{base} at revision {revision}" if revision else base, []).append(member.info.name)
     if len(by_base) < 2:
         return []
     listed = "; ".join(
@@ -35,6 +39,15 @@ def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
         f"The adapters name {len(by_base)} different base models: {listed}. Updates of different models cannot share a "
         "subspace; if these are copies of one model, pass allow_different_base_models=True."
     ]
+
+
+def _contradicting_revisions(members: Sequence[OpenAdapter]) -> set[str]:
+    """The base models of which the configs name several revisions: checkpoints of one training run, for example."""
+    named: dict[str, set[str]] = {}
+    for member in members:
+        if member.info.base_model and member.info.base_revision:
+            named.setdefault(canonical_base(member.info.base_model), set()).add(member.info.base_revision)
+    return {base for base, revisions in named.items() if len(revisions) > 1}
 
 
 def _shapes(members: Sequence[OpenAdapter]) -> list[str]:

@@ -1,11 +1,13 @@
 """Findings that need no tensor: what is kept aside, which modules some adapters lack, which names were aligned, unknown fields."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from eigenpeft.collection.adapter import OpenAdapter
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.collection.keys import natural_order
 from eigenpeft.collection.opening import some
+from eigenpeft.collection.settings import CONFIG_NAME
 
 
 def findings_of_headers(members: Sequence[OpenAdapter]) -> tuple[Finding, ...]:
@@ -14,7 +16,13 @@ def findings_of_headers(members: Sequence[OpenAdapter]) -> tuple[Finding, ...]:
     Args:
         members: Opened adapters.
     """
-    return (*_kept_aside(members), *_missing_modules(members), *_aligned_names(members), *_unknown_fields(members))
+    return (
+        *_kept_aside(members),
+        *_missing_modules(members),
+        *_aligned_names(members),
+        *_unknown_fields(members),
+        *_adapters_below(members),
+    )
 
 
 def _kept_aside(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -55,6 +63,21 @@ def _unknown_fields(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 "another tool changes the update by it, what was read is not the adapter's update; ask its author."
             )
             yield Finding("unknown_fields", names, message, float(len(fields)))
+
+
+def _adapters_below(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
+    """PEFT saves the other adapters of a model in folders below the first one's; a folder named itself is one adapter."""
+    read = {Path(member.info.weights_path).resolve().parent for member in members}
+    for member in members:
+        folder = Path(member.info.weights_path).resolve().parent
+        below = [path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))]
+        unread = [path.name for path in below if path not in read and not path.name.startswith((".", "checkpoint-"))]
+        if unread:
+            message = (
+                f"{member.info.name!r}: {len(unread)} adapters in folders below it were not read, {some(unread)}. Name their "
+                "folders too if they are meant."
+            )
+            yield Finding("adapters_below", (member.info.name,), message, float(len(unread)))
 
 
 def _groups(keyed: Sequence[tuple[tuple, str]]) -> list[tuple[tuple, tuple[str, ...]]]:

@@ -56,6 +56,7 @@ def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenA
         kept_aside=tuple(sorted(set(weights.shapes) - used, key=natural_order)),
         weights_path=str(weights.path),
         weights_stamp=weights.stamp,
+        base_revision=settings.base_revision,
     )
     return OpenAdapter(info, weights, factors, settings.fan_in_fan_out, unknown_fields=settings.unknown_fields), []
 

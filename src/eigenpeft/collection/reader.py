@@ -38,6 +38,7 @@ class AdapterCollection:
         modules: All modules that any of them adapts, in natural order.
         shapes: Module name to (out_features, in_features).
         base_model_name_or_path: The base model that (most of) the configs name.
+        base_model_revision: The revision of it that (most of) the configs name, None where none does.
     """
 
     def __init__(self, members: Sequence[OpenAdapter]):
@@ -52,6 +53,8 @@ class AdapterCollection:
         self.shapes = {module: self._of_module[module][0].locations[module].shape for module in self.modules}
         bases = Counter(info.base_model for info in self.adapters if info.base_model)
         self.base_model_name_or_path = bases.most_common(1)[0][0] if bases else None
+        revisions = Counter(info.base_revision for info in self.adapters if info.base_revision)
+        self.base_model_revision = revisions.most_common(1)[0][0] if revisions else None
 
     @classmethod
     def from_pretrained(

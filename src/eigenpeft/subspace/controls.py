@@ -112,6 +112,7 @@ def mean_only_subspace(
         modules[module] = ModuleSubspace(inside, outside, values, values.clone(), added_shares(curve).float())
     info = SubspaceInfo(
         base_model_name_or_path=collection.base_model_name_or_path,
+        base_model_revision=collection.base_model_revision,
         method="mean_only",
         n_components=n_components,
         sources=tuple(adapter.record() for adapter in collection.adapters),

@@ -15,6 +15,7 @@ class SubspaceInfo:
 
     Attributes:
         base_model_name_or_path: The base model of the adapters.
+        base_model_revision: Its revision, where the adapters name one.
         method: How the bases were fitted; see `SubspaceBuilder`.
         weighting: "equal" or "energy".
         n_components: As asked for: a number, a share, "auto", or one of them a module pattern.
@@ -31,6 +32,7 @@ class SubspaceInfo:
     """
 
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
     method: str = "balanced"
     weighting: str = "equal"
     n_components: int | float | str | dict[str, int | float | str] | None = None
@@ -72,7 +74,7 @@ class SubspaceInfo:
 
 def _is_right(name: str, value: Any) -> bool:
     """Whether a field of a config file has the kind of value that it is written with."""
-    if name in ("base_model_name_or_path", "missed_energy_bound") and value is None:
+    if name in ("base_model_name_or_path", "base_model_revision", "missed_energy_bound") and value is None:
         return True
     if name == "n_components":
         values = value.values() if isinstance(value, dict) else [value]

@@ -46,6 +46,7 @@ def contents_of_member(store: AdapterStore, name: str) -> tuple[list[LoraUpdate]
     config = {
         "task_type": member.record.get("task_type"),
         "base_model_name_or_path": member.record.get("base_model") or info.base_model_name_or_path,
+        "revision": info.base_model_revision,
         "fan_in_fan_out": any(module in info.fan_in_fan_out for module in member),
         **member.config,
     }
