@@ -173,7 +173,8 @@ def _card(
     revision = f", revision `{for_code(info.base_model_revision)}`" if info.base_model_revision else ""
     body = f"""# {title}
 
-Base model: {shown_base(info.base_model_name_or_path)}{revision}. For each of {len(rows)} adapted weights: two orthonormal bases, fitted
+Base model: {shown_base(info.base_model_name_or_path)}{revision}. For each of
+{len(rows)} adapted weights: two orthonormal bases, fitted
 with `method="{for_code(info.method)}"`, `weighting="{for_code(info.weighting)}"`,
 `n_components={for_code(info.n_components)}`, {info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft
 {for_card(info.eigenpeft_version)}.
