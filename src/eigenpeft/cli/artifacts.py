@@ -74,7 +74,7 @@ def build(
     """
     team = join_team()
     quiet(as_json)
-    work = work_dir or out.with_name(f"{out.name}.work")
+    work = work_dir or Path(f"{out}.work")
     # With a work folder an interrupted build goes on, also one that was interrupted just after its result was written.
     resumes = is_work_folder(work)
     check_together(out, kind=SUBSPACE.label, overwrite=overwrite or resumes, inputs=[*adapters, work])

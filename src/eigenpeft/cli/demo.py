@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from transformers.utils import logging as transformers_logging
 
-from eigenpeft.cli.app import Json, Out, app, console, errors, print_json, quiet
+from eigenpeft.cli.app import Json, Out, Overwrite, app, console, errors, print_json, quiet
 from eigenpeft.demo.run import run_demo
 from eigenpeft.demo.tables import demo_table, demo_verdict
 from eigenpeft.report.markup import escape
@@ -16,6 +16,7 @@ from eigenpeft.report.markup import escape
 def demo(
     out: Out = Path("demo-output"),
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of every training.")] = 1,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Recycle ten shipped adapters for a task none of them saw, beside its controls (4 to 5 minutes on 2 cores).
@@ -24,7 +25,9 @@ def demo(
     """
     quiet(as_json)
     transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning each time
-    result = run_demo(out, seeds=tuple(range(seeds)), report=lambda line: errors.print(escape(line)))
+    result = run_demo(
+        out, seeds=tuple(range(seeds)), overwrite=overwrite, report=lambda line: errors.print(escape(line))
+    )
     if as_json:
         print_json(result.to_dict())
         return

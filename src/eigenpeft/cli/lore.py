@@ -10,15 +10,18 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from eigenpeft.cli.app import Json, Out, app, console, print_json, quiet
+from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
+from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
 from eigenpeft.cli.rows import feature_column, open_rows
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.report.markup import escape
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
+from eigenpeft.reward.artifact.storage import KIND
 from eigenpeft.reward.text.backbone import reference_head
 from eigenpeft.reward.text.features import embed_preferences
 
+_CLASSIFIER = "reward classifier"
 lore = typer.Typer(
     help="Personalised reward models: one reward basis, a few numbers a user (LoRe).", no_args_is_help=True
 )
@@ -68,6 +71,7 @@ def fit(
     prompt_column: PromptColumn = None,
     cache: Cache = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Fit a reward basis and every user's weights.
@@ -75,6 +79,7 @@ def fit(
     Example: eigenpeft lore fit comparisons.jsonl --model my-reward-model --out rewards
     """
     quiet(as_json)
+    check_output(out, kind=KIND, overwrite=overwrite, inputs=[data] if model is None else [data, model])
     pairs = _read(data, model, user_column, prompt_column, cache)
     fitter = LoReFitter(n_basis=_n_basis(n_basis), n_components=n_components, seed=seed).fit(
         pairs.chosen,
@@ -87,7 +92,7 @@ def fit(
         base_model=model,
     )
     found = fitter.model_
-    found.save_pretrained(out)
+    found.save_pretrained(out, overwrite=overwrite)
     if as_json:
         print_json({"path": str(out), "n_basis": found.n_basis, "n_users": len(found.users), **found.info})
         return
@@ -138,6 +143,7 @@ def evaluate(
     cache: Cache = None,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of the few-shot curve and the calibration.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Hold out users and prompts, and compare LoRe with its controls: does personalisation pay?
@@ -145,6 +151,8 @@ def evaluate(
     Example: eigenpeft lore evaluate comparisons.jsonl --model my-reward-model
     """
     quiet(as_json)
+    if plot is not None:
+        check_file(plot, overwrite=overwrite, inputs=[data])
     pairs = _read(data, model, user_column, prompt_column, cache)
     found = evaluate_lore(
         pairs.chosen,
@@ -156,7 +164,7 @@ def evaluate(
         seed=seed,
     )
     if plot is not None:
-        plot_evaluation(found, plot)
+        plot_evaluation(found, plot, overwrite=overwrite)
     if as_json:
         print_json(found.to_dict())
         return
@@ -170,6 +178,7 @@ def export_user(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a reward model with a backbone.")],
     out: Out,
     user: Annotated[str | None, typer.Option(help="Whose rewards; default: the population's.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write one user's rewards as an ordinary one-label sequence classifier that needs no eigenpeft.
@@ -177,10 +186,13 @@ def export_user(
     Example: eigenpeft lore export rewards --user ada --out ada-reward-model
     """
     quiet(as_json)
+    check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path])
     model = LowRankRewardModel.from_pretrained(path)
-    model.to_sequence_classification(user).save_pretrained(out)
-    if model.processing_class is not None:
-        model.processing_class.save_pretrained(out)
+    classifier = model.to_sequence_classification(user)
+    with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path]) as scratch:
+        classifier.save_pretrained(scratch)
+        if model.processing_class is not None:
+            model.processing_class.save_pretrained(scratch)
     if as_json:
         print_json({"path": str(out), "user": user})
         return

@@ -99,7 +99,12 @@ class DemoResult:
 
 
 def run_demo(
-    out: str | Path, *, seeds: Sequence[int] = (0,), steps: int = STEPS, report: Callable[[str], None] = lambda _: None
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int = STEPS,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
     """Run the demo.
 
@@ -107,18 +112,25 @@ def run_demo(
         out: Folder to write into: `subspace`, `adapter`, `plain-lora`, `demo.png`.
         seeds: One training a method and seed.
         steps: Optimiser steps of each training.
+        overwrite: Whether the folder may hold an earlier demo, which is replaced.
         report: Called with one line about each step.
 
     Raises:
         EigenPeftError: If a part that the demo needs is not installed.
+        ArtifactError: If the folder is not empty and `overwrite` is False, or holds something that is not replaced.
     """
     out = Path(out)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ArtifactError(
+            f"{str(out)!r} is not empty; pass overwrite=True (--overwrite on the command line) to replace an earlier demo, "
+            "or choose another folder."
+        )
     report("Reading the shipped adapters and building their principal subspace")
     with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
         subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
         n_adapters = len(collection)
         shared = audit_adapters(collection, n_components=2 * N_COMPONENTS, progress=False)
-    subspace.save_pretrained(out / "subspace")
+    subspace.save_pretrained(out / "subspace", overwrite=overwrite)
     task = load_task()
     report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")
     rows, right = [], {}
@@ -135,7 +147,7 @@ def run_demo(
                 kept = results[-1]
     assert kept is not None  # it is one of the methods
     report("Saving, reloading and exporting the EigenLoRA adapter")
-    checks = _check(kept, task, out=out, seed=seeds[-1])
+    checks = _check(kept, task, out=out, seed=seeds[-1], overwrite=overwrite)
     result = DemoResult(
         rows=tuple(_compared(row, right["EigenLoRA"] - right[row.method]) for row in rows),
         checks=checks,
@@ -148,7 +160,7 @@ def run_demo(
         audit_verdict=shared.verdict,
         out=str(out),
     )
-    _draw(result, shared, out / "demo.png")
+    _draw(result, shared, out / "demo.png", overwrite=overwrite)
     return result
 
 
@@ -191,11 +203,11 @@ def _compared(row: Row, difference: np.ndarray) -> Row:
     return replace(row, gap=float(difference.mean()), gap_error=error)
 
 
-def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
+def _check(trained: Trained, task: Task, *, out: Path, seed: int, overwrite: bool) -> Checks:
     model = trained.model
     assert isinstance(model, PeftModel)  # EigenLoRA is a PEFT method
     model.save_pretrained(str(out / "adapter"))
-    export_lora(model, out / "plain-lora")
+    export_lora(model, out / "plain-lora", overwrite=overwrite)
     logits = {"trained": trained.logits}
     for name in ("adapter", "plain-lora"):
         loaded: nn.Module = PeftModel.from_pretrained(fresh_base(task, seed=seed + 1), out / name)
@@ -210,7 +222,7 @@ def _check(trained: Trained, task: Task, *, out: Path, seed: int) -> Checks:
     )
 
 
-def _draw(result: DemoResult, shared: AuditReport, path: Path) -> None:
+def _draw(result: DemoResult, shared: AuditReport, path: Path, *, overwrite: bool) -> None:
     figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
     for place, row in enumerate(reversed(result.rows)):
         mean = fmean(row.accuracies)
@@ -232,4 +244,4 @@ def _draw(result: DemoResult, shared: AuditReport, path: Path) -> None:
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    save_figure(figure, path, overwrite=overwrite)

@@ -103,7 +103,9 @@ class RewardModelArtifact:
         )
 
     def save_users(self, save_directory: str | Path) -> None:
-        """Write the table of users alone into a folder that `save_pretrained` made; the model's files are not touched.
+        """Write the changes of the table of users into a folder that `save_pretrained` made, and nothing else of the model.
+
+        Users that other processes have saved there meanwhile stay, and are known to this model afterwards.
 
         Args:
             save_directory: The folder.

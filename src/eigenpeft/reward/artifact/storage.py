@@ -98,10 +98,13 @@ def write(
         users.save(scratch / USERS)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
+    users.settle(users, Path(directory) / USERS)
 
 
 def write_users(directory: str | Path, *, basis: Tensor, users: UserTable) -> None:
-    """Replace the table of users of a saved model, and nothing else.
+    """Write what changed in a table of users into the table of a saved model, and touch nothing else of it.
+
+    The table on disk is read again under a lock: users that other processes added meanwhile stay.
 
     Args:
         directory: Folder written by `write`.
@@ -115,8 +118,10 @@ def write_users(directory: str | Path, *, basis: Tensor, users: UserTable) -> No
     _check_basis(folder, basis, origin=str(directory))  # before a lock is made beside a folder that is not a model
     with one_writer(folder):
         _check_basis(folder, basis, origin=str(directory))
+        merged = users.onto(UserTable.open(folder / USERS, n_basis=len(basis)))
         with atomic_update(folder, last=USERS) as update:
-            users.save(update.scratch / USERS)
+            merged.save(update.scratch / USERS)
+        users.settle(merged, folder / USERS)
 
 
 def read(

@@ -37,6 +37,7 @@ class UserTable:
         self._weights = torch.zeros(0, n_basis)
         self._n_pairs = torch.zeros(0, dtype=torch.int32)
         self._changed: dict[bytes, tuple[np.ndarray, int] | None] = {}  # None: deleted
+        self._place: Path | None = None  # of the file that the sorted part was read from or written to
         self._lock = RLock()  # held while `_changed` is read or written
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,19 +186,47 @@ class UserTable:
         return {"ids": torch.from_numpy(flat.copy()), "weights": weights, "n_pairs": n_pairs}
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a safetensors file, with the hash of its tensors, under a temporary name first.
+        """Write the table to a new safetensors file, with the hash of its tensors.
 
         Args:
-            path: File to write.
+            path: File to write; whoever calls gives it its place in one step.
         """
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.tmp")
-        try:
-            tensors = self.tensors()
-            save_file(tensors, scratch, metadata={HASH: fingerprint(tensors)})
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        tensors = self.tensors()
+        save_file(tensors, path, metadata={HASH: fingerprint(tensors)})
+
+    def onto(self, there: "UserTable") -> "UserTable":
+        """A table on disk with the changes of this one, so that two writers lose nothing of each other's.
+
+        Of users that both changed, this table's weights count. Where this table was read from the same file, only what was
+        added, updated or deleted since counts; otherwise all its users do.
+
+        Args:
+            there: The table as it is on disk now.
+        """
+        with self._lock:
+            changed = dict(self._changed)
+        if self._place is None or self._place != there._place:
+            ids, weights, n_pairs = self._merged()
+            rows = weights.numpy()
+            changed |= {bytes(ids[i]): (rows[i], int(n_pairs[i])) for i in range(len(ids))}
+        merged = UserTable(self.n_basis)
+        merged._ids, merged._weights, merged._n_pairs = there._ids, there._weights, there._n_pairs
+        merged._changed = changed
+        return merged
+
+    def settle(self, saved: "UserTable", path: Path) -> None:
+        """Take over a table that was saved: its users are known here, and what it holds is no longer a change.
+
+        Args:
+            saved: What was written: this table, or the one that `onto` gave.
+            path: The file.
+        """
+        ids, weights, n_pairs = saved._merged()
+        with saved._lock:
+            done = dict(saved._changed)
+        with self._lock:
+            self._changed = {key: value for key, value in self._changed.items() if done.get(key, self) is not value}
+            self._ids, self._weights, self._n_pairs, self._place = ids, weights, n_pairs, path.resolve()
 
     @classmethod
     def open(cls, path: str | Path, *, n_basis: int) -> "UserTable":
@@ -226,6 +255,7 @@ class UserTable:
                 f"The table of users {str(path)!r} does not have its hash: it was altered. Get a fresh copy."
             )
         table = cls(n_basis)
+        table._place = Path(path).resolve()
         if len(ids):
             table._ids = ids.numpy().view(f"S{ids.shape[1]}")[:, 0]
             table._weights, table._n_pairs = weights, n_pairs
