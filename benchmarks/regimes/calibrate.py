@@ -37,7 +37,7 @@ EVENTS = {
 }
 MODELS = {"adapters": ("held_out",), "task": ("held_out", "gradient", "downhill_mean")}
 SINGLE = ("held_out", "adapters", "pair_cosine", "gradient", "downhill_mean", "downhill_best")
-RIDGE, DRAWS, LEAST = 1.0, 2000, 1e-4
+RIDGE, DRAWS, LEAST, FEWEST = 1.0, 2000, 1e-4, 8
 
 
 def observations(cells: Cells, measures: Cells, data: Path, *, kinds: tuple[str, ...]) -> Cells:
@@ -152,7 +152,7 @@ def judged(records: Cells, features: tuple[str, ...], event: tuple[str, str]) ->
     for zoo, group in {(r["zoo"], r["group"]) for r in kept}:
         inside = torch.tensor([(r["zoo"], r["group"]) == (zoo, group) for r in kept])
         apart = torch.tensor([r["zoo"] != zoo and r["group"] != group for r in kept])
-        if int(apart.sum()) >= 10:
+        if int(apart.sum()) >= FEWEST:
             probability[inside] = predicted(fitted(x[apart], y[apart]), x[inside])
             base[inside] = y[apart].mean()
     known = ~probability.isnan()

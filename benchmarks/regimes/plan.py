@@ -72,12 +72,12 @@ PLAN = (
     Slice("tune", ("head", "EigenLoRA K8", "LoRA r8", "random K8", "LoRA equal"), BANK, stage="tune"),
     # The two primary cells: zoo of 20, 64 rows, related targets.
     Slice("primary", PRIMARY, FIRST),
-    Slice("primary", PRIMARY, BANK),
     # Fewer relatives; none: the other data set, the ten unrelated tasks.
-    Slice("growth-10", CHEAP, FIRST, size=10),
-    Slice("far", CHEAP, FIRST, zoo="far"),
     Slice("growth-5", CHEAP, FIRST, size=5),
+    Slice("far", CHEAP, FIRST, zoo="far"),
     Slice("shipped", CHEAP, FIRST, zoo="shipped", size=10),
+    Slice("growth-10", CHEAP, FIRST, size=10),
+    Slice("primary", PRIMARY, BANK),
     Slice("on-top", ON_TOP, FIRST),
     Slice("far", CHEAP, BANK, zoo="far"),
     Slice("growth-5", CHEAP, BANK, size=5),

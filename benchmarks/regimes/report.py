@@ -175,6 +175,27 @@ def calibration_table(*, single: bool) -> str:
     return table(titles, lines)
 
 
+def reuse_table(measures: Cells, data: Path) -> str:
+    """How often the adapter that points furthest downhill is of the target's own domain."""
+    group = {c.name: c.group for c in customers.targets(data)}
+    domain = {c.name: c.group for zoo in customers.ZOOS for c in customers.members(zoo, data)}
+    lines = []
+    for zoo, size in sorted(
+        {(m["zoo"], m["size"]) for m in measures if m["kind"] == "target" and m["zoo"].startswith("clinc")}
+    ):
+        own = [m for m in measures if m["kind"] == "target" and (m["zoo"], m["size"]) == (zoo, size)]
+        own = [m for m in own if any(domain[name] == group[m["target"]] for name in m["cosines"])]
+        if own:
+            right = sum(domain[m["best_adapter"]] == group[m["target"]] for m in own)
+            chance = fmean(fmean(domain[name] == group[m["target"]] for name in m["cosines"]) for m in own)
+            mean = fmean(m["mean_cosine"] for m in own)
+            lines.append([zoo, str(size), f"{right} of {len(own)}", f"{chance:.0%}", f"{mean:+.3f}"])
+    return table(
+        ["zoo", "adapters", "nearest adapter is of the target's domain", "by chance", "cosine of the mean update"],
+        lines,
+    )
+
+
 def draw(rows: Cells, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -242,6 +263,7 @@ def main() -> None:
         "rows-16": comparisons(rows, own, n_rows=16),
         "rows-256": comparisons(rows, own, n_rows=256),
         "tuning": tuning_table(cells),
+        "reuse": reuse_table(measures, given.data),
         "calibration": calibration_table(single=False),
         "measures": calibration_table(single=True),
         "others": comparisons(rows, own, [(name, other) for name in OTHERS for other in ("LoRA r8", "EigenLoRA K8")]),

@@ -14,6 +14,8 @@ from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge
 
 SCALES = (0.5, 1.0, 2.0, 3.0)
+# Of the head behind which gradients are taken: one that fits every row leaves a gradient of noise (docs/regimes.md).
+_LIGHT_RATE = 1e-2
 
 
 def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps: int) -> Sources:
@@ -53,9 +55,7 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
     model: Any
     try:
         zero = with_start(sources, scale=0.0)
-        model = search.trained(
-            "merged_head", zero, rate=CANDIDATES["merged_head"].rates[0], steps=steps, rows=search.rows
-        )
+        model = search.trained("merged_head", zero, rate=_LIGHT_RATE, steps=steps, rows=search.rows)
         inner = model.base_model.model
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
