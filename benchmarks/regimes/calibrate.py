@@ -215,7 +215,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def shipped(found: dict, records: dict[str, Cells]) -> dict:
-    events, seen = {}, {}
+    events, ranges = {}, {}
     for kind, features in MODELS.items():
         events[kind] = []
         for event, pair in EVENTS.items():
@@ -229,13 +229,14 @@ def shipped(found: dict, records: dict[str, Cells]) -> dict:
                 scores = {
                     "base_rate": float(y.mean()),
                     "points": [mean, half],
+                    "judged": [one["n"], round(one["n"] * one["happened"])],
                     **{k: one[k] for k in ("brier", "base_brier", "gain")},
                 }
                 events[kind].append({"event": event, "features": list(features), **fitted(x, y), **scores})
         ends = {f: [min(r[f] for r in records[kind]), max(r[f] for r in records[kind])] for f in features}
         sizes, rows = ([r[f] for r in records[kind]] for f in ("adapters", "n_rows"))
         # Half a doubling more either way counts as seen.
-        seen[kind] = {
+        ranges[kind] = {
             **ends,
             "adapters": [min(sizes) - 0.5, max(sizes) + 0.5],
             "rows": [min(rows) - 0.5, max(rows) + 0.5],
@@ -247,7 +248,7 @@ def shipped(found: dict, records: dict[str, Cells]) -> dict:
         "n_adapters": [min(r["size"] for r in every), max(r["size"] for r in every)],
         "n_zoos": len({(r["zoo"], r["size"]) for r in every}),
         "n_tasks": len({r["target"] for r in every}),
-        "seen": seen,
+        "seen": ranges,
         "events": events,
     }
 

@@ -117,7 +117,10 @@ def main() -> None:
     study, path = Study(given.data, given.work), given.work / "measures.jsonl"
     rows = read(path)
     tested = [row for row in study.rows if row["stage"] == "test"]
-    for zoo in dict.fromkeys((row["zoo"], row["size"], row["draw"]) for row in tested if row["zoo"]):
+    found = [(row["zoo"], row["size"], row["draw"]) for row in tested if row["zoo"]]
+    for zoo in dict.fromkeys(
+        [*found, ("shipped", 10, 0)]
+    ):  # the ten of the earlier study, whose cells calibrate.py reads
         asked = {"kind": "zoo", "zoo": zoo[0], "size": zoo[1], "draw": zoo[2]}
         if not any(asked.items() <= row.items() for row in rows):
             append(path, {**asked, **of_zoo(*zoo, given.work)})

@@ -63,7 +63,7 @@ class Study:
         self.data, self.work = data, work
         self.path, self.scales = work / "cells.jsonl", work / "scales.jsonl"
         (work / "zoos").mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.scales):  # go on from the cells that are published
+        for path in (self.path, self.scales, work / "measures.jsonl"):  # go on from what is published
             if not path.exists() and (RESULTS / path.name).exists():
                 path.write_text((RESULTS / path.name).read_text())
         self.rows = read(self.path)

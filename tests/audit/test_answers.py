@@ -21,8 +21,10 @@ def audited(folder, **options):
     return audit_adapters(AdapterCollection.from_pretrained(folder), progress=False, n_components=16, **options)
 
 
-def event(*, gain=(0.05, 0.01, 0.09), weights=(2.0,)):
-    return Event("EigenLoRA ahead", ("held_out",), (-1.0,), (0.5,), weights, 0.3, 0.6, (1.5, 0.5), 0.2, 0.25, gain)
+def event(*, gain=(0.05, 0.01, 0.09), weights=(2.0,), judged=(40, 25)):
+    return Event(
+        "EigenLoRA ahead", ("held_out",), (-1.0,), (0.5,), weights, 0.3, 0.6, (1.5, 0.5), 0.2, 0.25, gain, judged
+    )
 
 
 def calibration(**changes):
@@ -79,8 +81,9 @@ def test_the_answer_follows_the_probability(weights, answer):
     assert asked(calibration(events={"adapters": (event(weights=weights),), "task": ()})).answer == answer
 
 
-def test_a_model_that_is_no_better_than_the_base_rate_gives_the_base_rate_and_says_so():
-    found = asked(calibration(events={"adapters": (event(gain=(0.01, -0.01, 0.03)),), "task": ()}))
+@pytest.mark.parametrize("changes", [{"gain": (0.01, -0.01, 0.03)}, {"judged": (6, 0)}, {"judged": (40, 38)}])
+def test_a_model_that_was_not_shown_to_beat_the_base_rate_gives_the_base_rate_and_says_so(changes):
+    found = asked(calibration(events={"adapters": (event(**changes),), "task": ()}))
     assert found.chances[0].probability == 0.6
     assert not found.chances[0].predicted
     assert "predicts better than how often it happened" in found.text

@@ -12,6 +12,8 @@ from eigenpeft.errors import ArtifactError
 SHIPPED = Path(__file__).with_name("calibration.json")
 # A measure may lie this part of the seen range outside of it before the answer is "unknown".
 _SLACK = 0.1
+# An interval over fewer cases in which it happened, or did not, is no evidence that a model predicts.
+_FEWEST_OF_A_KIND = 10
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Event:
         brier: Mean Brier score on zoos and tasks that a model was not fitted on.
         base_brier: The same of the base rate of what it was fitted on.
         gain: Mean of `base_brier - brier` and the ends of its 95 % interval, tasks as observations.
+        judged: Observations that the scores are over, and how often it happened among them.
     """
 
     event: str
@@ -43,11 +46,13 @@ class Event:
     brier: float
     base_brier: float
     gain: tuple[float, float, float]
+    judged: tuple[int, int]
 
     @property
     def predicted(self) -> bool:
-        """Whether the model was better than the base rate outside the interval."""
-        return self.gain[1] > 0
+        """Whether the model was better than the base rate outside the interval, on ten observations at least of either end."""
+        seen, happened = self.judged
+        return self.gain[1] > 0 and min(happened, seen - happened) >= _FEWEST_OF_A_KIND
 
     def probability(self, measures: Mapping[str, float]) -> float:
         """Of the event; the base rate where the model was no better than it.
