@@ -21,6 +21,7 @@ from eigenpeft.tuners.eigenlora.model import EigenLoraModel
 from tests.peft_suite.random_subspaces import random_subspace
 
 METHOD = os.environ["EIGENPEFT_SUITE_METHOD"]
+ROWS = os.environ.get("EIGENPEFT_SUITE_ROWS", "").split()
 CORE = os.environ.get("EIGENPEFT_SUITE_CORE", "")
 TEMPLATE = peft.LoraConfig
 OURS: Any = {"lora": TEMPLATE, "eigenlora": eigenpeft.EigenLoraConfig, "moslora": eigenpeft.MosLoraConfig}[METHOD]
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     peft.LoraConfig = TEMPLATE  # what the tests import inside their functions is PEFT's own again
     chosen, others = [], []
     for item in items:
-        (chosen if _concerns_lora(item) else others).append(item)
+        (chosen if _concerns_lora(item) and _is_wanted(item) else others).append(item)
     for tests in {item.cls for item in chosen if hasattr(item.cls, "check_requires_grad")}:
         tests.check_requires_grad = _with_our_names(tests.check_requires_grad)
     items[:] = chosen
@@ -114,6 +115,14 @@ def _concerns_lora(item: Any) -> bool:
         if not name.startswith("test_") and item.cls.__module__ == function.__module__
     )
     return "LoraConfig(" in text.replace("AdaLoraConfig(", "") or "LoraConfig(" in setup or "get_config" in text
+
+
+def _is_wanted(item: Any) -> bool:
+    """Whether the row, or the text of a test without rows of options, names one of the options asked for."""
+    parameters = getattr(item, "callspec", None)
+    rows = repr(parameters.params) if parameters else ""
+    text = "" if parameters and "config_kwargs" in parameters.params else inspect.getsource(item.function)
+    return not ROWS or any(word in rows or word in text for word in ROWS)
 
 
 def _row_of_parameterized(function: Any) -> list[Any]:

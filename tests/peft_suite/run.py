@@ -74,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--core", default="low_rank", choices=("low_rank", "full", "diagonal"), help="of EigenLoRA")
     parser.add_argument("--files", nargs="+", default=FILES, help="test files, without .py")
     parser.add_argument("--select", default="", help="as pytest's -k")
+    parser.add_argument("--rows", nargs="+", default=(), help="only tests that name one of these options of LoraConfig")
     parser.add_argument("--work", help="folder to keep (tiny models, LoRA's own results) for the next run")
     parser.add_argument("--reuse", action="store_true", help="report the last whole run in --work again")
     parser.add_argument("--summary", help="JSON file to add the counts to")
@@ -105,12 +106,13 @@ def _environment(work: Path) -> dict[str, str]:
 def _run(method: str, core: str, package: Path, environment: dict[str, str], arguments: argparse.Namespace) -> dict:
     label = _label(method, core)
     result = package.parent / f"result-{label}.json"
-    whole = not arguments.select and tuple(arguments.files) == FILES
+    whole = not arguments.select and not arguments.rows and tuple(arguments.files) == FILES
     if result.is_file() and (arguments.reuse or (method == "lora" and arguments.method != "lora")):
         return json.loads(result.read_text())
     settings = {
         "EIGENPEFT_SUITE_METHOD": method,
         "EIGENPEFT_SUITE_CORE": core,
+        "EIGENPEFT_SUITE_ROWS": " ".join(arguments.rows),
         "EIGENPEFT_SUITE_RESULT": str(result if whole else result.with_suffix(".part.json")),
     }
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--noconftest", "-p", "tests.peft_suite.plugin"]
