@@ -1,4 +1,4 @@
-"""One merge by another package, in an environment that has it: vlora-dev on factors, mergekit and fusion_bench on full weights.
+"""One merge by another package, in an environment that has it: vlora-dev on factors, fusion_bench on full weights.
 
 Command:  python benchmarks/merging_peers_worker.py TOOL METHOD BASE OUT ADAPTER ...    (called by merging_peers.py)
 
@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 
@@ -21,7 +20,7 @@ def main():
     tool, method, base, out, *adapters = sys.argv[1:]
     torch.set_num_threads(1)
     Path(out).mkdir(parents=True, exist_ok=True)
-    run = {"vlora": vlora, "mergekit": mergekit, "fusion_bench": fusion_bench}[tool]
+    run = {"vlora": vlora, "fusion_bench": fusion_bench}[tool]
     seconds = run(method, Path(base), Path(out), [Path(adapter) for adapter in adapters])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"cpu_seconds": round(seconds, 2), "peak_bytes": peak}))
@@ -36,31 +35,6 @@ def vlora(method, base, out, adapters):
     merge = {"task_arithmetic": task_arithmetic, "ties": ties_merge, "dare": dare_merge}[method]
     save_adapter(merge(loaded, weights=[1 / len(loaded)] * len(loaded)), out)
     return time.process_time() - start
-
-
-def mergekit(method, base, out, adapters):
-    """Whole models in, a whole model out; `adapters` are folders of models with their adapter merged in."""
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    parameters = {"weight": 1 / len(adapters), "density": {"task_arithmetic": 1.0, "ties": 0.2}.get(method, 0.5)}
-    config = {
-        "merge_method": method,
-        "base_model": str(base),
-        "models": [{"model": str(model), "parameters": parameters} for model in adapters],
-        "parameters": {"normalize": False},
-        "dtype": "float32",
-    }
-    start = time.process_time()
-    options = MergeOptions(copy_tokenizer=False, trust_remote_code=False, quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(config))), str(out / "model"), options)
-    seconds = time.process_time() - start
-    write_delta(
-        base,
-        out,
-        {key: value for path in (out / "model").glob("*.safetensors") for key, value in load_file(path).items()},
-    )
-    return seconds
 
 
 def fusion_bench(method, base, out, adapters):

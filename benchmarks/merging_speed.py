@@ -33,7 +33,7 @@ RESULT = Path(__file__).parent / "results" / "merging_speed.json"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--full", nargs="*", help="rules on whole matrices: iso_c, ties, tsv; all without a name")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
