@@ -11,10 +11,11 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from eigenpeft.building.choosing import independent_starts
-from eigenpeft.building.module_fitter import AUTO, ModuleFitter
+from eigenpeft.building.module_fitter import AUTO, DEFAULT_COMPONENTS, ModuleFitter
 from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
+from eigenpeft.collection.opening import some
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError, is_out_of_memory
 from eigenpeft.linalg.fitting import (
@@ -41,8 +42,8 @@ class SubspaceBuilder:
         n_components: Components K of every module and side: a number; or a share in (0, 1], which takes for each module
             the fewest components that explain this share of Σ‖ΔW_i‖²; or "auto", the number at which the others stop
             explaining more of a left-out adapter than chance (at most 64; see `audit`); or any of them by module, as a
-            mapping from `fnmatch` patterns ("*.query") to values, of which the first that fits counts. Defaults to 32,
-            the paper's.
+            mapping from `fnmatch` patterns ("*.query") to values, of which the first that fits counts. None (default):
+            32, the paper's number, or as many as a module has where that is fewer; `findings_` names such modules.
         method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
             ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
             "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it.
@@ -73,7 +74,7 @@ class SubspaceBuilder:
 
     def __init__(
         self,
-        n_components: int | float | str | Mapping[str, int | float | str] = 32,
+        n_components: int | float | str | Mapping[str, int | float | str] | None = None,
         *,
         method: Method = "balanced",
         weighting: Weighting = "equal",
@@ -101,7 +102,7 @@ class SubspaceBuilder:
         """
         info = subspace.info
         builder = cls(
-            32 if info.n_components is None else info.n_components,
+            info.n_components,
             method=info.method,  # pyright: ignore[reportArgumentType] (checked when used)
             weighting=info.weighting,  # pyright: ignore[reportArgumentType]
             n_pseudo_components=info.n_pseudo_components,
@@ -156,7 +157,8 @@ class SubspaceBuilder:
         if not keep_work_dir:
             self.remove_work_dir()
         self._seen = [collection]
-        self.findings_ = (*collection.findings, *_diagnose(collection, fitted))
+        fewer = () if self.n_components is not None else _fewer_components(collection, fitted)
+        self.findings_ = (*collection.findings, *fewer, *_diagnose(collection, fitted))
         bounds = [module.missed_bound for module in fitted.values()]
         self.subspace_ = PrincipalSubspace(
             {name: module.bases for name, module in fitted.items()},
@@ -254,6 +256,8 @@ class SubspaceBuilder:
             )
 
     def _asked_components(self) -> list[int | float | str]:
+        if self.n_components is None:
+            return []
         return list(self.n_components.values()) if isinstance(self.n_components, Mapping) else [self.n_components]
 
     def _check_addition(self, collection: AdapterCollection) -> None:
@@ -374,7 +378,7 @@ def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule])
 def build_subspace(
     adapters: AdapterCollection | str | Path | Sequence[str | Path],
     *,
-    n_components: int | float | str | Mapping[str, int | float | str] = 32,
+    n_components: int | float | str | Mapping[str, int | float | str] | None = None,
     **settings: Any,
 ) -> PrincipalSubspace:
     """The principal subspace of adapters, in one call.
@@ -396,6 +400,25 @@ def build_subspace(
         return builder.fit(adapters).subspace_
     with AdapterCollection.from_pretrained(adapters) as collection:
         return builder.fit(collection).subspace_
+
+
+def _fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
+    """Modules whose adapters span fewer directions than the default number, and those adapters."""
+    fewer = {
+        module: result.bases.n_components - result.bases.n_pseudo_components
+        for module, result in fitted.items()
+        if result.bases.n_components - result.bases.n_pseudo_components < DEFAULT_COMPONENTS
+    }
+    if not fewer:
+        return ()
+    names = tuple(name for name in collection.names if any(name in collection.members(module) for module in fewer))
+    shown = ", ".join(f"{count} in {module!r}" for module, count in list(fewer.items())[:3])
+    more = f" and {len(fewer) - 3} more modules" if len(fewer) > 3 else ""
+    message = (
+        f"{len(fewer)} of the {len(fitted)} modules have fewer than {DEFAULT_COMPONENTS} components, all that their adapters "
+        f"span: {shown}{more}. With rank r each adapter of a module adds at most r; those of {some(names)} adapt them."
+    )
+    return (Finding("fewer_components", names, message, float(len(fewer))),)
 
 
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:

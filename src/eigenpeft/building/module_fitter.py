@@ -16,6 +16,7 @@ from eigenpeft.linalg.fitting import (
     MERGEABLE,
     FittedBases,
     Method,
+    TooFewDirectionsError,
     Weighting,
     explained_share_curve,
     fit_bases,
@@ -33,6 +34,8 @@ from eigenpeft.subspace.seeding import seeded_generator
 # Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
 _SHARE_GUESS = 64
 AUTO = "auto"
+# The paper's; where nobody asks for a number, a module that has fewer directions keeps all that it has.
+DEFAULT_COMPONENTS = 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ModuleFitter:
         groups: Adapter to a label, the same for those of one random start or run; asked for by "auto".
     """
 
-    n_components: int | float | str | Mapping[str, int | float | str]
+    n_components: int | float | str | Mapping[str, int | float | str] | None
     method: Method
     weighting: Weighting
     n_pseudo_components: int
@@ -71,6 +74,8 @@ class ModuleFitter:
             CollectionError: If a tensor cannot be read or is not finite.
         """
         n_components = self._n_components_of(module)
+        if n_components is None:
+            n_components = min(DEFAULT_COMPONENTS, sum(collection.ranks(module).values()), *collection.shapes[module])
         chunks = self._chunks(module, collection, n_components)
         if chunks is not None:
             streamed = fit_chunks(
@@ -89,7 +94,16 @@ class ModuleFitter:
         if isinstance(n_components, str):
             labels = [self.groups[name] for name in collection.members(module)]
             n_components = automatic_n_components(stream, groups=labels, method=self.method, weighting=self.weighting)
-        fitted = fit_bases(
+        try:
+            fitted = self._fitted(stream, n_components, module)
+        except TooFewDirectionsError as error:
+            if self.n_components is not None or error.rank < 1:
+                raise
+            fitted = self._fitted(stream, error.rank, module)
+        return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
+
+    def _fitted(self, stream: FactorStream, n_components: int | float, module: str) -> FittedBases:
+        return fit_bases(
             stream,
             n_components=n_components,
             method=self.method,
@@ -97,7 +111,6 @@ class ModuleFitter:
             tol=self.tol,
             generator=seeded_generator(self.seed, module, "solver"),
         )
-        return FittedModule(self._with_pseudo_components(module, fitted), norms=fitted.norms)
 
     def update(
         self,
@@ -161,7 +174,7 @@ class ModuleFitter:
             )
         return chunk_adapters(ranks, shape, n_components=k, memory_limit=self.memory_limit)
 
-    def _n_components_of(self, module: str) -> int | float | str:
+    def _n_components_of(self, module: str) -> int | float | str | None:
         if not isinstance(self.n_components, Mapping):
             return self.n_components
         for pattern, value in self.n_components.items():

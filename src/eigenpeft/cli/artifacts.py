@@ -43,7 +43,8 @@ def build(
         typer.Option(
             "--n-components",
             "-k",
-            help="Components a module: a number (default 32), a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated.",
+            help="Components a module: a number, a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated. Default: 32, or all "
+            "that a module has.",
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="balanced, hosvd, hooi or eigenlorax.")] = "balanced",
@@ -83,7 +84,7 @@ def build(
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
         builder = SubspaceBuilder(
-            components(n_components or ["32"]),
+            components(n_components) if n_components else None,
             method=method,  # pyright: ignore[reportArgumentType] (checked by fit)
             weighting=weighting,  # pyright: ignore[reportArgumentType]
             n_pseudo_components=n_pseudo_components,

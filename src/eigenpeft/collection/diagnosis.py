@@ -32,7 +32,7 @@ class Finding:
 
     Attributes:
         kind: "untrained", "outlier_norm", "same_start", "near_duplicate", "kept_aside", "missing_modules",
-            "aligned_names", "unknown_fields" or "adapters_below".
+            "aligned_names", "unknown_fields", "adapters_below" or "fewer_components".
         adapters: Names of the adapters concerned.
         message: One sentence, complete by itself.
         value: The number behind it: a norm, a cosine, a count.

@@ -59,6 +59,19 @@ _SHARE_SLACK = 1e-6
 _FIRST_TRIAL = 32
 
 
+class TooFewDirectionsError(ValueError):
+    """The adapters of a module span fewer directions than asked for.
+
+    Args:
+        message: What was asked, and what there is.
+        rank: How many there are.
+    """
+
+    def __init__(self, message: str, *, rank: int):
+        super().__init__(message)
+        self.rank = rank
+
+
 @dataclass(frozen=True)
 class FittedBases:
     """Orthonormal bases of the input and the output side of one weight, K components each.
@@ -259,10 +272,11 @@ def _check_rank(stacks: Stacks, found_in: Decomposition, found_out: Decompositio
     side = min(ranks, key=lambda name: ranks[name])
     if ranks[side] < n_components:
         rows = stacks.rows_in if side == "in" else stacks.rows_out
-        raise ValueError(
+        raise TooFewDirectionsError(
             f"n_components={n_components} exceeds the numerical rank {ranks[side]} of the {side!r} side "
             f"({rows.shape[0]} rows of length {rows.shape[1]} from {len(stacks.sizes)} adapters with an update); "
-            f"pass at most {ranks[side]}, or add adapters."
+            f"pass at most {ranks[side]}, or add adapters.",
+            rank=ranks[side],
         )
 
 
