@@ -85,11 +85,10 @@ def train_answer(
         for chance in chances
     )
     blind = [chance.event for chance in chances if not chance.predicted]
-    caveat = (
-        f" For {', '.join(blind)} nothing that was measured predicts better than how often it happened, and that is the figure."
-        if blind
-        else ""
-    )
+    caveat = ""
+    if blind:
+        named = "these" if len(blind) == len(chances) else ", ".join(blind)
+        caveat = f" For {named} nothing that was measured predicts better than how often it happened, and that is the figure."
     return Train(
         answer,
         f"{answer.capitalize()}. For {task} with {n_rows} rows, the probability of: {told}.{caveat}",
