@@ -109,7 +109,7 @@ def test_importing_is_cheap_and_every_name_comes_when_it_is_used():
         "assert set(eigenpeft.__all__) <= set(dir(eigenpeft))\n"
         "assert all(getattr(eigenpeft, name) is not None for name in eigenpeft.__all__)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
 
 
 @pytest.mark.parametrize("first", ["eigenpeft", "peft"])
@@ -122,7 +122,7 @@ def test_the_methods_are_known_whichever_is_imported_first(first):
         "assert type(peft.__spec__.loader).__name__ == 'SourceFileLoader', peft.__spec__.loader\n"
         "assert not [one for one in __import__('sys').meta_path if type(one).__name__ == '_Waiting']\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
 
 
 def test_importing_needs_no_extra_and_registers_the_methods():
@@ -132,4 +132,4 @@ def test_importing_needs_no_extra_and_registers_the_methods():
         "assert {'EIGENLORA', 'MOSLORA'} <= {kind.value for kind in known}\n"
         "assert 'trl' not in sys.modules and 'matplotlib' not in sys.modules and 'datasets' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)

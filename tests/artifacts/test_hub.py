@@ -30,7 +30,7 @@ def eigenpeft(hub, tmp_path):
         settings = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stand_in"}
         settings |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-m", "eigenpeft", *map(str, words)]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == code, done.stderr
         return done
 

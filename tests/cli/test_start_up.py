@@ -38,7 +38,7 @@ def test_answers_without_torch(arguments, code, words):
         "from eigenpeft.cli import main\n"
         "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
     assert ran.returncode == code
     assert words in ran.stdout + ran.stderr
     assert "Traceback" not in ran.stderr

@@ -205,7 +205,7 @@ def test_importing_eigenpeft_does_not_need_vllm():
     code = (
         "import sys, eigenpeft.cli, eigenpeft.engines; assert not any(m.split('.')[0] == 'vllm' for m in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
 
 
 def test_the_entry_point_names_the_plugin():

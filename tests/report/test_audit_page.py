@@ -23,9 +23,9 @@ def opened(page, *, shot):
     """The page's DOM after a browser has opened it, and a picture of it."""
     headless = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2600"]
     dom = subprocess.run(
-        [*headless, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=240
+        [*headless, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=900
     )
-    subprocess.run([*headless, f"--screenshot={shot}", page.as_uri()], capture_output=True, check=True, timeout=240)
+    subprocess.run([*headless, f"--screenshot={shot}", page.as_uri()], capture_output=True, check=True, timeout=900)
     return dom.stdout, Image.open(shot).convert("RGB")
 
 

@@ -170,7 +170,7 @@ def test_threads_choose_their_tasks_apart(store):
     def serve(name, outputs, wait):
         with bank.use([name] * 2):
             if wait:
-                barrier.wait(timeout=30)
+                barrier.wait(timeout=900)
             outputs[name] = logits(model, tokens)
 
     with bank.attached(model):

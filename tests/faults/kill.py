@@ -1,0 +1,200 @@
+"""kill -9 at random moments while commands write: the old or the new artifact is whole, and the same command finishes the job.
+
+Run it longer: `python -m tests.faults.kill --n 200`. Commands run in forked children, so that a kill takes no start of Python.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from eigenpeft import AdapterCollection, LowRankRewardModel, SubspaceBuilder
+from eigenpeft.cli import main
+from eigenpeft.subspace import AdapterStore
+from eigenpeft.tuners import export_lora
+from tests.factories import make_collection
+
+Contents = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes `out`; `old` puts what was there before."""
+
+    words: tuple[str, ...]
+    out: Path
+    old: Callable[[], None]
+    read: Callable[[Path], Contents] | None = None
+
+    def state(self) -> Contents:
+        """What is there, to compare."""
+        return (self.read or contents)(self.out)
+
+
+def contents(folder: Path) -> Contents:
+    """Bytes of every file below a folder, by path; empty where there is none."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def beside_of(folder: Path) -> set[str]:
+    """Names of what lies in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def members(folder: Path) -> Contents:
+    """Bases and the bytes of every member of a store, whose shards have random names; empty where there is none."""
+    if not folder.exists():
+        return {}
+    store = AdapterStore.from_pretrained(folder)
+    records = {name: store._records.read(name) for name in store.names}
+    return {"bases": store.subspace.fingerprint.encode(), **records}
+
+
+def start(words: tuple[str, ...]) -> int:
+    """Run a command in a forked child and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        sys.argv = ["eigenpeft", *words]
+        main()
+        os._exit(0)
+    except SystemExit as stop:
+        os._exit(int(stop.code or 0))
+    finally:
+        os._exit(70)
+
+
+def finish(words: tuple[str, ...]) -> int:
+    """Run a command in a forked child and return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(words), 0)[1])
+
+
+def jobs(place: Path) -> dict[str, Job]:
+    """One job per command, each over an older artifact of its kind."""
+    adapters = make_collection(place / "adapters", rank=(2, 4), n_shared=6, noise=0.05).folder
+    with AdapterCollection.from_pretrained(adapters) as collection:
+        old, new = (SubspaceBuilder(k).fit(collection).subspace_ for k in (3, 4))
+        new.save_pretrained(place / "bases")
+        old_store, new_store = (AdapterStore.from_collection(bases, collection) for bases in (old, new))
+    new_store.save_pretrained(place / "whole-store")
+    opened = AdapterStore.from_pretrained(place / "whole-store")
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    torch.manual_seed(0)
+    backbone = BertForSequenceClassification(config)
+    LowRankRewardModel(torch.eye(3, 16), backbone=backbone).save_pretrained(place / "rewards")
+    older = LowRankRewardModel(2 * torch.eye(3, 16), backbone=backbone)
+    (place / "rows.jsonl").write_text(
+        "".join(
+            f'{{"user_id": "u{i % 4}", "chosen": [{i % 3}, 1.0, {i % 5}], "rejected": [0.0, {i % 2}, 1.0]}}\n'
+            for i in range(40)
+        )
+    )
+    out = {name: place / "out" / name for name in ("sub", "store", "lora", "classifier", "fitted")}
+
+    def put_classifier() -> None:
+        older.save_pretrained(place / "out" / "older")
+        finish(("lore", "export", str(place / "out" / "older"), "-o", str(out["classifier"])))
+
+    def put_fitted() -> None:
+        LowRankRewardModel(torch.eye(2, 3)).save_pretrained(out["fitted"])
+
+    def words(*parts: object) -> tuple[str, ...]:
+        return (*map(str, parts), "--overwrite")
+
+    return {
+        "build": Job(
+            words("build", adapters, "-k", 4, "-o", out["sub"]), out["sub"], lambda: old.save_pretrained(out["sub"])
+        ),
+        "project": Job(
+            words("project", place / "bases", adapters, "-o", out["store"]),
+            out["store"],
+            lambda: old_store.save_pretrained(out["store"]),
+            read=members,
+        ),
+        "export": Job(
+            words("export", place / "whole-store", "adapter-1", "-o", out["lora"]),
+            out["lora"],
+            lambda: export_lora(opened, out["lora"], adapter_name="adapter-2"),
+        ),
+        "lore export": Job(
+            words("lore", "export", place / "rewards", "-o", out["classifier"]), out["classifier"], put_classifier
+        ),
+        "lore fit": Job(
+            words("lore", "fit", place / "rows.jsonl", "--n-basis", 2, "-o", out["fitted"]), out["fitted"], put_fitted
+        ),
+    }
+
+
+def kill_at_random(n: int, *, seed: int, names: tuple[str, ...] = ()) -> Counter[str]:
+    """Kill `n` times and check each time.
+
+    Args:
+        n: Number of kills.
+        seed: Seed of the moments.
+        names: Jobs; all by default.
+
+    Returns:
+        How often the old artifact, the new one or none was there after the kill.
+
+    Raises:
+        AssertionError: If something else was there, the command did not finish the job, or something was left beside it.
+    """
+    draw, found = random.Random(seed), Counter[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        chosen = {name: job for name, job in jobs(place).items() if not names or name in names}
+        for name, job in chosen.items():
+            began = time.monotonic()
+            assert finish(job.words) == 0, name
+            length, new = time.monotonic() - began, job.state()
+            for _ in range(-(-n // len(chosen))):
+                with_old = draw.random() < 0.8
+                clear(place / "out")
+                if with_old:
+                    job.old()
+                old, beside = job.state(), beside_of(place / "out")
+                child = start(job.words)
+                time.sleep(draw.uniform(0.0, 1.05 * length))
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                there = job.state()
+                assert there in (old, new), f"{name}: {sorted(there)} is neither the old nor the new artifact"
+                found["new" if there == new else "old" if there else "none"] += 1
+                assert finish(job.words) == 0, f"{name}: the same command does not finish the job"
+                assert job.state() == new, f"{name}: other bytes than of an undisturbed run"
+                left = beside_of(place / "out") - beside - {job.out.name}
+                assert not left, f"{name}: left beside it: {sorted(left)}"
+    return found
+
+
+def clear(folder: Path) -> None:
+    """Empty the folder of outputs; everything in it was made here."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="*", default=())
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(dict(kill_at_random(arguments.n, seed=arguments.seed, names=tuple(arguments.jobs))))
