@@ -25,7 +25,7 @@ from eigenpeft.tuners.serving.heads import heads_of
 _FEWEST_PLACES = 256  # of a block that is opened for one more member
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """A member in the bank: its place in each block that has a core of it, and its heads."""
 
@@ -271,10 +271,13 @@ class AdapterBank(nn.Module):
             token, entries = next(self._tokens), self._entries
             self._readers[token] = self._time
         try:
-            unknown = [name for name in dict.fromkeys(names) if name not in entries and name != BASE]
-            if unknown:
-                self._refuse(unknown)
-            rows = [entries.get(name, _NOTHING) for name in names for _ in range(n_repeats)]
+            rows = [entries.get(name, _NOTHING) for name in names]
+            if _NOTHING in rows:
+                unknown = [name for name in dict.fromkeys(names) if name not in entries and name != BASE]
+                if unknown:
+                    self._refuse(unknown)
+            if n_repeats != 1:
+                rows = [entry for entry in rows for _ in range(n_repeats)]
             with choose(self, self._choice(rows, as_list=logits == "list")):
                 yield
         finally:
@@ -304,10 +307,13 @@ class AdapterBank(nn.Module):
         return self._of(module)
 
     def _choice(self, rows: Sequence[_Entry], *, as_list: bool) -> Choice:
-        zeros = {block: self._blocks[block].capacity for entry in rows for block, _ in entry.places}
-        places = {block: [zero] * len(rows) for block, zero in zeros.items()}
+        zeros: dict[int, int] = {}
+        places: dict[int, list[int]] = {}
         for row, entry in enumerate(rows):
             for block, slot in entry.places:
+                if block not in places:
+                    zeros[block] = self._blocks[block].capacity
+                    places[block] = [zeros[block]] * len(rows)
                 places[block][row] = slot
         return Choice(places, zeros, [entry.heads for entry in rows], as_list=as_list)
 
