@@ -14,11 +14,8 @@ KEYS = [f"{i:040x}-r8" for i in range(40)]
 
 def writer(size):
     def write(folder):
-        scratch = folder.with_name(f".{folder.name}.scratch")
-        scratch.mkdir()
-        (scratch / "a").write_bytes(bytes(size // 2))
-        (scratch / "b").write_bytes(bytes(size - size // 2))
-        scratch.rename(folder)
+        (folder / "a").write_bytes(bytes(size // 2))
+        (folder / "b").write_bytes(bytes(size - size // 2))
 
     return write
 
@@ -63,7 +60,7 @@ def test_other_files_in_the_folder_stay_and_what_a_killed_process_left_goes(tmp_
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "thesis").mkdir()
     cache = LoraCache(tmp_path, max_bytes=150)
-    left = tmp_path / f".{KEYS[5]}.x.tmp"
+    left = tmp_path / f".coming.{KEYS[5]}"
     left.mkdir()
     (left / "half").write_bytes(bytes(10))
     for key in KEYS[:3]:
@@ -78,12 +75,14 @@ def test_a_failed_write_leaves_the_others(tmp_path):
     add(cache, KEYS[0])
 
     def fail(folder):
+        (folder / "half").write_bytes(bytes(10))
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
         cache.add(KEYS[1], n_bytes=100, write=fail)
     assert cache.touch(KEYS[0])
     assert not cache.touch(KEYS[1])
+    assert list(tmp_path.glob(".coming*")) == []
     add(cache, KEYS[1])  # the lock is free again
 
 

@@ -123,7 +123,7 @@ def test_a_member_is_a_model_and_is_resolved_once(vllm):
     assert list(vllm.registry.resolvers) == ["eigenpeft store"]
     models = server(vllm)
     request = ask(models, "shop/anna")
-    assert vllm.worker()._load_adapter(request) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert vllm.worker()._load_adapter(request) == ["adapter_config.json", "adapter_model.safetensors"]
     assert ask(models, "shop/anna") is request
     assert models.n_resolved == 1
 

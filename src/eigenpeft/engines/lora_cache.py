@@ -12,7 +12,7 @@ from filelock import FileLock
 from eigenpeft.errors import EigenPeftError
 
 _KEY = re.compile(r"[0-9a-f]{40}(-r\d+)?")
-_LOCK, _GOING = ".lock", ".going."
+_LOCK, _COMING, _GOING = ".lock", ".coming.", ".going."
 
 
 class LoraCache:
@@ -74,7 +74,7 @@ class LoraCache:
         Args:
             key: Its key.
             n_bytes: At least the bytes that `write` will write.
-            write: Writes the folder, whole or not at all.
+            write: Fills an empty folder, which then gets its name in one step.
 
         Raises:
             EigenPeftError: If the adapter alone is larger than the bound.
@@ -82,7 +82,14 @@ class LoraCache:
         with self._lock:
             if not self.touch(key):
                 self._make_room(n_bytes)
-                write(self.path(key))
+                scratch = self.folder / f"{_COMING}{key}"
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                try:
+                    write(scratch)
+                    scratch.rename(self.path(key))
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
             return self.path(key)
 
     def _make_room(self, n_bytes: int) -> None:
@@ -92,7 +99,7 @@ class LoraCache:
                 f"{str(self.folder)!r}; allow more (EIGENPEFT_CACHE_GB)."
             )
         for left in self.folder.iterdir():  # what a killed process left: nobody else writes while the lock is held
-            if left.is_dir() and not _KEY.fullmatch(left.name) and left.name.startswith("."):
+            if left.is_dir() and left.name.startswith((_COMING, _GOING)):
                 shutil.rmtree(left, ignore_errors=True)
         sizes = {path: _size(path) for path in self._adapters()}
         total = sum(sizes.values())

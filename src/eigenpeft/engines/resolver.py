@@ -10,7 +10,7 @@ from tempfile import gettempdir
 from eigenpeft.engines.catalog import StoreCatalog, StoredAdapter
 from eigenpeft.engines.lora_cache import LoraCache
 from eigenpeft.errors import AdapterConfigError, EigenPeftError, UnknownAdapterError
-from eigenpeft.tuners.files.lora_files import write_lora
+from eigenpeft.tuners.files.lora_files import fill_lora_folder
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM allows as --max-lora-rank."""
@@ -155,7 +155,7 @@ class AdapterResolver:
         n_bytes = factors + rest + 1024 * (len(updates) + len(others)) + 32_768
 
         def write(folder: Path) -> None:
-            write_lora(folder, updates, fields, others, rank=rank)
+            fill_lora_folder(folder, updates, fields, others, rank=rank)
 
         return self.cache.add(key, n_bytes=n_bytes, write=write)
 

@@ -98,7 +98,34 @@ def write_lora(
     Raises:
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
-    given, updates = updates, with_one_rank_and_alpha(updates, rank=rank)
+    writing = atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs, carried=[CARD_NAME])
+    with writing as scratch:
+        fill_lora_folder(scratch, updates, fields, others, rank=rank)
+        for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_bytes(content)
+        there = scratch if CARD_NAME in (files or {}) else out_dir
+        (scratch / CARD_NAME).write_text(_card(there, updates, rank=rank), encoding="utf-8")
+
+
+def fill_lora_folder(
+    folder: Path,
+    updates: Sequence[LoraUpdate],
+    fields: dict[str, Any],
+    others: dict[str, Tensor],
+    *,
+    rank: int | None = None,
+) -> None:
+    """Write the two files that PEFT reads into a folder that is not in place yet; `write_lora` does the rest.
+
+    Args:
+        folder: An existing folder.
+        updates: Factors of every weight.
+        fields: Further fields of LoRA's configuration.
+        others: Further tensors of the file, by key: heads and biases.
+        rank: Rank to pad to; None takes the largest of the updates.
+    """
+    updates = with_one_rank_and_alpha(updates, rank=rank)
     r = max((update.rank for update in updates), default=1)
     scaling = updates[0].scaling if updates else 1.0
     config = LoraConfig(
@@ -115,15 +142,9 @@ def write_lora(
             tensors[f"{PREFIX}{key}"] = factor.cpu().contiguous().clone()
         if update.bias is not None:
             tensors[f"{PREFIX}{update.keys[1].removesuffix('weight')}bias"] = update.bias.cpu().contiguous().clone()
-    writing = atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs, carried=[CARD_NAME])
-    with writing as scratch, torch.no_grad():
-        save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(scratch))
-        for name, content in (files or {}).items():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / name).write_bytes(content)
-        there = scratch if CARD_NAME in (files or {}) else out_dir
-        (scratch / CARD_NAME).write_text(_card(there, given, r=r, scaling=scaling), encoding="utf-8")
+    with torch.no_grad():
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def with_one_rank_and_alpha(updates: Sequence[LoraUpdate], *, rank: int | None = None) -> list[LoraUpdate]:
@@ -180,8 +201,11 @@ def _with_zeros(tensor: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(missing)), dim=axis)
 
 
-def _card(folder: Path, given: Sequence[LoraUpdate], *, r: int, scaling: float) -> str:
+def _card(folder: Path, given: Sequence[LoraUpdate], *, rank: int | None) -> str:
     """README.md of the folder: what is there, with the section on rank and scaling added or brought up to date."""
+    written = with_one_rank_and_alpha(given, rank=rank)
+    r = max((update.rank for update in written), default=1)
+    scaling = written[0].scaling if written else 1.0
     path = folder / CARD_NAME
     there = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     before, _, old = there.partition(_CARD_HEADING)
