@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eigenpeft import AdapterStore, EigenLoraConfig
 from eigenpeft.report.plots import new_figure, save_figure
+from eigenpeft.subspace import AdapterMember, Core
 from eigenpeft.tuners.serving.bank import AdapterBank
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,25 +172,23 @@ def memory_and_loading():
     lora = 2 * rank * sum(m + n for m, n in MISTRAL.values()) * N_TASKS
     part = {name: shape for name, shape in MISTRAL.items() if int(name.split(".")[2]) % 8 == 0}
     few = random_subspace(part, n_components)
-    offsets = torch.arange(0, (N_TASKS + 1) * rank, rank).expand(len(part), -1).contiguous()
-    rows = {
-        f"{name}.coefficients_{side}": torch.randn(N_TASKS * rank, n_components)
-        for name in few
-        for side in ("in", "out")
-    }
-    store = AdapterStore(
-        few,
-        members=[{"name": f"task-{i}"} for i in range(N_TASKS)],
-        row_offsets=offsets,
-        rows=rows,
-        relative_errors=torch.zeros(len(part), N_TASKS, dtype=torch.float64),
-    )
+    generator = torch.Generator().manual_seed(0)
+
+    def core():
+        sides = (
+            torch.randn(rank, n_components, generator=generator),
+            torch.randn(n_components, rank, generator=generator),
+        )
+        return Core("low_rank", {"coefficients_in": sides[0], "coefficients_out": sides[1]})
+
+    members = {f"task-{i}": AdapterMember({name: core() for name in few}) for i in range(N_TASKS)}
+    store = AdapterStore(few, members=members)
     with tempfile.TemporaryDirectory() as scratch:
         store.save_pretrained(Path(scratch) / "store")
         start_cpu, start = time.process_time(), time.perf_counter()
         AdapterBank.from_store(AdapterStore.from_pretrained(Path(scratch) / "store"), dtype=torch.bfloat16)
         cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
-        size = (Path(scratch) / "store" / "store.safetensors").stat().st_size
+        size = sum(path.stat().st_size for path in (Path(scratch) / "store").rglob("*") if path.is_file())
     return {
         "n_tasks": N_TASKS,
         "n_modules": len(MISTRAL),
