@@ -92,7 +92,7 @@ class EigenLoraConfig(ExplainedConfig):
         self.peft_type = peft_type("EIGENLORA")
         self._has_started = False
         check_lora_options(self, method="EigenLoRA")
-        if self.core in RENAMED:
+        if isinstance(self.core, str) and self.core in RENAMED:
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
         for name, allowed in (("core", FROM_ZERO), ("save_subspace", ("reference", "embed"))):
             if getattr(self, name) not in allowed:
