@@ -124,7 +124,7 @@ def _untie(model: Any) -> bool:
     shared = None if outputs is None else _weight_of(outputs)
     if shared is None or shared is not _weight_of(inputs):
         return False
-    layer = getattr(outputs, "original_module", outputs)
+    layer: Any = getattr(outputs, "original_module", outputs)
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     return True
