@@ -208,3 +208,12 @@ def test_a_missing_fingerprint_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"no fingerprint of its subspace \(subspace_sha256\)"):
         model = load(tmp_path / "adapter")
     torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), -1, "0", [0]])
+def test_a_bound_that_no_build_writes_is_an_error(tmp_path, value):
+    subspace(0).save_pretrained(tmp_path / "bases")
+    path = tmp_path / "bases" / "subspace_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "missed_energy_bound": value}))
+    with pytest.raises(EigenPeftError, match="missed_energy_bound=.*which no version of eigenpeft writes"):
+        PrincipalSubspace.from_pretrained(tmp_path / "bases")
