@@ -4,12 +4,15 @@ Run it longer: `python -m tests.faults.kill --n 200`. Commands run in forked chi
 """
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners import export_lora
 from tests.factories import make_collection
 
-Contents = dict[str, bytes]
+Contents = dict[str, str]  # SHA-256 by name
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,41 @@ class Job:
 
     def state(self) -> Contents:
         """What is there, to compare."""
-        return (self.read or contents)(self.out)
+        return in_child(lambda: (self.read or contents)(self.out))
 
 
 def contents(folder: Path) -> Contents:
-    """Bytes of every file below a folder, by path; empty where there is none."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Hash of every file below a folder, by path; empty where there is none."""
+    return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def in_child(work: Callable[[], Contents | None]) -> Contents:
+    """What a function returns in a forked child: the memory of this process stays as it is.
+
+    Every command is forked from the same state, since the last bits of sums depend on where tensors lie in memory.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(read)
+            with os.fdopen(write, "w") as pipe:
+                json.dump(work() or {}, pipe)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "not readable as a whole artifact"
+    return json.loads(text)
 
 
 def beside_of(folder: Path) -> set[str]:
@@ -52,12 +84,11 @@ def beside_of(folder: Path) -> set[str]:
 
 
 def members(folder: Path) -> Contents:
-    """Bases and the bytes of every member of a store, whose shards have random names; empty where there is none."""
+    """Hashes of the bases and of every member of a store, whose shards have random names; empty where there is none."""
     if not folder.exists():
         return {}
     store = AdapterStore.from_pretrained(folder)
-    records = {name: store._records.read(name) for name in store.names}
-    return {"bases": store.subspace.fingerprint.encode(), **records}
+    return {"bases": store.subspace.fingerprint, **{name: digest(store._records.read(name)) for name in store.names}}
 
 
 def start(words: tuple[str, ...]) -> int:
@@ -167,7 +198,7 @@ def kill_at_random(n: int, *, seed: int, names: tuple[str, ...] = ()) -> Counter
                 with_old = draw.random() < 0.8
                 clear(place / "out")
                 if with_old:
-                    job.old()
+                    in_child(job.old)
                 old, beside = job.state(), beside_of(place / "out")
                 child = start(job.words)
                 time.sleep(draw.uniform(0.0, 1.05 * length))

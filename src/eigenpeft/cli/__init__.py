@@ -41,7 +41,11 @@ def main() -> None:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         sys.stderr.write(f"Error: there is no command {word!r}.{hint} The commands are {', '.join(COMMANDS)}.\n")
         sys.exit(2)
-    load(word)
+    try:
+        load(word)
+    except MemoryError:
+        sys.stderr.write("Error: Memory does not suffice to load the command. Free some and try again.\n")
+        sys.exit(1)
     import_module("eigenpeft.cli.app").main()
 
 
