@@ -307,6 +307,7 @@ class SubspaceBuilder:
 
     def _fit_modules(self, collection: AdapterCollection, team: Team, shards: Shards | None) -> dict[str, FittedModule]:
         """All modules, fitted by this process or, with a work folder, by any process of the team, now or earlier."""
+        team.gather([], doing="opening the work folder")  # what others are writing is not of a killed process
         if shards is not None and team.is_main:
             shards.forget_damaged()
         team.gather([], doing="looking at what was finished before")

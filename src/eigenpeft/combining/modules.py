@@ -49,6 +49,7 @@ def merge_modules(
         bar = tqdm(sources.modules, desc="Merging", unit="module", disable=not progress)
         return {module: merge_one(module) for module in bar}
     team, shards = Team.of_this_launch(), Shards(work_dir, {**plan, "modules": list(sources.modules)})
+    team.gather([], doing="opening the work folder")  # what others are writing is not of a killed process
     if team.is_main:
         shards.forget_damaged()
     team.gather([], doing="looking at what was finished before")
