@@ -58,7 +58,7 @@ def main():
         if name.removeprefix("--") not in known:
             parser.error(f"{name} is not a setting of LoReConfig")
         config["training"][name.removeprefix("--")] = yaml.safe_load(value)
-    settings = LoReConfig(str(arguments.out / "training"), **config["training"])
+    settings = LoReConfig(f"{arguments.out}-training", **config["training"])
 
     parts = split(
         Dataset.from_json(str(arguments.data)),

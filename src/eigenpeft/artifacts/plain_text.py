@@ -49,7 +49,7 @@ def for_code(text: Any) -> str:
 
     Example:
         >>> for_code("a` | b")
-        "a' \\\\| b"
+        "a' \\| b"
     """
     return " ".join(for_terminal(text).replace("`", "'").replace("|", "\\|").split())
 
