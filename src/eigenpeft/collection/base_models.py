@@ -63,7 +63,7 @@ def hub_id(name: str | None) -> str | None:
         name: What an adapter's config calls its base model.
 
     Example:
-        >>> hub_id("meta-llama/Llama-3.2-1B"), hub_id("/home/me/llama")
+        >>> hub_id("meta-llama/Llama-3.2-1B"), hub_id("/models/llama")
         ('meta-llama/Llama-3.2-1B', None)
     """
     if name is None:
