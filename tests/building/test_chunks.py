@@ -114,9 +114,6 @@ def peak_of_a_fit(folder, limit):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="known regression: about 400 KB per adapter; suspected, not shown: the diagnosis works in float64 now"
-)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_does_not_grow_with_the_number_of_adapters(tmp_path):
     limit = 40_000_000

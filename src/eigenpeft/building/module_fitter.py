@@ -29,8 +29,6 @@ from eigenpeft.linalg.stacking import FactorStream
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.seeding import seeded_generator
 
-# Methods whose bases are the leading singular vectors of one growing stack of rows, so that a new adapter's rows can be
-# merged without reading the old ones. HOOI refines against all adapters at once; EigenLoRAx moves its mean.
 # Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
 _SHARE_GUESS = 64
 AUTO = "auto"

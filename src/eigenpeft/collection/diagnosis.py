@@ -200,21 +200,17 @@ class _PairMeans:
         self._counts = torch.zeros(0, 0, dtype=torch.float64)
 
     def add(self, names: Sequence[str], rows: Tensor) -> None:
-        """Compare the rows of one module, one an adapter; zero rows are compared with nothing."""
+        """Compare the unit rows of one module, one per adapter; zero rows are compared with nothing."""
         for name in names:
             self._index.setdefault(name, len(self._index))
         missing = len(self._index) - len(self._sums)
         if missing:
             self._sums = torch.nn.functional.pad(self._sums, (0, missing, 0, missing))
             self._counts = torch.nn.functional.pad(self._counts, (0, missing, 0, missing))
-        # By their largest entry first: the squares of very small and very large ones leave the range of numbers.
-        peaks = rows.abs().amax(dim=1, keepdim=True)
-        present = (peaks > 0).double()
-        scaled = torch.where(peaks > 0, rows / torch.where(peaks > 0, peaks, 1.0), 0.0)
-        units = scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1.0)  # the largest entry is 1 already
+        present = rows.any(dim=1, keepdim=True).double()
         where = torch.tensor([self._index[name] for name in names])
         places = (where[:, None], where[None, :])
-        self._sums.index_put_(places, (units @ units.mT).clamp(-1.0, 1.0), accumulate=True)
+        self._sums.index_put_(places, (rows @ rows.mT).double().clamp(-1.0, 1.0), accumulate=True)
         self._counts.index_put_(places, present @ present.mT, accumulate=True)
 
     def groups(self, *, above: float) -> Iterator[tuple[tuple[str, ...], float]]:
@@ -235,15 +231,24 @@ class _PairMeans:
 
 def _start(read: AdapterFactors) -> Tensor:
     entries = read.lora_A.flatten()
-    # A copy: a view would keep the whole factor in memory.
-    return entries[:: max(1, math.ceil(len(entries) / _ENTRIES_COMPARED))].to(torch.float64, copy=True)
+    return _unit(entries[:: max(1, math.ceil(len(entries) / _ENTRIES_COMPARED))].double())
 
 
 def _sketch(read: AdapterFactors) -> Tensor:
     """A row whose cosine with others' estimates that of the ΔW: entries of L ΔW R, with the same random L and R for all."""
     left, right = _projections(len(read.lora_B), read.lora_A.shape[1])  # (64, out_features), (64, in_features)
     sketched_B, sketched_A = left @ read.lora_B.to(left.dtype), read.lora_A.to(right.dtype) @ right.mT
-    return (sketched_B.double() @ sketched_A.double()).flatten()
+    return _unit((sketched_B.double() @ sketched_A.double()).flatten())
+
+
+def _unit(row: Tensor) -> Tensor:
+    """A row of length 1 in float32, which is all that is kept of an adapter; zero where the row is."""
+    # By the largest entry first: the squares of very small and very large ones leave the range of numbers.
+    peak = row.abs().max()
+    if not peak:
+        return torch.zeros(len(row))
+    scaled = row / peak
+    return (scaled / scaled.norm()).float()
 
 
 @lru_cache(maxsize=2)
