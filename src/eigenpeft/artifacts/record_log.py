@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from eigenpeft.artifacts.locks import one_writer
 from eigenpeft.artifacts.record_index import INDEX_NAME, Place, lines_of, new_index, read_index
@@ -18,87 +18,6 @@ SHARDS = "members"
 SUFFIX = ".shard"
 _JOINED_SIZE = 256 << 20  # where records are written together, another shard begins from this size on
 Records = Iterable[tuple[str, bytes]]
-
-
-class RecordSource(Protocol):
-    """Records by name, wherever they lie."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names in the order in which they were added."""
-        ...
-
-    def __contains__(self, name: object) -> bool: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one record."""
-        ...
-
-    def size(self, name: str) -> int:
-        """How many bytes a record has."""
-        ...
-
-
-class MemoryRecords:
-    """Records in memory; see `RecordSource`."""
-
-    def __init__(self):
-        self._data: dict[str, bytes] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names in the order in which they were added."""
-        return tuple(self._data)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one record.
-
-        Args:
-            name: Its name.
-        """
-        return self._data[name]
-
-    def size(self, name: str) -> int:
-        """How many bytes a record has.
-
-        Args:
-            name: Its name.
-        """
-        return len(self._data[name])
-
-    def append(self, name: str, data: bytes) -> None:
-        """Add or replace a record.
-
-        Args:
-            name: Its name.
-            data: Its bytes.
-        """
-        self._data[name] = data
-
-    def remove(self, name: str) -> None:
-        """Remove a record.
-
-        Args:
-            name: Its name.
-        """
-        del self._data[name]
-
-    def rename(self, name: str, new_name: str) -> None:
-        """Give a record another name, at the same place of the order.
-
-        Args:
-            name: Its name.
-            new_name: A name that no record has.
-        """
-        self._data = {new_name if key == name else key: data for key, data in self._data.items()}
 
 
 class RecordLog:

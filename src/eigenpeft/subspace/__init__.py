@@ -2,7 +2,8 @@
 
 from eigenpeft.deprecation import moved_names
 from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shuffled_subspace
-from eigenpeft.subspace.cores import CORES, Coefficients, Core, CoreKind, core_kind
+from eigenpeft.subspace.core import Coefficients, Core
+from eigenpeft.subspace.cores import CORES, CoreKind, core_kind
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.module import ModuleSubspace

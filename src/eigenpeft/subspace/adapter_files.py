@@ -20,7 +20,8 @@ from eigenpeft.collection.sources import Location, locate
 from eigenpeft.collection.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.subspace.cores import Core, core_kind
+from eigenpeft.subspace.core import Core
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.member import AdapterMember, check_core
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace

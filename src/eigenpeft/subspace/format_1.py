@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, DamagedFileError
-from eigenpeft.subspace.cores import Coefficients
+from eigenpeft.subspace.core import Coefficients
 from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.principal import PrincipalSubspace
 

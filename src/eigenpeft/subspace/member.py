@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.subspace.cores import Core
+from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 _CORE, _KEPT = "core.", "kept."

@@ -7,7 +7,7 @@ from torch import Tensor
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.coefficients import change_of_bases, reconstruct
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.subspace.cores import Core
+from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace

@@ -15,7 +15,7 @@ from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.subspace.card import ModuleRow, subspace_card
-from eigenpeft.subspace.cores import Coefficients, Core
+from eigenpeft.subspace.core import Coefficients, Core
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 

@@ -11,13 +11,14 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from eigenpeft.artifacts import storage
-from eigenpeft.artifacts.record_log import MemoryRecords, RecordLog, RecordSource
+from eigenpeft.artifacts.record_log import RecordLog
+from eigenpeft.artifacts.records import MemoryRecords, RecordSource
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.subspace.adapter_files import projected, read_adapter, read_model
 from eigenpeft.subspace.card import store_card
-from eigenpeft.subspace.cores import Core
+from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.format_1 import Format1Records
 from eigenpeft.subspace.member import AdapterMember, check_core
 from eigenpeft.subspace.moving import move_member
