@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from eigenpeft.artifacts import storage
+from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.subspace.card import ModuleRow, subspace_card
@@ -20,7 +20,7 @@ from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
 
-class PrincipalSubspace(Mapping[str, ModuleSubspace]):
+class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     """Frozen bases by module name: `subspace["encoder.layer.0.attention.self.query"].components_in`.
 
     Made by `SubspaceBuilder`, kept by `save_pretrained`, read by `from_pretrained`; adapters of type EIGENLORA learn
@@ -47,6 +47,8 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         >>> subspace["layer.0"].n_components
         2
     """
+
+    label = storage.SUBSPACE.label
 
     def __init__(self, modules: Mapping[str, ModuleSubspace], *, info: SubspaceInfo | None = None):
         if not modules:
@@ -347,29 +349,8 @@ class PrincipalSubspace(Mapping[str, ModuleSubspace]):
         }
         return cls({name: banks[shared.get(name, name)] for name in names}, info=info)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload principal subspace",
-    ) -> str:
-        """Upload to the Hub as a model repository; returns the commit's address.
-
-        Args:
-            repo_id: `owner/name`; made when it does not exist.
-            private: Visibility of a new repository.
-            token: Hub token; None takes the logged-in one.
-            commit_message: Message of the commit.
-        """
-        origin, revision = self.origin, self.revision
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save_pretrained(Path(scratch) / "subspace")
-            self.origin, self.revision = origin, revision
-            return storage.push_folder(
-                Path(scratch) / "subspace", repo_id, private=private, token=token, message=commit_message
-            )
+    def _write_to(self, folder: Path) -> None:
+        storage.write_artifact(folder, storage.SUBSPACE, config=self.config(), tensors=self.tensors(), card=self.card())
 
 
 def read_subspace(where: storage.Location) -> PrincipalSubspace:

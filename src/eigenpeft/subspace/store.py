@@ -1,6 +1,5 @@
 """One subspace and many adapters in it, each with its core, its head and its record, each read and written alone."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from eigenpeft.artifacts import storage
+from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.artifacts.record_log import RecordLog
 from eigenpeft.artifacts.records import MemoryRecords, RecordSource
 from eigenpeft.collection.reader import AdapterCollection
@@ -30,7 +30,7 @@ BASE = "__base__"
 _SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
 
 
-class AdapterStore(Mapping[str, AdapterMember]):
+class AdapterStore(Pushable, Mapping[str, AdapterMember]):
     """Adapters in one subspace by name: `store["my-adapter"]["encoder.layer.0.attention.self.query"]` is a `Core`.
 
     Members keep what they are: an adapter that was trained in the subspace its own core, bit for bit; a LoRA adapter its
@@ -54,6 +54,8 @@ class AdapterStore(Mapping[str, AdapterMember]):
         >>> store.cores("layer").shape
         torch.Size([1, 2, 2])
     """
+
+    label = storage.STORE.label
 
     def __init__(self, subspace: PrincipalSubspace, *, members: Mapping[str, AdapterMember] | None = None):
         self.subspace = subspace
@@ -398,26 +400,8 @@ class AdapterStore(Mapping[str, AdapterMember]):
         store._records, store.origin, store.revision = records, where.origin, where.revision
         return store
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload adapter store",
-    ) -> str:
-        """Upload to the Hub as a model repository; returns the commit's address.
-
-        Args:
-            repo_id: `owner/name`; made when it does not exist.
-            private: Visibility of a new repository.
-            token: Hub token; None takes the logged-in one.
-            commit_message: Message of the commit.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "store"
-            write_store(folder, self.subspace, self._each(), card=self.card())
-            return storage.push_folder(folder, repo_id, private=private, token=token, message=commit_message)
+    def _write_to(self, folder: Path) -> None:
+        write_store(folder, self.subspace, self._each(), card=self.card())
 
     def _put(self, name: str, member: AdapterMember, *, replace: bool) -> None:
         self._check_new(name, replace=replace)

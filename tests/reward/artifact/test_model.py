@@ -249,7 +249,21 @@ def test_push_to_hub_uploads_what_save_writes(model, monkeypatch):
         seen.update(options, files=sorted(files_of(folder)), repo_id=repo_id)
         return "address"
 
-    monkeypatch.setattr("eigenpeft.reward.artifact.storage.push_folder", upload)
+    monkeypatch.setattr("eigenpeft.artifacts.pushing.push_folder", upload)
     assert model.push_to_hub("me/rewards", private=True) == "address"
     assert seen["files"] == ["README.md", "lore.safetensors", "lore_config.json", "lore_users.safetensors"]
     assert seen["private"] is True
+    with pytest.raises(ArtifactError, match="repo_id='a/b/c' is not OWNER/NAME on the Hub"):
+        model.push_to_hub("a/b/c")
+
+
+def test_push_to_hub_leaves_the_place_of_the_users_alone(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "rewards")
+    monkeypatch.setattr("eigenpeft.artifacts.pushing.push_folder", lambda *_, **__: "address")
+    model.push_to_hub("me/rewards")
+    other = type(model).from_pretrained(tmp_path / "rewards")
+    other.users.delete("bob")
+    other.save_users(tmp_path / "rewards")
+    model.users.put(["eve"], torch.tensor([[1.0, 0.0, 0.0]]), [1])
+    model.save_users(tmp_path / "rewards")
+    assert sorted(type(model).from_pretrained(tmp_path / "rewards").users) == ["ada", "eve"]

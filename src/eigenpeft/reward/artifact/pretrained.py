@@ -1,6 +1,5 @@
 """A reward model as an artifact: what it consists of, saving and loading it, its card, the way to the Hub."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.errors import RewardModelError
 from eigenpeft.reward.artifact import storage
 from eigenpeft.reward.artifact.card import reward_card
@@ -17,7 +17,7 @@ from eigenpeft.reward.text.backbone import with_head
 Model = TypeVar("Model", bound="RewardModelArtifact")
 
 
-class RewardModelArtifact:
+class RewardModelArtifact(Pushable):
     """Basis, population, users and backbone of a `LowRankRewardModel`, which describes the arguments.
 
     Attributes:
@@ -28,6 +28,8 @@ class RewardModelArtifact:
         processing_class: Its tokenizer, or None.
         info: Where the basis comes from.
     """
+
+    label = "low-rank reward model"
 
     def __init__(
         self,
@@ -90,8 +92,12 @@ class RewardModelArtifact:
         Raises:
             ArtifactError: If it cannot be written, or the folder holds something that is not replaced.
         """
+        self._write_to(Path(save_directory), overwrite=overwrite)
+        self.users.settle(self.users, Path(save_directory) / storage.USERS)
+
+    def _write_to(self, folder: Path, *, overwrite: bool = False) -> None:
         storage.write(
-            save_directory,
+            folder,
             basis=self.reward_basis,
             concentration=self.concentration,
             users=self.users,
@@ -150,27 +156,6 @@ class RewardModelArtifact:
         model = cls(parts.basis, concentration=parts.concentration, users=parts.users, info=parts.info)
         model.backbone, model.processing_class = parts.backbone, parts.processing_class
         return model
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload low-rank reward model",
-    ) -> str:
-        """Upload to the Hub, users included; returns the commit's address.
-
-        Args:
-            repo_id: `owner/name`; made when it does not exist.
-            private: Visibility of a new repository.
-            token: Hub token; None takes the logged-in one.
-            commit_message: Message of the commit.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            self.save_pretrained(folder)
-            return storage.push(folder, repo_id, private=private, token=token, message=commit_message)
 
     def card(self) -> str:
         """Text of the model card."""

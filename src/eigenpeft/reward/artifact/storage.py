@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
 from eigenpeft.artifacts.locks import one_writer
-from eigenpeft.artifacts.storage import fingerprint, push_folder
+from eigenpeft.artifacts.storage import fingerprint
 from eigenpeft.errors import ArtifactError
 from eigenpeft.reward.artifact.users import UserTable
 from eigenpeft.reward.text.backbone import score_head
@@ -98,7 +98,6 @@ def write(
         users.save(scratch / USERS)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
-    users.settle(users, Path(directory) / USERS)
 
 
 def write_users(directory: str | Path, *, basis: Tensor, users: UserTable) -> None:
@@ -172,19 +171,6 @@ def read(
     if load_backbone and config.get("backbone"):
         backbone, processing_class = _classifier(folder, basis, origin=str(path_or_id))
     return Parts(basis, tensors["concentration"], users, dict(config.get("info", {})), backbone, processing_class)
-
-
-def push(folder: Path, repo_id: str, *, private: bool | None, token: str | bool | None, message: str) -> str:
-    """Upload a saved model and return the commit's address.
-
-    Args:
-        folder: Written by `write`.
-        repo_id: `owner/name`.
-        private: Visibility of a new repository.
-        token: Hub token.
-        message: Commit message.
-    """
-    return push_folder(folder, repo_id, private=private, token=token, message=message)
 
 
 def _check_basis(folder: Path, basis: Tensor, *, origin: str) -> None:
