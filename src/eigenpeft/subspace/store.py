@@ -1,26 +1,23 @@
 """One subspace and many adapters in it, each with its core, its head and its record, each read and written alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor
 
 from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.artifacts.record_log import RecordLog
-from eigenpeft.artifacts.records import MemoryRecords, RecordSource
+from eigenpeft.artifacts.records import MemoryRecords
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.subspace.adapter_files import projected, read_adapter, read_model
 from eigenpeft.subspace.card import store_card
-from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.format_1 import Format1Records
 from eigenpeft.subspace.member import AdapterMember, check_core
+from eigenpeft.subspace.members import AdapterMembers
 from eigenpeft.subspace.moving import move_member
 from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.store_files import open_store, upgrade, write_card, write_store
@@ -30,7 +27,7 @@ BASE = "__base__"
 _SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
 
 
-class AdapterStore(Pushable, Mapping[str, AdapterMember]):
+class AdapterStore(Pushable, AdapterMembers):
     """Adapters in one subspace by name: `store["my-adapter"]["encoder.layer.0.attention.self.query"]` is a `Core`.
 
     Members keep what they are: an adapter that was trained in the subspace its own core, bit for bit; a LoRA adapter its
@@ -61,7 +58,7 @@ class AdapterStore(Pushable, Mapping[str, AdapterMember]):
         self.subspace = subspace
         self.origin: str | None = None
         self.revision: str | None = None
-        self._records: RecordSource = MemoryRecords()
+        self._records = MemoryRecords()
         for name, member in (members or {}).items():
             self._put(name, member, replace=False)
 
@@ -84,111 +81,9 @@ class AdapterStore(Pushable, Mapping[str, AdapterMember]):
         return store
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the members."""
-        return self._records.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records.names)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._records
-
-    def __getitem__(self, name: str) -> AdapterMember:
-        self._check_name(name)
-        member = AdapterMember.from_bytes(self._records.read(name), name=name, subspace=self.subspace)
-        return replace(member, record={**member.record, "name": name}, subspace_sha256=self.subspace.fingerprint)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __repr__(self) -> str:
-        return f"AdapterStore(adapters={len(self)}, subspace={self.subspace!r})"
-
-    @property
     def folder(self) -> Path | None:
         """Where changes are written; None while the store is only in memory, or read-only."""
         return self._records.folder if isinstance(self._records, RecordLog) and self.revision is None else None
-
-    @property
-    def members(self) -> tuple[dict[str, Any], ...]:
-        """Records of all members, in the order of `names`; reads every member."""
-        return tuple(dict(self[name].record) for name in self.names)
-
-    @property
-    def relative_errors(self) -> dict[str, dict[str, float]]:
-        """`{module: {member: ‖ΔW - reconstruction‖ / ‖ΔW‖}}`, Frobenius; reads every member.
-
-        Members that were trained in the subspace are exact and have no entry, nor have modules that a member lacks.
-        """
-        errors: dict[str, dict[str, float]] = {module: {} for module in self.subspace}
-        for name in self.names:
-            for module, error in self[name].relative_errors.items():
-                errors[module][name] = error
-        return errors
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of bases and members in bytes."""
-        return self.subspace.n_bytes + sum(self._records.size(name) for name in self.names)
-
-    def member(self, name: str) -> dict[str, Any]:
-        """The record of one member.
-
-        Args:
-            name: Its name in the store.
-
-        Raises:
-            KeyError: If there is no such member; the message lists known names.
-        """
-        return dict(self[name].record)
-
-    def coefficients(self, name: str, module: str) -> Core | None:
-        """The core of one member on one module; None if it does not adapt the module.
-
-        Args:
-            name: Member.
-            module: Module of the subspace.
-        """
-        return self[name].cores.get(module)
-
-    def factors(self, name: str, module: str) -> tuple[Tensor, Tensor] | None:
-        """LoRA factors `(lora_B (out_features, r), lora_A (r, in_features))` of one member, scaling in lora_B.
-
-        Args:
-            name: Member.
-            module: Module of the subspace.
-        """
-        core = self.coefficients(name, module)
-        return None if core is None else self.subspace.reconstruct({module: core})[module]
-
-    def cores(self, module: str, *, names: Sequence[str] | None = None) -> Tensor:
-        """The cores `M` of all members on one module, scaling included; reads every member.
-
-        Args:
-            module: Module of the subspace.
-            names: Which members, in the order wanted; None takes all.
-
-        Returns:
-            (n_members, K_out, K_in), float32; zeros where a member lacks the module.
-
-        Raises:
-            KeyError: If there is no such module or member.
-        """
-        bases = self.subspace[module]
-        names = self.names if names is None else names
-        dense = torch.zeros(len(names), len(bases.components_out), len(bases.components_in))
-        for row, name in enumerate(names):
-            core = self[name].cores.get(module)
-            if core is not None:
-                dense[row, : core.n_out, : core.n_in] = core.dense()
-        return dense
 
     def add(
         self,
@@ -434,14 +329,6 @@ class AdapterStore(Pushable, Mapping[str, AdapterMember]):
                 "own first, with save_pretrained()."
             )
         return self._records  # pyright: ignore[reportReturnType]
-
-    def _each(self) -> Iterator[tuple[str, bytes]]:
-        return ((name, self._records.read(name)) for name in self.names)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self._records:
-            shown = ", ".join(repr(known) for known in self.names[:10]) + (", ..." if len(self) > 10 else "")
-            raise KeyError(f"{name!r} is not in the store; it has {len(self)} adapters: {shown}")
 
     def _check_new(self, name: Any, *, replace: bool) -> None:
         if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 250 or name == BASE:
