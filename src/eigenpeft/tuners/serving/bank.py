@@ -4,7 +4,6 @@ import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from threading import RLock
 from typing import Any, Literal
@@ -15,23 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import SubspaceError
-from eigenpeft.subspace import AdapterMember, AdapterStore, Core, PrincipalSubspace
+from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.member import check_core
 from eigenpeft.subspace.store import BASE
 from eigenpeft.tuners.serving.attachment import Attachment, choose
-from eigenpeft.tuners.serving.blocks import FACTORS, Block, Choice, ModuleStacks, form_of
+from eigenpeft.tuners.serving.blocks import ModuleStacks
 from eigenpeft.tuners.serving.heads import heads_of
-
-_FEWEST_PLACES = 256  # of a block that is opened for one more member
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """A member in the bank: its place in each block that has a core of it, and its heads."""
-
-    places: tuple[tuple[int, int], ...] = ()
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    modules: frozenset[str] = frozenset()
+from eigenpeft.tuners.serving.room import Entry, Room
 
 
 class AdapterBank(nn.Module):
@@ -77,24 +66,13 @@ class AdapterBank(nn.Module):
         repeated = sorted({name for name in names if names.count(name) > 1 or name == BASE}) if names else []
         if repeated:
             raise SubspaceError(f"Names of members must be unique and not {BASE!r}; rename {', '.join(repeated)}.")
-        embeddings = subspace.info.embeddings
-        self._updates = nn.ModuleList(
-            ModuleStacks(bases, is_embedding=module in embeddings, dtype=dtype) for module, bases in subspace.items()
-        )
-        self._numbers = {module: number for number, module in enumerate(subspace)}
-        self._blocks: list[Block] = []
-        self._entries: dict[str, _Entry] = {}  # never changed in place: swapped, so that a reader sees a whole state
+        self._room = Room(subspace, dtype=dtype)
+        self._entries: dict[str, Entry] = {}  # never changed in place: swapped, so that a reader sees a whole state
         self._reset()
-        coefficients = coefficients or {}
         if names:
-            places = ((self._open_block(FACTORS, len(names), rank=_rank(coefficients)), len(names)),)
-            for module, stacks in coefficients.items():
-                padded = [nn.functional.pad(each, (0, 0, 0, 0, 0, 1)) for each in stacks]
-                self._of(module).put_stacks(places[0][0], [each.to(dtype or each.dtype) for each in padded])
-            modules = frozenset(coefficients)
-            self._entries = {name: _Entry(((places[0][0], row),), {}, modules) for row, name in enumerate(names)}
-            self._blocks[places[0][0]].free.clear()
-            self._blocks[places[0][0]].used.update(range(len(names)))
+            block = self._room.take_stacks(coefficients or {}, n_members=len(names), dtype=dtype)
+            modules = frozenset(coefficients or {})
+            self._entries = {name: Entry(((block, row),), {}, modules) for row, name in enumerate(names)}
 
     def _reset(self) -> None:
         self._lock = RLock()
@@ -135,7 +113,10 @@ class AdapterBank(nn.Module):
         members = {name: store[name] for name in chosen}
         if len(members) != len(chosen):
             cls(store.subspace, names=chosen)  # says which name appears twice
-        bank._fill(members)
+        places = bank._room.fill(members)
+        bank._entries = {
+            name: Entry(places[name], heads_of(name, member), frozenset(member)) for name, member in members.items()
+        }
         return bank
 
     @property
@@ -175,14 +156,9 @@ class AdapterBank(nn.Module):
         with self._lock:
             for attachment in self._attachments:
                 attachment.check(name, member.cores, heads)
-            places = []
-            for form in dict.fromkeys(form_of(core) for core in member.values()):
-                own = {module: core for module, core in member.items() if form_of(core) == form}
-                block, slot = self._place(form, own)
-                places.append((block, slot))
-                for module, core in own.items():
-                    self._of(module).write(block, slot, core)
-            self._entries = {**self._entries, name: _Entry(tuple(places), heads, frozenset(member))}
+            oldest = min(self._readers.values(), default=self._time)
+            places = self._room.put(member, oldest_reader=oldest, n_members=len(self._entries))
+            self._entries = {**self._entries, name: Entry(places, heads, frozenset(member))}
             self._attachments = [each for each in self._attachments if each.is_alive]
             for attachment in self._attachments:
                 attachment.watch(heads)
@@ -201,8 +177,7 @@ class AdapterBank(nn.Module):
                 self._refuse([name])
             entry = self._entries[name]
             self._entries = {other: each for other, each in self._entries.items() if other != name}
-            for block, slot in entry.places:
-                self._blocks[block].retired.append((self._time, slot))
+            self._room.give_up(entry.places, time=self._time)
             self._time += 1
 
     @contextmanager
@@ -278,7 +253,7 @@ class AdapterBank(nn.Module):
                     self._refuse(unknown)
             if n_repeats != 1:
                 rows = [entry for entry in rows for _ in range(n_repeats)]
-            with choose(self, self._choice(rows, as_list=logits == "list")):
+            with choose(self, self._room.choice(rows, as_list=logits == "list")):
                 yield
         finally:
             with self._lock:
@@ -304,21 +279,7 @@ class AdapterBank(nn.Module):
         Args:
             module: Module of the subspace.
         """
-        return self._of(module)
-
-    def _choice(self, rows: Sequence[_Entry], *, as_list: bool) -> Choice:
-        zeros: dict[int, int] = {}
-        places: dict[int, list[int]] = {}
-        for row, entry in enumerate(rows):
-            for block, slot in entry.places:
-                if block not in places:
-                    zeros[block] = self._blocks[block].capacity
-                    places[block] = [zeros[block]] * len(rows)
-                places[block][row] = slot
-        return Choice(places, zeros, [entry.heads for entry in rows], as_list=as_list)
-
-    def _of(self, module: str) -> ModuleStacks:
-        return self._updates[self._numbers[module]]  # pyright: ignore[reportReturnType]
+        return self._room.of(module)
 
     def _check(self, name: str, member: AdapterMember) -> None:
         own = member.subspace_sha256
@@ -329,67 +290,6 @@ class AdapterBank(nn.Module):
             )
         for module, core in member.items() if own is None else ():  # what comes out of a store was checked there
             check_core(core, module, self.subspace)
-
-    def _fill(self, members: Mapping[str, AdapterMember]) -> None:
-        """Put members into an empty bank, one block per form, with as much room as they need."""
-        places: dict[str, list[tuple[int, int]]] = {name: [] for name in members}
-        heads = {name: heads_of(name, member) for name, member in members.items()}
-        for form in dict.fromkeys(form_of(core) for member in members.values() for core in member.values()):
-            having = [
-                name for name, member in members.items() if any(form_of(core) == form for core in member.values())
-            ]
-            slots = {name: slot for slot, name in enumerate(having)}
-            block = self._open_block(form, len(having), rank=0)
-            for module in self.subspace:
-                own = {name: members[name][module] for name in having if module in members[name]}
-                own = {name: core for name, core in own.items() if form_of(core) == form}
-                rank = max((_rank_of(core) for core in own.values()), default=0)
-                self._blocks[block].rank = max(self._blocks[block].rank, rank)
-                if own and (rank or form != FACTORS):
-                    self._of(module).make_stacks(block, self._blocks[block], rank=rank)
-                    for name, core in own.items():
-                        self._of(module).write(block, slots[name], core)
-            self._blocks[block].free.clear()
-            self._blocks[block].used.update(slots.values())
-            for name, slot in slots.items():
-                places[name].append((block, slot))
-        self._entries = {
-            name: _Entry(tuple(places[name]), heads[name], frozenset(member)) for name, member in members.items()
-        }
-
-    def _open_block(self, form: str, capacity: int, *, rank: int) -> int:
-        self._blocks.append(Block(form, rank, capacity, free=list(range(capacity))))
-        return len(self._blocks) - 1
-
-    def _place(self, form: str, cores: Mapping[str, Core]) -> tuple[int, int]:
-        """A place for a member's cores of one form, in a block that has room for their rank, or in a new one."""
-        oldest = min(self._readers.values(), default=self._time)
-        for number, block in enumerate(self._blocks):
-            if block.form == form and all(
-                self._has_room(number, block, module, core) for module, core in cores.items()
-            ):
-                slot = block.take(oldest)
-                if slot is not None:
-                    if (
-                        slot in block.used
-                    ):  # what a former member left in modules that this one lacks, or beyond its rank
-                        for module in self.subspace:
-                            self._of(module).write(number, slot, None)
-                    break
-        else:
-            rank = max(map(_rank_of, cores.values())) if form == FACTORS else 0
-            number = self._open_block(form, max(_FEWEST_PLACES, len(self._entries) // 4), rank=rank)
-            slot = self._blocks[number].free.pop()
-        self._blocks[number].used.add(slot)
-        for module in cores:
-            self._of(module).make_stacks(number, self._blocks[number], rank=self._blocks[number].rank)
-        return number, slot
-
-    def _has_room(self, number: int, block: Block, module: str, core: Core) -> bool:
-        if block.form != FACTORS:
-            return True
-        stacks = self._of(module).parts(number)
-        return _rank_of(core) <= (block.rank if stacks is None else stacks[0].shape[1])
 
     def _refuse(self, unknown: Sequence[str]) -> None:
         near = {name: get_close_matches(str(name), self.names, n=1) for name in unknown[:5]}
@@ -402,15 +302,7 @@ class AdapterBank(nn.Module):
         )
 
 
-_NOTHING = _Entry()
-
-
-def _rank(coefficients: Mapping[str, tuple[Tensor, Tensor]]) -> int:
-    return max((inside.shape[1] for inside, _ in coefficients.values()), default=0)
-
-
-def _rank_of(core: Core) -> int:
-    return len(core.parts["coefficients_in"]) if core.row.is_factored else 0
+_NOTHING = Entry()
 
 
 __getattr__ = moved_names(__name__, {"TaskBank": "eigenpeft.AdapterBank"})
