@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 
+from eigenpeft.building.arguments import asked_components, check_arguments
 from eigenpeft.building.choosing import independent_starts
-from eigenpeft.building.module_fitter import AUTO, DEFAULT_COMPONENTS, ModuleFitter
+from eigenpeft.building.findings import diagnose, fewer_components
+from eigenpeft.building.module_fitter import AUTO, ModuleFitter
 from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
-from eigenpeft.collection.opening import some
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError, is_out_of_memory
 from eigenpeft.linalg.fitting import (
     MERGEABLE,
-    METHODS,
-    WEIGHTINGS,
     Method,
     Weighting,
 )
@@ -137,7 +136,13 @@ class SubspaceBuilder:
             ArtifactError: If the work folder holds other files or cannot be written.
             LostProcessError: If another process of the launch ended.
         """
-        self._check_arguments()
+        check_arguments(
+            self.n_components,
+            method=self.method,
+            weighting=self.weighting,
+            n_pseudo_components=self.n_pseudo_components,
+            memory_limit=self.memory_limit,
+        )
         team = Team() if work_dir is None else Team.of_this_launch()
         # Adapters are hashed for the record, shared out among the processes; the work folder's plan needs the hashes first.
         parts = team.gather(
@@ -157,8 +162,8 @@ class SubspaceBuilder:
         if not keep_work_dir:
             self.remove_work_dir()
         self._seen = [collection]
-        fewer = () if self.n_components is not None else _fewer_components(collection, fitted)
-        self.findings_ = (*collection.findings, *fewer, *_diagnose(collection, fitted))
+        fewer = () if self.n_components is not None else fewer_components(collection, fitted)
+        self.findings_ = (*collection.findings, *fewer, *diagnose(collection, fitted))
         bounds = [module.missed_bound for module in fitted.values()]
         self.subspace_ = PrincipalSubspace(
             {name: module.bases for name, module in fitted.items()},
@@ -203,7 +208,13 @@ class SubspaceBuilder:
         """
         if not hasattr(self, "subspace_"):
             return self.fit(collection)
-        self._check_arguments()
+        check_arguments(
+            self.n_components,
+            method=self.method,
+            weighting=self.weighting,
+            n_pseudo_components=self.n_pseudo_components,
+            memory_limit=self.memory_limit,
+        )
         self._check_addition(collection)
         old, seen = self.subspace_, [*self._seen, collection]
         modules, problems, diagnosis = dict(old), [], Diagnosis()
@@ -234,31 +245,8 @@ class SubspaceBuilder:
         )
         return self
 
-    def _check_arguments(self) -> None:
-        if self.method not in METHODS:
-            raise SubspaceError(f"method={self.method!r} must be one of {', '.join(map(repr, METHODS))}.")
-        if self.weighting not in WEIGHTINGS:
-            raise SubspaceError(f"weighting={self.weighting!r} must be one of {', '.join(map(repr, WEIGHTINGS))}.")
-        for value in self._asked_components():
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and value != AUTO and not (isinstance(value, float) and 0 < value <= 1):
-                raise SubspaceError(
-                    f"n_components={value!r} must be a whole number of at least 1, a share between 0 and 1 of the "
-                    "adapters' squared norms to explain, or 'auto'."
-                )
-        if not isinstance(self.n_pseudo_components, int) or self.n_pseudo_components < 0:
-            raise SubspaceError(
-                f"n_pseudo_components={self.n_pseudo_components!r} must be a whole number of at least 0."
-            )
-        if self.memory_limit is not None and (not isinstance(self.memory_limit, int) or self.memory_limit < 1):
-            raise SubspaceError(
-                f"memory_limit={self.memory_limit!r} must be a number of bytes, such as 500_000_000, or None for no limit."
-            )
-
     def _asked_components(self) -> list[int | float | str]:
-        if self.n_components is None:
-            return []
-        return list(self.n_components.values()) if isinstance(self.n_components, Mapping) else [self.n_components]
+        return asked_components(self.n_components)
 
     def _check_addition(self, collection: AdapterCollection) -> None:
         if self.method not in MERGEABLE:
@@ -364,18 +352,6 @@ class SubspaceBuilder:
         return {module: shards.load(module) for module in collection.modules}
 
 
-def _diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
-    """`AdapterCollection.diagnose` with the norms that fitting found: only a few modules are read again, to be compared."""
-    diagnosis = Diagnosis()
-    for module, result in fitted.items():
-        names = collection.members(module)
-        diagnosis.observe_norms(names, result.norms)
-        if diagnosis.compares(names):
-            # One adapter at a time: this must not take more memory than the fit.
-            diagnosis.compare(collection.each_factors(module))
-    return diagnosis.findings()
-
-
 def build_subspace(
     adapters: AdapterCollection | str | Path | Sequence[str | Path],
     *,
@@ -401,25 +377,6 @@ def build_subspace(
         return builder.fit(adapters).subspace_
     with AdapterCollection.from_pretrained(adapters) as collection:
         return builder.fit(collection).subspace_
-
-
-def _fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) -> tuple[Finding, ...]:
-    """Modules whose adapters span fewer directions than the default number, and those adapters."""
-    fewer = {
-        module: result.bases.n_components - result.bases.n_pseudo_components
-        for module, result in fitted.items()
-        if result.bases.n_components - result.bases.n_pseudo_components < DEFAULT_COMPONENTS
-    }
-    if not fewer:
-        return ()
-    names = tuple(name for name in collection.names if any(name in collection.members(module) for module in fewer))
-    shown = ", ".join(f"{count} in {module!r}" for module, count in list(fewer.items())[:3])
-    more = f" and {len(fewer) - 3} more modules" if len(fewer) > 3 else ""
-    message = (
-        f"{len(fewer)} of the {len(fitted)} modules have fewer than {DEFAULT_COMPONENTS} components, all that their adapters "
-        f"span: {shown}{more}. With rank r each adapter of a module adds at most r; those of {some(names)} adapt them."
-    )
-    return (Finding("fewer_components", names, message, float(len(fewer))),)
 
 
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:
