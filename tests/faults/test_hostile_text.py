@@ -104,7 +104,7 @@ def test_cards_and_tables_of_hostile_names(evil_collection, tmp_path):
         assert "\x1b[31m" not in screen(table)
         assert "\x1b]" not in screen(table)
     assert "\x1b[31m" not in screen(findings_text(builder.findings_))
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     plot_spectra(subspace, tmp_path / "spectra.png")
 
 

@@ -140,7 +140,7 @@ BAD_MODELS = {
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter .default.: 2 LoRA tensor")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter .default.. 2 LoRA tensor")
 def test_models_that_the_format_cannot_hold_are_refused_by_name(tmp_path, kind):
     make, message = BAD_MODELS[kind]
     with pytest.raises(AdapterConfigError, match=message):

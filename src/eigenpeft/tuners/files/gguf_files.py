@@ -67,7 +67,6 @@ def export_gguf(
     config = _base_config(model_or_store, base_model, named=fields.get("base_model_name_or_path"))
     # PEFT saves the frozen weight of an adapted embedding too; the base model's own file has it.
     others = [key for key in others if not key.endswith(".base_layer.weight")]
-    others += [f"{update.target}.lora_B.bias" for update in updates if update.bias is not None]
     if others:
         raise AdapterConfigError(
             f"{adapter_name!r} trained {len(others)} tensors in full, such as {others[0]!r}, which a LoRA in GGUF "
