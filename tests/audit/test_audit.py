@@ -77,9 +77,9 @@ def test_the_real_adapters_are_not_called_shared(real_adapters_dir):
     assert report.explained.real[31] > 0.95
     assert report.explained.null[31] > 0.95
     assert report.held_out.real[31] < 0.1
-    # Both figures are told: with the pair of related runs vouching for each other, and without.
+    # Both figures are reported: with the pair of related runs beside each other, and without.
     assert report.held_out_unrelated.real[31] < 0.8 * report.held_out.real[31]
-    assert "vouching for each other" in report.advice
+    assert "hold shares of each other" in report.advice
 
 
 def test_same_seed_same_report_and_plain_json(tmp_path):

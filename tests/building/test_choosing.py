@@ -42,7 +42,7 @@ def one_start(folder, *, n_starts, n_adapters):
 
 
 @pytest.mark.parametrize("n_starts", [1, 2])
-def test_adapters_of_one_start_do_not_vouch_for_each_other(tmp_path, n_starts):
+def test_adapters_of_one_start_are_left_out_together(tmp_path, n_starts):
     collection = one_start(tmp_path, n_starts=n_starts, n_adapters=6)
     with pytest.raises(SubspaceError, match=f"the 6 here are of {n_starts} random starts or runs; pass a number"):
         SubspaceBuilder("auto").fit(collection)

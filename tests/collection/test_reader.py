@@ -231,7 +231,7 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         ({A: torch.ones(4, 8), B: torch.ones(8, 3)}, r"lora_A of rank 4 and lora_B of rank 3"),
         (
             {A: torch.ones(2, 8), B: torch.ones(8, 2)},
-            r"factors of rank 2 where its config says 4.*mend r or rank_pattern",
+            r"factors of rank 2 where its config says 4.*correct r or rank_pattern",
         ),
         ({A: torch.ones(4, 8).int(), B: torch.ones(8, 4)}, r"not floating-point numbers"),
         ({A: torch.ones(0), B: torch.ones(8, 4)}, r"shapes \(0,\) and \(8, 4\), which were not gathered"),

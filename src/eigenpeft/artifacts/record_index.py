@@ -1,4 +1,4 @@
-"""The index of a record log: one line per change, each vouched for by a hash over all lines before it."""
+"""The index of a record log: one line per change, each with a hash over all lines before it."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Artifacts on disk and on the Hub: a JSON config, one safetensors file it vouches for, a model card."""
+"""Artifacts on disk and on the Hub: a JSON config, one safetensors file whose hash it names, a model card."""
 
 import hashlib
 import json

@@ -11,7 +11,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.linalg.leave_one_out import held_out_curves
 
-# Mean cosine of ΔW above which two adapters are told to be related; independent ones have about 1 / √(m n) of each other.
+# Mean cosine of ΔW above which two adapters are reported as related; independent ones have about 1 / √(m n) of each other.
 RELATED_COSINE = 0.2
 # Strangers that an adapter needs for its share without relatives to count, and the adapters that must have them.
 _FEWEST_STRANGERS = 2

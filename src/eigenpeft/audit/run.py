@@ -48,7 +48,7 @@ def audit_adapters(
     Behind them are measures of the weights beside matched nulls.
     For every module the share of each adapter's ‖ΔW‖² that lies in the subspace of the *others*, for every K, beside the
     same of random adapters with the same singular values and shapes. Adapters that started from one seed, or are nearly
-    equal, are left out together, so that they cannot vouch for each other.
+    equal, are left out together, so that none of them is measured against its own relatives.
 
     With `model` and `dataset` also whether their subspace suits a new task: the share of that task's gradient in it before
     any training, beside random subspaces and the best of that size (`gradient_share`), which K, modules and core.

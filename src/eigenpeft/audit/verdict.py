@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from eigenpeft.audit.report import Curve, Verdict
 
 # How much more of an adapter than by chance the others must hold before that is worth the word "shared", as a share of
-# ‖ΔW‖². A convention, not a law: what lies above chance and below this is told with its numbers.
+# ‖ΔW‖². A convention, not a law: what lies above chance and below this is reported with its numbers.
 MARGIN = 0.25
-# What relatives add is told from this share of ‖ΔW‖² on, and from this part of the whole; what they add decides where less
+# What relatives add is reported from this share of ‖ΔW‖² on, and from this part of the whole; what they add decides where less
 # than this part of the excess over chance is left without them. Conventions too.
 _TOLD, _TOLD_PART = 0.005, 0.1
 _LEFT_WITHOUT_RELATIVES = 0.5
@@ -106,15 +106,15 @@ def advice_on_clusters(clusters: Sequence[Sequence[str]], gain: float | None) ->
 
 
 def _relatives(curves: HeldOutCurves, k: int) -> str:
-    """A sentence where relatives vouch for each other; else nothing."""
+    """A sentence where relatives hold shares of each other; else nothing."""
     if curves.unrelated is None:
         return ""
     with_them, without = curves.together.real[k], curves.unrelated.real[k]
     if with_them - without < max(_TOLD, _TOLD_PART * with_them):
         return ""
     return (
-        f"Part of that is related adapters (cosine of ΔW above 0.2) vouching for each other: of an adapter left out with its "
-        f"relatives, {without:.1%} is held. "
+        f"Part of that is related adapters (cosine of ΔW above 0.2) that hold shares of each other: of an adapter left out "
+        f"with its relatives, {without:.1%} is held. "
     )
 
 

@@ -21,7 +21,8 @@ def automatic_n_components(
 
     Args:
         factors: `(lora_B, lora_A)` of each adapter of one module.
-        groups: A label for each adapter; those of one label are left out together, so that they cannot vouch for each other.
+        groups: A label for each adapter; those of one label are left out together, so that none is measured
+            against its relatives.
         method: How the components will be fitted; "eigenlorax" takes the curve of "balanced".
         weighting: As for the fit.
 
@@ -52,7 +53,7 @@ def automatic_n_components(
 
 
 def independent_starts(collection: AdapterCollection) -> dict[str, str]:
-    """Adapter to a label, the same for those of one random start or run, told from a few modules.
+    """Adapter to a label, the same for those of one random start or run, as a few modules show.
 
     Args:
         collection: The adapters that are compared.

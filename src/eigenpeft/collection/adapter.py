@@ -83,7 +83,7 @@ class SourceAdapter:
     def record(self) -> dict[str, Any]:
         """What is written into artifacts made from this adapter, as JSON-able values.
 
-        Of a local folder only its own name is told, because artifacts get published. Modules are counted, not listed.
+        Of a local folder only its own name is kept, because artifacts get published. Modules are counted, not listed.
         """
         record = asdict(self)
         for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):

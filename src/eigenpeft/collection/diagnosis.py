@@ -171,7 +171,7 @@ class Diagnosis:
 
 
 def independent_groups(names: Sequence[str], findings: Iterable[Finding]) -> dict[str, str]:
-    """Adapter to a label, the same for those that share a start or a run and so cannot vouch for each other.
+    """Adapter to a label, the same for those that share a start or a run and are therefore left out together.
 
     Args:
         names: Adapters to label.

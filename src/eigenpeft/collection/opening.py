@@ -155,6 +155,6 @@ def _complaint(keys: Mapping[str, str], weights: WeightsFile, *, expected_rank: 
     if shape_A[0] != expected_rank:
         return (
             f"has factors of rank {shape_A[0]} where its config says {expected_rank}, so that its scaling is unknown; "
-            "mend r or rank_pattern in its config"
+            "correct r or rank_pattern in its config"
         )
     return None

@@ -83,7 +83,7 @@ class AdapterCollection:
             local_files_only: Use downloaded files only; default: only where HF_HUB_OFFLINE is set.
 
         Returns:
-            The collection. What is odd but no error is told by `diagnose`.
+            The collection. `diagnose` reports what is odd without being an error.
 
         Raises:
             CollectionError: One message with every problem of every adapter: no LoRA, a variant of LoRA whose update is

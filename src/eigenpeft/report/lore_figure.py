@@ -28,7 +28,7 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool 
     curve.set_xscale("symlog", linthresh=1)
     ticks = [n for n in next(iter(found.few_shot.values()), {})]
     curve.set_xticks(ticks, [str(n) for n in ticks])
-    curve.set(xlabel="comparisons a new user gave", ylabel="share of new comparisons foretold", title="New users")
+    curve.set(xlabel="comparisons a new user gave", ylabel="accuracy on new comparisons", title="New users")
     for method, bins in found.calibration.items():
         label = f"{method} (error {bins.error:.3f})"
         reliability.plot(bins.confidence, bins.accuracy, marker="o", color=colours[method], label=label)

@@ -360,7 +360,7 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
         where: Place of the artifact.
 
     Raises:
-        ArtifactError: If a part is missing, or the tensors are not those the config vouches for.
+        ArtifactError: If a part is missing, or the tensors do not have the hash that the config names.
     """
     config = storage.read_config(where)
     in_store = where.kind is storage.STORE_1

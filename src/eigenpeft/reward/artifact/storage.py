@@ -202,7 +202,7 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
         )
     if set(tensors) != {"reward_basis", "concentration"} or fingerprint(tensors) != config.get("sha256"):
         raise ArtifactError(
-            f"The tensors of the reward model at {origin!r} are not those its {CONFIG} vouches for: a file was altered. "
+            f"The tensors of the reward model at {origin!r} do not have the hash that its {CONFIG} names: a file was altered. "
             "Get a fresh copy."
         )
     if not isinstance(config.get("info", {}), dict):

@@ -97,7 +97,7 @@ def prepare(
         )
     if not bool((squares > 0).any()):
         raise RewardModelError(
-            "Chosen and rejected features are equal in every pair, so no preference can be told from them; check that "
+            "Chosen and rejected features are equal in every pair, so they show no preference; check that "
             "the two sides were not embedded from the same column."
         )
     # One row with the root mean squares as entries has exactly the scales wanted.
