@@ -14,10 +14,11 @@ from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.subspace.bank_files import banks_from_tensors, read_banks
 from eigenpeft.subspace.card import ModuleRow, subspace_card
 from eigenpeft.subspace.core import Coefficients, Core
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
+from eigenpeft.subspace.module import ModuleSubspace
 
 
 class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
@@ -329,25 +330,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             ArtifactError: If a tensor is missing or left over, or a module shares a bank that there is not.
         """
-        names, shared = list(modules), dict(shared_banks or {})
-        owners = [name for name in names if name not in shared]
-        unknown = sorted(str(name) for name, bank in shared.items() if name not in names or bank not in owners)
-        if unknown:
-            raise ArtifactError(
-                f"The subspace's config lets {len(unknown)} modules, such as {unknown[0]!r}, share a bank that no other "
-                "module has. Get a fresh copy."
-            )
-        expected = {f"{bank}.{field}" for bank in owners for field in TENSOR_FIELDS}
-        if expected != set(tensors) or not names:
-            missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-            raise ArtifactError(
-                f"The subspace file does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
-                f"{len(extra)} unexpected {extra[:3]}, {len(names)} modules listed. Get a fresh copy."
-            )
-        banks = {
-            name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}) for name in owners
-        }
-        return cls({name: banks[shared.get(name, name)] for name in names}, info=info)
+        return cls(banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks), info=info)
 
     def _write_to(self, folder: Path) -> None:
         storage.write_artifact(folder, storage.SUBSPACE, config=self.config(), tensors=self.tensors(), card=self.card())
@@ -362,30 +345,12 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
     Raises:
         ArtifactError: If a part is missing, or the tensors do not have the hash that the config names.
     """
-    config = storage.read_config(where)
-    in_store = where.kind is storage.STORE_1
-    described, prefix = (config.get("subspace"), "subspace.") if in_store else (config, "")
-    modules = described.get("modules") if isinstance(described, dict) else None
-    if not isinstance(described, dict) or not (
-        isinstance(modules, list) and all(isinstance(module, str) for module in modules)
-    ):
-        raise ArtifactError(f"The {where.kind.config_name} of {where.origin!r} lists no modules; get a fresh copy.")
-    with storage.open_tensors(where) as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a mapping)
-        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-    shared = described.get("shared_banks", {})
-    if not isinstance(shared, dict) or not all(isinstance(bank, str) for bank in shared.values()):
-        raise ArtifactError(
-            f"The {where.kind.config_name} of {where.origin!r} has shared_banks that are not a table from modules to "
-            "modules; get a fresh copy."
-        )
-    info = SubspaceInfo.from_dict(described)
-    subspace = PrincipalSubspace.from_tensors(tensors, modules=modules, info=info, shared_banks=shared)
-    expected = config.get("subspace_sha256" if in_store else "sha256")
-    if subspace.fingerprint != expected:
+    saved = read_banks(where)
+    subspace = PrincipalSubspace(saved.modules, info=saved.info)
+    if subspace.fingerprint != saved.sha256:
         raise ArtifactError(
             f"The tensors of the {where.kind.label} at {where.origin!r} have fingerprint {subspace.fingerprint}, its "
-            f"{where.kind.config_name} says {expected}: a file was altered. Get a fresh copy."
+            f"{where.kind.config_name} says {saved.sha256}: a file was altered. Get a fresh copy."
         )
     subspace.origin, subspace.revision = where.origin, where.revision
     return subspace
