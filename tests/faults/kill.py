@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from eigenpeft import AdapterCollection, LowRankRewardModel, SubspaceBuilder
@@ -32,12 +33,13 @@ Contents = dict[str, str]  # SHA-256 by name
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes `out`; `old` puts what was there before."""
+    """A command that writes `out`; `old` puts what was there before, which commands that change an artifact need."""
 
     words: tuple[str, ...]
     out: Path
     old: Callable[[], None]
     read: Callable[[Path], Contents] | None = None
+    changes: bool = False
 
     def state(self) -> Contents:
         """What is there, to compare."""
@@ -55,10 +57,7 @@ def digest(data: bytes) -> str:
 
 
 def in_child(work: Callable[[], Contents | None]) -> Contents:
-    """What a function returns in a forked child: the memory of this process stays as it is.
-
-    Every command is forked from the same state, since the last bits of sums depend on where tensors lie in memory.
-    """
+    """What a function returns in a forked child: the state of this process, from which commands are forked, stays as it is."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -136,7 +135,15 @@ def jobs(place: Path) -> dict[str, Job]:
             for i in range(40)
         )
     )
-    out = {name: place / "out" / name for name in ("sub", "store", "lora", "classifier", "fitted")}
+    backbone.save_pretrained(place / "base")
+    tuned = get_peft_model(
+        BertForSequenceClassification.from_pretrained(place / "base"), LoraConfig(target_modules=["query"])
+    )
+    tuned.save_pretrained(place / "tuned")
+    out = {
+        name: place / "out" / name
+        for name in ("sub", "store", "lora", "classifier", "fitted", "merged", "users", "grown")
+    }
 
     def put_classifier() -> None:
         older.save_pretrained(place / "out" / "older")
@@ -144,6 +151,15 @@ def jobs(place: Path) -> dict[str, Job]:
 
     def put_fitted() -> None:
         LowRankRewardModel(torch.eye(2, 3)).save_pretrained(out["fitted"])
+
+    def put_users() -> None:
+        LowRankRewardModel(torch.eye(2, 3)).save_pretrained(out["users"])
+
+    def put_grown() -> None:
+        AdapterStore(new, members={name: opened[name] for name in opened.names[:3]}).save_pretrained(out["grown"])
+
+    def put_merged() -> None:
+        finish(("merge-base", str(place / "tuned"), "--base", str(place / "base"), "-o", str(out["merged"])))
 
     def words(*parts: object) -> tuple[str, ...]:
         return (*map(str, parts), "--overwrite")
@@ -169,6 +185,24 @@ def jobs(place: Path) -> dict[str, Job]:
         "lore fit": Job(
             words("lore", "fit", place / "rows.jsonl", "--n-basis", 2, "-o", out["fitted"]), out["fitted"], put_fitted
         ),
+        "lore add-user": Job(
+            ("lore", "add-user", str(out["users"]), "u1", str(place / "rows.jsonl")),
+            out["users"],
+            put_users,
+            changes=True,
+        ),
+        "store add": Job(
+            ("store", "add", str(out["grown"]), str(adapters / "adapter-4"), "--replace"),
+            out["grown"],
+            put_grown,
+            read=members,
+            changes=True,
+        ),
+        "merge-base": Job(
+            words("merge-base", place / "tuned", "--base", place / "base", "-o", out["merged"]),
+            out["merged"],
+            put_merged,
+        ),
     }
 
 
@@ -191,11 +225,14 @@ def kill_at_random(n: int, *, seed: int, names: tuple[str, ...] = ()) -> Counter
         place = Path(folder)
         chosen = {name: job for name, job in jobs(place).items() if not names or name in names}
         for name, job in chosen.items():
+            clear(place / "out")
+            if job.changes:
+                job.old()
             began = time.monotonic()
             assert finish(job.words) == 0, name
             length, new = time.monotonic() - began, job.state()
             for _ in range(-(-n // len(chosen))):
-                with_old = draw.random() < 0.8
+                with_old = job.changes or draw.random() < 0.8
                 clear(place / "out")
                 if with_old:
                     in_child(job.old)

@@ -180,6 +180,12 @@ def test_members_that_do_not_fit_are_refused_in_memory_and_on_disk(store, tmp_pa
     assert AdapterStore.from_pretrained(tmp_path / "store")["adapter-0"].cores
 
 
+def test_the_same_member_has_the_same_bytes():
+    core = Core("diagonal", {"coefficients_out": torch.ones(2)})
+    member = AdapterMember({"layer": core}, record={"name": "mine", "source": "here"})
+    assert len({member.to_bytes() for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"x" * 40, (1 << 40).to_bytes(8, "little") + b"{}", save({"a": torch.ones(1)})], ids=range(4)
 )

@@ -89,7 +89,8 @@ class AdapterMember(Mapping[str, Core]):
             allow_nan=False,
             separators=(",", ":"),
         )
-        return save(owned, metadata={"format": "pt", _METADATA: text})
+        # One entry alone: safetensors writes several in an order that changes from call to call.
+        return save(owned, metadata={_METADATA: text})
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str, subspace: PrincipalSubspace) -> "AdapterMember":
