@@ -137,7 +137,8 @@ def jobs(place: Path) -> dict[str, Job]:
     )
     backbone.save_pretrained(place / "base")
     tuned = get_peft_model(
-        BertForSequenceClassification.from_pretrained(place / "base"), LoraConfig(target_modules=["query"])
+        BertForSequenceClassification.from_pretrained(place / "base"),
+        LoraConfig(target_modules=["query"], task_type="SEQ_CLS"),
     )
     tuned.save_pretrained(place / "tuned")
     out = {

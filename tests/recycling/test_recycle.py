@@ -105,8 +105,18 @@ def test_a_second_call_repeats_no_trial(adapters, tmp_path):
     second = recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"], trainer=counted)
     assert len(made) == before + 1  # the winner on all rows
     assert second.trials == first.trials
-    with pytest.raises(EigenPeftError, match="holds trials of other adapters, rows or settings"):
+    with pytest.raises(EigenPeftError, match="holds trials with another rows, rows_sha256"):
         recycled(adapters, tmp_path, candidates=["lora_r8"], rows=task_rows(20))
+    others = task_rows()
+    others[3]["labels"] = 1 - others[3]["labels"]  # as many rows, one of them corrected
+    with pytest.raises(EigenPeftError, match="holds trials with another rows_sha256;"):
+        recycled(adapters, tmp_path, candidates=["lora_r8"], rows=others)
+    log = tmp_path / "out" / "trials.jsonl"
+    log.write_text(log.read_text() + '{"candidate": "lora_r8", "rate')  # of a run that was killed
+    assert recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"]).trials == first.trials
+    log.write_text('{"candidate": 3}\n')
+    with pytest.raises(EigenPeftError, match="cannot be read"):
+        recycled(adapters, tmp_path, candidates=["lora_r8"])
 
 
 def test_a_time_limit_ends_the_rounds_and_the_best_so_far_is_trained(adapters, tmp_path):

@@ -1,5 +1,6 @@
 """The search from end to end: choose the merged start's multiplier, halve the candidates, train the winner on all rows."""
 
+import hashlib
 import json
 import math
 import time
@@ -13,6 +14,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from eigenpeft.artifacts.atomic import atomic_file
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, Sources
@@ -86,8 +88,10 @@ def recycle(
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     out = Path(out_dir)
     settings = {
-        "adapters": list(adapters.names),
+        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in adapters.adapters)},
         "rows": len(rows),
+        "rows_sha256": _digest(rows),
+        "batch_size": args.per_device_train_batch_size,
         "held_out": held_out,
         "max_steps": args.max_steps,
         "seed": args.seed,
@@ -147,15 +151,34 @@ def _split(rows: Any, share: float, *, seed: int) -> tuple[Any, Any]:
     return Subset(rows, order[held:]), Subset(rows, order[:held])
 
 
+def _digest(rows: Any) -> str:
+    """SHA-256 of the contents of all rows."""
+    digest = hashlib.sha256()
+    for number in range(len(rows)):
+        text = json.dumps(
+            rows[number], sort_keys=True, default=lambda value: getattr(value, "tolist", value.__repr__)()
+        )
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
 def _remembered(out: Path, settings: dict[str, Any]) -> list[Trial]:
     """The trials of a run with the same settings that was stopped."""
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "settings.json", out / "trials.jsonl"
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    if json.loads(path.read_text(encoding="utf-8")) != settings:
+    if not path.exists() and not log.exists():
+        with atomic_file(path) as scratch:
+            scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    try:
+        known = read_json(path)
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+        # A run that was stopped may have left a part of its last line.
+        trials = [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError, TypeError) as error:
+        raise EigenPeftError(f"The trials in {str(out)!r} cannot be read ({error}); choose another out_dir.") from error
+    if known != settings:
+        changed = [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]
         raise EigenPeftError(
-            f"{str(out)!r} holds trials of other adapters, rows or settings; choose another out_dir, or remove it."
+            f"{str(out)!r} holds trials with another {', '.join(changed)}; choose another out_dir, or remove it."
         )
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return trials
