@@ -17,6 +17,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods
 from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
+from eigenpeft.errors import ArtifactError
 from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.tuners import export_lora
 
