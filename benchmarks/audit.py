@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from timing import environment
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft.linalg.bases.fitting import fit_bases
+from eigenpeft.linalg.bases.stacking import stack_factors
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.linalg.fitting import fit_bases
-from eigenpeft.linalg.leave_one_out import held_out_curves
-from eigenpeft.linalg.stacking import stack_factors
+from eigenpeft.linalg.scores.leave_one_out import held_out_curves
 
 RESULTS = Path(__file__).parent / "results" / "audit.json"
 N_COMPONENTS, N_SHARED, RANK, WIDTH, N_ADAPTERS, N_MODULES = 32, 24, 8, 768, 100, 64

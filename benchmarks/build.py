@@ -28,11 +28,11 @@ from sklearn.decomposition import IncrementalPCA
 from sklearn.utils.extmath import randomized_svd
 
 import eigenpeft
+from eigenpeft.linalg.bases.fitting import fit_bases
+from eigenpeft.linalg.bases.incremental import merge_components
+from eigenpeft.linalg.bases.stacking import stack_factors
 from eigenpeft.linalg.decompose import leading_components
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
-from eigenpeft.linalg.fitting import fit_bases
-from eigenpeft.linalg.incremental import merge_components
-from eigenpeft.linalg.stacking import stack_factors
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 (after the backend is chosen)

@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 import eigenpeft
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.linalg.fitting import explained_share_curve, fit_bases
+from eigenpeft.linalg.bases.fitting import explained_share_curve, fit_bases
 
 METHODS = ("balanced", "hosvd", "hooi", "eigenlorax")
 RESULTS = Path(__file__).parent / "results" / "methods.json"

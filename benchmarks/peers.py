@@ -28,9 +28,9 @@ import eigenpeft
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.demo.assets import shipped_adapters
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.linalg.bases.fitting import fit_bases
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.linalg.factored import frobenius_norm
-from eigenpeft.linalg.fitting import fit_bases
 
 HERE = Path(__file__).parent
 PEERS = ("vlora", "lorashare")

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from run import read
 
 from eigenpeft.audit.calibration import SHIPPED
-from eigenpeft.linalg.logistic import brier_score, fit_logistic
+from eigenpeft.linalg.scores.logistic import brier_score, fit_logistic
 from report import RESULTS
 
 EVENTS = {

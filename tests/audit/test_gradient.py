@@ -8,7 +8,7 @@ from eigenpeft import PrincipalSubspace
 from eigenpeft.audit import gradient_share
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg import orthonormal_rows
-from eigenpeft.linalg.token_gradients import append_tokens, split_energy
+from eigenpeft.linalg.scores.token_gradients import append_tokens, split_energy
 from eigenpeft.subspace import ModuleSubspace, random_subspace
 from tests.factories import tiny_bert, tiny_gpt2, tiny_llama
 

@@ -6,7 +6,7 @@ import torch
 
 from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, build_subspace
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.fitting import explained_share_curve
+from eigenpeft.linalg.bases.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import principal_angles
 from tests.factories import MODULES, make_collection, random_factors, write_adapter
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eigenpeft.audit.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.token_gradients import EnergySplit, split_energy
+from eigenpeft.linalg.scores.token_gradients import EnergySplit, split_energy
 from eigenpeft.subspace.controls import random_subspace
 from eigenpeft.subspace.principal import PrincipalSubspace
 

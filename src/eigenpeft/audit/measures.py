@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from eigenpeft.collection.adapter import AdapterFactors
+from eigenpeft.linalg.bases.stacking import Factors, Stacks, share_curve, stack_factors
 from eigenpeft.linalg.decompose import leading_components
-from eigenpeft.linalg.leave_one_out import HeldOut, cosines, held_out_curves, overlaps
-from eigenpeft.linalg.nulls import effective_rank, matched_null
-from eigenpeft.linalg.stacking import Factors, Stacks, share_curve, stack_factors
+from eigenpeft.linalg.scores.leave_one_out import HeldOut, cosines, held_out_curves, overlaps
+from eigenpeft.linalg.scores.nulls import effective_rank, matched_null
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from eigenpeft.audit.averages import by_adapter
 from eigenpeft.audit.measures import trained_stacks
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import Finding
-from eigenpeft.linalg.leave_one_out import held_out_curves
+from eigenpeft.linalg.scores.leave_one_out import held_out_curves
 
 # Mean cosine of ΔW above which two adapters are reported as related; independent ones have about 1 / √(m n) of each other.
 RELATED_COSINE = 0.2

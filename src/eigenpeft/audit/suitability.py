@@ -15,7 +15,7 @@ from eigenpeft.audit.reuse import Downhill, downhill
 from eigenpeft.audit.task_gradients import gather_tokens
 from eigenpeft.building.module_fitter import ModuleFitter
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.linalg.leave_one_out import choose_n_components
+from eigenpeft.linalg.scores.leave_one_out import choose_n_components
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 _BATCH_SIZE = 8

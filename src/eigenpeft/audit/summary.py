@@ -16,7 +16,7 @@ from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.reuse import reuse_answer
 from eigenpeft.audit.verdict import HeldOutCurves, judge
 from eigenpeft.collection.diagnosis import Finding
-from eigenpeft.linalg.leave_one_out import choose_n_components
+from eigenpeft.linalg.scores.leave_one_out import choose_n_components
 
 _N_BOOTSTRAP = 1000
 

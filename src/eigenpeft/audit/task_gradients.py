@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.token_gradients import append_tokens
+from eigenpeft.linalg.scores.token_gradients import append_tokens
 
 Tokens = dict[str, tuple[Tensor, Tensor]]
 Loss = Callable[[nn.Module, Any], Tensor]

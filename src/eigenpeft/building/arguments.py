@@ -5,7 +5,7 @@ from typing import Any
 
 from eigenpeft.building.module_fitter import AUTO
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.fitting import METHODS, WEIGHTINGS
+from eigenpeft.linalg.bases.fitting import METHODS, WEIGHTINGS
 
 
 def check_arguments(

@@ -19,7 +19,7 @@ from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError, is_out_of_memory
-from eigenpeft.linalg.fitting import (
+from eigenpeft.linalg.bases.fitting import (
     MERGEABLE,
     Method,
     Weighting,

@@ -4,10 +4,10 @@ from collections.abc import Hashable, Sequence
 
 from eigenpeft.collection.diagnosis import Diagnosis, independent_groups
 from eigenpeft.collection.reader import AdapterCollection
-from eigenpeft.linalg.fitting import Method
-from eigenpeft.linalg.leave_one_out import choose_n_components, held_out_curves
-from eigenpeft.linalg.nulls import chance_curve
-from eigenpeft.linalg.stacking import ManyFactors, Weighting, stack_factors
+from eigenpeft.linalg.bases.fitting import Method
+from eigenpeft.linalg.bases.stacking import ManyFactors, Weighting, stack_factors
+from eigenpeft.linalg.scores.leave_one_out import choose_n_components, held_out_curves
+from eigenpeft.linalg.scores.nulls import chance_curve
 
 # More are never chosen: beyond, storing the adapters as they are is the better plan.
 MOST_COMPONENTS = 64

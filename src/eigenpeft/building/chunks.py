@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from eigenpeft.linalg.chunked import SKETCH_FACTOR
+from eigenpeft.linalg.bases.chunked import SKETCH_FACTOR
 
 _FLOAT, _HALF, _DOUBLE = 4, 2, 8
 # What the iterative solver holds: this many blocks of a few more directions than are wanted (see linalg/krylov.py).

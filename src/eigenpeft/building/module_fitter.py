@@ -11,8 +11,8 @@ from eigenpeft.building.choosing import automatic_n_components
 from eigenpeft.building.chunks import bytes_at_once, chunk_adapters
 from eigenpeft.building.work_folder import FittedModule
 from eigenpeft.collection.reader import AdapterCollection, AdapterFactors
-from eigenpeft.linalg.chunked import fit_chunks
-from eigenpeft.linalg.fitting import (
+from eigenpeft.linalg.bases.chunked import fit_chunks
+from eigenpeft.linalg.bases.fitting import (
     MERGEABLE,
     FittedBases,
     Method,
@@ -22,10 +22,10 @@ from eigenpeft.linalg.fitting import (
     fit_bases,
     stack_rows,
 )
-from eigenpeft.linalg.incremental import merge_components
+from eigenpeft.linalg.bases.incremental import merge_components
+from eigenpeft.linalg.bases.stacking import FactorStream
 from eigenpeft.linalg.orthogonal import random_complement
 from eigenpeft.linalg.shares import added_shares
-from eigenpeft.linalg.stacking import FactorStream
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.seeding import seeded_generator
 

@@ -6,8 +6,8 @@ from huggingface_hub.utils import tqdm
 
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.fitting import METHODS, WEIGHTINGS, Method, Weighting, fit_bases
-from eigenpeft.linalg.stacking import Factors, FactorStream
+from eigenpeft.linalg.bases.fitting import METHODS, WEIGHTINGS, Method, Weighting, fit_bases
+from eigenpeft.linalg.bases.stacking import Factors, FactorStream
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace

@@ -14,7 +14,7 @@ from eigenpeft.combining.card import merged_card
 from eigenpeft.combining.heads import head_files
 from eigenpeft.combining.report import MergeReport
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.linalg.stacking import Factors
+from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.tuners.files.lora_files import LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.layers.kinds import factor_dicts
 

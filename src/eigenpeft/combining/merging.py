@@ -16,8 +16,8 @@ from eigenpeft.combining.report import MergeReport, MergeTotals
 from eigenpeft.combining.sources import Adapters, Sources, open_sources
 from eigenpeft.combining.statistics import InputStatistics
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.linalg.merging import RULES, CoreSpace, check_options, core_space, find_rule, merge_updates
-from eigenpeft.linalg.stacking import Factors
 from eigenpeft.subspace.seeding import seeded_generator
 from eigenpeft.version import __version__
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining.heads import OtherParts, parts_of, parts_of_files
 from eigenpeft.errors import CollectionError
-from eigenpeft.linalg.stacking import Factors
+from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.files.export import contents_of_model
 from eigenpeft.tuners.files.store_export import contents_of_member

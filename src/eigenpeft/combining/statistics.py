@@ -20,8 +20,8 @@ from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.combining.merged import find_module
 from eigenpeft.combining.sources import Adapters, Sources, open_sources
 from eigenpeft.errors import AdapterConfigError, ArtifactError
+from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.linalg.merging import input_directions, moments_on_axes
-from eigenpeft.linalg.stacking import Factors
 
 CONFIG_NAME, TENSORS_NAME = "input_statistics.json", "input_statistics.safetensors"
 Batches = Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]

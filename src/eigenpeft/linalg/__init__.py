@@ -1,5 +1,14 @@
 """Pure mathematics on tensors: no state, no logging, no files."""
 
+from eigenpeft.linalg.bases.fitting import (
+    METHODS,
+    FittedBases,
+    explained_share_curve,
+    fit_bases,
+    stack_rows,
+)
+from eigenpeft.linalg.bases.incremental import Merged, merge_components
+from eigenpeft.linalg.bases.stacking import WEIGHTINGS, Factors, FactorStream
 from eigenpeft.linalg.coefficients import project, reconstruct
 from eigenpeft.linalg.decompose import (
     Decomposition,
@@ -17,14 +26,6 @@ from eigenpeft.linalg.factored import (
     projection_residual,
     truncate,
 )
-from eigenpeft.linalg.fitting import (
-    METHODS,
-    FittedBases,
-    explained_share_curve,
-    fit_bases,
-    stack_rows,
-)
-from eigenpeft.linalg.incremental import Merged, merge_components
 from eigenpeft.linalg.layer_update import (
     Route,
     choose_route,
@@ -33,7 +34,6 @@ from eigenpeft.linalg.layer_update import (
     low_rank_updates,
 )
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows, principal_angles, random_complement
-from eigenpeft.linalg.stacking import WEIGHTINGS, Factors, FactorStream
 
 __all__ = [
     "METHODS",

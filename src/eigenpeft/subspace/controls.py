@@ -7,8 +7,8 @@ from huggingface_hub.utils import tqdm
 
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.bases.fitting import explained_share_curve
 from eigenpeft.linalg.factored import factored_svd, frobenius_norm
-from eigenpeft.linalg.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import fix_signs, orthonormal_rows
 from eigenpeft.linalg.shares import added_shares
 from eigenpeft.subspace.info import SubspaceInfo

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenpeft.artifacts.records import RecordSource
+from eigenpeft.artifacts.records.source import RecordSource
 from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.principal import PrincipalSubspace

@@ -8,8 +8,8 @@ from huggingface_hub.utils import tqdm
 
 from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.pushing import Pushable
-from eigenpeft.artifacts.record_log import RecordLog
-from eigenpeft.artifacts.records import MemoryRecords
+from eigenpeft.artifacts.records.log import RecordLog
+from eigenpeft.artifacts.records.source import MemoryRecords
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError

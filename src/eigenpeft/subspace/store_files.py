@@ -10,8 +10,8 @@ from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
 from eigenpeft.artifacts.locks import one_writer
 from eigenpeft.artifacts.manifest import Manifest, file_sha256, read_manifest, write_manifest
-from eigenpeft.artifacts.record_log import SHARDS, RecordLog
-from eigenpeft.artifacts.records import RecordSource
+from eigenpeft.artifacts.records.log import SHARDS, RecordLog
+from eigenpeft.artifacts.records.source import RecordSource
 from eigenpeft.errors import ArtifactError
 from eigenpeft.subspace.format_1 import Format1Records
 from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace

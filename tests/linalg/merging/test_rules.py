@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenpeft.linalg.merging import RULES, core_space, merge_cores, merge_updates, with_model_inputs
-from eigenpeft.linalg.merging.ties import elect
+from eigenpeft.linalg.rules.ties import elect
 from tests.linalg.merging import oracle
 
 # Factors of 8 adapters with ranks 2, 3, 5 in turn; the last shapes are smaller than the ranks together.

@@ -7,12 +7,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.merging.core_space import EXACT, CoreSpace, core_factors, core_space, with_model_inputs
+from eigenpeft.linalg.bases.stacking import Factors
+from eigenpeft.linalg.cores.core_space import EXACT, CoreSpace, core_factors, core_space, with_model_inputs
+from eigenpeft.linalg.cores.spectral import triplets, weighted
 from eigenpeft.linalg.merging.measures import MergeMeasures, measure_merge
-from eigenpeft.linalg.merging.pico import norm_scale
 from eigenpeft.linalg.merging.registry import find_rule, merge_cores
-from eigenpeft.linalg.merging.spectral import triplets, weighted
-from eigenpeft.linalg.stacking import Factors
+from eigenpeft.linalg.rules.pico import norm_scale
 
 
 @dataclass(frozen=True)

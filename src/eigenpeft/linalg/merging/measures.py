@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.factored import FactoredSvd
-from eigenpeft.linalg.merging.svc import response
+from eigenpeft.linalg.rules.svc import response
 
 
 @dataclass(frozen=True)

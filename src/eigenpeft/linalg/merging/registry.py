@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.merging.boosting import boosting
-from eigenpeft.linalg.merging.compress import compress_then_merge
-from eigenpeft.linalg.merging.dare import dare, dare_ties
-from eigenpeft.linalg.merging.isotropic import iso_c, iso_cts
-from eigenpeft.linalg.merging.knots import knots
-from eigenpeft.linalg.merging.pico import pico
-from eigenpeft.linalg.merging.regmean import regmean
-from eigenpeft.linalg.merging.spectral import weighted
-from eigenpeft.linalg.merging.sums import mean, task_arithmetic
-from eigenpeft.linalg.merging.svc import svc
-from eigenpeft.linalg.merging.ties import ties
-from eigenpeft.linalg.merging.tsv import tsv
-from eigenpeft.linalg.merging.wudi import wudi
+from eigenpeft.linalg.cores.spectral import weighted
+from eigenpeft.linalg.rules.boosting import boosting
+from eigenpeft.linalg.rules.compress import compress_then_merge
+from eigenpeft.linalg.rules.dare import dare, dare_ties
+from eigenpeft.linalg.rules.isotropic import iso_c, iso_cts
+from eigenpeft.linalg.rules.knots import knots
+from eigenpeft.linalg.rules.pico import pico
+from eigenpeft.linalg.rules.regmean import regmean
+from eigenpeft.linalg.rules.sums import mean, task_arithmetic
+from eigenpeft.linalg.rules.svc import svc
+from eigenpeft.linalg.rules.ties import ties
+from eigenpeft.linalg.rules.tsv import tsv
+from eigenpeft.linalg.rules.wudi import wudi
 
 CALIBRATIONS = ("pico", "svc")
 """What can be put around any rule: Pico before it, SVC after it."""

@@ -1,0 +1,61 @@
+"""TIES: trim small entries, elect a sign for each entry, and merge the updates that agree with it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.cores.spectral import weighted
+
+Agreement = Literal["mean", "sum"]
+
+
+def ties(
+    cores: Float[Tensor, "t k_out k_in"],
+    *,
+    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    density: float = 0.2,
+    agreement: Agreement = "mean",
+) -> Float[Tensor, "k_out k_in"]:
+    """Merge entry by entry (Yadav et al., "TIES-Merging", arXiv 2306.01708, algorithm 1).
+
+    `P_t` keeps the share `density` of largest entries of `w_t M_t`; `γ = sign(Σ P_t)`; an entry of the result is the mean (or
+    the sum) of the entries of `P_t` whose sign is γ. The paper works on entries of the weights; here they are entries in
+    the core space, whose axes depend on the updates alone.
+
+    Args:
+        cores: Updates on common axes.
+        weights: One number per update; None for 1.
+        density: Share of the entries to keep, above 0 and at most 1; the paper's 0.2.
+        agreement: "mean" (the paper's) or "sum" of the entries that agree.
+
+    Raises:
+        ValueError: If an argument is out of range or the weights do not fit.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density={density} must be above 0 and at most 1: the share of the entries to keep.")
+    updates = weighted(cores, weights)
+    kept = max(1, int(density * updates[0].numel()))
+    entries = updates.flatten(1)
+    chosen = entries.abs().topk(kept, dim=1).indices
+    trimmed = torch.zeros_like(entries).scatter(1, chosen, entries.gather(1, chosen))
+    return elect(trimmed.view_as(updates), agreement=agreement)
+
+
+def elect(trimmed: Float[Tensor, "t k_out k_in"], *, agreement: Agreement = "mean") -> Float[Tensor, "k_out k_in"]:
+    """The mean or sum of the entries whose sign is that of the sum over the updates.
+
+    Args:
+        trimmed: Updates with zeros where an entry does not vote.
+        agreement: "mean" or "sum".
+
+    Raises:
+        ValueError: If `agreement` is unknown.
+    """
+    if agreement not in ("mean", "sum"):
+        raise ValueError(f"agreement={agreement!r} is unknown; pass 'mean' or 'sum'.")
+    agrees = trimmed * trimmed.sum(dim=0).sign() > 0
+    total = torch.where(agrees, trimmed, 0.0).sum(dim=0)
+    return total / agrees.sum(dim=0).clamp(min=1) if agreement == "mean" else total

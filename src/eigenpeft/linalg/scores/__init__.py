@@ -1,0 +1,1 @@
+"""How well bases hold adapters and gradients that they were not made from, beside chance."""
