@@ -29,7 +29,7 @@ from torch import nn
 
 from eigenpeft import AdapterBank, AdapterStore
 from eigenpeft.subspace import AdapterMember, Core
-from eigenpeft.subspace.store_files import write_store
+from eigenpeft.subspace.stores.store_files import write_store
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = {

@@ -1,7 +1,8 @@
 """Which of the audit's numbers predicts what training gains? Fitted on some zoos and targets, judged on others.
 
 Command:   python benchmarks/regimes/calibrate.py --data DIR --work DIR [--ship]   (after run.py and measures.py)
-Writes:    benchmarks/results/regimes/calibration.json and reliability.png; with --ship also src/eigenpeft/audit/calibration.json.
+Writes:    benchmarks/results/regimes/calibration.json and reliability.png; with --ship also what the audit ships
+           (src/eigenpeft/audit/task/calibration.json).
 
 An observation is one zoo (kind, size) with one target and one seed. It is judged by a logistic model of all observations that share
 neither its zoo nor the group of its target (the targets with relatives in one zoo). The yardstick is the base rate of those same
@@ -24,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from run import read
 
-from eigenpeft.audit.calibration import SHIPPED
+from eigenpeft.audit.task.calibration import SHIPPED
 from eigenpeft.linalg.scores.logistic import brier_score, fit_logistic
 from report import RESULTS
 

@@ -9,8 +9,8 @@ import torch
 
 from eigenpeft import AdapterCollection
 from eigenpeft.audit import Calibration, audit_adapters, load_calibration
-from eigenpeft.audit.calibration import Event
-from eigenpeft.audit.training_answer import measures_of_adapters, train_answer
+from eigenpeft.audit.task.calibration import Event
+from eigenpeft.audit.task.training_answer import measures_of_adapters, train_answer
 from eigenpeft.errors import ArtifactError
 from tests.factories import make_collection, random_factors, write_adapter
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.collection.weights import SafetensorsFile
+from eigenpeft.collection.formats.weights import SafetensorsFile
 from eigenpeft.errors import CollectionError
 from tests.collection.conftest import COMMIT
 from tests.factories import MODULES, make_collection, random_factors, write_adapter

@@ -14,10 +14,10 @@ from torch import nn
 
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.collection import patterns as patterns_module
-from eigenpeft.collection.patterns import PatternTable
-from eigenpeft.collection.torch_files import read_index
-from eigenpeft.collection.weights import open_weights
+from eigenpeft.collection.formats import patterns as patterns_module
+from eigenpeft.collection.formats.patterns import PatternTable
+from eigenpeft.collection.formats.torch_files import read_index
+from eigenpeft.collection.formats.weights import open_weights
 from eigenpeft.errors import CollectionError
 from tests.factories import random_factors, write_adapter
 
@@ -78,7 +78,7 @@ def test_a_zip_bomb_is_refused_before_it_inflates(bin_folder):
 
 
 def test_an_index_without_end_is_refused(bin_folder, monkeypatch):
-    monkeypatch.setattr("eigenpeft.collection.torch_files.MAX_INDEX_BYTES", 100)
+    monkeypatch.setattr("eigenpeft.collection.formats.torch_files.MAX_INDEX_BYTES", 100)
     with pytest.raises(CollectionError, match=r"data.pkl has more than the 100 bytes"):
         AdapterCollection.from_pretrained(bin_folder)
 

@@ -8,12 +8,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
-from eigenpeft.audit.calibration import Calibration, load_calibration
-from eigenpeft.audit.gradient import GradientShare, ModuleGradient, gradient_share
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
-from eigenpeft.audit.reuse import Downhill, downhill
 from eigenpeft.audit.run import audit_adapters
-from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.audit.task.calibration import Calibration, load_calibration
+from eigenpeft.audit.task.gradient import GradientShare, ModuleGradient, gradient_share
+from eigenpeft.audit.task.reuse import Downhill, downhill
+from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.lazy import lazy_names
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
-from eigenpeft.audit.gradient import GradientShare, ModuleGradient
 from eigenpeft.audit.kinds import wrong_kind
+from eigenpeft.audit.task.gradient import GradientShare, ModuleGradient
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.errors import ArtifactError
 

@@ -8,16 +8,16 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 from torch import nn
 
+from eigenpeft.audit.adapters.averages import by_pair
+from eigenpeft.audit.adapters.measures import ModuleMeasures, measure
+from eigenpeft.audit.adapters.relatives import cluster_gain, related_findings, without_relatives
 from eigenpeft.audit.answers import Train
-from eigenpeft.audit.averages import by_pair
-from eigenpeft.audit.calibration import Calibration, load_calibration
-from eigenpeft.audit.measures import ModuleMeasures, measure
-from eigenpeft.audit.relatives import cluster_gain, related_findings, without_relatives
 from eigenpeft.audit.report import AuditReport, Curve
-from eigenpeft.audit.reuse import reuse_answer
-from eigenpeft.audit.suitability import advice_on_task, components_at_hand, task_gradient
 from eigenpeft.audit.summary import summarise
-from eigenpeft.audit.training_answer import measures_of_adapters, measures_of_task, train_answer
+from eigenpeft.audit.task.calibration import Calibration, load_calibration
+from eigenpeft.audit.task.reuse import reuse_answer
+from eigenpeft.audit.task.suitability import advice_on_task, components_at_hand, task_gradient
+from eigenpeft.audit.task.training_answer import measures_of_adapters, measures_of_task, train_answer
 from eigenpeft.audit.verdict import advice_on_clusters
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import independent_groups

@@ -7,13 +7,13 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from eigenpeft.audit.adapters.averages import by_adapter, by_pair
+from eigenpeft.audit.adapters.compression import compress_answer
+from eigenpeft.audit.adapters.groups import clusters
+from eigenpeft.audit.adapters.measures import ModuleMeasures, Shares
 from eigenpeft.audit.answers import Train
-from eigenpeft.audit.averages import by_adapter, by_pair
-from eigenpeft.audit.compression import compress_answer
-from eigenpeft.audit.groups import clusters
-from eigenpeft.audit.measures import ModuleMeasures, Shares
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
-from eigenpeft.audit.reuse import reuse_answer
+from eigenpeft.audit.task.reuse import reuse_answer
 from eigenpeft.audit.verdict import HeldOutCurves, judge
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.linalg.scores.leave_one_out import choose_n_components

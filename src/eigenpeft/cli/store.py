@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
-from eigenpeft.collection.settings import CONFIG_NAME
-from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
+from eigenpeft.collection.formats.settings import CONFIG_NAME
+from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.report.summaries import member_summary, store_summary

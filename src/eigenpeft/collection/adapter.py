@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eigenpeft.artifacts.reading import Stamp
-from eigenpeft.collection.keys import natural_order
-from eigenpeft.collection.weights import WeightsFile, file_sha256
+from eigenpeft.collection.formats.keys import natural_order
+from eigenpeft.collection.formats.weights import WeightsFile, file_sha256
 from eigenpeft.errors import CollectionError
 
 _LARGEST = 1e60

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from eigenpeft.collection.adapter import OpenAdapter
 from eigenpeft.collection.base_models import canonical_base
-from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.formats.keys import natural_order
 from eigenpeft.collection.opening import some
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from eigenpeft.collection.adapter import OpenAdapter
 from eigenpeft.collection.diagnosis import Finding
-from eigenpeft.collection.keys import natural_order
+from eigenpeft.collection.formats.keys import natural_order
+from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.opening import some
-from eigenpeft.collection.settings import CONFIG_NAME
 
 
 def findings_of_headers(members: Sequence[OpenAdapter]) -> tuple[Finding, ...]:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from eigenpeft.collection.adapter import FactorLocation, OpenAdapter, SourceAdapter
-from eigenpeft.collection.keys import ParsedKey, natural_order, parse_key
-from eigenpeft.collection.other_tools import format_of_keys
-from eigenpeft.collection.settings import LoraSettings, licence_of, read_settings
+from eigenpeft.collection.formats.keys import ParsedKey, natural_order, parse_key
+from eigenpeft.collection.formats.other_tools import format_of_keys
+from eigenpeft.collection.formats.settings import LoraSettings, licence_of, read_settings
+from eigenpeft.collection.formats.weights import WeightsFile, open_weights
 from eigenpeft.collection.sources import Location
-from eigenpeft.collection.weights import WeightsFile, open_weights
 
 # The longest module names of real models have about 150.
 MAX_NAME_LENGTH = 1_000

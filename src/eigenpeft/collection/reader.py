@@ -14,8 +14,8 @@ from eigenpeft.collection.adapter import AdapterFactors, OpenAdapter, SourceAdap
 from eigenpeft.collection.alignment import align_modules
 from eigenpeft.collection.checks import problems_between
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
+from eigenpeft.collection.formats.keys import natural_order
 from eigenpeft.collection.headers import findings_of_headers
-from eigenpeft.collection.keys import natural_order
 from eigenpeft.collection.opening import open_adapter, some
 from eigenpeft.collection.sources import locate
 from eigenpeft.errors import CollectionError

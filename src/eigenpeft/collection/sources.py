@@ -9,10 +9,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from eigenpeft.collection.keys import natural_order
-from eigenpeft.collection.other_tools import format_of_folder
-from eigenpeft.collection.settings import CONFIG_NAME
-from eigenpeft.collection.weights import BIN_NAME, SAFETENSORS_NAME
+from eigenpeft.collection.formats.keys import natural_order
+from eigenpeft.collection.formats.other_tools import format_of_folder
+from eigenpeft.collection.formats.settings import CONFIG_NAME
+from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 
 _HUB_FILES = (CONFIG_NAME, "adapter_model.*", "README.md")
 _HUB_ID = re.compile(

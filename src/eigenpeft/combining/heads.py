@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.collection.formats.settings import CONFIG_NAME
+from eigenpeft.collection.formats.weights import open_weights
 from eigenpeft.collection.opening import some
-from eigenpeft.collection.settings import CONFIG_NAME
-from eigenpeft.collection.weights import open_weights
 from eigenpeft.errors import ArtifactError, CollectionError
 
 HEADS_FOLDER = "heads"

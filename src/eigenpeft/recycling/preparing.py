@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from eigenpeft.audit.reuse import downhill
-from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.audit.task.reuse import downhill
+from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, Sources
 from eigenpeft.recycling.search import Search

@@ -5,10 +5,10 @@ from eigenpeft.subspace.controls import mean_only_subspace, random_subspace, shu
 from eigenpeft.subspace.core import Coefficients, Core
 from eigenpeft.subspace.cores import CORES, CoreKind, core_kind
 from eigenpeft.subspace.info import SubspaceInfo
-from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
-from eigenpeft.subspace.store import AdapterStore
+from eigenpeft.subspace.stores.member import AdapterMember
+from eigenpeft.subspace.stores.store import AdapterStore
 
 __all__ = [
     "CORES",

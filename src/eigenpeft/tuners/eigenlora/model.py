@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from eigenpeft.collection.keys import without_wrappers
+from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import match_modules

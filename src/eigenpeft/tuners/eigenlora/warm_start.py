@@ -10,12 +10,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from eigenpeft.collection.keys import canonical_module
+from eigenpeft.collection.formats.keys import canonical_module
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError, SubspaceError
 from eigenpeft.subspace import AdapterMember, AdapterStore, Core, PrincipalSubspace
-from eigenpeft.subspace.adapter_files import read_adapter
 from eigenpeft.subspace.cores import CoreKind, Parts
+from eigenpeft.subspace.stores.adapter_files import read_adapter
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from eigenpeft.collection.keys import without_wrappers
+from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
 from eigenpeft.subspace import AdapterStore

@@ -10,9 +10,9 @@ from peft import TaskType
 from torch import Tensor
 
 from eigenpeft.artifacts.reading import read_json
-from eigenpeft.collection.keys import canonical_module
-from eigenpeft.collection.settings import LoraSettings, settings_of
-from eigenpeft.collection.weights import WeightsFile, open_weights
+from eigenpeft.collection.formats.keys import canonical_module
+from eigenpeft.collection.formats.settings import LoraSettings, settings_of
+from eigenpeft.collection.formats.weights import WeightsFile, open_weights
 from eigenpeft.errors import CollectionError
 from eigenpeft.tuners.files.lora_files import CONFIG_NAME, LoraUpdate, lora_keys, write_lora
 

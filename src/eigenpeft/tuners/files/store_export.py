@@ -7,8 +7,8 @@ from typing import Any
 from peft import TaskType
 from torch import Tensor
 
-from eigenpeft.collection.keys import canonical_module
-from eigenpeft.collection.settings import settings_of
+from eigenpeft.collection.formats.keys import canonical_module
+from eigenpeft.collection.formats.settings import settings_of
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, AdapterStore
 from eigenpeft.tuners.files.lora_fields import KEPT

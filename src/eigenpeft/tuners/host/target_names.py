@@ -5,7 +5,7 @@ from collections.abc import Collection
 from peft import LoraConfig
 from torch import nn
 
-from eigenpeft.collection.keys import without_wrappers
+from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 

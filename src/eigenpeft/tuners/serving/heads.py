@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from eigenpeft.collection.keys import canonical_module
+from eigenpeft.collection.formats.keys import canonical_module
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import AdapterMember
 from eigenpeft.tuners.serving.blocks import Choice

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from eigenpeft.artifacts.records.source import RecordSource
 from eigenpeft.subspace.core import Core
-from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.stores.member import AdapterMember
 
 
 class AdapterMembers(Mapping[str, AdapterMember]):

@@ -9,8 +9,8 @@ from torch import Tensor
 from eigenpeft.artifacts import storage
 from eigenpeft.errors import ArtifactError, DamagedFileError
 from eigenpeft.subspace.core import Coefficients
-from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.stores.member import AdapterMember
 
 
 class Format1Records:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from eigenpeft.audit.answers import Chance, Train
-from eigenpeft.audit.calibration import Calibration
-from eigenpeft.audit.gradient import GradientShare
-from eigenpeft.audit.reuse import Downhill
+from eigenpeft.audit.task.calibration import Calibration
+from eigenpeft.audit.task.gradient import GradientShare
+from eigenpeft.audit.task.reuse import Downhill
 
 # Of a held-out share, before its logarithm: chance and rounding lie below.
 _LEAST_SHARE = 1e-4

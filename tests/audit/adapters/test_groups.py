@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.audit.groups import CLUSTER_OVERLAP, clusters
+from eigenpeft.audit.adapters.groups import CLUSTER_OVERLAP, clusters
 
 
 def by_definition(overlap):

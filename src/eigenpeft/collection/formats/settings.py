@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eigenpeft.artifacts.reading import read_json, read_start
-from eigenpeft.collection.other_tools import format_of_config
-from eigenpeft.collection.patterns import PatternTable
+from eigenpeft.collection.formats.other_tools import format_of_config
+from eigenpeft.collection.formats.patterns import PatternTable
 
 CONFIG_NAME = "adapter_config.json"
 

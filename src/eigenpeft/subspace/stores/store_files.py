@@ -13,8 +13,8 @@ from eigenpeft.artifacts.manifest import Manifest, file_sha256, read_manifest, w
 from eigenpeft.artifacts.records.log import SHARDS, RecordLog
 from eigenpeft.artifacts.records.source import RecordSource
 from eigenpeft.errors import ArtifactError
-from eigenpeft.subspace.format_1 import Format1Records
 from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
+from eigenpeft.subspace.stores.format_1 import Format1Records
 
 _CARD = "README.md"
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from eigenpeft.audit.adapters.measures import ModuleMeasures
 from eigenpeft.audit.answers import Compress, CompressRow
-from eigenpeft.audit.measures import ModuleMeasures
 
 # Of ‖ΔW‖², which is an error of 22 % of ‖ΔW‖. And how much smaller the whole must be. Conventions: the table has the rest.
 KEPT_ENOUGH, SMALL_ENOUGH = 0.95, 0.9

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.base_models import canonical_base
-from eigenpeft.collection.keys import parse_key
+from eigenpeft.collection.formats.keys import parse_key
 from eigenpeft.errors import CollectionError
 from tests.factories import random_factors, write_adapter
 

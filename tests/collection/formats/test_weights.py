@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eigenpeft.collection import weights
-from eigenpeft.collection.weights import file_sha256, open_weights
+from eigenpeft.collection.formats import weights
+from eigenpeft.collection.formats.weights import file_sha256, open_weights
 from tests.factories import random_factors, write_adapter
 
 KEY = "base_model.model.layer.0.query.lora_A.weight"

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection.adapter import SourceAdapter
-from eigenpeft.collection.keys import canonical_module, natural_order
+from eigenpeft.collection.formats.keys import canonical_module, natural_order
+from eigenpeft.collection.formats.settings import CONFIG_NAME, LoraSettings, licence_of, settings_of
+from eigenpeft.collection.formats.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.collection.opening import open_adapter, some
 from eigenpeft.collection.reader import AdapterCollection
-from eigenpeft.collection.settings import CONFIG_NAME, LoraSettings, licence_of, settings_of
 from eigenpeft.collection.sources import Location, locate
-from eigenpeft.collection.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.cores import core_kind
-from eigenpeft.subspace.member import AdapterMember, check_core
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.stores.member import AdapterMember, check_core
 
 _SIDES = {"A": "in", "B": "out"}
 _PART = re.compile(

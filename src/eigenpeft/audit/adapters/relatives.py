@@ -5,8 +5,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from eigenpeft.audit.averages import by_adapter
-from eigenpeft.audit.measures import trained_stacks
+from eigenpeft.audit.adapters.averages import by_adapter
+from eigenpeft.audit.adapters.measures import trained_stacks
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.linalg.scores.leave_one_out import held_out_curves

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from eigenpeft.audit.gradient import GradientShare, modules_in, share_of_tokens
 from eigenpeft.audit.report import AuditReport
-from eigenpeft.audit.reuse import Downhill, downhill
-from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.audit.task.gradient import GradientShare, modules_in, share_of_tokens
+from eigenpeft.audit.task.reuse import Downhill, downhill
+from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.building.module_fitter import ModuleFitter
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.linalg.scores.leave_one_out import choose_n_components

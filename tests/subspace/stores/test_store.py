@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save, save_file
 
 import eigenpeft
 import eigenpeft.subspace
-import eigenpeft.subspace.store
+import eigenpeft.subspace.stores.store
 from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, export_lora
 from eigenpeft.errors import ArtifactError, CollectionError, SubspaceError, SubspaceNotFoundError
 from eigenpeft.subspace import AdapterMember, Core
@@ -283,7 +283,7 @@ def test_rebase_is_exact_where_the_span_grows_and_measured_where_not(made, store
 
 
 def test_a_store_of_format_1_is_brought_up_by_compact(tmp_path):
-    saved = Path(__file__).parents[1] / "data" / "format_1" / "store"
+    saved = Path(__file__).parents[2] / "data" / "format_1" / "store"
     shutil.copytree(saved, tmp_path / "store")
     old = AdapterStore.from_pretrained(tmp_path / "store")
     before = {name: old[name] for name in old}
@@ -321,7 +321,7 @@ Q = "bert.encoder.layer.0.attention.self.query.coefficients_in"
 
 @pytest.mark.parametrize("damage", FORMAT_1_DAMAGE)
 def test_a_damaged_store_of_format_1_is_one_error(tmp_path, damage):
-    shutil.copytree(Path(__file__).parents[1] / "data" / "format_1" / "store", tmp_path / "store")
+    shutil.copytree(Path(__file__).parents[2] / "data" / "format_1" / "store", tmp_path / "store")
     file, config = tmp_path / "store" / "store.safetensors", tmp_path / "store" / "store_config.json"
     tensors, settings = load_file(file), json.loads(config.read_text())
     FORMAT_1_DAMAGE[damage](tensors, settings)
@@ -333,7 +333,7 @@ def test_a_damaged_store_of_format_1_is_one_error(tmp_path, damage):
 
 
 def test_the_old_name_still_works_and_names_the_new_one():
-    for place in (eigenpeft, eigenpeft.subspace, eigenpeft.subspace.store):
+    for place in (eigenpeft, eigenpeft.subspace, eigenpeft.subspace.stores.store):
         with pytest.warns(DeprecationWarning, match=r"use eigenpeft\.AdapterStore"):
             assert place.CoefficientStore is AdapterStore
 

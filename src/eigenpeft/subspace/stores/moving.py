@@ -8,9 +8,9 @@ from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.coefficients import change_of_bases, reconstruct
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.core import Core
-from eigenpeft.subspace.member import AdapterMember
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.stores.member import AdapterMember
 
 
 def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, float]:

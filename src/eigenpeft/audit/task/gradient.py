@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenpeft.audit.task_gradients import Loss, Tokens, gather_tokens
+from eigenpeft.audit.task.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.scores.token_gradients import EnergySplit, split_energy
 from eigenpeft.subspace.controls import random_subspace

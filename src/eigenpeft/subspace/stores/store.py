@@ -13,14 +13,14 @@ from eigenpeft.artifacts.records.source import MemoryRecords
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.subspace.adapter_files import projected, read_adapter, read_model
 from eigenpeft.subspace.card import store_card
-from eigenpeft.subspace.format_1 import Format1Records
-from eigenpeft.subspace.member import AdapterMember, check_core
-from eigenpeft.subspace.members import AdapterMembers
-from eigenpeft.subspace.moving import move_member
 from eigenpeft.subspace.principal import PrincipalSubspace
-from eigenpeft.subspace.store_files import open_store, upgrade, write_card, write_store
+from eigenpeft.subspace.stores.adapter_files import projected, read_adapter, read_model
+from eigenpeft.subspace.stores.format_1 import Format1Records
+from eigenpeft.subspace.stores.member import AdapterMember, check_core
+from eigenpeft.subspace.stores.members import AdapterMembers
+from eigenpeft.subspace.stores.moving import move_member
+from eigenpeft.subspace.stores.store_files import open_store, upgrade, write_card, write_store
 
 BASE = "__base__"
 """Name that no member can have: in a batch it stands for the base model itself, as in PEFT's `adapter_names`."""

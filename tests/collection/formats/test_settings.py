@@ -6,7 +6,7 @@ import json
 import pytest
 from peft import LoraConfig
 
-from eigenpeft.collection.settings import (
+from eigenpeft.collection.formats.settings import (
     ALTERING_INITIALISATIONS,
     PLAIN_INITIALISATIONS,
     REFUSED_FIELDS,

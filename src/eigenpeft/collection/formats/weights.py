@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigenpeft.artifacts.reading import CHANGED, Stamp, open_regular, read_at, read_start, stamp
 from eigenpeft.artifacts.tensor_file import TensorFile
-from eigenpeft.collection.torch_files import CodeError, NotPlainError, TorchZip
+from eigenpeft.collection.formats.torch_files import CodeError, NotPlainError, TorchZip
 from eigenpeft.errors import DamagedFileError
 
 SAFETENSORS_NAME = "adapter_model.safetensors"

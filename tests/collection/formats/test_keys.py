@@ -3,8 +3,8 @@
 import pytest
 from peft.utils.other import get_pattern_key
 
-from eigenpeft.collection.keys import natural_order, parse_key
-from eigenpeft.collection.patterns import PatternTable
+from eigenpeft.collection.formats.keys import natural_order, parse_key
+from eigenpeft.collection.formats.patterns import PatternTable
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])

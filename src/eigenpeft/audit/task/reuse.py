@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eigenpeft.audit.answers import Reuse
-from eigenpeft.audit.task_gradients import Tokens
+from eigenpeft.audit.task.task_gradients import Tokens
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product

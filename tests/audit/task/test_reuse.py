@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from eigenpeft import AdapterCollection
-from eigenpeft.audit.gradient import modules_in
-from eigenpeft.audit.reuse import downhill
-from eigenpeft.audit.task_gradients import gather_tokens
+from eigenpeft.audit.task.gradient import modules_in
+from eigenpeft.audit.task.reuse import downhill
+from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.errors import SubspaceError
 from tests.factories import tiny_bert, write_adapter
