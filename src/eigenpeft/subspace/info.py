@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from eigenpeft.errors import ArtifactError
+from eigenpeft.subspace.lineage import Lineage, is_entry
 from eigenpeft.version import __version__
 
 
@@ -27,6 +28,7 @@ class SubspaceInfo:
         embeddings: Modules that are embeddings, whose input features are tokens.
         missed_energy_bound: Where a memory limit made the build read a module's adapters in chunks: the share of a stack's
             energy that its components miss, against the best ones, at most; the largest over modules and sides.
+        grown_from: What the subspace was before it took in later adapters; see `lineage.py`.
         eigenpeft_version: Version that built it.
     """
 
@@ -42,6 +44,7 @@ class SubspaceInfo:
     fan_in_fan_out: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     missed_energy_bound: float | None = None
+    grown_from: Lineage = ()
     eigenpeft_version: str = field(default=__version__)
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +85,8 @@ def _is_right(name: str, value: Any) -> bool:
         return type(value) is int
     if name == "missed_energy_bound":
         return isinstance(value, int | float) and 0 <= value < 1e300  # a whole number may be larger than any float
+    if name == "grown_from":
+        return isinstance(value, list | tuple) and all(is_entry(each) for each in value)
     if name in ("sources", "measured_on", "fan_in_fan_out", "embeddings"):
         kind = dict if name == "sources" else str
         return isinstance(value, list | tuple) and all(isinstance(each, kind) for each in value)

@@ -18,6 +18,7 @@ from eigenpeft.subspace.bank_files import banks_from_tensors, read_banks
 from eigenpeft.subspace.card import ModuleRow, subspace_card
 from eigenpeft.subspace.core import Coefficients, Core
 from eigenpeft.subspace.info import SubspaceInfo
+from eigenpeft.subspace.lineage import banks_before
 from eigenpeft.subspace.module import ModuleSubspace
 
 
@@ -172,6 +173,36 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         asked = "{} (in), {} (out)".format(*n_components) if isinstance(n_components, tuple) else n_components
         return PrincipalSubspace(modules, info=replace(self.info, n_components=asked, n_pseudo_components=n_pseudo))
 
+    def has_been(self, sha256: str) -> bool:
+        """Whether a fingerprint is this subspace's, or one that it had before it grew.
+
+        Args:
+            sha256: The fingerprint.
+        """
+        return sha256 == self.fingerprint or any(entry["sha256"] == sha256 for entry in self.info.grown_from)
+
+    def earlier(self, sha256: str) -> "PrincipalSubspace | None":
+        """This subspace as it was before it grew, when it had another fingerprint: the first of its components, no copies.
+
+        Args:
+            sha256: That fingerprint; the present one gives the subspace itself.
+
+        Returns:
+            The earlier subspace, its fingerprint computed and compared; None if this one has not grown from it.
+        """
+        if sha256 == self.fingerprint:
+            return self
+        for number, entry in enumerate(self.info.grown_from):
+            if entry["sha256"] == sha256:
+                sources, lineage = self.info.sources[: entry["n_sources"]], self.info.grown_from[:number]
+                info = replace(self.info, sources=sources, grown_from=lineage)
+                try:
+                    before = PrincipalSubspace(banks_before(self._modules, entry), info=info)
+                except SubspaceError:
+                    return None
+                return before if before.fingerprint == sha256 else None
+        return None
+
     def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Coefficients]:
         """Coefficients of one adapter; for a whole collection see `AdapterStore.from_collection`.
 
@@ -284,7 +315,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Args:
             path_or_id: Folder, or Hub id `owner/name`, of a subspace or of a store (whose bases are read).
             revision: Hub branch, tag or commit.
-            sha256: The fingerprint it must have; None takes any.
+            sha256: The fingerprint it must have, or have had before it grew (then it is read as it was); None takes any.
             token: Hub token; None takes the logged-in one.
             cache_dir: Hub cache.
             local_files_only: Use the Hub cache alone.
@@ -304,6 +335,10 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         )
         subspace = read_subspace(where)
         if sha256 is not None and subspace.fingerprint != sha256:
+            earlier = subspace.earlier(sha256)
+            if earlier is not None:
+                earlier.origin, earlier.revision = subspace.origin, subspace.revision
+                return earlier
             raise ArtifactError(
                 f"The subspace at {str(path_or_id)!r} has fingerprint {subspace.fingerprint}, but {sha256} is asked "
                 "for: it is another subspace, or another revision of it. Get the one that belongs to it."

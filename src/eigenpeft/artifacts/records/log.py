@@ -118,19 +118,22 @@ class RecordLog:
             )
         return data
 
-    def append(self, name: str, data: bytes, *, replace: bool = False) -> None:
+    def append(self, name: str, data: bytes, *, replace: bool = False, check: Callable[[], None] | None = None) -> None:
         """Write a record; the others are not touched.
 
         Args:
             name: Its name.
             data: Its bytes.
             replace: Take the place of a record of that name.
+            check: Called once nobody else can write; what it raises stops the writing.
 
         Raises:
             ArtifactError: If there is a record of that name, another process holds the lock, or the folder cannot be
                 written.
         """
-        with self._writing():
+        with self.writing():
+            if check is not None:
+                check()
             if name in self._state.places and not replace:
                 raise ArtifactError(f"{name!r} is in {str(self.folder)!r} already; another process has just added it.")
             shard = _new_shard()
@@ -157,7 +160,7 @@ class RecordLog:
             KeyError: If there is none any more.
             ArtifactError: If another process holds the lock, or the folder cannot be written.
         """
-        with self._writing():
+        with self.writing():
             if name not in self._state.places:
                 raise KeyError(f"{name!r} is not in {str(self.folder)!r} any more.")
             self._append_lines([{"remove": name}])
@@ -173,7 +176,7 @@ class RecordLog:
             KeyError: If there is no such record any more.
             ArtifactError: If the new name is taken, another process holds the lock, or the folder cannot be written.
         """
-        with self._writing():
+        with self.writing():
             if name not in self._state.places:
                 raise KeyError(f"{name!r} is not in {str(self.folder)!r} any more.")
             if new_name in self._state.places:
@@ -190,7 +193,7 @@ class RecordLog:
             ArtifactError: If a record was altered (nothing has changed then), another process holds the lock, or the folder
                 cannot be written.
         """
-        with self._writing():
+        with self.writing():
             before = _bytes_of(self.folder)
             _write_joined(self.folder, progress((name, self.read(name)) for name in self.names), self._files_there())
             self._state = read_index(self.folder / INDEX_NAME)
@@ -220,7 +223,12 @@ class RecordLog:
         self._state = after
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Keep other writers out for the length of a block, having read what they wrote before; not reentrant.
+
+        Raises:
+            ArtifactError: If another process holds the lock, or the block cannot write.
+        """
         with self._guard, one_writer(self.folder / INDEX_NAME):
             self.refresh()
             try:

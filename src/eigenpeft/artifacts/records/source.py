@@ -1,5 +1,6 @@
 """Named records: what can be asked of them wherever they lie, and records in memory."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -25,10 +26,14 @@ class RecordSource(Protocol):
 
 
 class MemoryRecords:
-    """Records in memory; see `RecordSource`."""
+    """Records in memory; see `RecordSource`.
 
-    def __init__(self):
-        self._data: dict[str, bytes] = {}
+    Args:
+        data: Bytes by name; None for none.
+    """
+
+    def __init__(self, data: Mapping[str, bytes] | None = None):
+        self._data: dict[str, bytes] = dict(data or {})
 
     @property
     def names(self) -> tuple[str, ...]:

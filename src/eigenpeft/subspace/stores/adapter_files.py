@@ -174,7 +174,7 @@ def _read(
         raise CollectionError(problems)
     with AdapterCollection([opened]) as collection:
         if not allow_different_base_models:
-            _check_base(collection[location.name], subspace)
+            check_base(collection[location.name], subspace)
         return projected(collection, location.name, subspace, in_part=in_part)
 
 
@@ -249,7 +249,7 @@ def _check_trained_config(label: str, config: Mapping[str, Any], subspace: Princ
         if config.get(name):
             raise SubspaceError(f"{label} has {name}={config[name]!r}: {why}. A store does not keep such adapters.")
     expected = config.get("subspace_sha256")
-    if expected != subspace.fingerprint:
+    if not isinstance(expected, str) or not subspace.has_been(expected):
         raise SubspaceError(
             f"{label} was trained on bases of fingerprint {expected}, and those of the store have {subspace.fingerprint}. "
             "Use a store of the subspace that it was trained on; or write it as a plain LoRA with eigenpeft.export_lora, "
@@ -281,7 +281,16 @@ def _check_embedded(label: str, module: str, components: Mapping[str, Tensor], b
             )
 
 
-def _check_base(adapter: SourceAdapter, subspace: PrincipalSubspace) -> None:
+def check_base(adapter: SourceAdapter, subspace: PrincipalSubspace) -> None:
+    """Refuse a LoRA adapter whose config names another base model, or another revision of it, than the subspace's.
+
+    Args:
+        adapter: The adapter.
+        subspace: The bases.
+
+    Raises:
+        SubspaceError: If both name one and they differ.
+    """
     own, base = adapter.base_model, subspace.info.base_model_name_or_path
     if own and base and own != base:
         raise SubspaceError(

@@ -83,8 +83,9 @@ class AdapterMember(Mapping[str, Core]):
         tensors |= {f"{_KEPT}{key}": tensor for key, tensor in self.kept.items()}
         owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         modules = {module: _described(core, module, self) for module, core in self.cores.items()}
+        bases = {} if self.subspace_sha256 is None else {"bases": self.subspace_sha256}
         text = json.dumps(
-            {"record": dict(self.record), "modules": modules},
+            {"record": dict(self.record), "modules": modules, **bases},
             ensure_ascii=False,
             allow_nan=False,
             separators=(",", ":"),
@@ -104,10 +105,13 @@ class AdapterMember(Mapping[str, Core]):
         Raises:
             ArtifactError: If the bytes are not a member, or one of other bases.
         """
+        own = None
         try:
             tensors = load(data)
             described = json.loads(_metadata(data)[_METADATA])
-            return cls._from_parts(tensors, described, subspace)
+            own = described.get("bases")
+            if own is None or subspace.has_been(own):
+                return cls._from_parts(tensors, described, subspace)
         except (
             SafetensorError,
             SubspaceError,
@@ -123,6 +127,11 @@ class AdapterMember(Mapping[str, Core]):
                 f"The member {name!r} of the store cannot be read ({reason}). Get a fresh copy of the store, or remove that "
                 "member."
             ) from error
+        raise ArtifactError(
+            f"The member {name!r} belongs to bases of fingerprint {str(own)[:64]}, and those that were read have "
+            f"{subspace.fingerprint}: the store was written with other bases since it was opened. Call refresh(), or open it "
+            "again."
+        )
 
     @classmethod
     def _from_parts(
@@ -145,6 +154,22 @@ class AdapterMember(Mapping[str, Core]):
         if not isinstance(record, dict) or not isinstance(record.get("config") or {}, dict):
             raise ValueError("its record is not a JSON object")
         return cls(cores, record, kept, errors, paths)
+
+
+def record_in(data: bytes, *, name: str) -> dict[str, Any]:
+    """The record of a member from its bytes, without its tensors.
+
+    Args:
+        data: As `to_bytes` gave them.
+        name: Its name in the store.
+
+    Raises:
+        ArtifactError: If the bytes are not a member.
+    """
+    try:
+        return {**json.loads(_metadata(data)[_METADATA])["record"], "name": name}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"The member {name!r} of the store cannot be read ({error}). Get a fresh copy.") from error
 
 
 def check_core(core: Core, module: str, subspace: PrincipalSubspace) -> None:

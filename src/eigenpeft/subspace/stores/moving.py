@@ -34,7 +34,7 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     lora_B, lora_A = reconstruct(outside, inside, components_out=old_out, components_in=old_in)
     norm = float(frobenius_norm(lora_B, lora_A))
     residual = projection_residual(lora_B, lora_A, components_out=new.components_out, components_in=new.components_in)
-    return _moved(core, left, right), float(residual) / norm if norm else 0.0
+    return moved_core(core, left, right), float(residual) / norm if norm else 0.0
 
 
 def move_member(member: AdapterMember, old: PrincipalSubspace, new: PrincipalSubspace) -> AdapterMember:
@@ -64,7 +64,14 @@ def move_member(member: AdapterMember, old: PrincipalSubspace, new: PrincipalSub
     return replace(member, cores=cores, relative_errors=errors, subspace_sha256=None)
 
 
-def _moved(core: Core, left: Tensor, right: Tensor) -> Core:
+def moved_core(core: Core, left: Tensor, right: Tensor) -> Core:
+    """The core `L M R`, of the same kind where that can be, else "full".
+
+    Args:
+        core: Core in the old bases.
+        left: L, (K'_out, K_out), of `change_of_bases`.
+        right: R, (K_in, K'_in).
+    """
     parts = {name: tensor.to(left.dtype) for name, tensor in core.parts.items()}
     moved = core.row.moved(parts, left, right)
     if moved is not None:

@@ -1,6 +1,8 @@
 """One subspace and many adapters in it, each with its core, its head and its record, each read and written alone."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,26 @@ from eigenpeft.artifacts.records.source import MemoryRecords
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.subspace.card import store_card
 from eigenpeft.subspace.principal import PrincipalSubspace
-from eigenpeft.subspace.stores.adapter_files import projected, read_adapter, read_model
+from eigenpeft.subspace.stores.absorbing import AbsorbReport, absorb
+from eigenpeft.subspace.stores.adapter_files import check_base, projected, read_adapter, read_model
 from eigenpeft.subspace.stores.format_1 import Format1Records
 from eigenpeft.subspace.stores.member import AdapterMember, check_core
 from eigenpeft.subspace.stores.members import AdapterMembers
 from eigenpeft.subspace.stores.moving import move_member
-from eigenpeft.subspace.stores.store_files import open_store, upgrade, write_card, write_store
+from eigenpeft.subspace.stores.store_files import (
+    card_of,
+    check_bases,
+    has_bases,
+    open_store,
+    replace_bases,
+    upgrade,
+    write_card,
+    write_store,
+)
 
 BASE = "__base__"
 """Name that no member can have: in a batch it stands for the base model itself, as in PEFT's `adapter_names`."""
-_SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
 
 
 class AdapterStore(Pushable, AdapterMembers):
@@ -170,12 +180,18 @@ class AdapterStore(Pushable, AdapterMembers):
         self._writable().rename(name, new_name)
 
     def refresh(self) -> bool:
-        """See what other processes have added or removed since; returns whether there was anything.
+        """See what other processes have added, removed or absorbed since; returns whether there was anything.
 
         Raises:
             ArtifactError: If the files were altered.
         """
-        return self._records.refresh() if isinstance(self._records, RecordLog) else False
+        if not isinstance(self._records, RecordLog):
+            return False
+        is_changed = self._records.refresh()
+        if self.folder is not None and not has_bases(self.folder, self.subspace):
+            opened = AdapterStore.from_pretrained(self.folder)
+            self.subspace, self._records, is_changed = opened.subspace, opened._records, True
+        return is_changed
 
     def compact(self) -> int:
         """Join the members' files and drop what was removed; a store of format 1 becomes one of the present format.
@@ -224,6 +240,62 @@ class AdapterStore(Pushable, AdapterMembers):
             moved._put(name, move_member(self[name], self.subspace, subspace), replace=False)
         return moved
 
+    def absorb(
+        self,
+        adapters: AdapterCollection | str | Path | Sequence[str | Path],
+        *,
+        share: float = 0.95,
+        max_components: int | None = None,
+        allow_different_base_models: bool = False,
+    ) -> AbsorbReport:
+        """Add LoRA adapters, and let the subspace grow by the directions that it lacks of them.
+
+        The old components stay the first ones, so that no member changes and adapters trained on the earlier bases still fit.
+        Where that would exceed `max_components`, the bases are fitted anew to all members and the new adapters, and every
+        member is moved, its loss added to its relative errors. The folder is replaced whole, in one step.
+
+        Args:
+            adapters: LoRA adapters of the same base model: a collection, or what `AdapterCollection.from_pretrained` takes.
+            share: Share of the new adapters' squared ΔW norms (each adapter counts equally) that every bank is to hold, in
+                (0, 1]; 1 takes all their directions.
+            max_components: Largest number of components of a side; None (default) for no bound.
+            allow_different_base_models: Take adapters whose config names another base model than the subspace's.
+
+        Returns:
+            What grew, what was lost, and by whom.
+
+        Raises:
+            SubspaceError: If a name is taken, shapes differ, or an argument is out of range; nothing has changed then.
+            CollectionError: If an adapter cannot be read.
+            ArtifactError: If the store cannot be written, or another process is writing it.
+
+        Examples:
+            >>> store.absorb("new-adapters/", share=0.99).n_components  # doctest: +SKIP
+        """
+        options: Any = {"allow_different_base_models": allow_different_base_models}
+        records = self._writable()
+        with (
+            nullcontext(adapters)
+            if isinstance(adapters, AdapterCollection)
+            else AdapterCollection.from_pretrained(adapters, **options) as collection,
+            records.writing() if isinstance(records, RecordLog) else nullcontext(),
+        ):
+            for adapter in () if allow_different_base_models else collection.adapters:
+                check_base(adapter, self.subspace)
+            if isinstance(records, RecordLog):
+                check_bases(records.folder, self.subspace)
+            for name in collection.names:
+                self._check_new(name, replace=False)
+            subspace, report, moved = absorb(self, collection, share=share, max_components=max_components)
+            data = moved or dict(self._each())
+            data |= {name: projected(collection, name, subspace).to_bytes() for name in collection.names}
+            if isinstance(records, RecordLog):
+                self._records = replace_bases(records, subspace, data, card=card_of(subspace, data))
+            else:
+                self._records = MemoryRecords(data)
+        self.subspace = subspace
+        return report
+
     def files(self) -> tuple[str, ...]:
         """Paths of the files that make up a saved store, relative to its folder, without the model card."""
         if isinstance(self._records, RecordLog):
@@ -233,11 +305,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
     def card(self) -> str:
         """Text of the model card, complete without editing."""
-        shown = [self.member(name) for name in self.names[:_SHOWN_ON_CARD]]
-        subspace = self.subspace
-        return store_card(
-            subspace.info, subspace.rows(), fingerprint=subspace.fingerprint, n_members=len(self), members=shown
-        )
+        return card_of(self.subspace, dict(self._each()))
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the store to a folder, whole or not at all; from then on, changes are written there.
@@ -301,7 +369,7 @@ class AdapterStore(Pushable, AdapterMembers):
     def _put(self, name: str, member: AdapterMember, *, replace: bool) -> None:
         self._check_new(name, replace=replace)
         own, expected = member.subspace_sha256, self.subspace.fingerprint
-        if own is not None and own != expected:
+        if own is not None and not self.subspace.has_been(own):
             raise SubspaceError(
                 f"{name!r} is a member of a store whose bases have fingerprint {own}, and those here have {expected}. Move "
                 "that store to these bases first, with rebase()."
@@ -311,9 +379,9 @@ class AdapterStore(Pushable, AdapterMembers):
                 check_core(core, module, self.subspace)
             except SubspaceError as error:
                 raise SubspaceError(f"{name!r} cannot be kept in the store: {error}.") from error
-        records, data = self._writable(), member.to_bytes()
+        records, data = self._writable(), dataclasses.replace(member, subspace_sha256=expected).to_bytes()
         if isinstance(records, RecordLog):
-            records.append(name, data, replace=replace)
+            records.append(name, data, replace=replace, check=lambda: check_bases(records.folder, self.subspace))
         else:
             records.append(name, data)
 

@@ -1,22 +1,27 @@
 """The folder of an adapter store: made whole or not at all, opened, and brought up from format 1."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
-from eigenpeft.artifacts.locks import one_writer
+from eigenpeft.artifacts.locks import lock_path, one_writer
 from eigenpeft.artifacts.manifest import Manifest, file_sha256, read_manifest, write_manifest
 from eigenpeft.artifacts.records.log import SHARDS, RecordLog
 from eigenpeft.artifacts.records.source import RecordSource
 from eigenpeft.errors import ArtifactError
+from eigenpeft.subspace.card import store_card
 from eigenpeft.subspace.principal import PrincipalSubspace, read_subspace
 from eigenpeft.subspace.stores.format_1 import Format1Records
+from eigenpeft.subspace.stores.member import record_in
 
 _CARD = "README.md"
+_SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
 
 
 def write_store(
@@ -46,12 +51,67 @@ def write_store(
                 f"{str(folder)!r} holds another store; choose a new folder, open that store and add to it "
                 "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
             )
-        _claim_members(folder)
+        _claim(folder)
     with atomic_folder(folder, kind=kind.label, overwrite=overwrite) as scratch:
-        _write_bases(scratch, subspace)
-        RecordLog.create(scratch, records)
-        (scratch / _CARD).write_text(card, encoding="utf-8")
-        (scratch / kind.config_name).write_text(_config(subspace), encoding="utf-8")
+        _write_all(scratch, subspace, records, card=card)
+
+
+def replace_bases(
+    records: RecordLog, subspace: PrincipalSubspace, members: Mapping[str, bytes], *, card: str
+) -> RecordLog:
+    """Write a store anew with other bases and members, at its place, whole or not at all.
+
+    A reader sees the old store or the new one; a process that is stopped leaves one of them.
+
+    Args:
+        records: The members that there are; the caller holds `records.writing()`.
+        subspace: The new bases.
+        members: All members in them, bytes by name.
+        card: Text of README.md.
+
+    Raises:
+        ArtifactError: If the folder cannot be written, or holds files that eigenpeft did not write.
+    """
+    folder, lock = records.folder, lock_path(records.folder / storage.STORE.tensors_name).name
+    _claim(folder, lock)
+    with atomic_folder(folder, kind=storage.STORE.label, overwrite=True) as scratch:
+        _write_all(scratch, subspace, members.items(), card=card)
+        # The lock of the members goes with the folder: whoever waits for it, or asks for it in the new folder, must find
+        # the one that is held.
+        with suppress(OSError):
+            os.link(folder / lock, scratch / lock)
+    return RecordLog(folder)
+
+
+def has_bases(folder: Path, subspace: PrincipalSubspace) -> bool:
+    """Whether the config of a store names the fingerprint of these bases.
+
+    Args:
+        folder: Its folder.
+        subspace: The bases.
+
+    Raises:
+        ArtifactError: If the config cannot be read.
+    """
+    return _named_bases(folder) == subspace.fingerprint
+
+
+def check_bases(folder: Path, subspace: PrincipalSubspace) -> None:
+    """Refuse a store whose bases are not those that were read.
+
+    Args:
+        folder: Its folder.
+        subspace: The bases that were read.
+
+    Raises:
+        ArtifactError: If its config names another fingerprint.
+    """
+    if not has_bases(folder, subspace):
+        raise ArtifactError(
+            f"The store at {str(folder)!r} has bases of fingerprint {_named_bases(folder)} now, and "
+            f"{subspace.fingerprint} when it was opened: another process gave it other bases. Call refresh(), or open it "
+            "again."
+        )
 
 
 def open_store(where: storage.Location) -> tuple[PrincipalSubspace, RecordSource]:
@@ -94,12 +154,25 @@ def upgrade(folder: Path, subspace: PrincipalSubspace, records: Iterable[tuple[s
     with one_writer(folder / kind.tensors_name), one_writer(folder):
         (folder / SHARDS).mkdir(exist_ok=True)
         with atomic_update(folder, last=kind.config_name) as update:
-            _write_bases(update.scratch, subspace)
-            RecordLog.create(update.scratch, records)
-            (update.scratch / _CARD).write_text(card, encoding="utf-8")
-            (update.scratch / kind.config_name).write_text(_config(subspace), encoding="utf-8")
+            _write_all(update.scratch, subspace, records, card=card)
             update.removed.append(storage.STORE_1.tensors_name)
     return RecordLog(folder)
+
+
+def card_of(subspace: PrincipalSubspace, members: Mapping[str, bytes]) -> str:
+    """Text of the model card of a store.
+
+    Args:
+        subspace: Its bases.
+        members: Its members, bytes by name.
+
+    Raises:
+        ArtifactError: If a member's record cannot be read.
+    """
+    shown = [record_in(members[name], name=name) for name in list(members)[:_SHOWN_ON_CARD]]
+    return store_card(
+        subspace.info, subspace.rows(), fingerprint=subspace.fingerprint, n_members=len(members), members=shown
+    )
 
 
 def write_card(folder: Path, card: str) -> None:
@@ -116,8 +189,8 @@ def write_card(folder: Path, card: str) -> None:
         (update.scratch / _CARD).write_text(card, encoding="utf-8")
 
 
-def _claim_members(folder: Path) -> None:
-    """Enter the members that were added since into the folder's record of what eigenpeft wrote, as far as they are whole."""
+def _claim(folder: Path, *names: str) -> None:
+    """Enter the members that were added since, and further files, into the record of what eigenpeft wrote, if all are whole."""
     manifest = read_manifest(folder)
     try:
         log = RecordLog(folder)
@@ -127,8 +200,19 @@ def _claim_members(folder: Path) -> None:
         return
     if manifest is not None:
         files = {name: hashes for name, hashes in manifest.files.items() if (folder / name).is_file()}
-        files |= {name: (file_sha256(folder / name),) for name in log.files()}
+        files |= {name: (file_sha256(folder / name),) for name in (*log.files(), *names) if (folder / name).is_file()}
         write_manifest(folder, Manifest(manifest.kind, files))
+
+
+def _named_bases(folder: Path) -> Any:
+    return storage.read_config(storage.Location(folder, storage.STORE, str(folder))).get("subspace_sha256")
+
+
+def _write_all(folder: Path, subspace: PrincipalSubspace, records: Iterable[tuple[str, bytes]], *, card: str) -> None:
+    _write_bases(folder, subspace)
+    RecordLog.create(folder, records)
+    (folder / _CARD).write_text(card, encoding="utf-8")
+    (folder / storage.STORE.config_name).write_text(_config(subspace), encoding="utf-8")
 
 
 def _write_bases(folder: Path, subspace: PrincipalSubspace) -> None:

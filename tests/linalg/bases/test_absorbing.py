@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.absorbing import lacking_directions
+from eigenpeft.linalg.bases.absorbing import lacking_directions
 
 M, N = 14, 11
 
@@ -82,7 +82,9 @@ def test_the_directions_are_of_the_updates_and_not_of_their_factors():
     V_in, V_out, factors = bases(2, N, 3), bases(2, M, 4), adapters((3,))
     turn = torch.randn(3, 3) + 3 * torch.eye(3)
     turned = [(B @ torch.linalg.inv(turn), turn @ A) for B, A in factors]
-    one, two = (lacking_directions(each, components_in=V_in, components_out=V_out, share=0.7) for each in (factors, turned))
+    one, two = (
+        lacking_directions(each, components_in=V_in, components_out=V_out, share=0.7) for each in (factors, turned)
+    )
     torch.testing.assert_close(one.components_in, two.components_in, rtol=0, atol=1e-4)
 
 

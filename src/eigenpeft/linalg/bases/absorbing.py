@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from eigenpeft.linalg.bases.stacking import ManyFactors, Stacks, Weighting, cores, stack_factors
 from eigenpeft.linalg.decompose import leading_components
 from eigenpeft.linalg.orthogonal import orthonormal_rows
-from eigenpeft.linalg.stacking import ManyFactors, Stacks, Weighting, cores, stack_factors
 
 # What is left of a stack that lies in float32 bases is rounding of this size, relative to the stack.
 _ROUNDING = 1e-6
