@@ -152,6 +152,16 @@ def test_only_the_table_of_cores_asks_which_core_it_is():
     assert [path.name for path in FILES if path != table and asking.search(path.read_text(encoding="utf-8"))] == []
 
 
+PACKAGES = sorted({path.parent for path in FILES})
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: module_name(folder / "__init__.py"))
+def test_a_package_has_at_most_twelve_files_and_its_init(folder):
+    files = sorted(path.name for path in folder.glob("*.py"))
+    assert "__init__.py" in files
+    assert len(files) <= 13, f"{len(files)} files: put those that do one job together into a room of their own"
+
+
 def test_the_architecture_lists_every_file():
     listed: dict[str, set[str]] = {}
     package = ""

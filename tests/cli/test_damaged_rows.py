@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from eigenpeft.cli.lore import _read
 from eigenpeft.cli.rows import open_rows
+from eigenpeft.cli.training.lore import _read
 from eigenpeft.errors import EigenPeftError
 
 

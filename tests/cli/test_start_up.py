@@ -25,6 +25,18 @@ def test_the_table_has_every_command_at_its_place():
             assert callback.__module__ == f"eigenpeft.cli.{COMMANDS[name]}", name
 
 
+@pytest.mark.parametrize("command", ["build", "store"])
+def test_what_needs_no_peft_does_not_import_it(command):
+    script = (
+        f"import sys; sys.argv = ['eigenpeft', {command!r}, '--help']\n"
+        "from eigenpeft.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert not {'peft', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr
+    assert f"Usage: eigenpeft {command}" in ran.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

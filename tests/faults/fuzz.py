@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from eigenpeft.artifacts import reading
 from eigenpeft.building import SubspaceBuilder
-from eigenpeft.cli import lore
+from eigenpeft.cli.training import lore
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel

@@ -10,22 +10,22 @@ from eigenpeft.version import __version__
 TRL_SCRIPTS = ("distillation", "dpo", "grpo", "kto", "reward", "rloo", "sft")
 # Command to the module that defines it. Importing all of them takes seconds.
 COMMANDS = {
-    "audit": "audit",
-    "build": "artifacts",
-    "convert": "artifacts",
+    "audit": "subspaces.audit",
+    "build": "subspaces.build",
+    "convert": "adapters.export",
     "demo": "demo",
     "doctor": "doctor",
-    "export": "artifacts",
-    "inspect": "artifacts",
-    "lore": "lore",
-    "merge": "merge",
-    "merge-base": "merge_base",
-    "project": "artifacts",
+    "export": "adapters.export",
+    "inspect": "subspaces.build",
+    "lore": "training.lore",
+    "merge": "adapters.merge",
+    "merge-base": "adapters.merge_base",
+    "project": "subspaces.build",
     "push": "publish",
-    "recycle": "recycle",
-    "store": "store",
-    "sync-adapters": "sync_adapters",
-    **dict.fromkeys(TRL_SCRIPTS, "trl"),
+    "recycle": "training.recycle",
+    "store": "serving.store",
+    "sync-adapters": "serving.sync_adapters",
+    **dict.fromkeys(TRL_SCRIPTS, "training.trl"),
 }
 
 

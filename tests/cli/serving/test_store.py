@@ -76,7 +76,7 @@ def test_project_never_replaces_a_store(run, folder):
 
 
 def test_a_store_of_format_1_is_listed_and_brought_up(run, tmp_path, monkeypatch):
-    shutil.copytree(Path(__file__).parents[1] / "data" / "format_1" / "store", tmp_path / "store")
+    shutil.copytree(Path(__file__).parents[2] / "data" / "format_1" / "store", tmp_path / "store")
     monkeypatch.chdir(tmp_path)
     before = json.loads(run("store", "list", "store", "--json").out)
     assert run("store", "remove", "store", "adapter-0").code == 1

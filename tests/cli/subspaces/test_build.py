@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.cli import artifacts
+from eigenpeft.cli.subspaces import build
 from eigenpeft.version import __version__
 from tests.factories import make_collection
 
@@ -97,7 +97,7 @@ def test_an_interrupted_build_leaves_only_what_it_resumes_from(run, adapters, tm
             super().fit(*arguments, **options)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts, "SubspaceBuilder", Interrupted)
+    monkeypatch.setattr(build, "SubspaceBuilder", Interrupted)
     result = run("build", adapters.folder, "-k", 5, "-o", tmp_path / "out" / "subspace")
     assert result.code == 130
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"subspace.work"}

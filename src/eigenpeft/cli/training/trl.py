@@ -47,7 +47,7 @@ def run_script(name: str, arguments: list[str]) -> None:
         raise EigenPeftError(f"'eigenpeft {name}' needs TRL, which is not installed: pip install 'eigenpeft[trl]'.")
     # TRL is an optional extra, so that nothing may import it when eigenpeft is imported.
     trl = importlib.import_module("trl")
-    ours = importlib.import_module("eigenpeft.cli.trl_arguments")
+    ours = importlib.import_module("eigenpeft.cli.training.trl_arguments")
     callbacks = importlib.import_module("eigenpeft.trainers.float32_callback")
     script = importlib.import_module(f"trl.scripts.{name}")
     # The scripts look these names up in `trl` when they run. Their arguments can only describe a LoraConfig, and their

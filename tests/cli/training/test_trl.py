@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 if not find_spec("trl"):
     pytest.skip("needs the extra trl", allow_module_level=True)
 
-from eigenpeft.cli.trl import SCRIPTS
+from eigenpeft.cli.training.trl import SCRIPTS
 from tests.recipes.tiny import rows, tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace, tiny_llama
 
@@ -41,7 +41,7 @@ def even_words(completions, **_):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Model, subspace and one folder of JSONL a trainer, in the working directory."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3]))
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
     tiny_llama(initializer_range=0.2).save_pretrained("teacher")
@@ -123,7 +123,7 @@ def test_help_names_their_flags_and_ours(run):
 
 
 def test_without_trl_it_says_what_to_install(run, monkeypatch):
-    monkeypatch.setattr("eigenpeft.cli.trl.find_spec", lambda name: None)
+    monkeypatch.setattr("eigenpeft.cli.training.trl.find_spec", lambda name: None)
     ran = run("sft", "--output_dir", "out")
     assert ran.code == 1
     assert "pip install 'eigenpeft[trl]'" in ran.err

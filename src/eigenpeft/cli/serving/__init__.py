@@ -1,0 +1,1 @@
+"""Many adapters in one place: store and sync-adapters."""

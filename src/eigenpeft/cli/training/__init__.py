@@ -1,0 +1,1 @@
+"""What trains: lore, recycle and the scripts of TRL."""
