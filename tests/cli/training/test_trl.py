@@ -22,7 +22,11 @@ from tests.tuners.conftest import random_subspace, tiny_llama
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_strategy": "no"}
 TRAINING |= {"report_to": "none", "bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
 TRAINING |= {"lora_r": 4, "lora_dropout": 0, "logging_steps": 1}
-GENERATING = {"num_generations": 2, "max_completion_length": 4, "reward_funcs": "tests.cli.training.test_trl.even_words"}
+GENERATING = {
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "reward_funcs": "tests.cli.training.test_trl.even_words",
+}
 OWN = {
     "grpo": GENERATING,
     "rloo": GENERATING,
