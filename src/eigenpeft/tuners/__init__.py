@@ -8,10 +8,11 @@ from eigenpeft.tuners.files.gguf_files import export_gguf
 from eigenpeft.tuners.files.reference_checkpoints import convert_reference_checkpoint
 from eigenpeft.tuners.host.adapter_names import own_tensors
 from eigenpeft.tuners.host.mixed_models import FactorMixedModel
-from eigenpeft.tuners.host.rank_padding import has_our_factors, pad_ranks
+from eigenpeft.tuners.host.rank_padding import has_our_factors, pad_mixers, pad_ranks
 from eigenpeft.tuners.host.registration import (
     admit_to_mixed_models,
     check_lorafa,
+    prepare_swapped_tensors,
     register,
     replace_name_filter,
     replace_rank_padding,
@@ -20,7 +21,7 @@ from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.serving.bank import AdapterBank
 
-_LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+_LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "use_bdlora", "kasa_config")
 
 register(
     "EIGENLORA",
@@ -32,11 +33,12 @@ register(
     "MOSLORA",
     config_cls=MosLoraConfig,
     model_cls=MosLoraModel,
-    hotswap_keys=(*_LORA_KEYS, "r", "rank_pattern", "fold", "train_mixer"),
+    hotswap_keys=(*_LORA_KEYS, "fold", "train_mixer"),
 )
 admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
 replace_rank_padding(pad_ranks, is_ours=has_our_factors)
+prepare_swapped_tensors(pad_mixers)
 replace_name_filter(own_tensors)
 
 __all__ = [

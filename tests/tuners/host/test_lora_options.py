@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import ArrowConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
@@ -167,15 +167,32 @@ def test_variants_of_the_training_come_back_and_merge(tmp_path, tokens, kind, op
     torch.testing.assert_close(logits(model.merge_and_unload(), tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", [MosLoraConfig, EigenLoraConfig])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kasa_config": KasaConfig()}, "kasa_config=.* is not supported"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights='mica' must be one of True, False, 'gaussian'"),
-        ({"layer_replication": [(0, 1)]}, "layer_replication=.* is not supported"),
+        ({"arrow_config": ArrowConfig()}, "arrow_config=.* is not supported"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' must be one of True, False, 'gaussian'"),
+        ({"use_qalora": True}, "use_qalora=True is not supported"),
     ],
 )
-def test_what_the_methods_do_not_define_is_refused(options, message):
-    for method in (MosLoraConfig, EigenLoraConfig):
-        with pytest.raises(AdapterConfigError, match=message):
-            method(**options)
+def test_what_the_methods_do_not_define_is_refused(method, options, message):
+    with pytest.raises(AdapterConfigError, match=message):
+        method(**options)
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "mica"}, {"layer_replication": [(0, 1)]}])
+def test_what_lies_in_no_subspace_is_refused_by_eigenlora_alone(options):
+    (name,) = options
+    MosLoraConfig(**options)
+    with pytest.raises(AdapterConfigError, match=name):
+        EigenLoraConfig(**options)
+
+
+def test_repeated_layers_are_adapted_one_by_one(tmp_path, tokens):
+    settings = {"r": 4, "target_modules": LAYERS, "task_type": "CAUSAL_LM", "layer_replication": [[0, 1], [0, 1]]}
+    model = get_peft_model(base(), MosLoraConfig(**settings))
+    expected = train(model, tokens)
+    assert sum(name.endswith("lora_B") for name, _ in model.named_modules()) == 4
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval(), tokens), expected)

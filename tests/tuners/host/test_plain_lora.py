@@ -186,6 +186,7 @@ REGISTRIES = {"peft.tuners.mixed.COMPATIBLE_TUNER_TYPES"}  # a list of methods, 
 ACTS_FOR_OURS_ALONE = {
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
     "peft.utils.hotswap._pad_lora_weights",
+    "peft.utils.hotswap.hotswap_adapter_from_state_dict",
     "peft.utils.save_and_load._filter_state_dict_for_adapter_name",
 }
 

@@ -54,11 +54,55 @@ def test_padded_adapters_train(subspace, tokens):
 def test_what_cannot_be_padded_is_refused(subspace):
     with pytest.raises(AdapterConfigError, match="target rank 2, but the original rank is larger"):
         prepare_model_for_compiled_hotswap(adapter(subspace, rank=3), target_rank=2)
-    mixed = get_peft_model(tiny_llama(), MosLoraConfig(r=3, target_modules=TARGETS))
-    before = {name: p.shape for name, p in mixed.named_parameters()}
-    with pytest.raises(AdapterConfigError, match="the mixer would have to grow"):
-        prepare_model_for_compiled_hotswap(mixed, target_rank=8)
-    assert {name: p.shape for name, p in mixed.named_parameters()} == before
+    diagonal = get_peft_model(tiny_llama(), MosLoraConfig(r=3, target_modules=TARGETS, kasa_config={}))
+    before = {name: p.shape for name, p in diagonal.named_parameters()}
+    with pytest.raises(AdapterConfigError, match="it has blocks, or a diagonal between its factors"):
+        prepare_model_for_compiled_hotswap(diagonal, target_rank=8)
+    assert {name: p.shape for name, p in diagonal.named_parameters()} == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_mixer": False}])
+def test_mixers_grow_with_zeros_and_other_ranks_swap_in(tokens, tmp_path, settings):
+    expected = {}
+    for rank in (3, 6):
+        torch.manual_seed(rank)
+        config = MosLoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False, **settings)
+        model = get_peft_model(tiny_llama(), config).eval()
+        expected[rank] = logits(model, tokens)
+        model.save_pretrained(tmp_path / str(rank))
+    assert (expected[3] - expected[6]).abs().max() > 1e-2
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "3").eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(logits(model, tokens), expected[3], atol=1e-6, rtol=1e-6)
+    for rank in (6, 3):
+        hotswap_adapter(model, str(tmp_path / str(rank)), adapter_name="default")
+        torch.testing.assert_close(logits(model, tokens), expected[rank], atol=1e-6, rtol=1e-6)
+    assert all(tensor.shape == (8, 8) for name, tensor in model.state_dict().items() if name.endswith("mixer"))
+
+
+class Picture(nn.Module):
+    def __init__(self, groups):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_behind_mixers_are_padded(tmp_path, groups):
+    x, expected = torch.randn(2, 4, 5, 5), {}
+    for rank in (2, 4):
+        torch.manual_seed(rank)
+        model = get_peft_model(Picture(groups), MosLoraConfig(r=rank, target_modules=["conv"], init_lora_weights=False))
+        expected[rank] = model(x).detach()
+        model.save_pretrained(tmp_path / str(rank))
+    model = PeftModel.from_pretrained(Picture(groups), tmp_path / "2").eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    for rank in (2, 4, 2):
+        hotswap_adapter(model, str(tmp_path / str(rank)), adapter_name="default")
+        torch.testing.assert_close(model(x), expected[rank], atol=1e-5, rtol=1e-5)
 
 
 def test_plain_lora_is_padded_by_peft(tokens):

@@ -60,8 +60,8 @@ def test_identity_mixer_held_fixed_is_lora_step_for_step(architecture, tokens):
     ("settings", "message"),
     [
         ({"init_mixer": "zeros"}, "init_mixer='zeros' must be one of 'kaiming', 'orthogonal', 'identity'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' must be one of"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' must be one of"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "x"}, "megatron_config"),
     ],
 )
 def test_refusals(settings, message):

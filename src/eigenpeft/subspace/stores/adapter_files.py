@@ -36,6 +36,8 @@ _FACTOR_BIAS = re.compile(r"\.lora_B(?:\.[^.]+)?\.bias$")
 _NOT_KEPT = {
     "use_dora": "DoRA also rescales the merged weight",
     "target_parameters": "it adapts stacked parameters (experts), each with many updates instead of one",
+    "kasa_config": "KaSA cuts the base model's own weights, and puts a diagonal between the coefficients",
+    "use_bdlora": "BD-LoRA keeps only the blocks of a factor, which leaves the subspace",
     "ensure_weight_tying": "the update of one weight is tied to another's",
 }
 

@@ -16,6 +16,8 @@ from eigenpeft.tuners.layers.shared_bases import remember
 from eigenpeft.version import __version__
 
 logger = logging.getLogger(__name__)
+# Starts that write A and B from the base model's weights, which lie in no subspace; and layers that the subspace has not.
+_BEYOND_THE_SUBSPACE = ("layer_replication", "loftq_config", "corda_config", "lora_ga_config")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -25,6 +27,9 @@ class EigenLoraConfig(ExplainedConfig):
 
     All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
     scaling `s = lora_alpha / r` (or `/ sqrt(r)` with `use_rslora`) of the cores that have no rank of their own.
+
+    With `use_bdlora` each block takes its own part of the components and of the coefficients: the update is the
+    block-diagonal part of one of the factors, and leaves the subspace, so that no store keeps it.
 
     Raises:
         AdapterConfigError: If a field has a value that the method does not define.
@@ -91,7 +96,7 @@ class EigenLoraConfig(ExplainedConfig):
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
         self._has_started = False
-        check_lora_options(self, method="EigenLoRA")
+        check_lora_options(self, method="EigenLoRA", unsupported=_BEYOND_THE_SUBSPACE)
         if isinstance(self.core, str) and self.core in RENAMED:
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
         for name, allowed in (("core", FROM_ZERO), ("save_subspace", ("reference", "embed"))):
@@ -99,6 +104,7 @@ class EigenLoraConfig(ExplainedConfig):
                 raise AdapterConfigError(
                     f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}."
                 )
+        self._check_variants()
         if self.n_components is not None and (not isinstance(self.n_components, int) or self.n_components < 1):
             raise AdapterConfigError(
                 f"n_components={self.n_components!r} must be None or a whole number of at least 1."
@@ -114,6 +120,15 @@ class EigenLoraConfig(ExplainedConfig):
                 )
             self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
             self.subspace = self.subspace.origin
+
+    def _check_variants(self) -> None:
+        """Refuse variants of LoRA that are defined for the core "low_rank" alone, elsewhere and with a warm start."""
+        set_ = [name for name in ("kasa_config", "use_bdlora") if getattr(self, name, None)]
+        if set_ and (self.core != "low_rank" or self.init_from is not None):
+            raise AdapterConfigError(
+                f"{set_[0]} needs core='low_rank' (here {self.core!r}), whose C_out and C_in are what it works on, and no "
+                f"init_from (here {self.init_from!r}), whose update it would change. Change them, or leave {set_[0]} out."
+            )
 
     def _check_reference(self) -> None:
         """Refuse what no adapter's file says of its subspace, before anything is opened or allocated for it."""

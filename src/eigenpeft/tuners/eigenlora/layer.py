@@ -29,7 +29,8 @@ class EigenLinear(ExactLinear):
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         plain = not kwargs and not self.disable_adapters and not self.merged
-        if plain and any(_whole(self.lora_B[name]) is not self.lora_B[name] for name in names):
+        has_variant = any(name in self.lora_variant for name in names)
+        if plain and not has_variant and any(_whole(self.lora_B[name]) is not self.lora_B[name] for name in names):
             return self._forward_of_shards(x, names, *args)
         if not plain or not self._are_ours(names):
             return super().forward(x, *args, **kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace.cores import CoreKind, Parts, core_kind
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.layers.blocks import n_blocks_of
 from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.shared_bases import Basis
 
@@ -36,6 +37,9 @@ def start(
         # Where the output side is not zero, the entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.
         scale = math.sqrt((layer.out_features or 0) / n_out)
         whole = core.start(n_in, n_out, rank, init=init, zero_side=kind.zero_side, scale=scale)
+        n_parts = n_blocks_of(factor_dicts(layer)[0][adapter_name])
+        if n_parts > 1:  # a row of A has 1 / N of the components' entries: the same norm as without blocks
+            whole["coefficients_in"] = whole["coefficients_in"] * math.sqrt(n_parts)
         return whole if n_blocks == 1 else _grouped(whole, n_blocks, core, module)
     if core.is_factored:
         return core.start(n_in, n_out, rank * n_blocks, init=init)

@@ -16,6 +16,7 @@ from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.files.store_export import contents_of_member
 from eigenpeft.tuners.host.target_names import strays
+from eigenpeft.tuners.layers.blocks import dense_weight
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, weight_name
 
 _INSIDE_ATTENTION = ".base_layer.out_proj"  # where LoRA keeps the layer of an attention's output projection
@@ -130,7 +131,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _update(path: str, layer: Any, name: str) -> LoraUpdate:
-    lora_A, lora_B = (getattr(factors[name], "weight", factors[name]).detach() for factors in factor_dicts(layer))
+    lora_A, lora_B = (dense_weight(factors[name]).detach() for factors in factor_dicts(layer))
     kind = kind_of(layer)
     target = "parameter" if kind.is_parameter else "inside" if path.endswith(_INSIDE_ATTENTION) else "module"
     keys = lora_keys(path, is_embedding=kind.name == "embedding")

@@ -52,6 +52,7 @@ TRAINING = (
     "monteclora_config",
     "megatron_core",
     "qalora_group_size",
+    "use_bdlora",  # its blocks are written as matrices with zeros between them
 )
 # Updates that are no product of two factors on the model as it is published.
 REFUSED = {
@@ -60,7 +61,6 @@ REFUSED = {
     "kasa_config": "KaSA, which cuts the base model's own weights",
     "arrow_config": "Arrow, which routes every token to adapters of its own",
     "megatron_config": "Megatron's parallel layers",
-    "use_bdlora": "BD-LoRA, whose factors are blocks",
 }
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

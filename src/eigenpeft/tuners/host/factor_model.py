@@ -1,5 +1,6 @@
 """What our tuners share: LoRA's model with factor modules in the place of its own factors."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.layers.tied import TransposedFactor
+
+_NOT_COMBINED = {"kasa_config": "KaSA's diagonal between the factors", "use_bdlora": "BD-LoRA's block-diagonal factors"}
 
 
 class FactorModel(LoraModel):
@@ -138,6 +141,12 @@ class FactorModel(LoraModel):
     def _check_alike(self, adapters: Sequence[str]) -> None:
         """Refuse to combine what the new adapter could not all keep: PEFT copies the first one's options."""
         names = [name for name in adapters if name in self.peft_config]
+        for name, (field, what) in itertools.product(names, _NOT_COMBINED.items()):
+            if getattr(self.peft_config[name], field, None):
+                raise AdapterConfigError(
+                    f"{name!r} uses {what} ({field}), which no combination keeps. Merge the adapters into the base model one "
+                    "after the other."
+                )
         for field in ("lora_bias", "alora_invocation_tokens"):
             values = [getattr(self.peft_config[name], field, None) or None for name in names]
             if any(value != values[0] for value in values):

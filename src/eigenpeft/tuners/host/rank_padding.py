@@ -1,15 +1,19 @@
 """Factors padded to a larger rank, so that PEFT can swap adapters of several ranks into one compiled model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv2d, Linear
-from torch import nn
+from peft.tuners.lora.variants import BdLoraLinearVariant, KasaLinearVariant
+from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.layers.kinds import factor_dicts
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
+
+_IN_PARTS = (BdLoraLinearVariant, KasaLinearVariant)
 
 
 def has_our_factors(model: nn.Module) -> bool:
@@ -25,7 +29,8 @@ def has_our_factors(model: nn.Module) -> bool:
 def pad_ranks(model: nn.Module, target_rank: int) -> bool:
     """Pad the rank of every linear layer's and 2-d convolution's adapters with zeros, which changes no update.
 
-    EigenLoRA's core "low_rank" gets rows of C_in and columns of C_out; the other cores have no rank.
+    EigenLoRA's core "low_rank" gets rows of C_in and columns of C_out; the other cores have no rank. MoSLoRA gets rows of A,
+    columns of B, and both of the mixer.
 
     Args:
         model: Model with adapters, ours among them (`has_our_factors`).
@@ -35,17 +40,38 @@ def pad_ranks(model: nn.Module, target_rank: int) -> bool:
         Whether there was an adapter.
 
     Raises:
-        AdapterConfigError: If an adapter is MoSLoRA, whose mixer would have to grow, a plain LoRA shares the model, a rank is
-            larger than `target_rank`, or the groups of a convolution do not divide it.
+        AdapterConfigError: If a plain LoRA shares the model, an adapter has blocks or a diagonal between its factors (BD-LoRA,
+            KaSA), a rank is larger than `target_rank`, or the groups of a convolution do not divide it.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Linear | Conv2d)]
     pairs = [(layer, *(factors[name] for factors in factor_dicts(layer))) for layer in layers for name in layer.lora_B]
     for layer, inside, outside in pairs:
         _check(layer, inside, outside, target_rank)
     for layer, inside, outside in pairs:
-        if inside.coefficients is not None:
+        if isinstance(outside, MixedFactor):
+            _pad_mixed(inside, outside, target_rank, n_groups=_n_groups(layer))
+        elif inside.coefficients is not None:
             _pad(inside, outside, target_rank, n_groups=_n_groups(layer))
     return True
+
+
+def pad_mixers(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pad an adapter's mixers with zeros to the size that a model's have, which PEFT's hot-swapping does for factors alone.
+
+    Args:
+        model: Model whose adapter is about to be replaced in place.
+        state_dict: Tensors of the new adapter, by their names in the model.
+    """
+    padded = dict(state_dict)
+    modules = dict(model.named_modules())
+    for key in padded:
+        path, _, ending = key.rpartition(".")
+        factor = modules.get(path, modules.get(f"_orig_mod.{path}"))
+        if ending == "mixer" and isinstance(factor, MixedFactor):
+            missing = factor.mixer.shape[-1] - padded[key].shape[-1]
+            if missing > 0:
+                padded[key] = nn.functional.pad(padded[key], (0, missing, 0, missing))
+    return padded
 
 
 def _n_groups(layer: LoraLayer) -> int:
@@ -53,15 +79,19 @@ def _n_groups(layer: LoraLayer) -> int:
 
 
 def _check(layer: LoraLayer, inside: Any, outside: Any, target_rank: int) -> None:
-    if not isinstance(outside, OutputFactor) or not isinstance(inside, InputFactor):
-        reason = "the mixer would have to grow" if isinstance(outside, MixedFactor) else "it is plain LoRA beside ours"
+    is_mixed = isinstance(outside, MixedFactor)
+    is_ours = is_mixed or (isinstance(outside, OutputFactor) and isinstance(inside, InputFactor))
+    has_parts = is_ours and any(isinstance(each, _IN_PARTS) for each in layer.lora_variant.values())
+    if not is_ours or has_parts:
+        reason = "it has blocks, or a diagonal between its factors" if has_parts else "it is plain LoRA beside ours"
         raise AdapterConfigError(
             f"The model's adapters cannot be padded to target_rank={target_rank}: {reason}. Leave target_rank out, and "
             "swap adapters of one rank."
         )
-    if inside.coefficients is None:
+    if not is_mixed and inside.coefficients is None:
         return
-    rank, n_groups = len(inside.coefficients), _n_groups(layer)
+    n_groups = _n_groups(layer)
+    rank = len(inside.weight)
     # Both as PEFT says them of LoRA, for code that knows its words.
     if target_rank % n_groups:
         raise AdapterConfigError(
@@ -73,6 +103,30 @@ def _check(layer: LoraLayer, inside: Any, outside: Any, target_rank: int) -> Non
             f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({rank}). Pass at "
             "least that, or leave target_rank out."
         )
+
+
+@torch.no_grad()
+def _pad_mixed(inside: Any, outside: Any, target_rank: int, *, n_groups: int) -> None:
+    missing = (target_rank - len(inside.weight)) // n_groups
+    if not missing:
+        return
+    blocks = inside.weight.unflatten(0, (n_groups, -1))
+    rows = nn.functional.pad(blocks, (0, 0) * (blocks.ndim - 2) + (0, missing)).flatten(0, 1)
+    columns = nn.functional.pad(outside.factor, (0, 0) * (outside.factor.ndim - 2) + (0, missing))
+    _replace(inside, "weight", rows)
+    _replace(outside, "factor", columns)
+    _replace(outside, "mixer", nn.functional.pad(outside.mixer, (0, missing, 0, missing)))
+    for name in ("out_features", "out_channels"):
+        if hasattr(inside, name):
+            setattr(inside, name, target_rank)
+    outside.in_features = outside.mixer.shape[-1]
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put another tensor in the place of a parameter or a buffer."""
+    old = getattr(module, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
 
 
 @torch.no_grad()

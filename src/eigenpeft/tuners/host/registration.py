@@ -109,6 +109,23 @@ def replace_rank_padding(pad: Callable[..., bool], *, is_ours: Callable[[nn.Modu
     hotswap._pad_lora_weights = padded
 
 
+def prepare_swapped_tensors(prepare: Callable[..., dict[str, Any]]) -> None:
+    """Have PEFT's hot-swapping change the new adapter's tensors by `prepare` first; doing so again is harmless.
+
+    Args:
+        prepare: Takes the model and the tensors by their names in it, and returns what is to be swapped in.
+    """
+    swap = hotswap.hotswap_adapter_from_state_dict
+    if hasattr(swap, "__wrapped__"):
+        return
+
+    @wraps(swap)
+    def prepared(model: nn.Module, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        swap(model, prepare(model, state_dict), *args, **kwargs)
+
+    hotswap.hotswap_adapter_from_state_dict = prepared
+
+
 def replace_name_filter(own_tensors: Callable[..., dict[str, Any]]) -> None:
     """Have PEFT tell the tensors of several adapters apart by `own_tensors`; doing so again is harmless.
 

@@ -1,30 +1,26 @@
 """Which of LoRA's own options our methods take, checked when a config is made."""
 
+from collections.abc import Sequence
+
 from peft import LoraConfig
 
 from eigenpeft.errors import AdapterConfigError
 
-_STARTS = (True, False, "gaussian")
-_UNSUPPORTED = (
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "megatron_config",
-    "kasa_config",
-    "loftq_config",
-    "corda_config",
-    "eva_config",
-    "lora_ga_config",
-)
+_PLAIN_STARTS = (True, False, "gaussian")
+# Layers that take the inputs otherwise, or no factors of their own. EVA is loaded after the model is made, by code of PEFT's
+# that makes every layer whose rank changes anew, as plain LoRA.
+_UNSUPPORTED = ("use_qalora", "arrow_config", "megatron_config", "eva_config")
 
 
-def check_lora_options(config: LoraConfig, *, method: str, unsupported: tuple[str, ...] = ()) -> None:
+def check_lora_options(
+    config: LoraConfig, *, method: str, starts: Sequence[str] = (), unsupported: Sequence[str] = ()
+) -> None:
     """Refuse the LoRA variants and starts that the method does not define.
 
     Args:
         config: Configuration with LoRA's fields.
         method: What messages call it.
+        starts: Further values of `init_lora_weights` that the method takes, by what they begin with.
         unsupported: Further fields that must be unset.
 
     Raises:
@@ -35,10 +31,12 @@ def check_lora_options(config: LoraConfig, *, method: str, unsupported: tuple[st
         for name in (*_UNSUPPORTED, *unsupported)
         if getattr(config, name, None)
     ]
-    if config.init_lora_weights not in _STARTS:
+    if config.init_lora_weights not in _PLAIN_STARTS and not str(config.init_lora_weights).lower().startswith(
+        tuple(starts)
+    ):
         problems.append(
-            f"init_lora_weights={config.init_lora_weights!r} must be one of {', '.join(map(repr, _STARTS))}: starts "
-            "that change or depend on the base weights are not defined here"
+            f"init_lora_weights={config.init_lora_weights!r} must be one of "
+            f"{', '.join(map(repr, (*_PLAIN_STARTS, *starts)))}: other starts write A and B in a way that is not defined here"
         )
     if not isinstance(config.r, int) or config.r < 1:
         problems.append(f"r={config.r!r} must be a whole number of at least 1")

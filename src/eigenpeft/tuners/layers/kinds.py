@@ -8,9 +8,16 @@ from typing import Any, Literal, NamedTuple
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import (
+    BdLoraLinearVariant,
+    KasaLinearVariant,
+    MiCAEmbeddingVariant,
+    MiCALinearVariant,
+)
 from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.layers.blocks import BlockInputFactor, BlockOutputFactor, n_blocks_of
 from eigenpeft.tuners.layers.convolution import (
     ConvolutionInputFactor,
     ConvolutionOutputFactor,
@@ -40,8 +47,15 @@ class Sides(NamedTuple):
 
 
 def _linear_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
-    outside = OutputFactor(sides.basis, coefficients=sides.outside, bias=replaced[1].bias)
-    return InputFactor(sides.basis, coefficients=sides.inside), outside
+    n_blocks_in, n_blocks_out = map(n_blocks_of, replaced)
+    if n_blocks_in > 1 and sides.inside is not None:
+        inside = BlockInputFactor(sides.basis, coefficients=sides.inside, n_blocks=n_blocks_in)
+    else:
+        inside = InputFactor(sides.basis, coefficients=sides.inside)
+    if n_blocks_out > 1:
+        return inside, BlockOutputFactor(sides.basis, coefficients=sides.outside, n_blocks=n_blocks_out)
+    bias = getattr(replaced[1], "bias", None)
+    return inside, OutputFactor(sides.basis, coefficients=sides.outside, bias=bias)
 
 
 def _embedding_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
@@ -201,6 +215,11 @@ def weight_shape(layer: LoraLayer) -> tuple[int, int]:
     return layer.out_features or 0, (layer.in_features or 0) * kind_of(layer).window(layer)
 
 
+# Variants that have done their work on the layer before its factors are swapped: cut the base weight, made the blocks that ours
+# stand for, or named the side that is frozen. The others (DoRA's magnitude) are made from the factors, and so anew.
+_MADE_ONCE = (BdLoraLinearVariant, KasaLinearVariant, MiCALinearVariant, MiCAEmbeddingVariant)
+
+
 def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_adapters: Sequence[str]) -> None:
     """Finish what `LoraLayer.update_layer` does, now for the swapped factor modules.
 
@@ -213,7 +232,8 @@ def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_ad
     layer._move_adapter_to_device_of_base_layer(adapter_name)
     variant: Any = layer.lora_variant.get(adapter_name)
     # DoRA measured its magnitude with the factors that are gone; on the meta device it waits for its file instead.
-    if variant is not None and not any(_is_meta(factors[adapter_name]) for factors in factor_dicts(layer)):
+    is_meta = any(_is_meta(factors[adapter_name]) for factors in factor_dicts(layer))
+    if variant is not None and not isinstance(variant, _MADE_ONCE) and not is_meta:
         variant.init(layer, adapter_name=adapter_name, config=config)
     layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
     if adapter_name not in active_adapters:

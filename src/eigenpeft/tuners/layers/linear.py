@@ -125,6 +125,7 @@ class MixedFactor(nn.Module):
     """
 
     mixer: Tensor
+    factor: Tensor
 
     def __init__(self, replaced: Any, *, mixer: Tensor, train_mixer: bool = True):
         super().__init__()
@@ -133,9 +134,15 @@ class MixedFactor(nn.Module):
             self.mixer = nn.Parameter(mixer)
         else:
             self.register_buffer("mixer", mixer)
-        self.bias: nn.Parameter | None = replaced.bias
+        self.bias: nn.Parameter | None = getattr(replaced, "bias", None)
         self.in_features = mixer.shape[1]
         self.out_features = len(self.factor)
+
+    def freeze_factor(self) -> None:
+        """Make B a buffer, saved but never trained, for starts that train A alone (MiCA); the mixer stays as it is."""
+        factor = self.factor.detach()
+        del self.factor
+        self.register_buffer("factor", factor)
 
     @property
     def weight(self) -> Tensor:

@@ -10,6 +10,8 @@ from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.version import __version__
 
 MIXER_STARTS = ("kaiming", "orthogonal", "identity")
+WRITTEN_STARTS = ("orthogonal", "pissa", "olora", "corda", "lora_ga", "loftq", "mica")
+"""Values of `init_lora_weights`, by what they begin with, that write A and B themselves: `B M A` starts as their `B A`."""
 
 
 @dataclass
@@ -18,6 +20,10 @@ class MosLoraConfig(ExplainedConfig):
 
     All of `peft.LoraConfig`'s fields apply. It folds exactly into a plain LoRA (`B' = B M`) when merged or exported, so
     what it changes is the course of training, not what can be expressed; compare with plain LoRA before choosing it.
+
+    Starts that write A and B themselves (`init_lora_weights` "pissa", "olora", "corda", "mica", ...) are exact: B starts as
+    `B M⁻¹`, so that `B M A` is their `B A`. Choose `init_mixer="orthogonal"` (or "identity") with them, which keeps the size of
+    B. With block-diagonal factors (`use_bdlora`) every block has a mixer of its own, so that no two blocks are joined.
 
     Raises:
         AdapterConfigError: If a field has a value that the method does not define.
@@ -63,4 +69,18 @@ class MosLoraConfig(ExplainedConfig):
             raise AdapterConfigError(
                 f"init_mixer={self.init_mixer!r} must be one of {', '.join(map(repr, MIXER_STARTS))}."
             )
-        check_lora_options(self, method="MoSLoRA")
+        check_lora_options(self, method="MoSLoRA", starts=WRITTEN_STARTS)
+        if self.use_bdlora and self.writes_factors:
+            raise AdapterConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} and use_bdlora exclude each other: PEFT puts blocks in the place "
+                "of one of the factors that the start has written. Leave one of the two out."
+            )
+        if self.fold and (self.kasa_config or self.use_bdlora):
+            raise AdapterConfigError(
+                "fold=True makes a plain LoRA of the start, which is not defined with kasa_config or use_bdlora; leave it out."
+            )
+
+    @property
+    def writes_factors(self) -> bool:
+        """Whether the start writes both A and B, rather than leaving one of them zero and the other random."""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(WRITTEN_STARTS)

@@ -22,3 +22,18 @@ def initial_mixer(rank: int, *, init: str, n_blocks: int | None = None) -> Tenso
     if init == "orthogonal":
         return nn.init.orthogonal_(mixer)
     return nn.init.kaiming_uniform_(mixer, a=math.sqrt(5))
+
+
+@torch.no_grad()
+def unmixed(factor: Tensor, mixer: Tensor) -> Tensor:
+    """`B M⁻¹` for a B (m, r) that something else has written, so that `B M⁻¹ · M A` is that `B A`; solved in float64.
+
+    A random square mixer is invertible with probability 1; an orthogonal one keeps the size of B, and a Kaiming start can
+    make it many times larger. A singular one raises torch's own error.
+
+    Args:
+        factor: B, (m, r).
+        mixer: M, (r, r).
+    """
+    solved = torch.linalg.solve(mixer.to(device=factor.device, dtype=torch.float64), factor.double(), left=False)
+    return solved.to(factor.dtype)
