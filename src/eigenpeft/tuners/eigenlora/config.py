@@ -124,7 +124,7 @@ class EigenLoraConfig(ExplainedConfig):
     def _check_variants(self) -> None:
         """Refuse variants of LoRA that are defined for the core "low_rank" alone, elsewhere and with a warm start."""
         set_ = [name for name in ("kasa_config", "use_bdlora") if getattr(self, name, None)]
-        if set_ and (self.core != "low_rank" or self.init_from is not None):
+        if set_ and (not core_kind(self.core).is_factored or self.init_from is not None):
             raise AdapterConfigError(
                 f"{set_[0]} needs core='low_rank' (here {self.core!r}), whose C_out and C_in are what it works on, and no "
                 f"init_from (here {self.init_from!r}), whose update it would change. Change them, or leave {set_[0]} out."
