@@ -1,4 +1,4 @@
-"""From the factors of many adapters of one weight to a pair of bases: balanced, hosvd, hooi, eigenlorax."""
+"""From the factors of many adapters of one weight to a pair of bases: balanced, hosvd, hooi, eigenlorax, paired."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from eigenpeft.linalg.bases.centred import centred_components
 from eigenpeft.linalg.bases.stacking import WEIGHTINGS as WEIGHTINGS
 from eigenpeft.linalg.bases.stacking import ManyFactors, Rows, Stacks, Weighting, share_curve, stack_factors
 from eigenpeft.linalg.decompose import Decomposition, leading_components
+from eigenpeft.linalg.paired import fit_pairs, leading_pairs, pair_curve
 from eigenpeft.linalg.shares import added_shares
 
-Method = Literal["balanced", "hosvd", "hooi", "eigenlorax"]
+Method = Literal["balanced", "hosvd", "hooi", "eigenlorax", "paired"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class Fit:
         centred: Whether the mean is taken off and its direction kept as the first component.
         refined: Whether the bases are refined towards the least error of the projected updates.
         mergeable: Whether the bases come from one growing stack, so that more rows can be merged into them.
+        paired: Whether row k of one side belongs to row k of the other, for cores that are diagonal; such rows have unit norm
+            and are not orthogonal.
     """
 
     rows: Rows
     centred: bool = False
     refined: bool = False
     mergeable: bool = False
+    paired: bool = False
 
 
 METHODS: dict[str, Fit] = {
@@ -49,6 +53,10 @@ METHODS: dict[str, Fit] = {
     # component, and the leading K - 1 principal components follow, made orthogonal to it. Depends on how an update is split
     # into factors; kept for comparison.
     "eigenlorax": Fit("raw", centred=True),
+    # K pairs of directions of the least Σ ω²‖ΔW - P_outᵀ diag(d) P_in‖², one number per adapter and pair (JD-Diag of arXiv
+    # 2407.00066), by alternating least squares from three starts: the bases of "hooi", those of "balanced", and the leading
+    # singular triplets of the updates; never worse than the diagonal on the bases of either.
+    "paired": Fit("moments", paired=True),
 }
 """The methods of `fit_bases`."""
 MERGEABLE = tuple(name for name, fit in METHODS.items() if fit.mergeable)
@@ -74,16 +82,16 @@ class TooFewDirectionsError(ValueError):
 
 @dataclass(frozen=True)
 class FittedBases:
-    """Orthonormal bases of the input and the output side of one weight, K components each.
+    """Bases of the input and the output side of one weight, K components each.
 
     Attributes:
-        components_in: Orthonormal rows in the input space, leading first.
-        components_out: Orthonormal rows in the output space, leading first.
+        components_in: Rows in the input space, leading first: orthonormal, or for "paired" of unit norm alone.
+        components_out: Rows in the output space, likewise.
         singular_values_in: Of the stack the input side was fitted to, descending; for "eigenlorax" the first is
-            √p ‖mean‖ of the p rows and only the rest descends.
+            √p ‖mean‖ of the p rows and only the rest descends; for "paired" `√(Σ ω²d²)` of each pair, on both sides.
         singular_values_out: The same for the output side.
         explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of
-            `Σ ω²‖ΔW‖²`; the sum is the share that all K explain, the cumulative sum the curve.
+            `Σ ω²‖ΔW‖²` (for "paired" that of a diagonal core); the sum is the share that all K explain, the cumulative sum the curve.
         norms: ‖ΔW‖ of every adapter, in the order given; they come with the stacking.
     """
 
@@ -111,7 +119,7 @@ def fit_bases(
             Adapters whose update is zero are left out. A `FactorStream` reads them as they are needed ("hooi": 3 times).
         n_components: An int K takes exactly K components on both sides. A float in (0, 1] takes the fewest components
             whose explained share of `Σ ω²‖ΔW‖²` reaches it.
-        method: "balanced" (default), "hosvd", "hooi" or "eigenlorax"; `METHODS` says what they are.
+        method: "balanced" (default), "hosvd", "hooi", "eigenlorax" or "paired"; `METHODS` says what they are.
         weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "energy" by 1. With "eigenlorax" it weighs
             the explained share alone: that recipe stacks the rows as they are.
         tol: Tolerance of the iterative solver and of the refinement.
@@ -133,8 +141,9 @@ def fit_bases(
         (torch.Size([2, 5]), 1.0)
     """
     fit = _row(method)
-    if fit.refined:
-        return _fit_refined(factors, n_components=n_components, weighting=weighting, tol=tol, generator=generator)
+    if fit.refined or fit.paired:
+        solve = _fit_refined if fit.refined else _fit_paired
+        return solve(factors, n_components=n_components, weighting=weighting, tol=tol, generator=generator)
     stacks = stack_factors(factors, rows=fit.rows, weighting=weighting)
     return _fit_stacks(stacks, n_components=n_components, tol=tol, generator=generator, centred=fit.centred)
 
@@ -254,6 +263,36 @@ def _fit_refined(
         else:
             fewest = middle + 1
     return fitted
+
+
+def _fit_paired(
+    factors: ManyFactors,
+    *,
+    n_components: int | float,
+    weighting: Weighting,
+    tol: float,
+    generator: Generator | None,
+) -> FittedBases:
+    """The pairs of "paired"."""
+    if isinstance(n_components, float):
+        raise ValueError(
+            f"n_components={n_components} is a share, and method='paired' takes a whole number: pairs of fewer are not a part "
+            "of pairs of more; pass such a number and look at the explained share."
+        )
+    rest: dict[str, Any] = {"weighting": weighting, "tol": tol, "generator": generator}
+    bases = [fit_bases(factors, n_components=n_components, method=name, **rest) for name in ("hooi", "balanced")]
+    stacks = stack_factors(factors, rows="moments", weighting=weighting)
+    starts = [(each.components_in, each.components_out) for each in bases] + [leading_pairs(stacks, n_components)]
+    pairs = fit_pairs(stacks, starts, tol=tol)
+    dtype, values = stacks.rows_in.dtype, pairs.coefficients.norm(dim=0)
+    return FittedBases(
+        components_in=pairs.components_in.to(dtype),
+        components_out=pairs.components_out.to(dtype),
+        singular_values_in=values.to(dtype),
+        singular_values_out=values.to(dtype),
+        explained_variance_ratio=added_shares(pair_curve(stacks, pairs.components_in, pairs.components_out)).to(dtype),
+        norms=stacks.norms,
+    )
 
 
 def _row(method: str) -> Fit:
