@@ -10,7 +10,9 @@ from eigenpeft.linalg.bases.fitting import METHODS, WEIGHTINGS, explained_share_
 from eigenpeft.linalg.bases.incremental import merge_components
 from eigenpeft.linalg.orthogonal import principal_angles
 
-ORTHONORMAL = [name for name, fit in METHODS.items() if not fit.paired]  # pairs have tests of their own, in test_paired.py
+ORTHONORMAL = [
+    name for name, fit in METHODS.items() if not fit.paired
+]  # pairs have tests of their own, in test_paired.py
 methods = pytest.mark.parametrize("method", ORTHONORMAL)
 weightings = pytest.mark.parametrize("weighting", WEIGHTINGS)
 gauge_free = pytest.mark.parametrize("method", ["balanced", "hosvd", "hooi"])

@@ -9,10 +9,10 @@ from torch import Generator, Tensor
 
 from eigenpeft.linalg.bases.alternating import refine
 from eigenpeft.linalg.bases.centred import centred_components
+from eigenpeft.linalg.bases.paired import fit_pairs, leading_pairs, pair_curve
 from eigenpeft.linalg.bases.stacking import WEIGHTINGS as WEIGHTINGS
 from eigenpeft.linalg.bases.stacking import ManyFactors, Rows, Stacks, Weighting, share_curve, stack_factors
 from eigenpeft.linalg.decompose import Decomposition, leading_components
-from eigenpeft.linalg.paired import fit_pairs, leading_pairs, pair_curve
 from eigenpeft.linalg.shares import added_shares
 
 Method = Literal["balanced", "hosvd", "hooi", "eigenlorax", "paired"]
@@ -91,7 +91,8 @@ class FittedBases:
             √p ‖mean‖ of the p rows and only the rest descends; for "paired" `√(Σ ω²d²)` of each pair, on both sides.
         singular_values_out: The same for the output side.
         explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of
-            `Σ ω²‖ΔW‖²` (for "paired" that of a diagonal core); the sum is the share that all K explain, the cumulative sum the curve.
+            `Σ ω²‖ΔW‖²` (for "paired" with a diagonal core); the sum is the share that all K explain, the cumulative sum the
+            curve.
         norms: ‖ΔW‖ of every adapter, in the order given; they come with the stacking.
     """
 

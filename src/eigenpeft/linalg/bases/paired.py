@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigenpeft.linalg.bases.stacking import Stacks
 from eigenpeft.linalg.orthogonal import fix_signs
-from eigenpeft.linalg.stacking import Stacks
 
 RIDGE = 1e-8
 """Added to the normal equations, relative to their mean diagonal: keeps nearly parallel pairs from cancelling each other."""
@@ -34,9 +34,7 @@ class Pairs:
     loss: float
 
 
-def pair_gram(
-    components_out: Float[Tensor, "k m"], components_in: Float[Tensor, "k n"]
-) -> Float[Tensor, "k k"]:
+def pair_gram(components_out: Float[Tensor, "k m"], components_in: Float[Tensor, "k n"]) -> Float[Tensor, "k k"]:
     """Inner products of the rank-one matrices `p_out,k p_in,kᵀ`: `(P_out P_outᵀ) ∘ (P_in P_inᵀ)`, float64.
 
     Args:
@@ -190,7 +188,7 @@ def _updated(
     """New rows of unit norm and their lengths; a row that nothing uses stays what it was."""
     rows = _solve(gram, moments)
     lengths = rows.norm(dim=1)
-    used = lengths > torch.finfo(torch.float64).tiny**0.5
+    used = lengths > torch.finfo(torch.float64).tiny ** 0.5
     return torch.where(used[:, None], rows / lengths.clamp(min=1e-300)[:, None], old), torch.where(used, lengths, 1.0)
 
 

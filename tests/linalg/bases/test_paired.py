@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from eigenpeft.linalg.bases.fitting import fit_bases
+from eigenpeft.linalg.bases.paired import fit_pairs, leading_pairs, pair_coefficients, pair_curve, pair_gram
+from eigenpeft.linalg.bases.stacking import stack_factors
 from eigenpeft.linalg.factored import frobenius_norm
-from eigenpeft.linalg.fitting import fit_bases
 from eigenpeft.linalg.orthogonal import orthonormal_rows
-from eigenpeft.linalg.paired import fit_pairs, leading_pairs, pair_coefficients, pair_curve, pair_gram
-from eigenpeft.linalg.stacking import stack_factors
 
 WEIGHTINGS = pytest.mark.parametrize("weighting", ["equal", "energy"])
 
@@ -89,14 +89,12 @@ def test_the_result_is_a_fixed_point_of_the_dense_alternation(seed, adapters):
     updates = dense_updates(factors, "equal")
     found = dense_loss(updates, pairs.components_out.numpy(), pairs.components_in.numpy())
     assert found == pytest.approx(pairs.loss, abs=1e-6)
-    inside, outside = dense_alternation(
-        updates, pairs.components_in.numpy(), pairs.components_out.numpy(), sweeps=3
-    )
+    inside, outside = dense_alternation(updates, pairs.components_in.numpy(), pairs.components_out.numpy(), sweeps=3)
     assert dense_loss(updates, outside, inside) == pytest.approx(found, abs=2e-5)
 
 
 def test_a_few_sweeps_are_those_of_the_dense_alternation(adapters, monkeypatch):
-    monkeypatch.setattr("eigenpeft.linalg.paired._MAX_SWEEPS", 4)
+    monkeypatch.setattr("eigenpeft.linalg.bases.paired._MAX_SWEEPS", 4)
     factors = adapters(7, noise=0.5)
     stacks = stack_factors(factors, rows="moments", weighting="equal")
     rows = (stacks.rows_in.double(), stacks.rows_out.double())
@@ -132,7 +130,9 @@ def test_updates_made_of_pairs_are_found_exactly(weighting, seed):
 def test_pairs_hold_at_least_the_diagonal_of_every_start(weighting, k, seed, adapters):
     factors = adapters(8, noise=1.0, seed=seed)
     stacks = stack_factors(factors, rows="moments", weighting=weighting)
-    share = float(fit_bases(factors, n_components=k, method="paired", weighting=weighting).explained_variance_ratio.sum())
+    share = float(
+        fit_bases(factors, n_components=k, method="paired", weighting=weighting).explained_variance_ratio.sum()
+    )
     for method in ("balanced", "hooi"):
         bases = fit_bases(factors, n_components=k, method=method, weighting=weighting)
         assert share >= float(pair_curve(stacks, bases.components_in, bases.components_out)[-1]) - 1e-6
@@ -163,7 +163,8 @@ def degenerate_collections():
 def test_degenerate_collections_do_not_diverge(case):
     factors = case[1]
     fitted = fit_bases(factors, n_components=2, method="paired", tol=1e-8)
-    assert bool(fitted.components_in.isfinite().all()) and bool(fitted.components_out.isfinite().all())
+    assert bool(fitted.components_in.isfinite().all())
+    assert bool(fitted.components_out.isfinite().all())
     assert 0.0 < float(fitted.explained_variance_ratio.sum()) <= 1 + 1e-6
     for lora_B, lora_A in factors:
         norm = float(frobenius_norm(lora_B, lora_A))
