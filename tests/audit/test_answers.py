@@ -52,12 +52,17 @@ def test_compressing_pays_where_many_adapters_share_few_directions(tmp_path):
     found = audited(made.folder).compress
     assert found.answer == "yes"
     assert found.lora_numbers == 2 * 4 * (60 + 80)
-    row = next(row for row in found.rows if row.n_components == 8)
+    full, paired = ([row for row in found.rows if row.core == core] for core in ("full", "diagonal"))
+    row = next(row for row in full if row.n_components == 8)
     assert row.numbers == 2 * 8 * 8
     assert row.kept > 0.99
     assert row.error == pytest.approx(math.sqrt(1 - row.kept))
     assert row.ratio == pytest.approx((2 * 8 * (60 + 80) + 20 * row.numbers) / (20 * found.lora_numbers))
-    assert [each.error for each in found.rows] == sorted((each.error for each in found.rows), reverse=True)
+    assert [each.error for each in full] == sorted((each.error for each in full), reverse=True)
+    pairs = next(row for row in paired if row.n_components == 16)
+    assert pairs.numbers == 2 * 16
+    assert 0.3 < pairs.kept < 1.0
+    assert pairs.ratio == pytest.approx((2 * 16 * (60 + 80) + 20 * pairs.numbers) / (20 * found.lora_numbers))
 
 
 def test_compressing_does_not_pay_for_a_few_strangers(tmp_path):

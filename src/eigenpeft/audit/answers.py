@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+CORE_NAMES = {"full": "full", "diagonal": "paired"}
+"""What tables call the cores of the first answer: K² numbers per module, or K on paired directions."""
+
 
 @dataclass(frozen=True)
 class CompressRow:
     """One way to keep these adapters in a subspace that is fitted to all of them.
 
     Attributes:
-        core: "full" (K² numbers per module).
+        core: "full" (K² numbers per module) on balanced bases, or "diagonal" (K) on paired directions.
         n_components: K.
         numbers: Per adapter, over all modules.
         kept: Share of ‖ΔW‖², mean over modules.

@@ -34,6 +34,11 @@ def check_arguments(
                 f"n_components={value!r} must be a whole number of at least 1, a share between 0 and 1 of the "
                 "adapters' squared norms to explain, or 'auto'."
             )
+        if METHODS[method].paired and not whole:
+            raise SubspaceError(
+                f"n_components={value!r} with method={method!r}: pairs of fewer directions are no part of pairs of more, so that "
+                "neither a share nor 'auto' can be looked for; pass a whole number."
+            )
     if not isinstance(n_pseudo_components, int) or n_pseudo_components < 0:
         raise SubspaceError(f"n_pseudo_components={n_pseudo_components!r} must be a whole number of at least 0.")
     if memory_limit is not None and (not isinstance(memory_limit, int) or memory_limit < 1):

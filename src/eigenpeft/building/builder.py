@@ -45,7 +45,9 @@ class SubspaceBuilder:
             32, the paper's number, or as many as a module has where that is fewer; `findings_` names such modules.
         method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
             ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
-            "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it.
+            "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it. "paired":
+            K pairs of directions for core="diagonal", of the least ΔW error with one number per adapter and pair (JD-Diag of
+            arXiv 2407.00066); their rows have unit norm and are not orthogonal, and n_components is a whole number.
         weighting: "equal" (default) scales every adapter's update of a module to unit Frobenius norm, so that one
             diverged adapter cannot own the subspace; "energy" takes the updates as they are.
         n_pseudo_components: Random directions added to each module, orthonormal to the principal ones (the paper's

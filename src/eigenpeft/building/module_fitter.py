@@ -204,6 +204,7 @@ class ModuleFitter:
             singular_values_in=fitted.singular_values_in.float(),
             singular_values_out=fitted.singular_values_out.float(),
             explained_variance_ratio=fitted.explained_variance_ratio.float(),
+            paired=fitted.paired,
         )
 
 

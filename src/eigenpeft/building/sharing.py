@@ -90,6 +90,7 @@ def build_shared_subspace(
             singular_values_in=fitted.singular_values_in.float(),
             singular_values_out=fitted.singular_values_out.float(),
             explained_variance_ratio=fitted.explained_variance_ratio.float(),
+            paired=fitted.paired,
         )
         bank_of |= dict.fromkeys(modules, bank)
     info = SubspaceInfo(

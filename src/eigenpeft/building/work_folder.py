@@ -134,6 +134,7 @@ class Shards:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.bases.tensors().items()}
         tensors["norms"] = torch.tensor(fitted.norms, dtype=torch.float64)
         tensors["missed_bound"] = torch.tensor([fitted.missed_bound], dtype=torch.float64)
+        tensors["paired"] = torch.tensor([fitted.bases.paired])
         self.save_tensors(module, tensors)
 
     def save_tensors(self, module: str, tensors: Mapping[str, Tensor]) -> None:
@@ -164,8 +165,9 @@ class Shards:
         Raises:
             ArtifactError: If it is not there or damaged.
         """
-        tensors = self.load_tensors(module, names=(*TENSOR_FIELDS, "norms", "missed_bound"))
-        bases = ModuleSubspace(**{name: tensors[name] for name in TENSOR_FIELDS})
+        tensors = self.load_tensors(module, names=(*TENSOR_FIELDS, "norms", "missed_bound", "paired"))
+        fields = {name: tensors[name] for name in TENSOR_FIELDS}
+        bases = ModuleSubspace(**fields, paired=bool(tensors["paired"]))
         return FittedModule(bases, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
 
     def load_tensors(self, module: str, *, names: Sequence[str]) -> dict[str, Tensor]:

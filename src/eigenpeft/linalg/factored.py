@@ -191,6 +191,30 @@ def truncate(
     return truncated_B, truncated_A
 
 
+def difference_norm(
+    lora_B: Float[Tensor, "m r"],
+    lora_A: Float[Tensor, "r n"],
+    other_B: Float[Tensor, "m s"],
+    other_A: Float[Tensor, "s n"],
+) -> Float[Tensor, ""]:
+    """‖B A - B' A'‖_F, from QR decompositions of the factors side by side; the ranks may differ.
+
+    Squared norms would lose differences below 1e-8 of the matrices; this does not, down to 1e-15.
+
+    Args:
+        lora_B: Left factor of the first matrix.
+        lora_A: Right factor of the first matrix.
+        other_B: Left factor of the second matrix.
+        other_A: Right factor of the second matrix.
+
+    Returns:
+        A float64 scalar.
+    """
+    left = torch.cat([lora_B.to(torch.float64), -other_B.to(torch.float64)], dim=1)
+    right = torch.cat([lora_A.to(torch.float64), other_A.to(torch.float64)])
+    return torch.linalg.vector_norm(factored_svd(left, right).S)
+
+
 def projection_residual(
     lora_B: Float[Tensor, "m r"],
     lora_A: Float[Tensor, "r n"],

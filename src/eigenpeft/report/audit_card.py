@@ -2,6 +2,7 @@
 
 from eigenpeft.artifacts.plain_text import for_card
 from eigenpeft.audit import AuditReport
+from eigenpeft.audit.answers import CORE_NAMES
 
 AUDIT_FIGURE = "audit.png"
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -22,7 +23,7 @@ def audit_section(report: AuditReport) -> str:
     ]
     answers = "\n\n".join(f"**{question}** {for_card(text)}" for question, _, text in report.answers)
     compressed = "\n".join(
-        f"| {row.n_components} | {row.numbers:,} | {row.kept:.1%} | {row.error:.1%} | {row.ratio:.0%} |"
+        f"| {CORE_NAMES[row.core]} | {row.n_components} | {row.numbers:,} | {row.kept:.1%} | {row.error:.1%} | {row.ratio:.0%} |"
         for row in report.compress.rows
     )
     noticed = "\n".join(f"- {for_card(finding.message)}" for finding in report.findings) or "- nothing"
@@ -30,8 +31,8 @@ def audit_section(report: AuditReport) -> str:
 
 {answers}
 
-| K | numbers per adapter | ‖ΔW‖² kept | error | size beside plain LoRAs |
-|---|---|---|---|---|
+| core | K | numbers per adapter | ‖ΔW‖² kept | error | size beside plain LoRAs |
+|---|---|---|---|---|---|
 {compressed}
 
 ### How much they share

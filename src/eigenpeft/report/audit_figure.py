@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.audit import AuditReport, Curve
+from eigenpeft.audit.answers import CORE_NAMES
 from eigenpeft.report.plots import new_figure, save_figure
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -90,7 +91,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 def _answers(report: AuditReport) -> str:
     """One section per answer: question, words, table."""
     compress = "".join(
-        f"<tr><td>{row.n_components}</td><td>{row.numbers:,}</td><td>{row.error:.1%}</td><td>{row.ratio:.0%}</td></tr>"
+        f"<tr><td>{CORE_NAMES[row.core]}</td><td>{row.n_components}</td><td>{row.numbers:,}</td><td>{row.error:.1%}</td><td>{row.ratio:.0%}</td></tr>"
         for row in report.compress.rows
     )
     train = "".join(
@@ -103,7 +104,7 @@ def _answers(report: AuditReport) -> str:
         f"<tr><td>{escape(name)}</td><td>{cosine:+.4f}</td></tr>" for name, cosine in report.reuse.nearest[:_NEAREST]
     )
     tables = (
-        f"<tr><th>K</th><th>numbers per adapter</th><th>error</th><th>size beside plain LoRAs</th></tr>{compress}",
+        f"<tr><th>core</th><th>K</th><th>numbers per adapter</th><th>error</th><th>size beside plain LoRAs</th></tr>{compress}",
         f"<tr><th>event, {report.train.n_rows} training rows</th><th>probability</th><th>how often in the calibration</th>"
         "<th>mean gain there, points of accuracy</th></tr>"
         f"{train}",
@@ -155,7 +156,10 @@ def _figure(report: AuditReport):
 
 def _compress(axes, report: AuditReport) -> None:
     rows = report.compress.rows
-    axes.plot([row.numbers for row in rows], [row.error for row in rows], color="tab:blue", marker="o")
+    for core, colour in (("full", "tab:blue"), ("diagonal", "tab:orange")):
+        own = [row for row in rows if row.core == core]
+        label = f"core {CORE_NAMES[core]}"
+        axes.plot([row.numbers for row in own], [row.error for row in own], color=colour, marker="o", label=label)
     for row in rows:
         axes.annotate(
             f"K {row.n_components}", (row.numbers, row.error), xytext=(4, 4), textcoords="offset points", fontsize=7

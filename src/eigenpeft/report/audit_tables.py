@@ -4,6 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from eigenpeft.audit import AuditReport, GradientShare
+from eigenpeft.audit.answers import CORE_NAMES
 from eigenpeft.report.markup import escape
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -30,12 +31,13 @@ def compress_table(report: AuditReport) -> Table:
         report: From `audit`.
     """
     table = Table()
+    table.add_column("core")
     for title in ("K", "numbers per adapter", "‖ΔW‖² kept", "error", "size beside plain LoRAs"):
         table.add_column(title, justify="right")
     for row in report.compress.rows:
         cells = (f"{row.numbers:,}", f"{row.kept:.1%}", f"{row.error:.1%}", f"{row.ratio:.0%}")
-        table.add_row(str(row.n_components), *cells)
-    table.add_row("LoRA", f"{report.compress.lora_numbers:,}", "100.0%", "0.0%", "100%")
+        table.add_row(CORE_NAMES[row.core], str(row.n_components), *cells)
+    table.add_row("LoRA", "", f"{report.compress.lora_numbers:,}", "100.0%", "0.0%", "100%")
     return table
 
 

@@ -28,7 +28,11 @@ class SavedBanks:
 
 
 def banks_from_tensors(
-    tensors: Mapping[str, Tensor], *, modules: Iterable[str], shared_banks: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    *,
+    modules: Iterable[str],
+    shared_banks: Mapping[str, str] | None = None,
+    paired_banks: Iterable[str] = (),
 ) -> dict[str, ModuleSubspace]:
     """The bank of each module from `{"<bank>.<field>": tensor}`.
 
@@ -36,11 +40,13 @@ def banks_from_tensors(
         tensors: As `PrincipalSubspace.tensors` gives them.
         modules: Names, in order.
         shared_banks: Module to the earlier module whose bank it shares; None shares nothing, as in format 1.
+        paired_banks: The banks of paired directions.
 
     Raises:
-        ArtifactError: If a tensor is missing or left over, or a module shares a bank that there is not.
+        ArtifactError: If a tensor is missing or left over, a module shares a bank that there is not, or such a bank is paired
+            or has sides that cannot be.
     """
-    names, shared = list(modules), dict(shared_banks or {})
+    names, shared, paired = list(modules), dict(shared_banks or {}), set(paired_banks)
     owners = [name for name in names if name not in shared]
     unknown = sorted(str(name) for name, bank in shared.items() if name not in names or bank not in owners)
     if unknown:
@@ -55,7 +61,15 @@ def banks_from_tensors(
             f"The subspace file does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(extra)} unexpected {extra[:3]}, {len(names)} modules listed. Get a fresh copy."
         )
-    banks = {name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}) for name in owners}
+    if not paired <= set(owners):
+        raise ArtifactError(
+            f"The subspace's config says that {sorted(paired - set(owners))[:3]} are banks of paired directions, and there are no "
+            "such banks. Get a fresh copy."
+        )
+    banks = {
+        name: ModuleSubspace(**{field: tensors[f"{name}.{field}"] for field in TENSOR_FIELDS}, paired=name in paired)
+        for name in owners
+    }
     return {name: banks[shared.get(name, name)] for name in names}
 
 
@@ -85,5 +99,10 @@ def read_banks(where: storage.Location) -> SavedBanks:
             f"The {where.kind.config_name} of {where.origin!r} has shared_banks that are not a table from modules to "
             "modules; get a fresh copy."
         )
-    banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared)
+    paired = described.get("paired_banks", [])
+    if not isinstance(paired, list) or not all(isinstance(bank, str) for bank in paired):
+        raise ArtifactError(
+            f"The {where.kind.config_name} of {where.origin!r} has paired_banks that are not a list of names; get a fresh copy."
+        )
+    banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared, paired_banks=paired)
     return SavedBanks(banks, SubspaceInfo.from_dict(described), config.get("subspace_sha256" if in_store else "sha256"))

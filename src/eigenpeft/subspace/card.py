@@ -53,8 +53,9 @@ model = get_peft_model(base_model, config)  # trains coefficients on the frozen 
 ```
 
 The file is plain safetensors: `<module>.components_in` (K_in, in_features) and `<module>.components_out` (K_out, out_features)
-hold orthonormal rows, so `components_out.T @ C_out @ C_in @ components_in` is a weight update without this package. A module
-that `shared_banks` in `subspace_config.json` lists uses the components of the module named there."""
+hold one component per row, so `components_out.T @ C_out @ C_in @ components_in` is a weight update without this package. The
+rows are orthonormal, except those of `paired_banks`, which have unit norm and diagonal cores. A module that `shared_banks` in
+`subspace_config.json` lists uses the components of the module named there."""
 
 _LOAD_STORE = """```python
 import eigenpeft  # pip install eigenpeft
@@ -179,7 +180,7 @@ def _card(
     body = f"""# {title}
 
 Base model: {shown_base(info.base_model_name_or_path)}{revision}. For each of
-{len(rows)} adapted weights: two orthonormal bases, fitted
+{len(rows)} adapted weights: two bases, fitted
 with `method="{for_code(info.method)}"`, `weighting="{for_code(info.weighting)}"`,
 {asked}, {info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft
 {for_card(info.eigenpeft_version)}.

@@ -31,6 +31,8 @@ class ModuleSubspace:
         singular_values_out: The same for the output side.
         explained_variance_ratio: One entry per principal component of the longer side. Entry k is what component k + 1, on
             both sides together, adds to the explained share of the adapters' squared ΔW norms; `cumsum` gives the curve.
+        paired: Whether the bank was fitted by method "paired": row k of one side belongs to row k of the other, rows have unit
+            norm and are not orthogonal, and adapters lie in it by diagonal cores alone, whose shares the above are.
     """
 
     components_in: Tensor
@@ -38,6 +40,7 @@ class ModuleSubspace:
     singular_values_in: Tensor
     singular_values_out: Tensor
     explained_variance_ratio: Tensor
+    paired: bool = False
 
     def __post_init__(self):
         sides = (self.components_in, self.components_out)
@@ -54,6 +57,11 @@ class ModuleSubspace:
                 f"singular_values_in {shapes[0]} and singular_values_out {shapes[1]} must have one entry per principal "
                 f"component of their side, at most {len(sides[0])} and {len(sides[1])}, and explained_variance_ratio "
                 f"{shapes[2]} as many as the longer of them."
+            )
+        if self.paired and len(sides[0]) != len(sides[1]):
+            raise SubspaceError(
+                f"Paired directions need as many components of the input as of the output; got {len(sides[0])} and "
+                f"{len(sides[1])}."
             )
 
     @property
@@ -113,6 +121,11 @@ class ModuleSubspace:
                 "subspace; build it again with a larger n_components to have more."
             )
         n_in, n_out = (min(count, limit) for count, limit in zip(given, own, strict=True))
+        if self.paired and n_in != n_out:
+            raise SubspaceError(
+                f"n_components={n_components} asks for {n_in} and {n_out} paired directions, and each one of the input belongs "
+                "to one of the output; pass one number."
+            )
         spectrum_in, spectrum_out = self.singular_values_in[:n_in], self.singular_values_out[:n_out]
         return ModuleSubspace(
             components_in=self.components_in[:n_in],
@@ -120,6 +133,7 @@ class ModuleSubspace:
             singular_values_in=spectrum_in,
             singular_values_out=spectrum_out,
             explained_variance_ratio=self._shares(len(spectrum_in), len(spectrum_out)),
+            paired=self.paired,
         )
 
     def tensors(self) -> dict[str, Tensor]:

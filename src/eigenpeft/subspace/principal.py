@@ -1,4 +1,4 @@
-"""The principal subspace of a collection of adapters: banks of frozen orthonormal bases, and which module uses which."""
+"""The principal subspace of a collection of adapters: banks of frozen bases, and which module uses which."""
 
 import hashlib
 import json
@@ -13,13 +13,14 @@ from torch import Tensor
 from eigenpeft.artifacts import storage
 from eigenpeft.artifacts.pushing import Pushable
 from eigenpeft.errors import ArtifactError, SubspaceError
-from eigenpeft.linalg.coefficients import project, reconstruct
+from eigenpeft.linalg.coefficients import reconstruct
 from eigenpeft.subspace.bank_files import banks_from_tensors, read_banks
 from eigenpeft.subspace.card import ModuleRow, subspace_card
-from eigenpeft.subspace.core import Coefficients, Core
+from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.lineage import banks_before
 from eigenpeft.subspace.module import ModuleSubspace
+from eigenpeft.subspace.projecting import place
 
 
 class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
@@ -109,6 +110,11 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         return dict(self._bank_of)
 
     @property
+    def paired_banks(self) -> tuple[str, ...]:
+        """Names of the banks of paired directions, in which adapters have diagonal cores."""
+        return tuple(name for name, bank in self.banks.items() if bank.paired)
+
+    @property
     def explained_share(self) -> float:
         """Mean over the modules of their explained shares."""
         return sum(bases.explained_share for bases in self.values()) / len(self)
@@ -120,12 +126,13 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all tensors, and over who shares a bank: equal when those are."""
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors, over who shares a bank and which banks are paired."""
         of_tensors = storage.fingerprint(self.tensors())
-        shared = self._shared()
-        if not shared:  # as format 1 has it, to which adapters refer
+        shared, paired = self._shared(), self.paired_banks
+        if not shared and not paired:  # as format 1 has it, to which adapters refer
             return of_tensors
-        return hashlib.sha256(json.dumps([of_tensors, sorted(shared.items())]).encode()).hexdigest()
+        said = [of_tensors, sorted(shared.items()), *([sorted(paired)] if paired else [])]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors as `{"<bank>.<field>": tensor}`, the layout of the file."""
@@ -136,7 +143,8 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     def config(self) -> dict[str, Any]:
         """What `subspace_config.json` says, besides the version of the format."""
         named = {"modules": list(self.modules), "shared_banks": self._shared()}
-        return {"sha256": self.fingerprint, **self.info.to_dict(), **named}
+        paired = {"paired_banks": list(self.paired_banks)} if self.paired_banks else {}
+        return {"sha256": self.fingerprint, **self.info.to_dict(), **named, **paired}
 
     def map_banks(self, change: Callable[[str, ModuleSubspace], ModuleSubspace]) -> dict[str, ModuleSubspace]:
         """Every module with a changed bank, the shared ones changed once and still shared.
@@ -203,8 +211,11 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
                 return before if before.fingerprint == sha256 else None
         return None
 
-    def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Coefficients]:
-        """Coefficients of one adapter; for a whole collection see `AdapterStore.from_collection`.
+    def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Core]:
+        """The core of one adapter, whose update is the nearest; for a whole collection see `AdapterStore.from_collection`.
+
+        On orthonormal components that is `Coefficients`, the orthogonal projection. On paired directions it is a core of kind
+        "diagonal", by least squares: K numbers per module.
 
         Args:
             factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.
@@ -212,7 +223,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             SubspaceError: If a module is not in the subspace, or has another shape there.
         """
-        return {module: self._project(module, lora_B, lora_A) for module, (lora_B, lora_A) in factors.items()}
+        return {module: place(module, self._modules.get(module), *pair) for module, pair in factors.items()}
 
     def reconstruct(self, coefficients: Mapping[str, Core]) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA factors `(lora_B, lora_A)` by module from coefficients; the scaling stays in lora_B.
@@ -235,23 +246,6 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
     def _shared(self) -> dict[str, str]:
         return {module: bank for module, bank in self._bank_of.items() if module != bank}
-
-    def _project(self, module: str, lora_B: Tensor, lora_A: Tensor) -> Coefficients:
-        bases = self._modules.get(module)
-        if bases is None or (len(lora_B), lora_A.shape[1]) != (bases.out_features, bases.in_features):
-            has = (
-                "not in the subspace"
-                if bases is None
-                else f"{bases.out_features} x {bases.in_features} in the subspace"
-            )
-            raise SubspaceError(
-                f"Cannot project {module!r} of shape {len(lora_B)} x {lora_A.shape[1]}: it is {has}. "
-                "Use adapters of the same base model, or build the subspace from a collection with this module."
-            )
-        coefficients_out, coefficients_in = project(
-            lora_B, lora_A, components_out=bases.components_out, components_in=bases.components_in
-        )
-        return Coefficients(coefficients_out, coefficients_in)
 
     def find(self, module: str) -> str | None:
         """The subspace's own name of `module`, or None.
@@ -353,6 +347,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         modules: Iterable[str],
         info: SubspaceInfo,
         shared_banks: Mapping[str, str] | None = None,
+        paired_banks: Iterable[str] = (),
     ) -> "PrincipalSubspace":
         """Put a subspace together from `{"<bank>.<field>": tensor}`.
 
@@ -361,11 +356,13 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             modules: Names, in order.
             info: Where it comes from.
             shared_banks: Module to the earlier module whose bank it shares; None shares nothing, as in format 1.
+            paired_banks: The banks of paired directions.
 
         Raises:
             ArtifactError: If a tensor is missing or left over, or a module shares a bank that there is not.
         """
-        return cls(banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks), info=info)
+        banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks, paired_banks=paired_banks)
+        return cls(banks, info=info)
 
     def _write_to(self, folder: Path) -> None:
         storage.write_artifact(folder, storage.SUBSPACE, config=self.config(), tensors=self.tensors(), card=self.card())

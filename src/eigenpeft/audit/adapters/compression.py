@@ -7,6 +7,7 @@ from eigenpeft.audit.answers import Compress, CompressRow
 
 # Of ‖ΔW‖², which is an error of 22 % of ‖ΔW‖. And how much smaller the whole must be. Conventions: the table has the rest.
 KEPT_ENOUGH, SMALL_ENOUGH = 0.95, 0.9
+_NAMES = {"full": "components", "diagonal": "paired directions (method='paired', one number each)"}
 _SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -19,24 +20,27 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     """
     most = max(len(module.real.explained) for module in measured.values())
     lora_numbers = sum(module.lora_numbers for module in measured.values())
-    rows = tuple(_row(measured, k, lora_numbers, n_adapters) for k in sorted({*(k for k in _SHOWN if k <= most), most}))
+    rows = tuple(_row(measured, k, lora_numbers) for k in sorted({*(k for k in _SHOWN if k <= most), most}))
+    # A number of pairs is shown where every module has as many.
+    counts = sorted(set.intersection(*(set(module.paired) for module in measured.values())))
+    rows += tuple(_paired_row(measured, k, lora_numbers) for k in counts)
     enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
     each = round(lora_numbers / n_adapters)
     if enough:
         best = min(enough, key=lambda row: row.ratio)
         return Compress(
             answer="yes",
-            text=f"Yes. With {best.n_components} components per module every adapter keeps {best.kept:.1%} of ‖ΔW‖² (an error of "
-            f"{best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of them share, that "
-            f"is {best.ratio:.0%} of the plain LoRAs. Judge one adapter on its own "
+            text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept:.1%} of "
+            f"‖ΔW‖² (an error of {best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of "
+            f"them share, that is {best.ratio:.0%} of the plain LoRAs. Judge one adapter on its own "
             "task before you throw its LoRA away.",
             lora_numbers=each,
             rows=rows,
         )
     nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
     best_found = (
-        f"The best that is smaller than the LoRAs, {nearest.n_components} components per module, keeps {nearest.kept:.1%} "
-        f"(an error of {nearest.error:.1%})."
+        f"The best that is smaller than the LoRAs, {nearest.n_components} {_NAMES[nearest.core]} per module, keeps "
+        f"{nearest.kept:.1%} (an error of {nearest.error:.1%})."
         if nearest
         else "No number of components looked at is smaller than the LoRAs."
     )
@@ -49,7 +53,7 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     )
 
 
-def _row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int, n_adapters: int) -> CompressRow:
+def _row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int) -> CompressRow:
     kept, core, bases, total = 0.0, 0, 0, 0
     for module in measured.values():
         own = min(k, *module.shape, len(module.real.explained))
@@ -57,12 +61,17 @@ def _row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int, n_ad
         core += own * own
         bases += own * sum(module.shape)
         total += own * own * len(module.adapters)
+    return _shown("full", k, core, kept, (bases + total) / max(lora_numbers, 1))
+
+
+def _paired_row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int) -> CompressRow:
+    kept = sum(module.paired[k] for module in measured.values()) / len(measured)
+    numbers = sum(k * (sum(module.shape) + len(module.adapters)) for module in measured.values())
+    return _shown("diagonal", k, k * len(measured), kept, numbers / max(lora_numbers, 1))
+
+
+def _shown(core: str, k: int, numbers: int, kept: float, ratio: float) -> CompressRow:
     kept = min(kept, 1.0)
     return CompressRow(
-        core="full",
-        n_components=k,
-        numbers=core,
-        kept=kept,
-        error=max(1.0 - kept, 0.0) ** 0.5,
-        ratio=(bases + total) / max(lora_numbers, 1),
+        core=core, n_components=k, numbers=numbers, kept=kept, error=max(1.0 - kept, 0.0) ** 0.5, ratio=ratio
     )

@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from eigenpeft.collection.adapter import AdapterFactors
+from eigenpeft.linalg.bases.paired import paired_shares
 from eigenpeft.linalg.bases.stacking import Factors, Stacks, share_curve, stack_factors
 from eigenpeft.linalg.decompose import leading_components
 from eigenpeft.linalg.scores.leave_one_out import HeldOut, cosines, held_out_curves, overlaps
 from eigenpeft.linalg.scores.nulls import effective_rank, matched_null
+
+# Paired directions are fitted anew for each number of them.
+PAIRED_COUNTS = (8, 16, 32, 64)
+_PAIRED_TOL = 0.02
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class ModuleMeasures:
         similarity: (n, n) cosines of ΔW.
         overlap: (n, n) overlaps of the row spaces.
         lora_numbers: Of all adapters' factors together.
+        paired: Number of paired directions to the share of ‖ΔW‖² that diagonal cores on them hold, of all adapters together.
     """
 
     shape: tuple[int, int]
@@ -53,6 +59,7 @@ class ModuleMeasures:
     similarity: Tensor
     overlap: Tensor
     lora_numbers: int
+    paired: Mapping[int, float]
 
 
 def measure(
@@ -92,6 +99,11 @@ def measure(
         similarity=cosines(stacks),
         overlap=overlaps(stacks),
         lora_numbers=sum(each.lora_A.numel() + each.lora_B.numel() for each in trained),
+        paired=paired_shares(
+            stack_factors(pairs, rows="moments", weighting="equal"),
+            [count for count in PAIRED_COUNTS if count <= n_components],
+            tol=_PAIRED_TOL,
+        ),
     )
 
 

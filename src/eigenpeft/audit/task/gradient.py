@@ -181,7 +181,8 @@ def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) 
             f"{name!r} maps {pair[1].shape[1]} features to {pair[0].shape[1]} in the model, {bases.in_features} to "
             f"{bases.out_features} in the subspace; use the base model of the adapters."
         )
-    return split_energy(*pair, components_out=bases.components_out, components_in=bases.components_in)
+    sides = {"components_out": bases.components_out, "components_in": bases.components_in}
+    return split_energy(*pair, **sides, paired=bases.paired)
 
 
 def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:

@@ -45,7 +45,7 @@ def build(
             "that a module has.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="balanced, hosvd, hooi or eigenlorax.")] = "balanced",
+    method: Annotated[str, typer.Option(help="balanced, hosvd, hooi, eigenlorax or paired.")] = "balanced",
     weighting: Annotated[str, typer.Option(help="equal or energy.")] = "equal",
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -94,6 +94,7 @@ class FittedBases:
             `Σ ω²‖ΔW‖²` (for "paired" with a diagonal core); the sum is the share that all K explain, the cumulative sum the
             curve.
         norms: ‖ΔW‖ of every adapter, in the order given; they come with the stacking.
+        paired: Whether row k of one side belongs to row k of the other and rows are not orthogonal.
     """
 
     components_in: Float[Tensor, "k n"]
@@ -102,6 +103,7 @@ class FittedBases:
     singular_values_out: Float[Tensor, "k"]
     explained_variance_ratio: Float[Tensor, "k"]
     norms: tuple[float, ...]
+    paired: bool = False
 
 
 def fit_bases(
@@ -293,6 +295,7 @@ def _fit_paired(
         singular_values_out=values.to(dtype),
         explained_variance_ratio=added_shares(pair_curve(stacks, pairs.components_in, pairs.components_out)).to(dtype),
         norms=stacks.norms,
+        paired=True,
     )
 
 

@@ -141,6 +141,21 @@ def fit_pairs(
     return Pairs(components_in, components_out, coefficients, _loss(stacks, products, gram, coefficients))
 
 
+def paired_shares(stacks: Stacks, counts: Iterable[int], *, tol: float) -> dict[int, float]:
+    """Number of pairs to the share of the stacks' energy that as many hold, fitted for each number from one start.
+
+    Args:
+        stacks: Rows of "moments".
+        counts: Numbers of pairs; those of which there are no so many rows are left out.
+        tol: As of `fit_pairs`. One start, the leading triplets, makes each share a lower bound of what three starts find.
+    """
+    possible = [count for count in counts if count <= len(stacks.rows_in)]
+    return {
+        count: 1.0 - fit_pairs(stacks, [leading_pairs(stacks, count)], tol=tol).loss / stacks.energy
+        for count in possible
+    }
+
+
 def leading_pairs(stacks: Stacks, n_pairs: int) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k m"]]:
     """The leading singular triplets of all updates taken together, as a start.
 

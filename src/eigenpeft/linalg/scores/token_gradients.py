@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eigenpeft.linalg.bases.paired import pair_coefficients
 from eigenpeft.linalg.factored import factored_svd
 from eigenpeft.linalg.shares import leading_energies
 
@@ -62,6 +63,7 @@ def split_energy(
     *,
     components_out: Float[Tensor, "k_out m"],
     components_in: Float[Tensor, "k_in n"],
+    paired: bool = False,
 ) -> EnergySplit:
     """How much of `G = ΔᵀX` a pair of bases holds.
 
@@ -70,6 +72,8 @@ def split_energy(
         inputs: X.
         components_out: Orthonormal rows in the output space.
         components_in: Orthonormal rows in the input space.
+        paired: Whether the rows are paired directions, of unit norm and not orthogonal; `inside` is then of their spans, and
+            `diagonal` of the span of the rank-one matrices `p_out,k p_in,kᵀ`.
 
     Returns:
         `EnergySplit`.
@@ -83,6 +87,9 @@ def split_energy(
         >>> split.total, split.inside.tolist()
         (25.0, [9.0])
     """
+    pairs = _pair_energy(deltas, inputs, components_out, components_in) if paired else None
+    if paired:
+        components_out, components_in = _axes(components_out), _axes(components_in)
     core = (deltas @ components_out.to(deltas).mT).mT @ (inputs @ components_in.to(inputs).mT)
     values = factored_svd(deltas.mT, inputs).S.square()
     inside = leading_energies(core.square())
@@ -92,6 +99,19 @@ def split_energy(
     return EnergySplit(
         total=float(values.sum()),
         inside=inside,
-        diagonal=float(core.diagonal().square().sum()),
+        diagonal=float(core.diagonal().square().sum()) if pairs is None else pairs,
         best=best,
     )
+
+
+def _pair_energy(deltas: Tensor, inputs: Tensor, components_out: Tensor, components_in: Tensor) -> float:
+    """`bᵀ H⁻¹ b` of `b_k = p_out,k G p_in,kᵀ` and the pairs' Gram matrix H."""
+    products = ((deltas @ components_out.to(deltas).mT) * (inputs @ components_in.to(inputs).mT)).sum(dim=0)
+    found = pair_coefficients(deltas.mT, inputs, components_out=components_out, components_in=components_in)
+    return float(products @ found.to(products))
+
+
+def _axes(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """Orthonormal axes whose first k span the first k rows; zeros where a row adds nothing to those before it."""
+    q, r = torch.linalg.qr(rows.to(torch.float64).mT)
+    return (q * (r.diagonal().abs() > 1e-6)).mT

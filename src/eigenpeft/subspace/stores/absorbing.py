@@ -81,6 +81,11 @@ def absorb(
         CollectionError: If a tensor cannot be read.
     """
     subspace = members.subspace
+    if subspace.paired_banks:
+        raise SubspaceError(
+            "Paired directions cannot absorb further adapters: pairs of more adapters are others, not the old ones and more. Build "
+            "a subspace with method='paired' from all adapters and move the store there with rebase()."
+        )
     if max_components is not None and (type(max_components) is not int or max_components < 1):
         raise SubspaceError(
             f"max_components={max_components!r} must be a whole number of at least 1, or None for no bound."

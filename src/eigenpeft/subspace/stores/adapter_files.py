@@ -24,6 +24,7 @@ from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.projecting import paired_core
 from eigenpeft.subspace.stores.member import AdapterMember, check_core
 
 _SIDES = {"A": "in", "B": "out"}
@@ -155,11 +156,13 @@ def relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> flo
     Args:
         lora_B: (out_features, r), scaling included.
         lora_A: (r, in_features).
-        bases: Bases of the module.
+        bases: Bases of the module; on paired directions the projection is the nearest diagonal core.
     """
     norm = float(frobenius_norm(lora_B, lora_A))
     if norm == 0.0:
         return 0.0  # nothing to represent: an untrained adapter is reproduced exactly
+    if bases.paired:
+        return paired_core(lora_B, lora_A, bases)[1] / norm
     residual = projection_residual(
         lora_B, lora_A, components_out=bases.components_out, components_in=bases.components_in
     )

@@ -191,6 +191,10 @@ def check_core(core: Core, module: str, subspace: PrincipalSubspace) -> None:
         raise SubspaceError(
             f"its core of {module!r} is for {core.n_out} x {core.n_in} components, and the subspace has {n_out} x {n_in}"
         )
+    if bases.paired and core.row.is_matrix:
+        raise SubspaceError(
+            f"its core of {module!r} is of kind {core.kind!r}, and paired directions have cores of kind 'diagonal' alone"
+        )
     for part, tensor in core.parts.items():
         if not tensor.is_floating_point():
             raise SubspaceError(f"{part} of {module!r} holds {tensor.dtype} instead of floating-point numbers")

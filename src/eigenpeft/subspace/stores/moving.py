@@ -10,6 +10,7 @@ from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.core import Core
 from eigenpeft.subspace.module import ModuleSubspace
 from eigenpeft.subspace.principal import PrincipalSubspace
+from eigenpeft.subspace.projecting import paired_core
 from eigenpeft.subspace.stores.member import AdapterMember
 
 
@@ -17,22 +18,25 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     """The core in new bases whose update is nearest: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`, and what that loses.
 
     Exact while the old span lies in the new one, as when components were added; otherwise the orthogonal projection
-    ("Shared LoRA Subspaces", arXiv 2602.06043, for growing subspaces).
+    ("Shared LoRA Subspaces", arXiv 2602.06043, for growing subspaces). In paired directions the nearest diagonal core.
 
     Args:
         core: Core in the old bases.
         old: Old bases of the module.
-        new: New bases, with orthonormal components.
+        new: New bases, with orthonormal components or paired directions.
 
     Returns:
         The core, of the same kind where that can be, else "full"; and ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm.
     """
     old_out, old_in = old.components_out[: core.n_out], old.components_in[: core.n_in]
-    left, right = change_of_bases(old_out=old_out, old_in=old_in, new_out=new.components_out, new_in=new.components_in)
-    outside, inside = core.factors()
-    outside, inside = outside.to(left.dtype), inside.to(right.dtype)
+    dtype = new.components_out.dtype
+    outside, inside = (side.to(dtype) for side in core.factors())
     lora_B, lora_A = reconstruct(outside, inside, components_out=old_out, components_in=old_in)
     norm = float(frobenius_norm(lora_B, lora_A))
+    if new.paired:
+        paired, residual = paired_core(lora_B, lora_A, new)
+        return paired, residual / norm if norm else 0.0
+    left, right = change_of_bases(old_out=old_out, old_in=old_in, new_out=new.components_out, new_in=new.components_in)
     residual = projection_residual(lora_B, lora_A, components_out=new.components_out, components_in=new.components_in)
     return moved_core(core, left, right), float(residual) / norm if norm else 0.0
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import ModuleMatches
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart
@@ -189,12 +190,29 @@ def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, modul
             f"{module!r} is {shape[0]} x {shape[1]} in the model and {bases.out_features} x "
             f"{bases.in_features} in the subspace: it was built for another base model."
         )
+    if bases.paired:
+        _check_paired(bases, config)
     if config.n_components is not None:
         bank = subspace.bank_of[name]
         if bank not in given.cut:
             given.cut[bank] = bases.truncate(config.n_components)
         bases = given.cut[bank]
     return name, attach_basis(layer, bases, fingerprint=fingerprint, shared=given.shared)
+
+
+def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
+    """Refuse what paired directions, whose rows are not orthogonal, have no right answer for."""
+    if core_kind(config.core).is_matrix:
+        raise AdapterConfigError(
+            f"core={config.core!r}: the subspace was built with method='paired', whose directions belong together two by two and "
+            "are not orthogonal; use core='diagonal', or a subspace of another method."
+        )
+    if config.init_from is not None and (config.n_components or bases.n_components) < bases.n_components:
+        raise AdapterConfigError(
+            f"n_components={config.n_components} with init_from={config.init_from!r}: the coefficients of an adapter on fewer of "
+            f"the {bases.n_components} paired directions are not the first of those on all. Leave n_components out, or build a "
+            "subspace of so many pairs."
+        )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer, Basis]]:
