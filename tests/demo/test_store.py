@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder, export_lora
-from eigenpeft.demo import assets, shipped_adapters
+from eigenpeft.demo import assets, new_customer, shipped_adapters
 from eigenpeft.demo.training import load_task
 
 pytestmark = [
@@ -70,7 +70,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def batch():
-    task = load_task()
+    task = load_task(new_customer(0))
     rows = task.collator([task.test[row] for row in range(6)])
     return {name: rows[name] for name in ("input_ids", "attention_mask")}
 
@@ -85,7 +85,11 @@ def run(*arguments, cwd):
 def test_trained_cores_are_served_in_another_process_mixed_with_others_and_the_base(shipped, batch, tmp_path):
     subspace = SubspaceBuilder(16).fit(shipped).subspace_
     subspace.save_pretrained(tmp_path / "subspace")
-    store, task, expected = AdapterStore(subspace), load_task(), {"__base__": logits(classifier(3), batch)}
+    store, task, expected = (
+        AdapterStore(subspace),
+        load_task(new_customer(0)),
+        {"__base__": logits(classifier(3), batch)},
+    )
     for core in CORES:
         config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), core=core, r=4, task_type="SEQ_CLS")
         model = train(get_peft_model(classifier(task.n_labels), config), task)

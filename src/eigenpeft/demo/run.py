@@ -1,123 +1,56 @@
-"""The demo from end to end: recycle, train beside controls, save, reload, export, compare, draw."""
+"""The demo from end to end: audit, recycle for new customers beside the controls, store, serve in one batch, export, draw."""
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
 from peft import PeftModel
-from torch import nn
 
 from eigenpeft.audit import AuditReport, audit_adapters
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.demo.assets import shipped_adapters
-from eigenpeft.demo.methods import BATCH_SIZE, HEAD_LEARNING_RATE, N_COMPONENTS, STEPS, Method, methods
-from eigenpeft.demo.training import Task, Trained, fresh_base, load_task, predict, train
-from eigenpeft.errors import ArtifactError
-from eigenpeft.report.plots import new_figure, save_figure
-from eigenpeft.tuners import export_lora
+from eigenpeft.combining import merge
+from eigenpeft.demo.methods import BATCH_SIZE, N_COMPONENTS, OURS, RANK, STEPS, Method, methods
+from eigenpeft.demo.picture import draw
+from eigenpeft.demo.related import NewCustomer, new_customer, related_adapters
+from eigenpeft.demo.result import Checks, DemoResult, Row
+from eigenpeft.demo.training import Task, Trained, accuracy, fresh_base, load_task, predict, train
+from eigenpeft.errors import ArtifactError, EigenPeftError
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+from eigenpeft.tuners import AdapterBank, export_lora
 
-
-@dataclass(frozen=True)
-class Row:
-    """One method of the comparison.
-
-    Attributes:
-        method: Its name.
-        parameters: Trainable numbers, the classification head not counted (it is the same for all).
-        head_parameters: Trainable numbers of the head.
-        adapter_bytes: Size of the saved adapter file, the head's tensors taken off; None for the head alone.
-        accuracies: One a seed.
-        gap: EigenLoRA's accuracy minus this one's, mean over the seeds.
-        gap_error: Twice the standard error of the gap over the test rows, which both were judged on.
-        seconds: Mean training time.
-    """
-
-    method: str
-    parameters: int
-    head_parameters: int
-    adapter_bytes: int | None
-    accuracies: tuple[float, ...]
-    gap: float
-    gap_error: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Checks:
-    """Whether the trained, the reloaded and the exported model are one.
-
-    Attributes:
-        reload_difference: Largest |logit difference| after save and load.
-        export_difference: The same for the exported plain LoRA.
-        same_predictions: Whether all three predict the same class for every test row.
-        adapter_bytes: Size of the whole saved adapter file.
-        export_bytes: Size of the exported one.
-    """
-
-    reload_difference: float
-    export_difference: float
-    same_predictions: bool
-    adapter_bytes: int
-    export_bytes: int
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything the demo found, and where it put it.
-
-    Attributes:
-        rows: The comparison.
-        checks: Save, reload, export.
-        n_train: Training rows of the new task.
-        n_test: Held-out rows.
-        n_adapters: Adapters recycled.
-        explained_share: Of the adapters' updates, by the subspace.
-        held_out_share: Of each adapter's update, by a subspace of that size fitted to the others.
-        chance_share: The same of random adapters with the same singular values.
-        audit_verdict: Whether the adapters share a subspace, by `audit`.
-        out: Folder with subspace, adapter, plain LoRA and picture.
-    """
-
-    rows: tuple[Row, ...]
-    checks: Checks
-    n_train: int
-    n_test: int
-    n_adapters: int
-    explained_share: float
-    held_out_share: float
-    chance_share: float
-    audit_verdict: str
-    out: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return asdict(self)
+N_CUSTOMERS = 4
+SERVED_BATCH = 64
 
 
 def run_demo(
     out: str | Path,
     *,
-    seeds: Sequence[int] = (0,),
+    n_customers: int = N_CUSTOMERS,
+    seed: int = 0,
     steps: int = STEPS,
     overwrite: bool = False,
+    progress: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
     """Run the demo.
 
     Args:
-        out: Folder to write into: `subspace`, `adapter`, `plain-lora`, `demo.png`.
-        seeds: One training a method and seed.
+        out: Folder to write into: `subspace`, `store`, `plain-lora`, `demo.png`.
+        n_customers: New customers, 1 to 4; each is one training per method.
+        seed: Of heads, adapters and batches.
         steps: Optimiser steps of each training.
         overwrite: Whether the folder may hold an earlier demo, which is replaced.
+        progress: Show progress bars.
         report: Called with one line about each step.
 
     Raises:
-        EigenPeftError: If a part that the demo needs is not installed.
+        EigenPeftError: If a part that the demo needs is not installed, or `n_customers` is out of range.
         ArtifactError: If the folder is not empty and `overwrite` is False, or holds something that is not replaced.
     """
     out = Path(out)
@@ -126,43 +59,76 @@ def run_demo(
             f"{str(out)!r} is not empty; pass overwrite=True (--overwrite on the command line) to replace an earlier demo, "
             "or choose another folder."
         )
-    report("Reading the shipped adapters and building their principal subspace")
-    with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
+    if n_customers not in range(1, N_CUSTOMERS + 1):
+        raise EigenPeftError(f"n_customers={n_customers} must be 1 to {N_CUSTOMERS}.")
+    report("1 of 4: do sixteen adapters, one per customer of a bank, share anything?")
+    with AdapterCollection.from_pretrained(related_adapters()) as collection:
+        audit = audit_adapters(collection, progress=progress)
         subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
-        n_adapters = len(collection)
-        shared = audit_adapters(collection, n_components=2 * N_COMPONENTS, progress=False)
+        merged = merge(collection, method="mean", scale="auto", progress=progress)
     subspace.save_pretrained(out / "subspace", overwrite=overwrite)
-    task = load_task()
-    report(f"New task: banking77, {task.n_labels} intents, {len(task.train)} examples; none of the adapters saw it")
-    rows, right = [], {}
-    kept = None
-    with tempfile.TemporaryDirectory() as scratch:
-        for method in methods(subspace):
-            report(
-                f"Training: {method.name} ({steps} steps, learning rate {method.learning_rate:g}, seeds {list(seeds)})"
-            )
-            results = [_train(task, method, seed=seed, steps=steps, scratch=scratch) for seed in seeds]
-            rows.append(_row(method, results, scratch=Path(scratch)))
-            right[method.name] = np.mean([result.logits.argmax(1) == task.test["labels"] for result in results], axis=0)
-            if method.name == "EigenLoRA":
-                kept = results[-1]
-    assert kept is not None  # it is one of the methods
-    report("Saving, reloading and exporting the EigenLoRA adapter")
-    checks = _check(kept, task, out=out, seed=seeds[-1], overwrite=overwrite)
+    customers = [new_customer(number) for number in range(n_customers)]
+    tasks = [load_task(customer) for customer in customers]
+    report(
+        f"2 of 4: {n_customers} new customers, 8 intents and {len(tasks[0].train)} labelled rows each; no adapter has seen their "
+        "intents"
+    )
+    rows, trained = _compare(tasks, methods(subspace, merged), seed=seed, steps=steps, progress=progress)
+    report(f"3 of 4: {n_customers} adapters in one store, and all customers in one batch")
+    store = _store(subspace, customers, trained, out / "store", overwrite=overwrite)
+    served = _serve(out / "store", customers, tasks, seed=seed)
+    report("4 of 4: one of them as a plain LoRA")
+    exported = _export(store, customers[0], tasks[0], out / "plain-lora", seed=seed, overwrite=overwrite)
     result = DemoResult(
-        rows=tuple(_compared(row, right["EigenLoRA"] - right[row.method]) for row in rows),
-        checks=checks,
-        n_train=len(task.train),
-        n_test=len(task.test),
-        n_adapters=n_adapters,
-        explained_share=subspace.explained_share,
-        held_out_share=shared.held_out.real[N_COMPONENTS - 1],
-        chance_share=shared.held_out.null[N_COMPONENTS - 1],
-        audit_verdict=shared.verdict,
+        audit=_words(audit),
+        rows=rows,
+        n_customers=n_customers,
+        n_train=len(tasks[0].train),
+        n_test=sum(len(task.test) for task in tasks),
+        checks=Checks(
+            served_difference=max(
+                float(np.abs(own - one.logits).max()) for own, one in zip(served, trained, strict=True)
+            ),
+            served_accuracy=fmean(accuracy(logits, task) for logits, task in zip(served, tasks, strict=True)),
+            export_difference=float(np.abs(exported - trained[0].logits).max()),
+            member_bytes=max(len(member.to_bytes()) for member in (store[name] for name in store.names)),
+            subspace_bytes=subspace.n_bytes,
+            lora_bytes=(out / "plain-lora" / "adapter_model.safetensors").stat().st_size,
+        ),
         out=str(out),
     )
-    _draw(result, shared, out / "demo.png", overwrite=overwrite)
+    draw(result, audit, out / "demo.png", overwrite=overwrite)
     return result
+
+
+def _words(audit: AuditReport) -> dict[str, str]:
+    """The audit's answers to the questions that can be asked before there is a task."""
+    return {"compress": audit.compress.text, "train": audit.train.text}
+
+
+def _compare(
+    tasks: Sequence[Task], chosen: Sequence[Method], *, seed: int, steps: int, progress: bool
+) -> tuple[tuple[Row, ...], list[Trained]]:
+    """Every method on every customer; and the customers' EigenLoRA models."""
+    right: dict[str, np.ndarray] = {}
+    rows, ours = [], []
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tqdm(total=len(chosen) * len(tasks), desc="Training", unit="model", disable=not progress) as bar,
+    ):
+        for method in chosen:
+            bar.set_postfix_str(method.name)
+            results = []
+            for task in tasks:
+                results.append(_train(task, method, seed=seed, steps=steps, scratch=scratch))
+                bar.update()
+            right[method.name] = np.concatenate(
+                [one.logits.argmax(1) == task.test["labels"] for one, task in zip(results, tasks, strict=True)]
+            )
+            rows.append(_row(method, results))
+            if method.name == OURS:
+                ours = results
+    return tuple(_compared(row, 1.0 * right[OURS] - right[row.method]) for row in rows), ours
 
 
 def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -> Trained:
@@ -173,24 +139,16 @@ def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -
         steps=steps,
         batch_size=BATCH_SIZE,
         learning_rate=method.learning_rate,
-        head_learning_rate=HEAD_LEARNING_RATE,
+        head_learning_rate=method.head_rate,
         scratch=scratch,
     )
 
 
-def _row(method: Method, results: Sequence[Trained], *, scratch: Path) -> Row:
-    model = results[-1].model
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trainable.items() if "classifier" in name)
-    size = None
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(scratch / "adapter"))
-        size = (scratch / "adapter" / "adapter_model.safetensors").stat().st_size - 4 * head
+def _row(method: Method, results: Sequence[Trained]) -> Row:
+    trainable = {name: p.numel() for name, p in results[0].model.named_parameters() if p.requires_grad}
     return Row(
         method=method.name,
-        parameters=sum(trainable.values()) - head,
-        head_parameters=head,
-        adapter_bytes=size,
+        parameters=sum(count for name, count in trainable.items() if "classifier" not in name),
         accuracies=tuple(result.accuracy for result in results),
         gap=0.0,
         gap_error=0.0,
@@ -204,45 +162,46 @@ def _compared(row: Row, difference: np.ndarray) -> Row:
     return replace(row, gap=float(difference.mean()), gap_error=error)
 
 
-def _check(trained: Trained, task: Task, *, out: Path, seed: int, overwrite: bool) -> Checks:
-    model = trained.model
-    assert isinstance(model, PeftModel)  # EigenLoRA is a PEFT method
-    model.save_pretrained(str(out / "adapter"))
-    export_lora(model, out / "plain-lora", overwrite=overwrite)
-    logits = {"trained": trained.logits}
-    for name in ("adapter", "plain-lora"):
-        loaded: nn.Module = PeftModel.from_pretrained(fresh_base(task, seed=seed + 1), out / name)
-        logits[name] = predict(loaded, task)
-    predictions = [values.argmax(axis=1) for values in logits.values()]
-    return Checks(
-        reload_difference=float(np.abs(logits["adapter"] - logits["trained"]).max()),
-        export_difference=float(np.abs(logits["plain-lora"] - logits["trained"]).max()),
-        same_predictions=all(bool((values == predictions[0]).all()) for values in predictions),
-        adapter_bytes=(out / "adapter" / "adapter_model.safetensors").stat().st_size,
-        export_bytes=(out / "plain-lora" / "adapter_model.safetensors").stat().st_size,
+def _store(
+    subspace: PrincipalSubspace,
+    customers: Sequence[NewCustomer],
+    trained: Sequence[Trained],
+    folder: Path,
+    *,
+    overwrite: bool,
+) -> AdapterStore:
+    """The trained adapters, heads included, in one folder."""
+    store = AdapterStore(subspace)
+    for customer, one in zip(customers, trained, strict=True):
+        store.add(one.model, name=customer.name)
+    store.save_pretrained(folder, overwrite=overwrite)
+    return store
+
+
+@torch.no_grad()
+def _serve(folder: Path, customers: Sequence[NewCustomer], tasks: Sequence[Task], *, seed: int) -> list[np.ndarray]:
+    """Logits of every customer's test rows by one base model, the customers mixed in each batch."""
+    model, bank = (
+        fresh_base(tasks[0], seed=seed + 1).eval(),
+        AdapterBank.from_store(AdapterStore.from_pretrained(folder)),
     )
+    longest = max(len(task.test) for task in tasks)
+    rows = [(i, number) for number in range(longest) for i, task in enumerate(tasks) if number < len(task.test)]
+    found: list[list[np.ndarray]] = [[] for _ in tasks]
+    with bank.attached(model):
+        for start in range(0, len(rows), SERVED_BATCH):
+            part = rows[start : start + SERVED_BATCH]
+            batch = tasks[0].collator([tasks[i].test[number] for i, number in part])
+            with bank.use([customers[i].name for i, _ in part], logits="list"):
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            for (i, _), own in zip(part, logits, strict=True):
+                found[i].append(own.numpy())
+    return [np.stack(each) for each in found]
 
 
-def _draw(result: DemoResult, shared: AuditReport, path: Path, *, overwrite: bool) -> None:
-    figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
-    for place, row in enumerate(reversed(result.rows)):
-        mean = fmean(row.accuracies)
-        error = 2 * (mean * (1 - mean) / result.n_test) ** 0.5
-        colour = "tab:red" if row.method == "EigenLoRA" else "tab:grey"
-        left.errorbar(mean, place, xerr=error, marker="o", capsize=3, color=colour)
-    labels = [f"{row.method}\n{row.parameters:,} parameters" for row in reversed(result.rows)]
-    left.set_yticks(range(len(labels)), labels, fontsize=8)
-    left.set(xlabel="accuracy on banking77, twice its standard error", title="A task that the adapters never saw")
-    steps = range(1, len(shared.held_out.real) + 1)
-    for curve, colour, label in (
-        (shared.explained, "tab:blue", "of the adapters it was fitted to"),
-        (shared.held_out, "tab:red", "of an adapter left out"),
-    ):
-        right.plot(steps, curve.real, color=colour, label=label)
-        right.plot(steps, curve.null, color=colour, linestyle="--", label=f"{label}, random adapters")
-    right.set(xlabel="components K", ylabel="share of ‖ΔW‖² in the subspace", ylim=(0, 1.02))
-    right.set_title(f"What {result.n_adapters} adapters share: {shared.verdict}")
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    save_figure(figure, path, overwrite=overwrite)
+def _export(
+    store: AdapterStore, customer: NewCustomer, task: Task, folder: Path, *, seed: int, overwrite: bool
+) -> np.ndarray:
+    """Logits of PEFT alone with the exported adapter."""
+    export_lora(store, folder, adapter_name=customer.name, rank=RANK, overwrite=overwrite)
+    return predict(PeftModel.from_pretrained(fresh_base(task, seed=seed + 1), folder), task)

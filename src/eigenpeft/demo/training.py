@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from eigenpeft.demo.assets import banking77, base_model
+from eigenpeft.demo.assets import base_model
+from eigenpeft.demo.related import NewCustomer
 
 MAX_LENGTH = 48
 
@@ -58,22 +59,23 @@ class Trained:
     accuracy: float
 
 
-def load_task() -> Task:
-    """The part of banking77 that ships, tokenised for the base model."""
+def load_task(customer: NewCustomer) -> Task:
+    """A new customer's rows, tokenised for the base model.
+
+    Args:
+        customer: From `new_customer`.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base_model())
 
-    def encode(batch: dict) -> dict:
-        return {**tokenizer(batch["text"], truncation=True, max_length=MAX_LENGTH), "labels": batch["label"]}
+    def encode(rows: list[dict]) -> Dataset:
+        words = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_LENGTH)
+        return Dataset.from_dict({**words, "labels": [row["label"] for row in rows]})
 
-    splits = {split: Dataset.from_list(banking77(split)) for split in ("train", "test")}
-    encoded = {
-        split: rows.map(encode, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
-    }
     return Task(
-        train=encoded["train"],
-        test=encoded["test"],
+        train=encode(customer.train),
+        test=encode(customer.test),
         collator=DataCollatorWithPadding(tokenizer),
-        n_labels=max(splits["train"]["label"]) + 1,
+        n_labels=len(customer.intents),
     )
 
 
@@ -100,8 +102,6 @@ def train(
     scratch: str,
 ) -> Trained:
     """Adapt a fresh base, train what is trainable, evaluate.
-
-    The head has a learning rate of its own, the same for every method, so that what differs is the adapter.
 
     Args:
         task: Data.

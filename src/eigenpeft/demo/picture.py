@@ -1,0 +1,41 @@
+"""The demo's picture: what each method reached, and what the adapters share beside chance."""
+
+from pathlib import Path
+from statistics import fmean
+
+from eigenpeft.audit import AuditReport
+from eigenpeft.demo.methods import OURS
+from eigenpeft.demo.result import DemoResult
+from eigenpeft.report.plots import new_figure, save_figure
+
+
+def draw(result: DemoResult, audit: AuditReport, path: Path, *, overwrite: bool) -> None:
+    """Write the picture.
+
+    Args:
+        result: What the demo found.
+        audit: Of the related adapters.
+        path: PNG file.
+        overwrite: Whether to replace an earlier one.
+    """
+    figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
+    for place, row in enumerate(reversed(result.rows)):
+        mean = fmean(row.accuracies)
+        error = 2 * (mean * (1 - mean) / result.n_test) ** 0.5
+        color = "tab:red" if row.method == OURS else "tab:grey"
+        left.errorbar(mean, place, xerr=error, marker="o", capsize=3, color=color)
+    labels = [f"{row.method}\n{row.parameters:,} numbers" for row in reversed(result.rows)]
+    left.set_yticks(range(len(labels)), labels, fontsize=8)
+    left.set(
+        xlabel="accuracy and twice its standard error", title=f"{result.n_customers} customers no adapter has seen"
+    )
+    steps = range(1, len(audit.held_out.real) + 1)
+    right.plot(steps, audit.held_out.real, color="tab:red", label="sixteen related adapters")
+    right.plot(steps, audit.held_out.null, color="tab:grey", linestyle="--", label="random adapters of their sizes")
+    right.set(xlabel="components K", ylabel="share of an adapter's ‖ΔW‖²")
+    right.set_ylim(bottom=0)
+    right.set_title("What a subspace of the others holds of an adapter")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path, overwrite=overwrite)
