@@ -17,6 +17,7 @@ from eigenpeft.tuners.host.registration import (
     replace_name_filter,
     replace_rank_padding,
 )
+from eigenpeft.tuners.learning_rates import suggested_learning_rate
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.serving.bank import AdapterBank
@@ -51,6 +52,7 @@ __all__ = [
     "convert_reference_checkpoint",
     "export_gguf",
     "export_lora",
+    "suggested_learning_rate",
 ]
 
 __getattr__ = moved_names(__name__, {"TaskBank": "eigenpeft.AdapterBank"})

@@ -119,6 +119,36 @@ def test_a_wrong_flag_is_one_message(run, place, flags, message):
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate", "message"),
+    [
+        ((), 1e-2, "No --learning_rate was given: training starts at 0.01"),
+        (("--core", "diagonal"), 3e-2, "starts at 0.03"),
+        (("--control", "lora"), 2e-3, "starts at 0.002"),
+        (("--learning_rate", "1e-4"), 1e-4, "--learning_rate 0.0001 is far below the 0.01"),
+        (("--learning_rate", "5e-3"), 5e-3, None),
+    ],
+)
+def test_a_learning_rate_that_suits_the_adapter(run, place, monkeypatch, caplog, flags, rate, message):
+    used = []
+    monkeypatch.setattr("trl.scripts.sft.main", lambda _, training, *__: used.append(training.learning_rate))
+    words = arguments("sft", "--subspace", "subspace")
+    at = words.index("--learning_rate")
+    ran = run(*words[:at], *words[at + 2 :], *flags)
+    assert ran.code == 0, ran.err
+    assert used == [rate]
+    assert (message in caplog.text) if message else ("learning_rate" not in caplog.text)
+
+
+def test_a_cpu_without_use_cpu_is_one_message(run, place):
+    words = arguments("sft", "--subspace", "subspace", "--bf16", "True")
+    at = words.index("--use_cpu")
+    ran = run(*words[:at], *words[at + 2 :])
+    assert ran.code == 1
+    assert "Error: eigenpeft sft: Your setup doesn't support bf16" in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_help_names_their_flags_and_ours(run):
     ran = run("dpo", "--help")
     assert ran.code == 0

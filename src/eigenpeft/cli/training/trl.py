@@ -11,6 +11,7 @@ import typer
 
 from eigenpeft.cli.app import app
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.tuners.learning_rates import settle_learning_rate, suggested_learning_rate
 
 SCRIPTS = {
     "sft": "Supervised fine-tuning",
@@ -60,16 +61,33 @@ def run_script(name: str, arguments: list[str]) -> None:
     }
     with _replaced(trl, replacements):
         parser = script.make_parser(prog=f"eigenpeft {name}")
-        parsed = parser.parse_args_and_config(arguments)
-        script_arguments, _, model_arguments, mixture = parsed
+        try:
+            parsed = parser.parse_args_and_config(arguments)
+        except ValueError as error:  # such as bf16 on a CPU without --use_cpu
+            raise EigenPeftError(f"eigenpeft {name}: {error}") from error
+        script_arguments, training, model_arguments, mixture = parsed
         if name == "reward":
             model_arguments.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the new score head too
         if not (script_arguments.dataset_name or mixture.datasets):
             raise EigenPeftError(
                 "No data: pass --dataset_name a Hub id or a folder with train.jsonl, or 'datasets' in the --config file."
             )
-        ours.peft_config_from(model_arguments)  # says what is wrong before a model is loaded
+        if ours.peft_config_from(model_arguments) is not None:  # says what is wrong before a model is loaded
+            suggested = suggested_learning_rate(
+                name,
+                peft_method=model_arguments.peft_method,
+                core=model_arguments.core,
+                control=model_arguments.control,
+            )
+            settle_learning_rate(training, suggested=suggested, given=_names_a_rate(arguments, training))
         script.main(*parsed)
+
+
+def _names_a_rate(words: list[str], training: Any) -> bool:
+    """Whether the user chose the learning rate, on the command line or in the file of --config."""
+    default = type(training).__dataclass_fields__["learning_rate"].default
+    named = any(word.partition("=")[0] in ("--learning_rate", "--learning-rate") for word in words)
+    return named or training.learning_rate != default
 
 
 @contextmanager
