@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 # Tuned on SmolLM2-135M for supervised tuning and reward models (benchmarks/smollm2.py); for "diagonal", which has so few
 # numbers that each must move far, on all-MiniLM-L6-v2 (docs/study.md), a third of what was best there.
-COEFFICIENTS = {"low_rank": 1e-2, "full": 1e-2, "diagonal": 3e-2, "mixture": 3e-2}
+COEFFICIENTS = {"low_rank": 1e-2, "full": 1e-2, "mixer": 1e-2, "diagonal": 3e-2, "mixture": 3e-2}
 FACTORS = 2e-3
 # Of a trainer whose loss compares policies, relative to supervised tuning.
 SHARES = {"sft": 1.0, "reward": 1.0, "dpo": 1 / 3, "kto": 1 / 3, "grpo": 1 / 3, "rloo": 1 / 3, "distillation": 1 / 3}
@@ -34,7 +34,7 @@ def suggested_learning_rate(
         (0.01, 0.002)
     """
     plain = peft_method != "eigenlora" or control == "lora"
-    return SHARES[trainer] * (FACTORS if plain else COEFFICIENTS["full" if core == "mixer" else core])
+    return SHARES[trainer] * (FACTORS if plain else COEFFICIENTS[core])
 
 
 def settle_learning_rate(arguments: Any, *, suggested: float, given: bool) -> None:
