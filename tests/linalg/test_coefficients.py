@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.coefficients import change_of_bases, project, reconstruct
+from eigenpeft.linalg.coefficients import change_of_bases, project, reconstruct, remainder
 from eigenpeft.linalg.factored import projection_residual
 from eigenpeft.linalg.orthogonal import orthonormal_rows
 
@@ -58,3 +58,24 @@ def test_a_moved_core_is_the_projection_on_the_new_bases(grown):
     moved = new_out.mT @ (left @ core @ right) @ new_in
     torch.testing.assert_close(moved, (new_out.mT @ new_out) @ update @ (new_in.mT @ new_in))
     assert ((moved - update).norm() < 1e-12) == grown
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_remainder_is_what_a_core_does_not_hold(rank, bases, random_factors, as_numpy):
+    lora_B, lora_A = random_factors(18, 25, 4)
+    outside, inside = (
+        side[..., :rank] if i == 0 else side[:rank] for i, side in enumerate(project(lora_B, lora_A, **bases))
+    )
+    parts = remainder(lora_B, lora_A, coefficients_out=outside, coefficients_in=inside, **bases)
+    left, right = map(as_numpy, parts)
+    out, into = (as_numpy(bases[side]) for side in ("components_out", "components_in"))
+    expected = as_numpy(lora_B) @ as_numpy(lora_A) - out.T @ as_numpy(outside) @ as_numpy(inside) @ into
+    torch.testing.assert_close(torch.from_numpy(left @ right), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
+    assert left.shape[1] == torch.linalg.matrix_rank(torch.from_numpy(expected), rtol=1e-6) <= 4 + rank
+
+
+def test_nothing_remains_of_what_the_components_hold(bases):
+    inside, outside = torch.randn(2, 7), torch.randn(5, 2)
+    lora_B, lora_A = reconstruct(outside, inside, **bases)
+    left, right = remainder(lora_B, lora_A, coefficients_out=outside, coefficients_in=inside, **bases)
+    assert (left.shape, right.shape) == ((18, 0), (0, 25))

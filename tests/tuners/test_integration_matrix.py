@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -20,11 +21,18 @@ from torch import multiprocessing
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
 
-METHODS = ("moslora", "low_rank", "full", "diagonal")
+METHODS = (
+    "moslora",
+    "low_rank",
+    "full",
+    "diagonal",
+    "mixture",
+    "offset",
+)  # offset: "low_rank" from a merge that it cannot hold
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
     pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS, indirect=False),
@@ -39,7 +47,27 @@ def config(architecture, method, tmp_path, **more):
     subspace = random_subspace(make(), suffixes)
     if not (tmp_path / "subspace").exists():
         subspace.save_pretrained(tmp_path / "subspace")
-    return EigenLoraConfig(subspace=str(tmp_path / "subspace"), target_modules=list(suffixes), core=method, **common)
+    if method in ("mixture", "offset"):
+        common |= start(architecture, method, tmp_path, subspace)
+    core = "low_rank" if method == "offset" else method
+    return EigenLoraConfig(subspace=str(tmp_path / "subspace"), target_modules=list(suffixes), core=core, **common)
+
+
+def start(architecture, method, tmp_path, subspace):
+    """Adapters to start from: a mixture of two with weights of 0, or the mean of two, of which low_rank holds a part."""
+    make, suffixes = architecture
+    if not (tmp_path / "sources").exists():
+        for seed, name in enumerate(("one", "two")):
+            options = {"init_lora_weights": False, "fan_in_fan_out": is_conv1d(architecture), "task_type": "CAUSAL_LM"}
+            base = make()
+            torch.manual_seed(seed)
+            plain = get_peft_model(base, LoraConfig(r=3, target_modules=list(suffixes), **options))
+            plain.save_pretrained(tmp_path / "sources" / name)
+        sources = AdapterCollection.from_pretrained(tmp_path / "sources")
+        AdapterStore.from_collection(subspace, sources).save_pretrained(tmp_path / "store")
+    if method == "mixture":
+        return {"sources": str(tmp_path / "store"), "init_weights": 0.0}
+    return {"init_from": "mean", "init_adapters": str(tmp_path / "sources"), "init_scale": 0.5}
 
 
 @pytest.fixture
@@ -89,11 +117,13 @@ def test_auto_model(trained, tmp_path, tokens):  # 5
 def test_load_adapter_and_mixed_batch(architecture, method, trained, tmp_path, tokens):  # 6, 7
     base = logits(architecture[0](), tokens)
     fresh = get_peft_model(architecture[0](), config(architecture, method, tmp_path))
+    default = logits(fresh.eval(), tokens)
+    assert torch.equal(default, base) == (method != "offset")
     fresh.load_adapter(tmp_path / "adapter", adapter_name="other")
     fresh.set_adapter("other")
     assert torch.equal(logits(fresh.eval(), tokens), trained[1])
     mixed = fresh(input_ids=tokens, adapter_names=["other", "default", "__base__"]).logits
-    for row, expected in enumerate((trained[1], base, base)):
+    for row, expected in enumerate((trained[1], default, base)):
         torch.testing.assert_close(mixed[row], expected[row], atol=1e-5, rtol=1e-5)
 
 
@@ -171,7 +201,7 @@ def test_becomes_plain_lora(architecture, trained, tmp_path, tokens):  # 20, 21
     model, expected = trained
     export_lora(model, tmp_path / "plain")
     same(PeftModel.from_pretrained(architecture[0](), tmp_path / "plain"), tokens, expected)
-    lora_config, state = convert_to_lora(model, rank=12)
+    lora_config, state = convert_to_lora(model, rank=16)
     plain = get_peft_model(architecture[0](), lora_config)
     set_peft_model_state_dict(plain, state)
     same(plain, tokens, expected, atol=1e-3)

@@ -15,10 +15,9 @@ from eigenpeft.combining.heads import head_files
 from eigenpeft.combining.report import MergeReport
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.bases.stacking import Factors
-from eigenpeft.tuners.files.lora_files import LoraUpdate, lora_keys, write_lora
+from eigenpeft.tuners.files.lora_files import MERGE_REPORT, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.layers.kinds import factor_dicts
 
-REPORT_NAME = "merge_report.json"
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
@@ -103,7 +102,7 @@ class MergedAdapter:
         report = json.dumps(self.report.to_dict(), indent=2, allow_nan=False) + "\n"
         files = {
             **head_files(self.heads),
-            REPORT_NAME: report.encode(),
+            MERGE_REPORT: report.encode(),
             "README.md": merged_card(self.report, self.records, self.base_model, tuple(self.heads)).encode(),
         }
         write_lora(

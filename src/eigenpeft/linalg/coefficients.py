@@ -1,7 +1,10 @@
 """Coefficients of factored matrices on a pair of bases, back, and from one pair of bases to another."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from eigenpeft.linalg.factored import factored_svd, frobenius_norm
 
 
 def project(
@@ -73,3 +76,41 @@ def change_of_bases(
         `(L, R)`.
     """
     return new_out @ old_out.mT, old_in @ new_in.mT
+
+
+def remainder(
+    lora_B: Float[Tensor, "m r"],
+    lora_A: Float[Tensor, "r n"],
+    *,
+    coefficients_out: Float[Tensor, "k_out q"],
+    coefficients_in: Float[Tensor, "q k_in"],
+    components_out: Float[Tensor, "k_out m"],
+    components_in: Float[Tensor, "k_in n"],
+    noise: float = 1e-6,
+) -> tuple[Float[Tensor, "m s"], Float[Tensor, "s n"]]:
+    """What a core does not hold of an update: `B A - V_outᵀ C_out C_in V_in`, as balanced factors of its numerical rank.
+
+    Its rank is at most r + q; it is r - q where the core holds q singular triplets of `B A` itself.
+
+    Args:
+        lora_B: Left factor of the update, scaling included.
+        lora_A: Right factor.
+        coefficients_out: C_out of the core.
+        coefficients_in: C_in of the core.
+        components_out: Rows in the output space.
+        components_in: Rows in the input space.
+        noise: Singular values of at most this times `‖B A‖` are zero.
+
+    Returns:
+        Two factors, float64, of equal norm; with no columns and rows where the core holds everything.
+    """
+    left, right, outside, inside = (
+        tensor.to(torch.float64) for tensor in (lora_B, lora_A, coefficients_out, coefficients_in)
+    )
+    columns = torch.cat([left, -components_out.to(torch.float64).mT @ outside], dim=1)
+    rows = torch.cat([right, inside @ components_in.to(torch.float64)])
+    parts = factored_svd(columns, rows)
+    floor = noise * frobenius_norm(left, right)
+    kept = int(torch.count_nonzero(parts.S.gt(floor)))
+    roots = parts.S[:kept].sqrt()
+    return parts.U[:, :kept] * roots, roots[:, None] * parts.Vh[:kept]

@@ -11,6 +11,7 @@ from eigenpeft.errors import AdapterConfigError
 _OUTPUT_SIDE = re.compile(r"\.lora_(embedding_)?B\.")
 # The names of our own parameters; those of the base model and of plain LoRA are none of our business.
 _MIXED = re.compile(r"\.lora_(embedding_)?B\.[^.]+\.(factor|mixer)$")
+_WEIGHTS = re.compile(r"\.lora_(embedding_)?B\.[^.]+\.mixing\.weights$")
 _COEFFICIENTS = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+\.coefficients$")
 
 
@@ -26,7 +27,7 @@ def parameter_groups(
         model: Model with adapters; only parameters that require gradients are taken.
         lr: Learning rate of everything else (factors, heads, biases).
         mixer_lr: Of MoSLoRA's mixers; None takes `lr`.
-        coefficients_lr: Of EigenLoRA's coefficients; None takes `lr`.
+        coefficients_lr: Of EigenLoRA's coefficients and the weights of its mixtures; None takes `lr`.
 
     Returns:
         Groups with "params", "lr" and "name" ("mixer", "coefficients", "other"); empty ones are left out.
@@ -45,7 +46,7 @@ def parameter_groups(
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            ending = name.rpartition(".")[2]
+            ending = "coefficients" if _WEIGHTS.search(name) else name.rpartition(".")[2]
             members[ending if ending in rates else "other"].append(parameter)
     return [
         {"name": name, "params": parameters, "lr": lr if (rate := rates[name]) is None else rate}
@@ -73,7 +74,8 @@ def check_lorafa_pairs(names: Sequence[str]) -> None:
                 f"LoRA-FA cannot train {name!r}: it pairs A with B, and MoSLoRA has a mixer between them. Use "
                 "eigenpeft.tuners.parameter_groups with torch.optim.AdamW, or LoraConfig."
             )
-        if _COEFFICIENTS.search(name) and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:
+        ours = _COEFFICIENTS.search(name) or _WEIGHTS.search(name)
+        if ours and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:
             raise AdapterConfigError(
                 f"LoRA-FA cannot train {name!r}: it pairs A with B, and this core's input side is frozen already, with "
                 "orthonormal rows, so that there is nothing to project. Use torch.optim.AdamW, or core='low_rank'."

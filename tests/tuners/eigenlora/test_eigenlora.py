@@ -340,7 +340,11 @@ def test_dropout_acts_in_training_only(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"core": "mixture"}, AdapterConfigError, "core='mixture' must be one of 'low_rank', 'full', 'diagonal'"),
+        (
+            {"core": "other"},
+            AdapterConfigError,
+            "core='other' must be one of 'low_rank', 'full', 'diagonal', 'mixture'",
+        ),
         ({"save_subspace": "no"}, AdapterConfigError, "save_subspace='no' must be one of"),
         ({"n_components": 0}, AdapterConfigError, "n_components=0 must be None or a whole number"),
         ({"n_components": 40}, SubspaceError, "n_components=40 must be between 1 and the 12 components"),

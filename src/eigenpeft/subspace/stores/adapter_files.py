@@ -324,6 +324,12 @@ def _refuse_double(name: str, found: Mapping[str, str | None] | Mapping[str, str
 
 def _refuse_magnitudes(label: str, kept: Mapping[str, Tensor]) -> None:
     foreign = [key for key in kept if ".lora_" in key]
+    if offsets := [key for key in foreign if key.endswith(".offset")]:
+        raise SubspaceError(
+            f"{label} has an offset beside its cores in {len(offsets) // 2} modules, which no bases hold, and a store does not "
+            "keep. Write it as a plain LoRA with eigenpeft.export_lora, which can be projected with its error, or start it "
+            "with init_offset=False."
+        )
     if foreign:
         raise SubspaceError(
             f"{label} has {len(foreign)} tensors that belong to no core, {some(foreign)}, which a store does not keep."

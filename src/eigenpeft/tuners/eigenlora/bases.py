@@ -16,6 +16,7 @@ from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import ModuleMatches
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.mixture import Mixture
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
 from eigenpeft.tuners.layers.linear import InputFactor
@@ -39,6 +40,7 @@ class Injection:
     Attributes:
         subspace: The subspace; None for components that the adapter's own file brings.
         warm_start: Where `init_from` leads; None for a start at zero.
+        mixture: The sources of a mixture; None for the other cores.
         names: Modules of the model to those of the subspace, where these are known.
         placed: Modules of the subspace to those of the model, as far as they have been adapted.
         cut: Banks cut to the number of components asked for, filled as layers need them.
@@ -47,6 +49,7 @@ class Injection:
 
     subspace: PrincipalSubspace | None
     warm_start: WarmStart | None
+    mixture: Mixture | None
     names: Mapping[str, str]
     placed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, ModuleSubspace] = field(default_factory=dict)

@@ -28,8 +28,6 @@ _ENTRYWISE: dict[str, Any] = {
 }
 # Rules on cores that keep a diagonal core diagonal.
 _DIAGONAL_RULES = ("task_arithmetic", "mean", "dare")
-# Kinds of layer whose update is V_outᵀ M V_in of one core M.
-_ONE_CORE = ("linear", "embedding")
 
 
 def is_core_rule(combination: str) -> bool:
@@ -65,7 +63,7 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
         module
         for name in adapters
         for module, layer, _ in (adapted_layers(model, name) if known else ())
-        if kind_of(layer).name not in _ONE_CORE
+        if not kind_of(layer).has_one_core
     ]
     is_diagonal = known and not core_kind(configs[0].core).is_matrix
     if not known or several or (is_diagonal and combination not in _DIAGONAL_RULES):
@@ -74,7 +72,7 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
             if several
             else f"the result of this rule on diagonal cores is not diagonal (only that of {', '.join(_DIAGONAL_RULES)} is)"
             if known
-            else "these differ in core or subspace, or are not all EigenLoRA"
+            else "these differ in core or subspace, hold an offset beside their cores, or are not all EigenLoRA"
         )
         raise AdapterConfigError(
             f"combination_type={combination!r} works on cores of one kind in one subspace; {why}. Merge them as plain LoRA with "
@@ -99,7 +97,9 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
     is_factored = core_kind(configs[0].core).is_factored
     if combination not in _LINEAR_ALGEBRA and (combination not in _ENTRYWISE or is_factored):
         return False
-    if len({config.core for config in configs}) > 1 or any(config.use_dora for config in configs):
+    if len({config.core for config in configs}) > 1 or any(
+        config.use_dora or config.offset_ranks for config in configs
+    ):
         return False
     if len({(config.subspace_sha256, config.n_components) for config in configs}) > 1:
         return False
@@ -111,6 +111,39 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
     grouped = any(kind.rank_is_split and kind.n_blocks(layer) > 1 for layer, kind in kinds)
     ranks = [{layer.r[name] for name in adapters if name in layer.r} for layer in layers]
     return not grouped and (combination != "linear" or all(len(each) == 1 for each in ranks))
+
+
+def with_offsets(
+    model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str, rank: int | None
+) -> tuple[str, int | None]:
+    """PEFT's word and rank for a sum that is to contain the offsets of its sources, whose ranks PEFT does not know.
+
+    Args:
+        model: Adapted model.
+        configs: Of the adapters.
+        adapters: Their names.
+        combination: PEFT's word.
+        rank: PEFT's `svd_rank`.
+
+    Returns:
+        Word and rank: "svd" at the sum of all ranks, which is exact, for "cat".
+
+    Raises:
+        AdapterConfigError: For what works on factors of one rank.
+    """
+    having = [name for name, config in zip(adapters, configs, strict=True) if getattr(config, "offset_ranks", None)]
+    if not having or combination.endswith("svd"):
+        return combination, rank
+    if combination != "cat":
+        raise AdapterConfigError(
+            f"combination_type={combination!r} works on factors of one rank, and {having[0]!r} has an offset beside its own; "
+            f"use 'cat', 'svd' or {combination + '_svd'!r}."
+        )
+    rows: dict[str, int] = {}
+    for name in adapters:
+        for path, layer, _ in adapted_layers(model, name):
+            rows[path] = rows.get(path, 0) + len(factor_dicts(layer)[0][name].weight)
+    return "svd", max(rows.values())
 
 
 @torch.no_grad()

@@ -1,14 +1,17 @@
 """Configuration of EigenLoRA."""
 
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.subspace.cores import FROM_ZERO, RENAMED, core_kind
+from eigenpeft.linalg.merging import RULES
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+from eigenpeft.subspace.cores import CORES, RENAMED, core_kind
+from eigenpeft.tuners.eigenlora.merged_start import check_rule, named, open_adapters
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
@@ -19,6 +22,10 @@ logger = logging.getLogger(__name__)
 # Starts that write A and B from the base model's weights, which lie in no subspace; and layers that the subspace has not.
 _BEYOND_THE_SUBSPACE = ("layer_replication", "loftq_config", "corda_config", "lora_ga_config")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# How an adapter starts: a file's numbers take the place of these, and they could name anything of the reader's.
+START_FIELDS = ("init_from", "init_adapters", "init_scale", "init_options", "init_offset", "init_weights", "sources")
+# What the scaling of a mixture is made of; its weights are the scaling.
+_NO_SCALING = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 @dataclass
@@ -57,20 +64,69 @@ class EigenLoraConfig(ExplainedConfig):
     n_components: int | None = field(
         default=None, metadata={"help": "Use only the first n_components of each module; None uses all."}
     )
-    core: Literal["low_rank", "full", "diagonal"] = field(
+    core: Literal["low_rank", "full", "diagonal", "mixture"] = field(
         default="low_rank",
         metadata={
             "help": "Form of M (K, K). 'low_rank': C_out C_in with 2 K r parameters per module (EigenLoRAx); 'full': all "
-            "K² entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). All start at ΔW = 0. 'mixer', the old name "
-            "of 'full', is deprecated."
+            "K² entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). These start at ΔW = 0. 'mixture': "
+            "Σ w_t M_t of the frozen cores of the members of `sources`, with trained weights (LoRA-Soups). 'mixer', the old "
+            "name of 'full', is deprecated."
         },
     )
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Warm start: folder or Hub id of a LoRA adapter, which is projected onto the subspace, or "
-            "'<folder or Hub id of a store>#<member>'. The adapter's own file does not name it: reloading needs no source."
+            "help": "Warm start: folder or Hub id of an adapter of LoRA, which is projected onto the subspace, or of EigenLoRA "
+            "in it, or of a merge that `eigenpeft merge` wrote; '<folder or Hub id of a store>#<member>'; or a merging rule "
+            "such as 'mean', for the adapters of `init_adapters`. The adapter's own file does not name it: reloading needs no "
+            "source."
         },
+    )
+    init_adapters: Any = field(
+        default=None,
+        metadata={
+            "help": "What a merging rule in `init_from` merges: folder or Hub id of a store, folders and Hub ids of LoRA "
+            "adapters, an AdapterStore or an AdapterCollection."
+        },
+    )
+    init_scale: Any = field(
+        default=None,
+        metadata={
+            "help": "λ, which multiplies the update that `init_from` names: a number, or 'auto', which gives each module's "
+            "merged update the mean norm of those that were merged (Pico's rule). None is 1, or the rule's own."
+        },
+    )
+    init_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Options of the merging rule in `init_from`, such as {'density': 0.2}."}
+    )
+    init_offset: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether what the core cannot hold of `init_from` is kept, as a frozen part of the adapter that its file and "
+            "its exports contain. None: kept for merges and mixtures, left out for single adapters."
+        },
+    )
+    sources: Any = field(
+        default=None,
+        metadata={"help": "Store whose members core='mixture' weighs: an AdapterStore, its folder or its Hub id."},
+    )
+    source_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Members of `sources` that are weighed, in order; None takes all. Set by itself."},
+    )
+    weights: Literal["adapter", "module"] = field(
+        default="adapter",
+        metadata={
+            "help": "Weights of core='mixture': one per source for the whole model, or one per source and module."
+        },
+    )
+    init_weights: Any = field(
+        default=None,
+        metadata={"help": "Where these weights start: one number per source, or one for all. None is 1 / T, the mean."},
+    )
+    offset_ranks: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Rank of the frozen offset of each module that has one; set by itself (`init_offset`)."},
     )
     save_subspace: Literal["reference", "embed"] = field(
         default="reference",
@@ -95,11 +151,12 @@ class EigenLoraConfig(ExplainedConfig):
         )  # which users leave out, and PEFT's files always have
         super().__post_init__()
         self.peft_type = peft_type("EIGENLORA")
-        self._has_started = False
+        self.has_started = False
         check_lora_options(self, method="EigenLoRA", unsupported=_BEYOND_THE_SUBSPACE)
         if isinstance(self.core, str) and self.core in RENAMED:
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
-        for name, allowed in (("core", FROM_ZERO), ("save_subspace", ("reference", "embed"))):
+        choices = {"core": tuple(CORES), "save_subspace": ("reference", "embed"), "weights": ("adapter", "module")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise AdapterConfigError(
                     f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}."
@@ -110,6 +167,8 @@ class EigenLoraConfig(ExplainedConfig):
                 f"n_components={self.n_components!r} must be None or a whole number of at least 1."
             )
         self._check_reference()
+        self._check_start()
+        self._take_sources()
         if isinstance(self.subspace, PrincipalSubspace):
             # Kept beside the fields: they must stay plain values that JSON and `asdict` can take.
             self._subspace, fingerprint = self.subspace, remember(self.subspace)
@@ -119,7 +178,7 @@ class EigenLoraConfig(ExplainedConfig):
                     "passed; leave it out or pass the subspace that has it."
                 )
             self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
-            self.subspace = self.subspace.origin
+            self.subspace = self.subspace.origin or self.sources
 
     def _check_variants(self) -> None:
         """Refuse variants of LoRA that are defined for the core "low_rank" alone, elsewhere and with a warm start."""
@@ -132,12 +191,13 @@ class EigenLoraConfig(ExplainedConfig):
 
     def _check_reference(self) -> None:
         """Refuse what no adapter's file says of its subspace, before anything is opened or allocated for it."""
-        if self.is_from_file and self.init_from is not None:
-            # A start is for making adapters: a file's numbers take its place, and it could name anything of the reader's.
-            logger.warning(
-                "init_from=%r in an adapter's file is passed over: the adapter has its numbers.", self.init_from
-            )
-            self.init_from = None
+        if self.is_from_file:
+            found = {name: value for name in START_FIELDS if (value := getattr(self, name)) is not None}
+            if found:
+                shown = ", ".join(f"{name}={str(value)[:80]!r}" for name, value in found.items())
+                logger.warning("%s in an adapter's file is passed over: the adapter has its numbers.", shown)
+            for name in found:
+                setattr(self, name, None)
         if not isinstance(self.subspace, str | PathLike | PrincipalSubspace | None):
             raise AdapterConfigError(
                 f"subspace={str(self.subspace)[:80]!r} must be a path, a Hub id or a PrincipalSubspace."
@@ -146,22 +206,105 @@ class EigenLoraConfig(ExplainedConfig):
             raise AdapterConfigError(
                 f"subspace_sha256={str(self.subspace_sha256)[:80]!r} must be 64 hexadecimal digits, or None."
             )
-        if not isinstance(self.embedded_n_components, dict | None):
+        for name in ("embedded_n_components", "offset_ranks"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise AdapterConfigError(
+                    f"{name}={str(getattr(self, name))[:80]!r} must be None or numbers by module name; the config was altered, "
+                    "get a fresh copy of the adapter."
+                )
+        names = self.source_names
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise AdapterConfigError(f"source_names={str(names)[:80]!r} must be a list of names of members, or None.")
+
+    def _check_start(self) -> None:
+        """Refuse starts that mean nothing, and keep what is no plain value beside the fields."""
+        self._init_adapters, self.init_adapters = self.init_adapters, named(self.init_adapters)
+        is_rule = self.init_from in RULES and self._init_adapters is not None
+        if self.init_from in RULES and not is_rule:
             raise AdapterConfigError(
-                f"embedded_n_components={str(self.embedded_n_components)[:80]!r} must be None or a number of components by "
-                "module name; the config was altered, get a fresh copy of the adapter."
+                f"init_from={self.init_from!r} is a merging rule: say which adapters it merges with init_adapters=. (A folder "
+                f"of that name is './{self.init_from}'.)"
             )
+        if self._init_adapters is not None and not is_rule:
+            raise AdapterConfigError(
+                f"init_adapters are merged by the rule in init_from, and init_from={self.init_from!r} is none; pass one of "
+                f"{', '.join(map(repr, RULES))}."
+            )
+        if is_rule:
+            check_rule(str(self.init_from), self.init_options)
+        elif self.init_options:
+            raise AdapterConfigError(
+                f"init_options={self.init_options!r} are options of a merging rule; pass init_from='ties' or another."
+            )
+        scale = self.init_scale
+        if scale is not None and scale != "auto" and not _is_number(scale):
+            raise AdapterConfigError(f"init_scale={scale!r} must be a finite number, 'auto' or None.")
+        if scale is not None and (self.init_from is None or (scale == "auto" and not is_rule)):
+            raise AdapterConfigError(
+                f"init_scale={scale!r} multiplies what init_from={self.init_from!r} names, and 'auto' compares a merge with "
+                "what was merged; pass init_from='mean' and init_adapters=."
+            )
+        weights = self.init_weights
+        if weights is not None and not _is_number(weights):
+            if not isinstance(weights, list | tuple) or not all(map(_is_number, weights)):
+                raise AdapterConfigError(f"init_weights={weights!r} must be a finite number, a list of them, or None.")
+            self.init_weights = list(weights)
+
+    def _take_sources(self) -> None:
+        """Open the sources of a mixture, which bring their bases; nothing of them is read yet."""
+        self.source_store: AdapterStore | None = None
+        mixture = self.core == "mixture"
+        given = {"sources": self.sources, "init_weights": self.init_weights, "source_names": self.source_names}
+        if not mixture and (extra := [name for name, value in given.items() if value is not None]):
+            raise AdapterConfigError(f"{', '.join(extra)} belong to core='mixture', and core={self.core!r} has none.")
+        if mixture and self.init_from is not None:
+            raise AdapterConfigError(
+                f"init_from={self.init_from!r}: a mixture starts from its sources, with the weights init_weights."
+            )
+        if not mixture:
+            return
+        scaling = {"lora_alpha": self.r, **_NO_SCALING}
+        if changed := [name for name, value in scaling.items() if getattr(self, name) != value]:
+            logger.info("core='mixture' has no scaling beside its weights: %s is not used.", ", ".join(changed))
+        for name, value in scaling.items():
+            setattr(self, name, value)
+        if self.sources is None:
+            return
+        store = self.sources if isinstance(self.sources, AdapterStore) else open_adapters(self.sources)
+        if not isinstance(store, AdapterStore):
+            raise AdapterConfigError(
+                f"sources={self.sources!r} are adapters and no store: put them into one with "
+                "AdapterStore.from_collection(subspace, AdapterCollection.from_pretrained(...))."
+            )
+        self.source_store, self.sources = store, store.origin
+        if self.subspace is None and self.subspace_sha256 is None:
+            self.subspace = store.subspace
+
+    @property
+    def start_adapters(self) -> Any:
+        """What `init_adapters` was given."""
+        return self._init_adapters
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open stores and collections, which have files."""
+        return self.__dict__ | {"_init_adapters": self.init_adapters, "source_store": None}
 
     def note_start(self) -> None:
-        """Note that an adapter has started from `init_from`: what is saved from now on is a trained adapter's file."""
-        self._has_started = True
+        """Note that an adapter has started: what is saved from now on is a trained adapter's file."""
+        self.has_started = True
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as the adapter's file has them: without the start of an adapter that has started."""
-        values = super().to_dict()
-        return values | {"init_from": None} if self._has_started else values
+        values: dict[str, Any] = super().to_dict()
+        if self.has_started:
+            values.update(dict.fromkeys(START_FIELDS))
+        return values
 
     @property
     def embeds_subspace(self) -> bool:
         """Whether saving the adapter saves the components too."""
         return self.save_subspace == "embed" or self.subspace is None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

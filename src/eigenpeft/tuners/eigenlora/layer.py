@@ -40,9 +40,10 @@ class EigenLinear(ExactLinear):
             inside: Any = self.lora_A[name]
             outside: Any = self.lora_B[name]
             x = self._cast_input_dtype(x, outside.coefficients.dtype)
+            dropped = self.lora_dropout[name](x)
             y = add_update(
                 y,
-                self.lora_dropout[name](x),
+                dropped,
                 components_in=inside.basis.components_in,
                 coefficients_in=inside.coefficients,
                 coefficients_out=outside.coefficients,
@@ -50,6 +51,9 @@ class EigenLinear(ExactLinear):
                 scaling=self.scaling[name],
                 in_place=in_place,
             )
+            if inside.offset is not None:
+                rest = nn.functional.linear(dropped.to(y.dtype), inside.offset.to(y.dtype))
+                y = y + self.scaling[name] * nn.functional.linear(rest, outside.offset.to(y.dtype))
             if outside.bias is not None:
                 y = y + self.scaling[name] * outside.bias.to(y.dtype)
         return y.to(dtype)
@@ -103,7 +107,7 @@ class EigenLinear(ExactLinear):
         return (
             not has_dropout
             and self._are_ours(names)
-            and all(factor.coefficients is not None for factor in factors)
+            and all(factor.coefficients is not None and factor.offset is None for factor in factors)
             and all(factor.basis is factors[0].basis for factor in factors)
             and not any(self.lora_bias[name] for name in names)
         )

@@ -21,9 +21,18 @@ from eigenpeft.tuners.eigenlora.bases import (
     matching_modules,
     subspace_of,
 )
-from eigenpeft.tuners.eigenlora.combining import can_combine, check_core_rule, combine, combine_cores, is_core_rule
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.combining import (
+    can_combine,
+    check_core_rule,
+    combine,
+    combine_cores,
+    is_core_rule,
+    with_offsets,
+)
+from eigenpeft.tuners.eigenlora.config import START_FIELDS, EigenLoraConfig
+from eigenpeft.tuners.eigenlora.frozen import check_frozen, check_one_core, empty_offset, offset_ranks
 from eigenpeft.tuners.eigenlora.layer import adopt
+from eigenpeft.tuners.eigenlora.mixture import read_mixture
 from eigenpeft.tuners.eigenlora.placing import place, start
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
@@ -63,12 +72,14 @@ class EigenLoraModel(FactorModel):
             exclude(config, strays(model, wanted))
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        warm_start = read_warm_start(config.init_from, subspace) if config.init_from and subspace else None
-        given = Injection(subspace, warm_start, matches.found)
+        warm_start = read_warm_start(config, subspace) if config.init_from and subspace else None
+        mixture = read_mixture(config, subspace) if config.core == "mixture" else None
+        given = Injection(subspace, warm_start, mixture, matches.found)
         yield given
         if warm_start is not None:
             warm_start.report(given.placed, warm_start.fill_heads(model, adapter_name))
         config.note_start()
+        config.offset_ranks = offset_ranks(model, adapter_name)
         if config.embeds_subspace:
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
@@ -82,22 +93,32 @@ class EigenLoraModel(FactorModel):
         """
         name, basis = basis_for(layer, given, config, module)
         given.place(name, module)
-        core = core_kind(config.core)
+        core, scaling = core_kind(config.core), layer.scaling[adapter_name]
+        if given.mixture is not None:
+            check_one_core(layer, module, what="core='mixture'", instead="use another core")
+            mixture = given.mixture.of(name, basis)
+            place(layer, adapter_name, basis=basis, parts={}, core=core, mixture=mixture)
+            adopt(layer, adapter_name)
+            return
         parts = start(layer, adapter_name, basis=basis, config=config, module=module)
+        offset = empty_offset(layer, config, module)
         if given.warm_start is not None and name in given.warm_start.modules:
             _check_warm_start(layer, config, module)
-            parts = given.warm_start.parts(name, start=parts, core=core, scaling=layer.scaling[adapter_name])
-        place(layer, adapter_name, basis=basis, parts=parts, core=core)
+            parts = given.warm_start.parts(name, start=parts, core=core, scaling=scaling)
+            offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, basis=basis)
+        if offset is not None:
+            check_one_core(layer, module, what="init_offset=True", instead="pass init_offset=False")
+        place(layer, adapter_name, basis=basis, parts=parts, core=core, offset=offset)
         adopt(layer, adapter_name)
 
     @classmethod
     def has_matrices(cls, config: EigenLoraConfig) -> bool:
-        """`FactorModel.has_matrices`: a diagonal has one axis.
+        """`FactorModel.has_matrices`: a diagonal has one axis, and so have weights.
 
         Args:
             config: Configuration of the adapter.
         """
-        return core_kind(config.core).is_matrix
+        return all(len(shape) > 1 for shape in core_kind(config.core).shapes(1, 1, 1).values())
 
     def add_weighted_adapter(
         self,
@@ -136,16 +157,20 @@ class EigenLoraModel(FactorModel):
         if not by_rule and not can_combine(
             self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]
         ):
+            combination_type, svd_rank = with_offsets(self.model, configs, adapters, combination_type, svd_rank)
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs)
             return
         combination, rank, target_modules = checked
         settings = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        own: Any = self.peft_config[adapters[0]]
+        # A weighted sum of mixtures is a core of its own: what they weigh may differ.
+        made_of = {"core": "full", "source_names": None} if own.core == "mixture" else {}
         self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]], target_modules=target_modules, init_from=None, **settings
+            own, target_modules=target_modules, **dict.fromkeys(START_FIELDS), **settings, **made_of
         )
         self.inject_adapter(self.model, adapter_name)
         if by_rule:
-            core = configs[0].core  # pyright: ignore[reportAttributeAccessIssue] (checked above)
+            core = self.peft_config[adapter_name].core  # pyright: ignore[reportAttributeAccessIssue]
             combine_cores(
                 self.model, adapters, weights, adapter_name, core=core, combination=combination_type, **kwargs
             )
@@ -180,6 +205,7 @@ class EigenLoraModel(FactorModel):
         coefficients = {key: value for key, value in state_dict.items() if not key.endswith(".components")}
         embedded = {key: value for key, value in state_dict.items() if key.endswith(".components")}
         fill_embedded(model, adapter_name, embedded)
+        check_frozen(model, adapter_name, coefficients)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, coefficients)
 
 

@@ -8,10 +8,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg import Factors
 from eigenpeft.subspace.cores import CoreKind, Parts, core_kind
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.blocks import n_blocks_of
 from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
+from eigenpeft.tuners.layers.mixture import MixtureWeights
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
@@ -62,20 +64,31 @@ def _grouped(whole: dict[str, Tensor], groups: int, core: CoreKind, module: str)
     return whole | {"coefficients_out": whole["coefficients_out"][:, : n_channels // groups].clone()}
 
 
-def place(layer: LoraLayer, adapter_name: str, *, basis: Basis, parts: Parts, core: CoreKind) -> None:
+def place(
+    layer: LoraLayer,
+    adapter_name: str,
+    *,
+    basis: Basis,
+    parts: Parts,
+    core: CoreKind,
+    mixture: tuple[MixtureWeights, Tensor] | None = None,
+    offset: Factors | None = None,
+) -> None:
     """Put EigenLoRA's factors in the place of LoRA's own.
 
     Args:
         layer: LoRA layer.
         adapter_name: Adapter.
         basis: Its components there.
-        parts: Of its core.
+        parts: Of its core; none of a mixture.
         core: The kind of core.
+        mixture: Weights and cores of a mixture.
+        offset: Frozen factors of what the core does not hold, divided by the scaling.
     """
     inputs, outputs = factor_dicts(layer)
     replaced = inputs[adapter_name], outputs[adapter_name]
     inside = parts.get("coefficients_in")
-    sides = Sides(basis, inside, parts["coefficients_out"], core.is_matrix)
+    sides = Sides(basis, inside, parts.get("coefficients_out"), core.is_matrix, mixture, offset)
     pair = kind_of(layer).pair(sides, layer, replaced)
     if inside is None:
         pair[0].follows = (pair[1],)

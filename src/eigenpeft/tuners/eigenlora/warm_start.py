@@ -1,9 +1,11 @@
-"""Cores and heads to start from, taken from an existing adapter."""
+"""Cores and heads to start from, taken from an existing adapter or a merge of several, and what no core holds of it."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -13,9 +15,19 @@ from torch.nn.functional import pad
 from eigenpeft.collection.formats.keys import canonical_module
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError, SubspaceError
+from eigenpeft.linalg import Factors
+from eigenpeft.linalg.coefficients import remainder
+from eigenpeft.linalg.factored import frobenius_norm
+from eigenpeft.linalg.merging import RULES
 from eigenpeft.subspace import AdapterMember, AdapterStore, Core, PrincipalSubspace
 from eigenpeft.subspace.cores import CoreKind, Parts
 from eigenpeft.subspace.stores.adapter_files import read_adapter
+from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.merged_start import merged_updates, open_adapters
+from eigenpeft.tuners.files.lora_files import MERGE_REPORT
+from eigenpeft.tuners.layers.shared_bases import Basis
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,12 +39,18 @@ class WarmStart:
         modules: The adapter's core by module; modules that the adapter does not have start as usual.
         left_out: Modules of the adapter that the subspace has no bases for.
         kept: What the adapter trained besides updates of weights, by the keys of its file: heads, biases, tokens.
+        updates: The whole update by module, where it may be more than the core: `(lora_B, lora_A)`, scaling included.
+        keeps_offset: Whether what a core does not hold is kept as an offset.
+        lost: Squared norms of a module's update and of what its new core does not hold, filled as layers start.
     """
 
     source: str
     modules: Mapping[str, Core]
     left_out: tuple[str, ...] = ()
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: Mapping[str, Factors] = field(default_factory=dict)
+    keeps_offset: bool = False
+    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def report(self, placed: Iterable[str], unused: Iterable[str]) -> None:
         """Warn of everything in the adapter that the new one does not start from, by name.
@@ -54,6 +72,42 @@ class WarmStart:
                 f"init_from={self.source!r}: the new adapter starts without {'; '.join(lost)}.",
                 stacklevel=2,
             )
+        whole = sum(square for square, _ in self.lost.values())
+        share = sum(square for _, square in self.lost.values()) / whole if whole else 0.0
+        if share > _NOTHING:
+            kept = "kept as a frozen offset" if self.keeps_offset else "left out (init_offset=True keeps it)"
+            level = logging.INFO if self.keeps_offset else logging.WARNING
+            logger.log(
+                level,
+                "init_from=%r: the cores hold %.4f of the update's squared norm; the rest is %s.",
+                self.source,
+                1 - share,
+                kept,
+            )
+
+    def offset(self, module: str, parts: Parts, *, core: CoreKind, scaling: float, basis: Basis) -> Factors | None:
+        """What the new core of a module does not hold, divided by the new scaling; None where it holds all or that is left out.
+
+        Args:
+            module: Module of the subspace.
+            parts: Of the new core, from `parts`.
+            core: Its kind.
+            scaling: `s` of the new adapter.
+            basis: Its components.
+        """
+        outside, inside = core.to_factors(parts)
+        whole = self.updates[module]
+        left, right = remainder(
+            *whole,
+            coefficients_out=outside * scaling,
+            coefficients_in=inside,
+            components_out=basis.components_out.cpu(),
+            components_in=basis.components_in.cpu(),
+        )
+        self.lost[module] = float(frobenius_norm(*whole)) ** 2, float(frobenius_norm(left, right)) ** 2
+        if not self.keeps_offset or not len(right):
+            return None
+        return (left / scaling).float(), right.float()
 
     def parts(self, module: str, *, start: Parts, core: CoreKind, scaling: float) -> Parts:
         """The core of a module in the form of a kind, the adapter's own scaling divided by the new one.
@@ -112,23 +166,88 @@ class WarmStart:
         return [key for key in self.kept if key not in used]
 
 
-def read_warm_start(source: str, subspace: PrincipalSubspace) -> WarmStart:
-    """Read `'<store>#<member>'`, or the EigenLoRA or LoRA adapter at a folder or Hub id, the latter projected.
+def read_warm_start(config: EigenLoraConfig, subspace: PrincipalSubspace) -> WarmStart:
+    """Read what `init_from` names: an adapter or a merge on disk or the Hub, a member of a store, or adapters to merge.
 
     Args:
-        source: Where to start from.
-        subspace: Bases of the new adapter.
+        config: Of the new adapter.
+        subspace: Its bases.
 
     Raises:
         AdapterConfigError: If it has other bases, the adapter has none of the subspace's modules, or two that fit one.
-        CollectionError: If the adapter cannot be read.
+        CollectionError: If an adapter cannot be read.
     """
-    member = _member(source, subspace)
-    return WarmStart(source, dict(member), tuple(member.record.get("left_out") or ()), member.kept)
+    source = str(config.init_from)
+    if source in RULES and config.start_adapters is not None:
+        updates = merged_updates(
+            config.start_adapters,
+            rule=source,
+            scale=config.init_scale,
+            options=config.init_options,
+            embeddings=bool(subspace.info.embeddings),
+        )
+        return _of_updates(source, updates, subspace, keeps_offset=config.init_offset is not False)
+    scale = 1.0 if config.init_scale is None else float(config.init_scale)
+    member, is_merge = _member(source, subspace)
+    if scale != 1.0:
+        cores = {module: Core(core.kind, core.parts, core.scaling * scale) for module, core in member.cores.items()}
+        member = replace(member, cores=cores)
+    updates = _whole(source, member, subspace, scale=scale)
+    is_merge = is_merge or "mixture" in member.kinds
+    return WarmStart(
+        source,
+        dict(member),
+        tuple(member.record.get("left_out") or ()),
+        member.kept,
+        updates,
+        is_merge if config.init_offset is None else config.init_offset,
+    )
 
 
-def _member(source: str, subspace: PrincipalSubspace) -> AdapterMember:
-    if "#" in source and not Path(source).exists():
+def _of_updates(
+    source: str, updates: Mapping[str, Factors], subspace: PrincipalSubspace, *, keeps_offset: bool
+) -> WarmStart:
+    found = {module: subspace.find(module) for module in updates}
+    inside: dict[str, Factors] = {}
+    for module, own in found.items():
+        if own in inside:
+            raise AdapterConfigError(f"init_from={source!r}: several adapted modules fit the subspace's one {own!r}.")
+        if own is not None:
+            inside[own] = updates[module]
+    if not inside:
+        raise AdapterConfigError(
+            f"init_from={source!r}: none of the adapters' {len(updates)} modules, such as {some(list(updates))}, is in the "
+            "subspace. Use a subspace of these adapters' base model."
+        )
+    try:
+        cores = subspace.project({own: (left.float(), right.float()) for own, (left, right) in inside.items()})
+    except (SubspaceError, RuntimeError) as error:
+        raise AdapterConfigError(f"init_from={source!r}: {error}") from error
+    left_out = tuple(module for module, own in found.items() if own is None)
+    return WarmStart(source, dict(cores), left_out, {}, inside, keeps_offset)
+
+
+def _whole(source: str, member: AdapterMember, subspace: PrincipalSubspace, *, scale: float) -> dict[str, Factors]:
+    """The update of each module in full: of a LoRA from its file, of a core from its bases."""
+    if member.relative_errors and not _names_member(source):
+        collection: Any = open_adapters([source], embeddings=bool(subspace.info.embeddings))
+        with collection:
+            pairs = {
+                subspace.find(name): (scale * read.lora_B, read.lora_A)
+                for name in collection.modules
+                for read in collection.factors(name)
+            }
+        return {module: pairs[module] for module in member.cores}
+    return subspace.reconstruct(member.cores)
+
+
+def _names_member(source: str) -> bool:
+    return "#" in source and not Path(source).exists()
+
+
+def _member(source: str, subspace: PrincipalSubspace) -> tuple[AdapterMember, bool]:
+    """The adapter, and whether a merge wrote it."""
+    if _names_member(source):
         place, _, name = source.partition("#")
         store = AdapterStore.from_pretrained(place)
         if store.subspace.fingerprint != subspace.fingerprint:
@@ -136,8 +255,13 @@ def _member(source: str, subspace: PrincipalSubspace) -> AdapterMember:
                 f"init_from={source!r}: that store's bases have fingerprint {store.subspace.fingerprint}, the adapter's "
                 f"have {subspace.fingerprint}. Pass the adapter itself to have it projected."
             )
-        return store[name]
+        return store[name], False
     try:
-        return read_adapter(source, subspace, allow_different_base_models=True, in_part=True)[1]
+        member = read_adapter(source, subspace, allow_different_base_models=True, in_part=True)[1]
     except SubspaceError as error:
         raise AdapterConfigError(f"init_from={source!r}: {error}") from error
+    return member, (Path(source) / MERGE_REPORT).is_file()
+
+
+# Share of the squared norm that float32 leaves behind.
+_NOTHING = 1e-8

@@ -17,6 +17,7 @@ from eigenpeft.artifacts.atomic import atomic_folder
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+MERGE_REPORT = "merge_report.json"  # beside an adapter that `eigenpeft merge` wrote
 KIND = "plain LoRA adapter"
 PREFIX = "base_model.model."
 _CARD_HEADING = "## Rank and scaling"

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 
 
-class _ActsAsMatrix(nn.Module):
+class ActsAsMatrix(nn.Module):
     """What LoRA's embedding layer asks of `lora_embedding_A` and `lora_embedding_B`: the matrix is `weight`."""
 
     weight: Any
@@ -70,16 +70,16 @@ class _ActsAsMatrix(nn.Module):
 
 
 def _matrix(value: Any) -> Any:
-    return value.weight if isinstance(value, _ActsAsMatrix) else value
+    return value.weight if isinstance(value, ActsAsMatrix) else value
 
 
-class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
+class EmbeddingInputFactor(ActsAsMatrix, InputFactor):
     """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column a token."""
 
     @property
     def T(self) -> Tensor:
         """(num_embeddings, r), to look tokens up in; the components themselves, not copied, when there is no C_in."""
-        if self.coefficients is not None or not self.follows:
+        if self.coefficients is not None or self.offset is not None or not self.follows:
             return self.weight.mT
         return self.basis.components_in.mT.to(self.follows[0].coefficients.dtype)
 
@@ -94,11 +94,11 @@ class EmbeddingInputFactor(_ActsAsMatrix, InputFactor):
         return self.weight.dtype
 
 
-class EmbeddingOutputFactor(_ActsAsMatrix, OutputFactor):
+class EmbeddingOutputFactor(ActsAsMatrix, OutputFactor):
     """`B = V_outᵀ C_out`, (embedding_dim, r)."""
 
 
-class MixedEmbeddingFactor(_ActsAsMatrix, MixedFactor):
+class MixedEmbeddingFactor(ActsAsMatrix, MixedFactor):
     """`B M`, (embedding_dim, r): an embedding's B behind a mixer.
 
     Args:

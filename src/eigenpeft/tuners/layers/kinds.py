@@ -17,6 +17,7 @@ from peft.tuners.lora.variants import (
 from torch import Tensor, nn
 
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg import Factors
 from eigenpeft.tuners.layers.blocks import BlockInputFactor, BlockOutputFactor, n_blocks_of
 from eigenpeft.tuners.layers.convolution import (
     ConvolutionInputFactor,
@@ -27,6 +28,7 @@ from eigenpeft.tuners.layers.convolution import (
 from eigenpeft.tuners.layers.embedding import EmbeddingInputFactor, EmbeddingOutputFactor, MixedEmbeddingFactor
 from eigenpeft.tuners.layers.experts import ExpertDiagonalFactor, MixedExpertFactor, RepeatedInputFactor
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
+from eigenpeft.tuners.layers.mixture import EmbeddingMixtureFactor, MixtureFactor, MixtureWeights
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
@@ -36,36 +38,52 @@ class Sides(NamedTuple):
     Attributes:
         basis: The components.
         inside: C_in, or None where A is the components themselves.
-        outside: C_out, or the diagonals.
+        outside: C_out, or the diagonals; None for a mixture.
         is_matrix: Whether C_out has columns, rather than being diagonals.
+        mixture: Weights and frozen cores (T, K_out, K_in) of a mixture.
+        offset: `(B (out_features, q), A (q, in_features))` of a frozen update beside the core's.
     """
 
     basis: Basis
     inside: Tensor | None
-    outside: Tensor
+    outside: Tensor | None
     is_matrix: bool
+    mixture: tuple[MixtureWeights, Tensor] | None = None
+    offset: Factors | None = None
+
+    @property
+    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the input side and of the output side."""
+        return (None, None) if self.offset is None else (self.offset[1], self.offset[0])
 
 
 def _linear_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
+    (rows, columns), bias = sides.offsets, getattr(replaced[1], "bias", None)
     n_blocks_in, n_blocks_out = map(n_blocks_of, replaced)
     if n_blocks_in > 1 and sides.inside is not None:
         inside = BlockInputFactor(sides.basis, coefficients=sides.inside, n_blocks=n_blocks_in)
     else:
-        inside = InputFactor(sides.basis, coefficients=sides.inside)
+        inside = InputFactor(sides.basis, coefficients=sides.inside, offset=rows)
     if n_blocks_out > 1:
-        return inside, BlockOutputFactor(sides.basis, coefficients=sides.outside, n_blocks=n_blocks_out)
-    bias = getattr(replaced[1], "bias", None)
-    return inside, OutputFactor(sides.basis, coefficients=sides.outside, bias=bias)
+        return inside, BlockOutputFactor(sides.basis, coefficients=_outside(sides), n_blocks=n_blocks_out)
+    if sides.mixture is not None:
+        mixing, cores = sides.mixture
+        return inside, MixtureFactor(sides.basis, mixing=mixing, cores=cores, bias=bias, offset=columns)
+    return inside, OutputFactor(sides.basis, coefficients=_outside(sides), bias=bias, offset=columns)
 
 
 def _embedding_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
-    inside = EmbeddingInputFactor(sides.basis, coefficients=sides.inside)
-    return inside, EmbeddingOutputFactor(sides.basis, coefficients=sides.outside)
+    rows, columns = sides.offsets
+    inside = EmbeddingInputFactor(sides.basis, coefficients=sides.inside, offset=rows)
+    if sides.mixture is not None:
+        mixing, cores = sides.mixture
+        return inside, EmbeddingMixtureFactor(sides.basis, mixing=mixing, cores=cores, offset=columns)
+    return inside, EmbeddingOutputFactor(sides.basis, coefficients=_outside(sides), offset=columns)
 
 
 def _convolution_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
     inside = ConvolutionInputFactor(sides.basis, coefficients=sides.inside, replaced=replaced[0])
-    return inside, ConvolutionOutputFactor(sides.basis, coefficients=sides.outside, replaced=replaced[1])
+    return inside, ConvolutionOutputFactor(sides.basis, coefficients=_outside(sides), replaced=replaced[1])
 
 
 def _expert_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
@@ -74,7 +92,12 @@ def _expert_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[A
         inside = RepeatedInputFactor(sides.basis, n_experts=layer.num_experts)
     else:
         inside = InputFactor(sides.basis, coefficients=sides.inside)
-    return inside, output(sides.basis, coefficients=sides.outside)
+    return inside, output(sides.basis, coefficients=_outside(sides))
+
+
+def _outside(sides: Sides) -> Tensor:
+    assert sides.outside is not None  # only a mixture has none, and only layers with `has_one_core` get one
+    return sides.outside
 
 
 @dataclass(frozen=True)
@@ -93,6 +116,7 @@ class LayerKind:
         window: Inputs per input channel: the entries of a convolution's kernel.
         zero_side: Side that LoRA starts at zero.
         is_parameter: Whether LoRA adapts a bare parameter, by `target_parameters`.
+        has_one_core: Whether the update is one matrix `V_outᵀ M V_in`, so that a mixture and an offset are defined.
     """
 
     name: str
@@ -106,6 +130,7 @@ class LayerKind:
     window: Callable[[Any], int] = lambda layer: 1
     zero_side: Literal["in", "out"] = "out"
     is_parameter: bool = False
+    has_one_core: bool = False
 
 
 KINDS: tuple[LayerKind, ...] = (
@@ -116,6 +141,7 @@ KINDS: tuple[LayerKind, ...] = (
         pair=_embedding_pair,
         mixed=MixedEmbeddingFactor,
         zero_side="in",
+        has_one_core=True,
     ),
     LayerKind(
         "experts",
@@ -137,7 +163,7 @@ KINDS: tuple[LayerKind, ...] = (
         rank_is_split=True,
         window=lambda layer: math.prod(layer.get_base_layer().kernel_size),
     ),
-    LayerKind("linear", lambda layer: True),
+    LayerKind("linear", lambda layer: True, has_one_core=True),
 )
 """Kinds of LoRA layer; "linear" is every other one, such as Conv1D, attention, and quantized layers."""
 

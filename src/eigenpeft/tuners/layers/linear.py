@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,16 +18,21 @@ class InputFactor(nn.Module):
     Args:
         basis: Where the components live; not a submodule of this one, so that they move and are counted once.
         coefficients: (r, n_components), or None.
+        offset: Frozen rows below those of A, (q, in_features): the input side of an update that the components do not hold.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor | None):
+    offset: Tensor | None
+
+    def __init__(self, basis: Basis, *, coefficients: Tensor | None, offset: Tensor | None = None):
         super().__init__()
         self._owned_elsewhere = (basis,)  # in a tuple, so that it is no submodule: the LoRA layer owns it
         self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
+        self.register_buffer("offset", offset)
         self.follows: tuple[Any, ...] = ()  # the output side, whose dtype is the adapter's when there is nothing here
         self.bias = None
         self.in_features = basis.components_in.shape[1]
-        self.out_features = len(basis.components_in) if coefficients is None else len(coefficients)
+        own = len(basis.components_in) if coefficients is None else len(coefficients)
+        self.out_features = own if offset is None else own + len(offset)
 
     @property
     def basis(self) -> Basis:
@@ -43,12 +49,14 @@ class InputFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(r, in_features), as LoRA's own `lora_A.weight`."""
+        """(r, in_features), as LoRA's own `lora_A.weight`; (r + q, in_features) with an offset."""
         components = self.basis.components_in
         if self.coefficients is None:
             # A copy, since PEFT writes into weights and the components are everybody's; in the adapter's dtype, as LoRA's.
-            return components.to(self.follows[0].coefficients.dtype if self.follows else components.dtype, copy=True)
-        return self.coefficients @ components.to(self.coefficients.dtype)
+            own = components.to(self.follows[0].coefficients.dtype if self.follows else components.dtype, copy=True)
+        else:
+            own = self.coefficients @ components.to(self.coefficients.dtype)
+        return own if self.offset is None else torch.cat([own, self.offset.to(own)])
 
     def extra_repr(self) -> str:
         """Sizes, as a linear layer prints them."""
@@ -58,7 +66,8 @@ class InputFactor(nn.Module):
         """`A x` for x (..., in_features)."""
         coefficients = None if self.coefficients is None else self.coefficients.to(x.dtype)
         on_factor = coefficients is not None and _factor_is_cheaper(x, coefficients)
-        return input_product(x, self.basis.components_in.to(x.dtype), coefficients, on_factor=on_factor)[0]
+        h = input_product(x, self.basis.components_in.to(x.dtype), coefficients, on_factor=on_factor)[0]
+        return h if self.offset is None else torch.cat([h, F.linear(x, self.offset.to(x.dtype))], dim=-1)
 
 
 class OutputFactor(nn.Module):
@@ -68,14 +77,29 @@ class OutputFactor(nn.Module):
         basis: Where the components live; not a submodule of this one.
         coefficients: (n_components, r); or (n_components,), the diagonal of a square matrix.
         bias: (out_features,), trained and added to `B h` (`lora_bias`), or None.
+        offset: Frozen columns beside those of B, (out_features, q): the output side of an update that the components do not
+            hold. The adapter's scaling multiplies it too.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor, bias: nn.Parameter | None = None):
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        basis: Basis,
+        *,
+        coefficients: Tensor,
+        bias: nn.Parameter | None = None,
+        offset: Tensor | None = None,
+    ):
         super().__init__()
-        self._owned_elsewhere = (basis,)
         self.coefficients = nn.Parameter(coefficients)
+        self._stand_on(basis, rank=coefficients.shape[-1], bias=bias, offset=offset)
+
+    def _stand_on(self, basis: Basis, *, rank: int, bias: nn.Parameter | None, offset: Tensor | None) -> None:
+        self._owned_elsewhere = (basis,)
         self.bias = bias
-        self.in_features = coefficients.shape[-1]
+        self.register_buffer("offset", offset)
+        self.in_features = rank if offset is None else rank + offset.shape[1]
         self.out_features = basis.components_out.shape[1]
 
     @property
@@ -93,24 +117,28 @@ class OutputFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, r), as LoRA's own `lora_B.weight`."""
-        components = self.basis.components_out.to(self.coefficients.dtype)
-        if self.coefficients.ndim == 1:
-            return components.mT * self.coefficients
-        return components.mT @ self.coefficients
+        """(out_features, r), as LoRA's own `lora_B.weight`; (out_features, r + q) with an offset."""
+        coefficients = self.coefficients
+        components = self.basis.components_out.to(coefficients.dtype)
+        own = components.mT * coefficients if coefficients.ndim == 1 else components.mT @ coefficients
+        return own if self.offset is None else torch.cat([own, self.offset.to(own)], dim=1)
 
     def extra_repr(self) -> str:
         """Sizes, as a linear layer prints them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, h: Tensor) -> Tensor:
-        """`B h` for h (..., r)."""
+        """`B h` for h (..., r); with an offset, (..., r + q)."""
         components = self.basis.components_out.to(h.dtype)
         coefficients = self.coefficients.to(h.dtype)
         bias = None if self.bias is None else self.bias.to(h.dtype)
+        rest = None
+        if self.offset is not None:
+            h, rest = h.split([h.shape[-1] - self.offset.shape[1], self.offset.shape[1]], dim=-1)
         on_factor = coefficients.ndim == 2 and _factor_is_cheaper(h, coefficients)
         left, right = output_operands(h, coefficients, components, on_factor=on_factor)
-        return F.linear(left, right.mT, bias)
+        own = F.linear(left, right.mT, bias)
+        return own if rest is None else own + F.linear(rest, self.offset.to(h.dtype))  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class MixedFactor(nn.Module):
