@@ -29,12 +29,14 @@ class CoreKind(ABC):
         trained: Names of the parts that training changes; the others are frozen.
         is_factored: Whether M is a product of two parts, so that r is a size of its own.
         is_matrix: Whether the output side has two axes; otherwise it is the diagonal of a square M.
+        weighs_sources: Whether M is made of the cores of other adapters.
     """
 
     name: ClassVar[str]
     trained: ClassVar[tuple[str, ...]] = ("coefficients_out",)
     is_factored: ClassVar[bool] = False
     is_matrix: ClassVar[bool] = True
+    weighs_sources: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -244,6 +246,7 @@ class _Mixture(CoreKind):
 
     name = "mixture"
     trained = ("weights",)
+    weighs_sources = True
 
     def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"weights": (rank,), "cores": (rank, n_out, n_in)}

@@ -215,3 +215,14 @@ def test_refusals(zoo):
             if settings == {"sources": None}:
                 settings = settings | {"subspace": str(zoo / "store")}
             mixture(zoo, **settings)
+
+
+def test_members_on_paired_directions_are_mixed_too(zoo, tokens):
+    adapters = AdapterCollection.from_pretrained([zoo / "adapters" / "first", zoo / "adapters" / "second"])
+    store = AdapterStore.from_collection(SubspaceBuilder(3, method="paired").fit(adapters).subspace_, adapters)
+    model = mixture(zoo, sources=store, init_weights=[1.0, -2.0])
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            pairs = [store.factors(member, name) for member in store.names]
+            expected = pairs[0][0] @ pairs[0][1] - 2 * pairs[1][0] @ pairs[1][1]
+            torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-4, atol=1e-6)

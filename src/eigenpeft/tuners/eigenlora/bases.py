@@ -205,7 +205,8 @@ def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, modul
 
 def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
     """Refuse what paired directions, whose rows are not orthogonal, have no right answer for."""
-    if core_kind(config.core).is_matrix:
+    kind = core_kind(config.core)
+    if kind.is_matrix and not kind.weighs_sources:  # a mixture of diagonals is one
         raise AdapterConfigError(
             f"core={config.core!r}: the subspace was built with method='paired', whose directions belong together two by two and "
             "are not orthogonal; use core='diagonal', or a subspace of another method."

@@ -253,7 +253,7 @@ class EigenLoraConfig(ExplainedConfig):
     def _take_sources(self) -> None:
         """Open the sources of a mixture, which bring their bases; nothing of them is read yet."""
         self.source_store: AdapterStore | None = None
-        mixture = self.core == "mixture"
+        mixture = core_kind(self.core).weighs_sources
         given = {"sources": self.sources, "init_weights": self.init_weights, "source_names": self.source_names}
         if not mixture and (extra := [name for name, value in given.items() if value is not None]):
             raise AdapterConfigError(f"{', '.join(extra)} belong to core='mixture', and core={self.core!r} has none.")

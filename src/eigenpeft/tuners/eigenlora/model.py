@@ -73,7 +73,7 @@ class EigenLoraModel(FactorModel):
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         warm_start = read_warm_start(config, subspace) if config.init_from and subspace else None
-        mixture = read_mixture(config, subspace) if config.core == "mixture" else None
+        mixture = read_mixture(config, subspace) if core_kind(config.core).weighs_sources else None
         given = Injection(subspace, warm_start, mixture, matches.found)
         yield given
         if warm_start is not None:
@@ -164,7 +164,7 @@ class EigenLoraModel(FactorModel):
         settings = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         own: Any = self.peft_config[adapters[0]]
         # A weighted sum of mixtures is a core of its own: what they weigh may differ.
-        made_of = {"core": "full", "source_names": None} if own.core == "mixture" else {}
+        made_of = {"core": "full", "source_names": None} if core_kind(own.core).weighs_sources else {}
         self.peft_config[adapter_name] = replace(
             own, target_modules=target_modules, **dict.fromkeys(START_FIELDS), **settings, **made_of
         )
