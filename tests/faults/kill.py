@@ -122,6 +122,7 @@ def jobs(place: Path) -> dict[str, Job]:
         old_store, new_store = (AdapterStore.from_collection(bases, collection) for bases in (old, new))
     new_store.save_pretrained(place / "whole-store")
     opened = AdapterStore.from_pretrained(place / "whole-store")
+    kept = {name: old_store[name] for name in old_store.names[:4]}
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
     )
@@ -143,7 +144,7 @@ def jobs(place: Path) -> dict[str, Job]:
     tuned.save_pretrained(place / "tuned")
     out = {
         name: place / "out" / name
-        for name in ("sub", "store", "lora", "classifier", "fitted", "merged", "users", "grown")
+        for name in ("sub", "store", "lora", "classifier", "fitted", "merged", "users", "grown", "wider")
     }
 
     def put_classifier() -> None:
@@ -158,6 +159,9 @@ def jobs(place: Path) -> dict[str, Job]:
 
     def put_grown() -> None:
         AdapterStore(new, members={name: opened[name] for name in opened.names[:3]}).save_pretrained(out["grown"])
+
+    def put_wider() -> None:
+        AdapterStore(old, members=dict(kept)).save_pretrained(out["wider"])
 
     def put_merged() -> None:
         finish(("merge-base", str(place / "tuned"), "--base", str(place / "base"), "-o", str(out["merged"])))
@@ -196,6 +200,13 @@ def jobs(place: Path) -> dict[str, Job]:
             ("store", "add", str(out["grown"]), str(adapters / "adapter-4"), "--replace"),
             out["grown"],
             put_grown,
+            read=members,
+            changes=True,
+        ),
+        "store absorb": Job(
+            ("store", "absorb", str(out["wider"]), str(adapters / "adapter-4"), "--share", "1.0", "--replace"),
+            out["wider"],
+            put_wider,
             read=members,
             changes=True,
         ),

@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.card import license_of
+from eigenpeft.subspace.stores.absorbing import AbsorbReport
 
 
 def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding] = ()) -> dict[str, Any]:
@@ -79,6 +80,26 @@ def member_summary(member: AdapterMember) -> dict[str, Any]:
         "kept": [key.removeprefix("base_model.model.") for key in member.kept],
         "not_kept": [str(key) for key in member.record.get("kept_aside") or () if key not in member.kept],
         **_mean_and_largest(member.relative_errors.values()),
+    }
+
+
+def absorb_summary(report: AbsorbReport) -> dict[str, Any]:
+    """What `AdapterStore.absorb` did, as plain data.
+
+    Args:
+        report: Its result.
+    """
+    return {
+        "absorbed": {name: {"mean_error": report.errors[name]} for name in report.absorbed},
+        "moved": {name: {"lost": lost} for name, lost in report.lost.items()},
+        "held_before": report.held_before,
+        "held_after": report.held_after,
+        "sha256_before": report.sha256_before,
+        "sha256_after": report.sha256_after,
+        "banks": {
+            bank: {"before": list(before), "after": list(after)}
+            for bank, (before, after) in report.n_components.items()
+        },
     }
 
 

@@ -53,6 +53,20 @@ def adapter_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def absorb_table(summary: dict[str, Any]) -> Table:
+    """The banks that grew, with their numbers of components before and after.
+
+    Args:
+        summary: As `absorb_summary` gives it.
+    """
+    table = Table(title="Components (input x output)")
+    for heading in ("bank", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "bank" else "right")
+    for bank, row in summary["banks"].items():
+        table.add_row(escape(bank), *(f"{row[when][0]} x {row[when][1]}" for when in ("before", "after")))
+    return table
+
+
 def _kept(row: dict[str, Any]) -> str:
     modules = list(dict.fromkeys(key.rpartition(".")[0] or key for key in row["kept"]))
     shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")

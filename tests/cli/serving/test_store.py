@@ -1,12 +1,15 @@
-"""store add, list, remove, rename, compact, rebase: what they do is what the library does, and --json is JSON alone."""
+"""store add, absorb, list, remove, rename, compact, rebase: what they do is what the library does, and --json is JSON alone."""
 
 import json
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
-from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
 from tests.factories import random_factors, write_adapter
 
 
@@ -44,6 +47,45 @@ def test_a_store_from_the_command_line_alone(run, folder):
     assert AdapterStore.from_pretrained("store").subspace == PrincipalSubspace.from_pretrained("subspace")
 
 
+def test_absorb_says_what_grew_and_what_was_lost(run, folder):
+    run("store", "add", "store", "adapters", "--subspace", "subspace")
+    shutil.copytree("store", "bounded")
+    write_adapter(folder / "new", random_factors(rank=2, seed=9))
+    told = json.loads(run("store", "absorb", "store", "new", "--share", "1", "--json").out)
+    assert list(told["absorbed"]) == ["new"]
+    assert (told["moved"], told["n_adapters"]) == ({}, 6)
+    assert {(tuple(row["before"]), tuple(row["after"])) for row in told["banks"].values()} == {((5, 5), (7, 7))}
+    assert told["held_after"] == pytest.approx(1.0, abs=1e-4)
+    assert "No other member changed." in run("store", "absorb", "store", "new", "--replace").out
+    shown = run("store", "absorb", "bounded", "new", "--max-components", "6").out
+    assert "5 members moved and lost" in shown
+    assert "6 x 6" in shown
+
+
+def test_rebase_takes_trained_adapters(run, folder):
+    """An adapter trained on the narrow bases, saved by PEFT itself, becomes a member in the wide ones."""
+    bases = PrincipalSubspace.from_pretrained("subspace")
+    model = torch.nn.Sequential(OrderedDict(layer=torch.nn.ModuleDict()))
+    for name, bank in bases.items():
+        place = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        place.add_module(name.split(".")[-1], torch.nn.Linear(bank.in_features, bank.out_features, bias=False))
+    tuned = get_peft_model(model, EigenLoraConfig(subspace="subspace", r=2, init_lora_weights=False))
+    tuned.save_pretrained("trained/mine")
+    told = json.loads(run("store", "rebase", "trained", "wide", "--out", "moved", "--json").out)
+    assert list(told["adapters"]) == ["mine"]
+    moved, own = AdapterStore.from_pretrained("moved"), AdapterStore(bases)
+    own.add("trained/mine")
+    for module in bases:
+        both = [pair[0] @ pair[1] for pair in (moved.factors("mine", module), own.factors("mine", module))]
+        torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+        assert float(both[0].norm()) > 0.1
+    assert "only EigenLoRA adapters are moved" in run("store", "rebase", "adapters", "wide", "--out", "x").err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,6 +97,9 @@ def test_a_store_from_the_command_line_alone(run, folder):
         (("remove", "store", "adapter-1", "nobody"), "'nobody' is not in the store"),
         (("rename", "store", "nobody", "x"), "'nobody' is not in the store"),
         (("rebase", "store", "wide", "--out", "store"), "holds another store"),
+        (("absorb", "store", "adapters/adapter-1"), "'adapter-1' is in the store already"),
+        (("absorb", "store", "other", "--share", "2"), "must be in (0, 1]"),
+        (("absorb", "nowhere", "adapters"), "No adapter store at 'nowhere'"),
     ],
 )
 def test_bad_input_is_one_message_and_changes_nothing(run, folder, arguments, message):

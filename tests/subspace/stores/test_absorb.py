@@ -263,3 +263,23 @@ def test_a_lineage_that_no_version_writes_is_one_error(store, tmp_path, entry):
     config.write_text(json.dumps({**json.loads(config.read_text()), "grown_from": [entry]}))
     with pytest.raises(ArtifactError, match="grown_from="):
         AdapterStore.from_pretrained(tmp_path / "store")
+
+
+def test_a_lock_that_a_killed_process_left_is_no_hindrance(store, tmp_path):
+    lock = tmp_path / "store" / ".members.index.lock"
+    lock.touch()
+    store.absorb(tmp_path / "new")
+    assert not lock.exists()
+    lock.touch()
+    AdapterStore(store.subspace).save_pretrained(tmp_path / "store", overwrite=True)
+    assert len(AdapterStore.from_pretrained(tmp_path / "store")) == 0
+    assert not lock.exists()
+
+
+def test_the_same_again_with_replace_changes_nothing(store, tmp_path):
+    store.absorb(tmp_path / "new", share=1.0)
+    before = {name: store._records.read(name) for name in store}
+    info = store.subspace.info
+    store.absorb(tmp_path / "new", share=1.0, replace=True)
+    assert {name: store._records.read(name) for name in store} == before
+    assert store.subspace.info == info

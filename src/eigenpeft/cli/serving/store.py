@@ -1,21 +1,24 @@
-"""The commands store add, list, remove, rename, compact and rebase."""
+"""The commands store add, absorb, list, remove, rename, compact and rebase."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.artifacts.reading import read_json
+from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
 from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
-from eigenpeft.report.summaries import member_summary, store_summary
-from eigenpeft.report.tables import adapter_table
+from eigenpeft.report.summaries import absorb_summary, member_summary, store_summary
+from eigenpeft.report.tables import absorb_table, adapter_table
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+from eigenpeft.subspace.stores.moving import move_member
 
 store_app = typer.Typer(
-    help="Stores of many adapters in one subspace: add, list, remove, rename, compact, rebase.", no_args_is_help=True
+    help="Stores of many adapters in one subspace: add, absorb, list, remove, rename, compact, rebase.",
+    no_args_is_help=True,
 )
 app.add_typer(store_app, name="store")
 
@@ -130,19 +133,72 @@ def compact(store: Store, as_json: Json = False) -> None:
 
 
 @store_app.command()
-def rebase(
+def absorb(
     store: Store,
-    subspace: Annotated[str, typer.Argument(help="Folder or Hub id of the new subspace, of the same modules.")],
-    out: Out,
+    adapters: Adapters,
+    share: Annotated[
+        float, typer.Option(help="Share of the new adapters' squared update norms that the bases are to hold, up to 1.")
+    ] = 0.95,
+    max_components: Annotated[
+        int | None,
+        typer.Option(help="Largest number of components; beyond it all members are moved, with their loss reported."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take the place of members of the same name.")] = False,
+    allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
-    """Write a store with all members moved to other bases, and show what that loses.
+    """Add LoRA adapters and let the bases grow by the directions they lack; the members there are stay as they are.
+
+    Example: eigenpeft store absorb store new-adapters --share 0.99
+    """
+    quiet(as_json)
+    opened = AdapterStore.from_pretrained(store)
+    report = opened.absorb(
+        adapters,
+        share=share,
+        max_components=max_components,
+        replace=replace,
+        allow_different_base_models=allow_different_base_models,
+    )
+    summary = absorb_summary(report)
+    if as_json:
+        print_json({"path": store, **summary, "n_adapters": len(opened)})
+        return
+    console.print(absorb_table(summary))
+    console.print(
+        f"Absorbed {len(report.absorbed)} into {escape(store)}, which has {len(opened)} adapters now. Of the new adapters' "
+        f"squared norms the bases held {report.held_before:.1%} and hold {report.held_after:.1%}. "
+        + (
+            "No other member changed."
+            if report.is_exact
+            else f"{len(report.lost)} members moved and lost {max(report.lost.values()):.1%} of their updates' norms at most."
+        )
+    )
+
+
+@store_app.command()
+def rebase(
+    store: Annotated[str, typer.Argument(help="Folder of a store; or of EigenLoRA adapters, which make a new store.")],
+    subspace: Annotated[str, typer.Argument(help="Folder or Hub id of the new subspace, of the same modules.")],
+    out: Out,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Subspace that EigenLoRA adapters were trained on; default: what their configs name."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a store with all members, or trained EigenLoRA adapters, moved to other bases, and show what that loses.
 
     Example: eigenpeft store rebase store wider-subspace --out wider-store
     """
     quiet(as_json)
     bases = PrincipalSubspace.from_pretrained(subspace)
-    moved = AdapterStore.from_pretrained(store).rebase(bases, save_directory=out)
+    if any(_is_adapter(Path(folder)) for folder in _adapters_in(store)):
+        moved = _rebase_adapters(_adapters_in(store), bases, trained_on=trained_on, out=out)
+    else:
+        moved = AdapterStore.from_pretrained(store).rebase(bases, save_directory=out)
     summary = store_summary(moved)
     if as_json:
         print_json({"path": str(out), **summary})
@@ -160,6 +216,32 @@ def _open_or_make(store: str, subspace: str | None) -> AdapterStore:
     made = AdapterStore(PrincipalSubspace.from_pretrained(subspace))
     made.save_pretrained(store)
     return made
+
+
+def _rebase_adapters(
+    folders: list[str], bases: PrincipalSubspace, *, trained_on: str | None, out: Path
+) -> AdapterStore:
+    """A store of EigenLoRA adapters, each moved from the bases that it was trained on."""
+    members = {}
+    for folder in folders:
+        config = read_json(Path(folder) / CONFIG_NAME)
+        place = trained_on or config.get("subspace")
+        if config.get("peft_type") != "EIGENLORA" or not place:
+            raise EigenPeftError(
+                f"{folder!r} is of peft_type {config.get('peft_type')!r} and names the subspace {place!r}; only EigenLoRA "
+                "adapters are moved from one subspace to another. Add LoRA adapters with `eigenpeft store add`, and name the "
+                "subspace of EigenLoRA adapters that name none with --from."
+            )
+        own = PrincipalSubspace.from_pretrained(
+            place, revision=config.get("subspace_revision"), sha256=config.get("subspace_sha256")
+        )
+        one = AdapterStore(own)
+        one.add(folder)
+        (name,) = one.names
+        members[name] = move_member(one[name], own, bases)
+    moved = AdapterStore(bases, members=members)
+    moved.save_pretrained(out)
+    return moved
 
 
 def _adapters_in(source: str) -> list[str]:

@@ -112,7 +112,8 @@ def _rest(
     found = leading_components(rest, n_components=most, tol=tol, generator=generator)
     kept = int((found.singular_values > _ROUNDING * exact.norm()).sum())
     directions = found.components[:kept].to(torch.float64)
-    return orthonormal_rows(directions - (directions @ basis.mT) @ basis), found.singular_values[:kept]
+    directions = orthonormal_rows(directions - (directions @ basis.mT) @ basis)
+    return directions + 0.0, found.singular_values[:kept]  # no negative zeros
 
 
 def _curve(stacks: Stacks, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> Float[Tensor, " steps"]:

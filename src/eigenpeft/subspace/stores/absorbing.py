@@ -94,7 +94,7 @@ def absorb(
     new, moved, lost = grown.subspace, {}, {}
     if max_components is not None and any(bank.n_components > max_components for bank in new.banks.values()):
         grown = grow(subspace, collection, share=1.0)
-        read = {name: members[name] for name in members}
+        read = {name: members[name] for name in members if name not in collection.names}
         new = within_bound(grown, read, collection, max_components=max_components)
         changes: dict[str, tuple[Tensor, Tensor]] = {}
         for name, member in tqdm(read.items(), desc="Moving", unit="adapter"):

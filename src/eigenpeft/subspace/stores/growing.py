@@ -61,8 +61,10 @@ def grow(subspace: PrincipalSubspace, collection: AdapterCollection, *, share: f
     added = {name: bank for name, bank in changed.items() if name not in subspace and bank is not None}
     entry = entry_of(subspace.fingerprint, subspace, n_sources=len(subspace.info.sources))
     info = _info(subspace, collection, added)
-    info = replace(info, grown_from=(*subspace.info.grown_from, entry))
-    return Grown(PrincipalSubspace({**kept, **added}, info=info), shares)
+    grown = PrincipalSubspace({**kept, **added}, info=info)
+    if grown != subspace:
+        grown.info = replace(info, grown_from=(*info.grown_from, entry))
+    return Grown(grown, shares)
 
 
 def factors_of(collection: AdapterCollection, module: str) -> Iterator[Factors]:
@@ -130,9 +132,10 @@ def _appended(old: ModuleSubspace | None, growth: Growth) -> ModuleSubspace | No
 
 def _info(subspace: PrincipalSubspace, collection: AdapterCollection, added: Iterable[str]) -> SubspaceInfo:
     info, added = subspace.info, list(added)
+    records = [adapter.record() for adapter in collection.adapters]
     return replace(
         info,
-        sources=(*info.sources, *(adapter.record() for adapter in collection.adapters)),
+        sources=(*info.sources, *(record for record in records if record not in info.sources)),
         fan_in_fan_out=(*info.fan_in_fan_out, *(name for name in added if collection.fan_in_fan_out(name))),
         embeddings=(*info.embeddings, *(name for name in added if collection.is_embedding(name))),
     )

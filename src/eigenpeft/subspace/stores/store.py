@@ -246,6 +246,7 @@ class AdapterStore(Pushable, AdapterMembers):
         *,
         share: float = 0.95,
         max_components: int | None = None,
+        replace: bool = False,
         allow_different_base_models: bool = False,
     ) -> AbsorbReport:
         """Add LoRA adapters, and let the subspace grow by the directions that it lacks of them.
@@ -259,6 +260,7 @@ class AdapterStore(Pushable, AdapterMembers):
             share: Share of the new adapters' squared ΔW norms (each adapter counts equally) that every bank is to hold, in
                 (0, 1]; 1 takes all their directions.
             max_components: Largest number of components of a side; None (default) for no bound.
+            replace: Take the place of members of the same names.
             allow_different_base_models: Take adapters whose config names another base model than the subspace's.
 
         Returns:
@@ -285,7 +287,7 @@ class AdapterStore(Pushable, AdapterMembers):
             if isinstance(records, RecordLog):
                 check_bases(records.folder, self.subspace)
             for name in collection.names:
-                self._check_new(name, replace=False)
+                self._check_new(name, replace=replace)
             subspace, report, moved = absorb(self, collection, share=share, max_components=max_components)
             data = moved or dict(self._each())
             data |= {name: projected(collection, name, subspace).to_bytes() for name in collection.names}

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,15 @@ def write_store(
         ArtifactError: If it cannot be written, or holds something that is not replaced.
     """
     kind = storage.STORE
-    if (folder / kind.config_name).is_file():
-        if not overwrite:
-            raise ArtifactError(
-                f"{str(folder)!r} holds another store; choose a new folder, open that store and add to it "
-                "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
-            )
-        _claim(folder)
-    with atomic_folder(folder, kind=kind.label, overwrite=overwrite) as scratch:
-        _write_all(scratch, subspace, records, card=card)
+    is_taken = (folder / kind.config_name).is_file()
+    if is_taken and not overwrite:
+        raise ArtifactError(
+            f"{str(folder)!r} holds another store; choose a new folder, open that store and add to it "
+            "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
+        )
+    # Nobody adds a member to the store that is replaced meanwhile.
+    with one_writer(folder / kind.tensors_name) if is_taken else nullcontext():
+        _write_whole(folder, subspace, records, card=card, overwrite=overwrite)
 
 
 def replace_bases(
@@ -72,15 +72,8 @@ def replace_bases(
     Raises:
         ArtifactError: If the folder cannot be written, or holds files that eigenpeft did not write.
     """
-    folder, lock = records.folder, lock_path(records.folder / storage.STORE.tensors_name).name
-    _claim(folder, lock)
-    with atomic_folder(folder, kind=storage.STORE.label, overwrite=True) as scratch:
-        _write_all(scratch, subspace, members.items(), card=card)
-        # The lock of the members goes with the folder: whoever waits for it, or asks for it in the new folder, must find
-        # the one that is held.
-        with suppress(OSError):
-            os.link(folder / lock, scratch / lock)
-    return RecordLog(folder)
+    _write_whole(records.folder, subspace, members.items(), card=card, overwrite=True)
+    return RecordLog(records.folder)
 
 
 def has_bases(folder: Path, subspace: PrincipalSubspace) -> bool:
@@ -189,19 +182,34 @@ def write_card(folder: Path, card: str) -> None:
         (update.scratch / _CARD).write_text(card, encoding="utf-8")
 
 
-def _claim(folder: Path, *names: str) -> None:
-    """Enter the members that were added since, and further files, into the record of what eigenpeft wrote, if all are whole."""
+def _write_whole(
+    folder: Path, subspace: PrincipalSubspace, records: Iterable[tuple[str, bytes]], *, card: str, overwrite: bool
+) -> None:
+    """Write a store where there is none, or in the place of one whose lock the caller holds."""
+    lock = lock_path(folder / storage.STORE.tensors_name)
+    _claim(folder, lock.name)
+    with atomic_folder(folder, kind=storage.STORE.label, overwrite=overwrite) as scratch:
+        _write_all(scratch, subspace, records, card=card)
+        # The lock goes with the folder: whoever waits for it, or asks for it in the new folder, must find the one that is
+        # held.
+        with suppress(OSError):
+            os.link(lock, scratch / lock.name)
+
+
+def _claim(folder: Path, lock: str) -> None:
+    """Enter the members that were added since, if all are whole, and the lock into the record of what eigenpeft wrote."""
     manifest = read_manifest(folder)
-    try:
+    if manifest is None:
+        return
+    names = (lock,)
+    with suppress(ArtifactError):
         log = RecordLog(folder)
         for name in log.names:
             log.read(name)
-    except ArtifactError:
-        return
-    if manifest is not None:
-        files = {name: hashes for name, hashes in manifest.files.items() if (folder / name).is_file()}
-        files |= {name: (file_sha256(folder / name),) for name in (*log.files(), *names) if (folder / name).is_file()}
-        write_manifest(folder, Manifest(manifest.kind, files))
+        names = (lock, *log.files())
+    files = {name: hashes for name, hashes in manifest.files.items() if (folder / name).is_file()}
+    files |= {name: (file_sha256(folder / name),) for name in names if (folder / name).is_file()}
+    write_manifest(folder, Manifest(manifest.kind, files))
 
 
 def _named_bases(folder: Path) -> Any:
