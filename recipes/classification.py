@@ -68,6 +68,7 @@ class Arguments:
     adapters: str | None = field(default=None, metadata={"help": "What the subspace was built from, for 'mean_only'."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     metric: str = field(default="accuracy", metadata={"help": f"One of {', '.join(METRICS)}."})
+    core: str = field(default="low_rank", metadata={"help": "Of EigenLoRA: low_rank, full or diagonal."})
     r: int = field(default=8)
     lora_alpha: int = field(default=16)
     max_length: int = field(default=64)
@@ -81,7 +82,13 @@ def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments,
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(("classifier.", "score.")))
         return model
-    config = EigenLoraConfig(subspace=subspace, r=arguments.r, lora_alpha=arguments.lora_alpha, task_type="SEQ_CLS")
+    config = EigenLoraConfig(
+        subspace=subspace,
+        core=arguments.core,  # pyright: ignore[reportArgumentType] (checked by the config)
+        r=arguments.r,
+        lora_alpha=arguments.lora_alpha,
+        task_type="SEQ_CLS",
+    )
     if method != "eigenlora":
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
         config = control_config(config, method, adapters=adapters, seed=seed)

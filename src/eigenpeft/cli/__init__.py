@@ -20,6 +20,7 @@ COMMANDS = {
     "lore": "training.lore",
     "merge": "adapters.merge",
     "merge-base": "adapters.merge_base",
+    "predict": "serving.predict",
     "project": "subspaces.build",
     "push": "publish",
     "recycle": "training.recycle",

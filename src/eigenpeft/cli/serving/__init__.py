@@ -1,1 +1,1 @@
-"""Many adapters in one place: store and sync-adapters."""
+"""Many adapters in one place: store, predict and sync-adapters."""
