@@ -46,6 +46,7 @@ class TensorFile:
     Attributes:
         path: The file.
         shapes: Shape of every tensor, by key, in the order of the file.
+        metadata: The texts beside the tensors, by name.
 
     Raises:
         DamagedFileError: If the file is no whole safetensors file.
@@ -62,6 +63,7 @@ class TensorFile:
     def __init__(self, path: str | Path, *, keep_open: bool = True):
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[str, int, int]] = {}
         self._keep_open = keep_open
         self._descriptor: int | None = None
@@ -193,7 +195,8 @@ class TensorFile:
         header = parse_json(bytes(read_at(descriptor, 8, size)), pairs=_without_repeats)
         if not isinstance(header, dict):
             raise ValueError("its header is no table of tensors")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata = {str(name): str(text) for name, text in metadata.items()} if isinstance(metadata, dict) else {}
         data_size = self._stamp.size - 8 - size
         for key, entry in header.items():
             dtype, shape, first, last = _checked(key, entry, data_size)
@@ -206,6 +209,19 @@ class TensorFile:
             end += length
         if end != data_size:
             raise ValueError(f"its tensors have {end} bytes, and it holds {data_size}")
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and the texts beside them; copies, which nothing that happens to the file can change.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DamagedFileError: If it is no whole safetensors file, or changes while it is read.
+    """
+    with TensorFile(path) as file:
+        return {key: file.get_tensor(key) for key in file}, file.metadata
 
 
 class TensorSlice:

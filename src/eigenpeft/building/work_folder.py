@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.locks import one_writer
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.artifacts.storage import fingerprint
+from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.errors import ArtifactError, SubspaceError
 from eigenpeft.subspace.module import TENSOR_FIELDS, ModuleSubspace
 
@@ -182,13 +184,11 @@ class Shards:
         """
         path = self._path(module)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors, metadata = read_tensors(path)
             if metadata != {"sha256": fingerprint(tensors), "module": module, "plan": self._plan_sha256}:
                 raise ValueError("its numbers do not have their hash, or it is of another module or build")
             return {name: tensors[name] for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (ArtifactError, KeyError, ValueError) as error:
             raise ArtifactError(
                 f"The finished module {module!r} cannot be read back from {str(path)!r} ({error}). The work folder must "
                 "be one that all processes see; otherwise the file was damaged."
@@ -225,8 +225,8 @@ def is_work_folder(folder: str | Path) -> bool:
         folder: The folder, which may be absent.
     """
     try:
-        plan = json.loads((Path(folder) / _PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        plan = read_json(Path(folder) / _PLAN)
+    except (OSError, ValueError):
         return False
     return isinstance(plan, dict) and plan.get(_MARK) == _FORMAT_VERSION
 

@@ -1,16 +1,16 @@
 """Trained parts that no rule merges: heads are kept, one per task; biases, trained tokens and the rest are refused by name."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from eigenpeft.artifacts.reading import read_json
+from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.formats.weights import open_weights
@@ -136,8 +136,8 @@ def load_head(model: nn.Module, folder: str | Path, *, task: str) -> None:
     if task not in present:
         raise ArtifactError(f"task={task!r} has no head in {str(folder)!r}, which has those of {present}.")
     try:
-        tensors = load_file(root / task / HEAD_FILE)
-    except (OSError, SafetensorError) as error:
+        tensors, _ = read_tensors(root / task / HEAD_FILE)
+    except ArtifactError as error:
         raise ArtifactError(f"The head of {task!r} cannot be read ({error}); merge again.") from error
     put_head(model, tensors, task=task)
 
@@ -182,7 +182,7 @@ def _plain(key: str) -> str:
 
 
 def _saved_modules(folder: Path) -> tuple[str, ...]:
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG_NAME)
     named = config.get("modules_to_save") or ()
     return tuple(name for name in named if isinstance(name, str))
 

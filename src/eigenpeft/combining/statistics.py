@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eigenpeft.artifacts.atomic import atomic_folder
+from eigenpeft.artifacts.reading import read_json
+from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.combining.merged import find_module
 from eigenpeft.combining.sources import Adapters, Sources, open_sources
 from eigenpeft.errors import AdapterConfigError, ArtifactError
@@ -198,8 +199,8 @@ def load_statistics(folder: str | Path) -> dict[str, InputStatistics]:
         ArtifactError: If they are missing or damaged.
     """
     try:
-        config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-        tensors = load_file(Path(folder) / TENSORS_NAME)
+        config = read_json(Path(folder) / CONFIG_NAME)
+        tensors, _ = read_tensors(Path(folder) / TENSORS_NAME)
         return {
             name: InputStatistics(
                 name=name,
@@ -213,7 +214,7 @@ def load_statistics(folder: str | Path) -> dict[str, InputStatistics]:
             )
             for i, (name, entry) in enumerate(config.items())
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"No statistics can be read from {str(folder)!r} ({error}); collect them again with collect_statistics."
         ) from error

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from eigenpeft import PrincipalSubspace
 from eigenpeft.audit import gradient_share
@@ -119,6 +120,35 @@ def test_other_width_is_one_message():
     subspace = made_subspace(tiny_bert(), CASES["bert"][1])
     with pytest.raises(SubspaceError, match="maps 24 features to 32 in the model, 24 to 16"):
         gradient_share(tiny_bert(hidden_size=32), made_batches("bert"), subspace)
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.text = nn.ModuleDict({"q": nn.Linear(4, 3)})
+        self.vision = nn.ModuleDict({"q": nn.Linear(4, 3)})
+
+    def forward(self, x):
+        return self.text["q"](x) + self.vision["q"](x)
+
+
+def test_two_modules_that_fit_one_are_refused():
+    subspace = made_subspace(nn.ModuleDict({"q": nn.Linear(4, 3)}), ["q"], k=2)
+    with pytest.raises(SubspaceError, match=r"'text.q', 'vision.q' of the model all fit the subspace's module 'q'"):
+        gradient_share(Towers(), [torch.ones(2, 4)], subspace, loss=lambda model, x: model(x).sum())
+
+
+def test_names_of_an_older_transformers_are_found():
+    text = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=63))
+    today = "model.language_model.layers.0.self_attn.q_proj"
+    subspace = made_subspace(model, [today], k=2)
+    old = PrincipalSubspace({"language_model.model.layers.0.self_attn.q_proj": subspace[today]})
+    batches = made_batches("llama", count=1)
+    found = gradient_share(model, batches, old, seeds=())
+    assert found.share == gradient_share(model, batches, subspace, seeds=()).share > 0
 
 
 def test_no_batch_is_one_message():

@@ -1,5 +1,6 @@
 """What goes into a store comes out with the same logits: cores, heads, biases and trained tokens, for plain PEFT."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, CollectionError, SubspaceError
 from eigenpeft.subspace import PrincipalSubspace
-from tests.factories import tiny_bert
+from tests.factories import tiny_bert, write_adapter
 from tests.tuners.conftest import random_subspace
 
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -146,3 +148,64 @@ def test_a_task_type_that_peft_does_not_know_is_one_error(subspace, tmp_path):
     with pytest.raises(AdapterConfigError, match=r"'y' names task_type='\.\./x', which PEFT does not know"):
         export_lora(store, tmp_path / "out", adapter_name="y")
     assert not (tmp_path / "out").exists()
+
+
+def llava():
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        (r".*language_model.*\.(q_proj|v_proj)", str),
+        (["q_proj", "v_proj"], set),
+        (r"(language_model\.)+model.*(q_proj|v_proj)", None),  # nothing that takes time is handed on
+    ],
+)
+def test_names_of_an_older_transformers_still_load_out_of_a_store(tmp_path, targets, written):
+    modules = [f"language_model.model.layers.0.self_attn.{name}_proj" for name in "qv"]
+    for seed in (1, 2):
+        folder = tmp_path / "adapters" / str(seed)
+        write_adapter(folder, factors_of(modules, seed), target_modules=targets, task_type="CAUSAL_LM")
+    adapters = AdapterCollection.from_pretrained(str(tmp_path / "adapters"))
+    store = AdapterStore.from_collection(SubspaceBuilder(n_components=4).fit(adapters).subspace_, adapters)
+    export_lora(store, tmp_path / "plain", adapter_name="1")
+    own = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["target_modules"]
+    if written is None:
+        assert own == modules
+        return
+    assert own == targets
+    expected = PeftModel.from_pretrained(llava(), tmp_path / "adapters" / "1").eval()(input_ids=TOKENS).logits
+    assert (expected - llava()(input_ids=TOKENS).logits).abs().max() > 1e-2
+    back = PeftModel.from_pretrained(llava(), tmp_path / "plain").eval()
+    torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def factors_of(modules, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        module: (0.3 * torch.randn(32, 2, generator=generator), 0.3 * torch.randn(2, 32, generator=generator))
+        for module in modules
+    }
+
+
+@pytest.mark.parametrize("change", [{"layers_to_transform": [0]}, {"target_modules": ["query", "key"]}, {}])
+def test_members_own_targets_are_written_where_they_mean_its_modules(subspace, tmp_path, change):
+    config = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(tiny_bert(), config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    store = AdapterStore(subspace)
+    store.add(tmp_path / "adapter")
+    export_lora(store, tmp_path / "plain", adapter_name="adapter")
+    own = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["target_modules"]
+    assert (sorted(own) == ["query", "value"]) == (not change)
+    assert change or len(PeftModel.from_pretrained(tiny_bert(), tmp_path / "plain").targeted_module_names) == len(
+        subspace
+    )

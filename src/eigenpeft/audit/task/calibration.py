@@ -1,12 +1,12 @@
 """From what an audit measures to the probability that a new task gains: logistic models fitted on zoos that were trained."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.errors import ArtifactError
 
 SHIPPED = Path(__file__).with_name("calibration.json")
@@ -132,7 +132,7 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
         ArtifactError: If it is missing or no calibration.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         return Calibration(
             source=data["source"],
             base_models=tuple(data["base_models"]),
@@ -142,7 +142,7 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
             seen={kind: {name: tuple(ends) for name, ends in found.items()} for kind, found in data["seen"].items()},
             events={kind: tuple(map(_event, found)) for kind, found in data["events"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{str(path)!r} is no calibration ({error}); pass one that benchmarks/regimes/calibrate.py wrote."
         ) from error

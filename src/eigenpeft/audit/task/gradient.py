@@ -11,6 +11,7 @@ from eigenpeft.audit.task.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.scores.token_gradients import EnergySplit, split_energy
 from eigenpeft.subspace.controls import random_subspace
+from eigenpeft.subspace.matching import match_modules
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 
@@ -187,11 +188,17 @@ def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) 
 
 def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
     """The model's modules that a subspace adapts, by their names there."""
-    targets: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        known = subspace.find(name.removesuffix(".base_layer")) if name else None
-        if known is not None:
-            targets[known] = module  # a base_layer comes after the PEFT layer around it, and takes its place
+    shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+    matches = match_modules(model, shapes, shapes=shapes)
+    if matches.contested:
+        name, fitting = next(iter(matches.contested.items()))
+        raise SubspaceError(
+            f"{', '.join(map(repr, fitting))} of the model all fit the subspace's module {name!r} ({len(matches.contested)} of its "
+            f"{len(subspace)} modules fit several). Pass the part of the model that is meant."
+        )
+    # A base_layer comes after the PEFT layer around it, and takes its place.
+    modules = {path.removesuffix(".base_layer"): module for path, module in model.named_modules()}
+    targets = {known: modules[path] for path, known in matches.found.items()}
     if not targets:
         raise SubspaceError(
             f"None of the {len(subspace)} modules of the subspace, such as {subspace.modules[0]!r}, is in the model; use "

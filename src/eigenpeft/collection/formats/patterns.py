@@ -1,9 +1,9 @@
-"""Patterns of adapter configs (`rank_pattern`, `alpha_pattern`): PEFT's rule, in time that no pattern can stretch."""
+"""Patterns of adapter configs (`rank_pattern`, `target_modules`): PEFT's rules, in time that no pattern can stretch."""
 
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 import regex
@@ -43,19 +43,20 @@ class PatternTable(Generic[Value]):
     def __init__(self, patterns: Mapping[str, Value]):
         if len(patterns) > MAX_PATTERNS:
             raise ValueError(f"{len(patterns)} patterns, more than the {MAX_PATTERNS} that are read")
-        self._values = list(patterns.values())
+        self._patterns, self._values = list(patterns), list(patterns.values())
         self._names = {pattern: place for place, pattern in enumerate(patterns)}
         # Of plain names, by their length and the places of dots that stand for any character: the name to its place.
         self._plain: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._expressions: list[tuple[int, regex.Pattern[str]]] = []
-        self._seconds_left = TIME_LIMIT
+        self._clock = _Clock()
         for place, pattern in enumerate(patterns):
             if len(pattern) > MAX_LENGTH:
                 raise ValueError(f"a pattern of {len(pattern)} characters, more than the {MAX_LENGTH} that are read")
             if _PLAIN.fullmatch(pattern):
                 self._add_plain(pattern, place)
             else:
-                self._expressions.append((place, _compiled(pattern)))
+                # As PEFT puts it together.
+                self._expressions.append((place, _compiled(pattern, whole=rf"(.*\.)?({pattern})$")))
 
     def value(self, module: str, *, default: Value) -> Value:
         """Value of the first pattern that fits a module.
@@ -71,7 +72,7 @@ class PatternTable(Generic[Value]):
         for number, expression in self._expressions:
             if place is not None and number > place:
                 break
-            if self._fits(expression, module):
+            if self._clock.matches(expression, module, shown=self._patterns[number]):
                 return self._values[number]
         if place is None:  # as PEFT, which asks for the name itself when no pattern fits
             place = self._names.get(module)
@@ -100,34 +101,68 @@ class PatternTable(Generic[Value]):
                 found += [names[key] for key in (masked, f"^{masked}" if start == 0 else "") if key in names]
         return min(found, default=None)
 
-    def _fits(self, expression: regex.Pattern[str], module: str) -> bool:
+
+class _Clock:
+    """Matches expressions until their time is up."""
+
+    def __init__(self):
+        self._seconds_left = TIME_LIMIT
+
+    def matches(self, expression: regex.Pattern[str], name: str, *, shown: str) -> bool:
         try:
             before = time.process_time()
-            fits = expression.match(module, timeout=max(self._seconds_left, 1e-3)) is not None
+            fits = expression.match(name, timeout=max(self._seconds_left, 1e-3)) is not None
         except TimeoutError:
             self._seconds_left = 0.0
         else:
             self._seconds_left -= time.process_time() - before
             if self._seconds_left > 0:
                 return fits
-        shown = expression.pattern.removeprefix(r"(.*\.)?(").removesuffix(")$")
         raise ValueError(
             f"the pattern {shown[:80]!r}, which takes more than {TIME_LIMIT:.0f} seconds to be matched against module names "
-            "such as " + repr(module[:80]) + "; write plain names instead"
+            "such as " + repr(name[:80]) + "; write plain names instead"
         )
 
 
-def _compiled(pattern: str) -> regex.Pattern[str]:
+def _compiled(pattern: str, *, whole: str) -> regex.Pattern[str]:
     # "((a{1000}){1000}){1000}" takes gigabytes when it is compiled.
     if math.prod(int(count) for count in _COUNTS.findall(pattern)) > _MAX_REPEATS:
         raise ValueError(f"{pattern[:80]!r}, whose counted repetitions make more than {_MAX_REPEATS} together")
-    # As PEFT puts it together; compiled by the standard library too, so that what is no expression for PEFT is none here.
-    whole = rf"(.*\.)?({pattern})$"
+    # Compiled by the standard library too, so that what is no expression for PEFT is none here.
     try:
         re.compile(whole)
         return regex.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{pattern[:80]!r}, which is no regular expression ({error})") from error
+
+
+def is_plain(pattern: str) -> bool:
+    """Whether a pattern is a plain name, which takes no time to match: letters, digits, "_", "-" and dots.
+
+    Args:
+        pattern: From a config.
+    """
+    return len(pattern) <= MAX_LENGTH and _PLAIN.fullmatch(pattern) is not None
+
+
+def whole_matches(pattern: str, names: Iterable[str]) -> list[str]:
+    r"""The names that a pattern fits as a whole, as PEFT reads a `target_modules` or `exclude_modules` that is one string.
+
+    Args:
+        pattern: A regular expression.
+        names: Names of modules.
+
+    Raises:
+        ValueError: As `PatternTable`.
+
+    Examples:
+        >>> whole_matches(r".*\.(q|v)_proj", ["layers.0.q_proj", "layers.0.k_proj", "q_proj"])
+        ['layers.0.q_proj']
+    """
+    if len(pattern) > MAX_LENGTH:
+        raise ValueError(f"a pattern of {len(pattern)} characters, more than the {MAX_LENGTH} that are read")
+    expression, clock = _compiled(pattern, whole=rf"(?:{pattern})\Z"), _Clock()
+    return [name for name in names if clock.matches(expression, name, shown=pattern)]
 
 
 def pattern_value(patterns: Mapping[str, Value], module: str, *, default: Value) -> Value:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
 from eigenpeft.artifacts.locks import one_writer
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.artifacts.storage import fingerprint
+from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.errors import ArtifactError
 from eigenpeft.reward.artifact.users import UserTable
 from eigenpeft.reward.text.backbone import score_head
@@ -190,9 +191,9 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
             "by save_pretrained."
         )
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / BASIS)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        config = read_json(folder / CONFIG)
+        tensors, _ = read_tensors(folder / BASIS)
+    except (ArtifactError, OSError, ValueError) as error:
         raise ArtifactError(f"The reward model at {origin!r} cannot be read ({error}); get a fresh copy.") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.storage import fingerprint
+from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.errors import ArtifactError, RewardModelError, UnknownUserError
 
 MAX_ID_BYTES = 255
@@ -240,11 +240,10 @@ class UserTable:
             ArtifactError: If it is not such a file, was altered, or holds weights that are not on the simplex.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                expected = (file.metadata() or {}).get(HASH)
-            tensors = load(Path(path).read_bytes())  # read, not mapped: a file cut in place would end the process
+            tensors, metadata = read_tensors(path)
+            expected = metadata.get(HASH)
             ids, weights, n_pairs = (tensors[name] for name in ("ids", "weights", "n_pairs"))
-        except (SafetensorError, OSError, KeyError) as error:
+        except (ArtifactError, KeyError) as error:
             raise ArtifactError(f"{str(path)!r} is not a whole table of users ({error}); get a fresh copy.") from error
         if fault := _fault(ids, weights, n_pairs, n_basis=n_basis):
             raise ArtifactError(

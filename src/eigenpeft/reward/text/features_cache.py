@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from torch import nn
 
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.errors import RewardModelError
 from eigenpeft.reward.text.backbone import head_module
 
@@ -83,8 +84,8 @@ class FeaturesCache:
 
 def _check_same(record: Path, identity: dict[str, Any]) -> None:
     try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known = read_json(record)
+    except (OSError, ValueError):
         known = None
     if not isinstance(known, dict):
         raise RewardModelError(f"{str(record)!r} cannot be read; pass another cache_dir, or remove the folder.")

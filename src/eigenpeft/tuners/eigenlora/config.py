@@ -146,10 +146,8 @@ class EigenLoraConfig(ExplainedConfig):
     eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
-        self.is_from_file = from_file = (
-            self.peft_type is not None
-        )  # which users leave out, and PEFT's files always have
         super().__post_init__()
+        from_file = self.is_from_file
         self.peft_type = peft_type("EIGENLORA")
         self.has_started = False
         check_lora_options(self, method="EigenLoRA", unsupported=_BEYOND_THE_SUBSPACE)

@@ -129,13 +129,14 @@ def fill_lora_folder(
     updates = with_one_rank_and_alpha(updates, rank=rank)
     r = max((update.rank for update in updates), default=1)
     scaling = updates[0].scaling if updates else 1.0
+    in_full = sorted(update.target for update in updates if update.kind == "module")
+    settings: dict[str, Any] = {"target_modules": in_full, **fields}
     config = LoraConfig(
         r=r,
         lora_alpha=scaling * r,  # pyright: ignore[reportArgumentType] (need not be whole: PEFT only divides it by r)
-        target_modules=sorted(update.target for update in updates if update.kind == "module"),
         target_parameters=sorted(update.target for update in updates if update.kind == "parameter") or None,
         inference_mode=True,
-        **fields,
+        **settings,
     )
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in others.items()}
     for update in updates:

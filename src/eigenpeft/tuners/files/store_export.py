@@ -2,12 +2,14 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from peft import TaskType
 from torch import Tensor
 
 from eigenpeft.collection.formats.keys import canonical_module
+from eigenpeft.collection.formats.patterns import whole_matches
 from eigenpeft.collection.formats.settings import settings_of
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, AdapterStore
@@ -17,6 +19,8 @@ from eigenpeft.tuners.files.lora_files import LoraUpdate, lora_keys
 _logger = logging.getLogger(__name__)
 # Where PEFT asks for a head in the adapter's file.
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_NESTED = re.compile(r"\)[*+{]")
+_MOST_REPEATS = 3
 _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
 
 
@@ -66,7 +70,33 @@ def contents_of_member(store: AdapterStore, name: str) -> tuple[list[LoraUpdate]
             lost,
         )
         del fields["task_type"]
-    return [*updates, *embeddings], fields, others
+    written = [*updates, *embeddings]
+    return written, fields | _own_targets(member, [update.target for update in written]), others
+
+
+def _own_targets(member: AdapterMember, modules: Sequence[str]) -> dict[str, Any]:
+    """The member's own `target_modules`, if PEFT reads exactly the member's modules in it; else nothing.
+
+    The names in its file may be those of an older transformers, which PEFT renames in the file's tensors, but not in a list of
+    full names: "q_proj" and ".*language_model.*proj" still mean the modules when their names in full do not.
+    """
+    config, targets = member.config, member.config.get("target_modules")
+    chosen_otherwise = any(config.get(name) for name in ("exclude_modules", "layers_to_transform", "target_parameters"))
+    if member.record.get("left_out") or chosen_otherwise:
+        return {}
+    if isinstance(targets, str):
+        # What is written is matched without a bound: only what takes no time in any library.
+        is_simple = not _NESTED.search(targets) and sum(map(targets.count, "*+{")) <= _MOST_REPEATS
+        try:
+            fits = is_simple and len(whole_matches(targets, modules)) == len(modules)
+        except ValueError:
+            fits = False
+        return {"target_modules": targets} if fits else {}
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return {}
+    ends = {f".{target}" for target in targets}
+    fits = all(any(f".{module}".endswith(end) for end in ends) for module in modules)
+    return {"target_modules": targets} if fits else {}
 
 
 def _embeddings(member: AdapterMember) -> tuple[list[LoraUpdate], dict[str, Tensor]]:

@@ -30,6 +30,11 @@ class ExplainedConfig(LoraConfig):
 
     method_name = "PEFT"
 
+    def __post_init__(self):
+        # Users leave the type out, and PEFT's files always have it.
+        self.is_from_file = self.peft_type is not None
+        super().__post_init__()
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and add the section on loading to README.md, once.
 

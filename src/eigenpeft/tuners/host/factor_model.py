@@ -18,6 +18,7 @@ from torch import nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
+from eigenpeft.tuners.host.file_patterns import settle_patterns
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.layers.tied import TransposedFactor
 
@@ -78,6 +79,7 @@ class FactorModel(LoraModel):
             *args: PEFT's own.
             **kwargs: PEFT's own.
         """
+        settle_patterns(self.peft_config[adapter_name], model)
         with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._given = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.host.factor_model import FactorModel, give_factors, has_adapter
+from eigenpeft.tuners.host.file_patterns import settle_patterns
 
 
 class FactorMixedModel(MixedModel):
@@ -62,5 +63,6 @@ def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Itera
     if method is None:
         yield None
     else:
+        settle_patterns(config, model)
         with method.injecting(model, config, adapter_name) as given:
             yield given

@@ -1,0 +1,113 @@
+"""Patterns in an adapter's file, replaced by the names that they mean before PEFT matches them without a bound."""
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from eigenpeft.collection.formats.keys import without_wrappers
+from eigenpeft.collection.formats.patterns import PatternTable, is_plain, whole_matches
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.host.target_names import exclude, strays
+
+_ALL_LINEAR = "all-linear"  # PEFT's own word, no pattern
+_NAMES_ONLY = ("layers_pattern", "modules_to_save")
+
+
+def settle_patterns(config: Any, model: nn.Module) -> None:
+    """Say by name what a configuration of ours from a file says by regular expressions.
+
+    PEFT matches `target_modules`, `exclude_modules`, `rank_pattern`, `alpha_pattern`, `layers_pattern` and `modules_to_save` with
+    the standard library, in which an expression such as "(a+)+" takes 2^n steps. Here they are matched once, by a library that
+    stops at a time limit, and what they mean in the model takes their place. Plain names stay as they are, and so does a
+    configuration that the user has made.
+
+    Args:
+        config: Configuration of an adapter that is about to be injected.
+        model: Model to adapt.
+
+    Raises:
+        AdapterConfigError: If a pattern is no expression, takes too long, or means no module; or one stands where PEFT takes
+            names alone (`layers_pattern`, `modules_to_save`).
+    """
+    if not getattr(config, "is_from_file", False):
+        return
+    for field in _NAMES_ONLY:
+        value = getattr(config, field, None) or ()
+        for name in (value,) if isinstance(value, str) else value:
+            if not is_plain(str(name)):
+                raise AdapterConfigError(
+                    f"{field} in the adapter's file has {str(name)[:80]!r}, which must be a plain name: letters, digits, '_', "
+                    "'-' and dots. Get a fresh copy of the adapter, or write the name."
+                )
+    try:
+        _settle_targets(config, model)
+        for field in ("rank_pattern", "alpha_pattern"):
+            _settle_values(config, field, model)
+    except ValueError as error:
+        if isinstance(error, AdapterConfigError):
+            raise
+        raise AdapterConfigError(f"The adapter's file has {error}.") from error
+
+
+def _settle_targets(config: Any, model: nn.Module) -> None:
+    targets, excluded = config.target_modules, config.exclude_modules
+    is_pattern = isinstance(targets, str) and targets != _ALL_LINEAR
+    if targets is None or not (is_pattern or isinstance(excluded, str)):
+        return
+    names = _module_names(model)
+    without = copy.copy(config)
+    without.exclude_modules = None if isinstance(excluded, str) else excluded
+    if is_pattern:
+        without.target_modules = set(whole_matches(targets, names))
+    if without.target_modules == _ALL_LINEAR:
+        config.exclude_modules = whole_matches(excluded, names)
+        return
+    wanted = {name for name in names if check_target_module_exists(without, name)}
+    if is_pattern:
+        wanted &= without.target_modules  # and none whose name only ends so
+    if isinstance(excluded, str):
+        wanted -= set(whole_matches(excluded, names))
+        config.exclude_modules = None
+    if not wanted:
+        raise AdapterConfigError(
+            f"target_modules={str(targets)[:80]!r} with exclude_modules={str(excluded)[:80]!r} means no module of the model, "
+            f"whose modules are such as {', '.join(map(repr, names[-3:]))}. Was the adapter trained on another model?"
+        )
+    config.target_modules = wanted
+    exclude(config, strays(model, wanted))
+
+
+def _settle_values(config: Any, field: str, model: nn.Module) -> None:
+    patterns = getattr(config, field) or {}
+    if all(is_plain(pattern) for pattern in patterns):
+        return
+    table = PatternTable({pattern: (pattern, value) for pattern, value in patterns.items()})
+    parameters = (name for name, _ in model.named_parameters()) if config.target_parameters else ()
+    found = {
+        name: table.value(name, default=(None, None)) for name in (*_module_names(model), *map(_own_name, parameters))
+    }
+    settled = {_exactly(name): value for name, (pattern, value) in found.items() if pattern is not None}
+    setattr(config, field, settled)
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    """The base model's own names of its modules, without what adapters have put into them."""
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return _unique(_own_name(name) for name in modules if name and not name.startswith(inside or ("\0",)))
+
+
+def _own_name(name: str) -> str:
+    return without_wrappers(name).replace(".base_layer", "")
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
