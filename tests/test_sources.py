@@ -27,6 +27,7 @@ LAYERS = {
     "trainers": 6,
     "engines": 6,
     "report": 6,
+    "indexing": 6,
     "publish": 6,
     "recycling": 7,
     "demo": 7,

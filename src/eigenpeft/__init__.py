@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from eigenpeft.building import SubspaceBuilder, build_subspace
     from eigenpeft.collection import AdapterCollection
     from eigenpeft.combining import merge
+    from eigenpeft.indexing import AdapterIndex
     from eigenpeft.reward import LowRankRewardModel
     from eigenpeft.subspace import AdapterStore, PrincipalSubspace
     from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterBank",
     "AdapterCollection",
+    "AdapterIndex",
     "AdapterStore",
     "EigenLoraConfig",
     "EigenPeftError",
@@ -41,6 +43,7 @@ __all__ = [
 _PLACES = {
     "AdapterBank": "eigenpeft.tuners",
     "AdapterCollection": "eigenpeft.collection",
+    "AdapterIndex": "eigenpeft.indexing",
     "AdapterStore": "eigenpeft.subspace",
     "EigenLoraConfig": "eigenpeft.tuners",
     "LowRankRewardModel": "eigenpeft.reward",

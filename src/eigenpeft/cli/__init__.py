@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "demo",
     "doctor": "doctor",
     "export": "adapters.export",
+    "index": "serving.which",
     "inspect": "subspaces.build",
     "lore": "training.lore",
     "merge": "adapters.merge",
@@ -26,6 +27,7 @@ COMMANDS = {
     "recycle": "training.recycle",
     "store": "serving.store",
     "sync-adapters": "serving.sync_adapters",
+    "which": "serving.which",
     **dict.fromkeys(TRL_SCRIPTS, "training.trl"),
 }
 

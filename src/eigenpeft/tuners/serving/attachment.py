@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -202,7 +203,17 @@ class _UpdateHook(_Hook):
         if choice is None:
             return None
         _check_rows(self.name, args[0], choice)
+        if choice.weighted:
+            return self._weighted(output, args[0], choice)
         return self.stacks(output, args[0], choice, in_place=owns_output(module, n_hooks=1))
+
+    def _weighted(self, output: Tensor, x: Tensor, choice: Choice) -> Tensor:
+        """The output with each row's own weighted sum of updates."""
+        for part, weights in choice.weighted:
+            update = self.stacks(torch.zeros_like(output), x, part, in_place=False)
+            if update is not None:
+                output = output + weights.to(output).view(-1, *[1] * (output.ndim - 1)) * update
+        return output
 
 
 class _HeadHook(_Hook):

@@ -1,6 +1,7 @@
 """Thousands of adapters on one base model in memory, each row of a batch with an adapter of its own."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.member import check_core
 from eigenpeft.subspace.stores.store import BASE
 from eigenpeft.tuners.serving.attachment import Attachment, choose
-from eigenpeft.tuners.serving.blocks import ModuleStacks
+from eigenpeft.tuners.serving.blocks import Choice, ModuleStacks
 from eigenpeft.tuners.serving.heads import heads_of
 from eigenpeft.tuners.serving.room import Entry, Room
 
@@ -226,19 +227,24 @@ class AdapterBank(nn.Module):
 
     @contextmanager
     def use(
-        self, names: Sequence[str], *, n_repeats: int = 1, logits: Literal["padded", "list"] = "padded"
+        self,
+        names: Sequence[str | Mapping[str, float]],
+        *,
+        n_repeats: int = 1,
+        logits: Literal["padded", "list"] = "padded",
     ) -> Iterator[None]:
         """Choose the member of each row of the batches that attached models see in the block, in this thread.
 
         Args:
-            names: One name per row; "__base__" for the base model.
+            names: One name per row; "__base__" for the base model; or the weights of several members, whose updates are added up,
+                as `AdapterIndex.route(texts, top=3)` gives them. Such a row has the head of the member with the largest weight.
             n_repeats: Rows of the model for each name, one after the other: the number of beams, or of sequences to
                 return, of `generate`.
             logits: How heads with different numbers of labels share a batch: "padded" with -inf to the largest number, or
                 as a "list" of one tensor per row.
 
         Raises:
-            SubspaceError: If a member is not in the bank; the message names all that are not.
+            SubspaceError: If a member is not in the bank (the message names all that are not), or weights are not finite numbers.
         """
         if logits not in ("padded", "list"):
             raise SubspaceError(f'logits={logits!r} must be "padded" or "list".')
@@ -246,18 +252,33 @@ class AdapterBank(nn.Module):
             token, entries = next(self._tokens), self._entries
             self._readers[token] = self._time
         try:
-            rows = [entries.get(name, _NOTHING) for name in names]
-            if _NOTHING in rows:
-                unknown = [name for name in dict.fromkeys(names) if name not in entries and name != BASE]
-                if unknown:
-                    self._refuse(unknown)
-            if n_repeats != 1:
-                rows = [entry for entry in rows for _ in range(n_repeats)]
-            with choose(self, self._room.choice(rows, as_list=logits == "list")):
+            with choose(self, self._choice(names, entries, n_repeats=n_repeats, as_list=logits == "list")):
                 yield
         finally:
             with self._lock:
                 del self._readers[token]
+
+    def _choice(
+        self,
+        names: Sequence[str | Mapping[str, float]],
+        entries: Mapping[str, Entry],
+        *,
+        n_repeats: int,
+        as_list: bool,
+    ) -> Choice:
+        asked = [name for each in names for name in ([each] if isinstance(each, str) else each)]
+        unknown = [name for name in dict.fromkeys(asked) if name not in entries and name != BASE]
+        if unknown:
+            self._refuse(unknown)
+        if all(isinstance(each, str) for each in names):
+            rows = [entries.get(str(name), _NOTHING) for name in names for _ in range(n_repeats)]
+            return self._room.choice(rows, as_list=as_list)
+        mixed = [{each: 1.0} if isinstance(each, str) else dict(each) for each in names]
+        for row, weights in enumerate(mixed):
+            if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+                raise SubspaceError(f"Row {row} has the weights {weights}; give at least one member a finite number.")
+        several = [[(entries.get(name, _NOTHING), weight) for name, weight in weights.items()] for weights in mixed]
+        return self._room.weighted_choice([row for row in several for _ in range(n_repeats)], as_list=as_list)
 
     def tasks(self, names: Sequence[str], *, n_repeats: int = 1) -> Any:
         """Old name of `use`.

@@ -206,6 +206,8 @@ class Choice:
     Attributes:
         widths: Number of logits of each row, once a head has given rows different ones.
         as_list: Whether logits are wanted as a list of rows.
+        weighted: Where rows take several members each: choices of one member per row with the rows' weights, which add up to the
+            update; this choice then gives the heads alone.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class Choice:
         self.places = {block: torch.tensor(slots, dtype=torch.int64) for block, slots in places.items()}
         self.heads = heads
         self.as_list = as_list
+        self.weighted: tuple[tuple[Choice, Tensor], ...] = ()
         self.widths: list[int] | None = None
         self._zeros = zeros
         self._on_device: dict[Any, Any] = {}

@@ -138,6 +138,23 @@ class Room(nn.Module):
                 places[block][row] = slot
         return Choice(places, zeros, [entry.heads for entry in rows], as_list=as_list)
 
+    def weighted_choice(self, rows: Sequence[Sequence[tuple[Entry, float]]], *, as_list: bool) -> Choice:
+        """Places of rows that take several members each, with weights; each row has the heads of the one with the largest.
+
+        Args:
+            rows: Members of each row and their weights; rows may have different numbers of them.
+            as_list: Whether logits are wanted as a list of rows.
+        """
+        ordered = [sorted(row, key=lambda pair: -pair[1]) for row in rows]
+        found = self.choice([row[0][0] for row in ordered], as_list=as_list)
+        parts = []
+        for rank in range(max(map(len, ordered))):
+            own = [row[rank] if rank < len(row) else (Entry(), 0.0) for row in ordered]
+            weights = torch.tensor([weight for _, weight in own])
+            parts.append((self.choice([entry for entry, _ in own], as_list=False), weights))
+        found.weighted = tuple(parts)
+        return found
+
     def _open_block(self, form: str, capacity: int, *, rank: int) -> int:
         self._blocks.append(Block(form, rank, capacity, free=list(range(capacity))))
         return len(self._blocks) - 1
