@@ -114,7 +114,7 @@ def read_index(path: Path, *, known: IndexState | None = None) -> IndexState:
         if check.decode("ascii", "replace") != expected:
             raise _altered(path, state, "its hash does not fit the lines before it")
         try:
-            change = json.loads(body)
+            change = json.loads(body.decode())  # of bytes, json would look for the encoding of every line
             if not state.head:
                 _check_head(change)
                 state.head = line
