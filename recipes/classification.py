@@ -15,11 +15,16 @@ Expected:  one line a method: trainable parameters and the metric on the test ro
            helped only where `eigenlora` beats `random` (a random subspace of the same size) and `same_parameters`, over
            several seeds. `eigenpeft.tuners.control_config` makes these controls.
 
-`--metric` is accuracy or macro_f1; both are computed here, without a network.
+`--metric` is accuracy or macro_f1; both are computed here, without a network. The first line is the most frequent class.
+OUTPUT_DIR has the tokenizer and the first seed's model of every method, label names included;
+`audit --dataset` can start at the head's folder.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 from datasets import load_dataset
 from peft import get_peft_model
 from transformers import (
@@ -58,7 +63,9 @@ METRICS = {"accuracy": accuracy, "macro_f1": macro_f1}
 class Arguments:
     model: str = field(metadata={"help": "Base model: local path or Hub id."})
     dataset: str = field(
-        metadata={"help": "Folder of JSONL files (train, test) or Hub id; columns `text` and `label`."}
+        metadata={
+            "help": "Folder of JSONL files (train, test) or Hub id; columns `label` and `text`, or `text` and `text_pair`."
+        }
     )
     subspace: str = field(metadata={"help": "Subspace of that base model: local path or Hub id."})
     methods: list[str] = field(
@@ -68,7 +75,10 @@ class Arguments:
     adapters: str | None = field(default=None, metadata={"help": "What the subspace was built from, for 'mean_only'."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     metric: str = field(default="accuracy", metadata={"help": f"One of {', '.join(METRICS)}."})
-    core: str = field(default="low_rank", metadata={"help": "Of EigenLoRA: low_rank, full or diagonal."})
+    core: Literal["low_rank", "full", "diagonal"] = field(default="low_rank")
+    n_components: int | None = field(
+        default=None, metadata={"help": "Take the first of the subspace's components alone."}
+    )
     r: int = field(default=8)
     lora_alpha: int = field(default=16)
     max_length: int = field(default=64)
@@ -84,7 +94,8 @@ def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments,
         return model
     config = EigenLoraConfig(
         subspace=subspace,
-        core=arguments.core,  # pyright: ignore[reportArgumentType] (checked by the config)
+        core=arguments.core,
+        n_components=arguments.n_components,
         r=arguments.r,
         lora_alpha=arguments.lora_alpha,
         task_type="SEQ_CLS",
@@ -99,9 +110,18 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dataset = load_dataset(arguments.dataset)
     labels = sorted(set(dataset["train"]["label"]))
+    unseen = set(dataset["test"]["label"]) - set(labels)
+    if unseen:
+        raise SystemExit(f"The test rows have labels that no training row has: {sorted(unseen)[:5]}.")
+    pairs = "text_pair" in dataset["train"].column_names
     dataset = dataset.map(
         lambda rows: {
-            **tokenizer(rows["text"], truncation=True, max_length=arguments.max_length),
+            **tokenizer(
+                rows["text"],
+                rows["text_pair"] if pairs else None,
+                truncation=True,
+                max_length=arguments.max_length,
+            ),
             "labels": [labels.index(label) for label in rows["label"]],
         },
         batched=True,
@@ -111,13 +131,20 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
     if arguments.metric not in METRICS:
         raise SystemExit(f"--metric {arguments.metric!r} must be one of {', '.join(METRICS)}.")
     metric = METRICS[arguments.metric]
+    names = {number: str(label) for number, label in enumerate(labels)}
+    tokenizer.save_pretrained(training.output_dir)
+    true = np.array(dataset["test"]["labels"])
+    most_frequent = np.full_like(true, Counter(dataset["train"]["labels"]).most_common(1)[0][0])
+    print(f"{'majority':10s} {0:9,d} trainable parameters  {metric(most_frequent, true):.3f}")
     rates = {"head": arguments.head_learning_rate, "lora": arguments.lora_learning_rate}
     own_rate = training.learning_rate
     for method in arguments.methods:
         scores, size = [], 0
         for seed in arguments.seeds:
             set_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=len(labels))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                arguments.model, id2label=names, label2id={name: number for number, name in names.items()}
+            )
             model = adapt(model, method, subspace, arguments, seed)
             size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             training.seed = training.data_seed = seed
@@ -132,7 +159,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
             )
             trainer.train()
             scores.append(trainer.evaluate()["eval_score"])
-            if seed == arguments.seeds[0] and method != "head":
+            if seed == arguments.seeds[0]:
                 model.save_pretrained(f"{training.output_dir}/{method}")
         mean = sum(scores) / len(scores)
         print(f"{method:10s} {size:9,d} trainable parameters  {mean:.3f} ({min(scores):.3f} to {max(scores):.3f})")

@@ -15,19 +15,6 @@ from tests.tuners.conftest import logits, random_subspace, tiny_bert
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "save_strategy": "no"}
 TRAINING |= {"dataloader_pin_memory": False}
-METRIC = '''"""Share of equal labels."""
-import datasets
-import evaluate
-
-
-class Accuracy(evaluate.Metric):
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
-        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
-
-    def _compute(self, predictions, references):
-        return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(references)}
-'''
 
 
 def flags(**values):
@@ -52,16 +39,16 @@ def lora(tmp_path):
     return tmp_path
 
 
-def test_classification_prints_every_control(recipe, tmp_path):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_classification_prints_every_control(recipe, tmp_path, pairs):
     tiny_bert().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     random_subspace(tiny_bert(), ("query", "value"), n_components=6).save_pretrained(tmp_path / "subspace")
     (tmp_path / "data").mkdir()
     for split, start in (("train", 0), ("test", 100)):
-        lines = [json.dumps({"text": words(start + row), "label": row % 3}) for row in range(12)]
+        more = [{"text_pair": words(50 + row)} if pairs else {} for row in range(12)]
+        lines = [json.dumps({"text": words(start + row), "label": f"kind {row % 3}", **more[row]}) for row in range(12)]
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
-    (tmp_path / "accuracy").mkdir()
-    (tmp_path / "accuracy" / "accuracy.py").write_text(METRIC)
     printed = recipe(
         "classification",
         *flags(model="base", dataset="data", subspace="subspace", metric="accuracy", seeds=[0, 1], r=2, lora_alpha=4),
@@ -69,6 +56,9 @@ def test_classification_prints_every_control(recipe, tmp_path):
     )
     sizes = dict(re.findall(r"^(\w+) +([\d,]+) trainable parameters  \d\.\d+ \(", printed, re.MULTILINE))
     assert list(sizes) == ["head", "random", "eigenlora", "same_parameters", "lora"]
+    assert re.search(r"^majority +0 trainable parameters  0\.333$", printed, re.MULTILINE)
+    assert json.loads(Path("out/head/config.json").read_text())["id2label"]["2"] == "kind 2"
+    assert Path("out/tokenizer.json").is_file()
     numbers = {name: int(size.replace(",", "")) - int(sizes["head"]) for name, size in sizes.items()}
     assert numbers["random"] == numbers["eigenlora"] == 4 * 2 * 2 * 6  # modules, sides, rank, components
     assert 0 < numbers["same_parameters"] <= max(numbers["eigenlora"], 64) < numbers["lora"]

@@ -38,6 +38,18 @@ def test_subspace_summary_is_plain_and_right(builder):
     assert all(name in text for name in builder.subspace_)
 
 
+def test_many_modules_are_shown_by_kind(builder):
+    one = subspace_summary(builder.subspace_)
+    rows = [{**next(iter(one["modules"].values())), "n_components": 3 + layer % 2} for layer in range(12)]
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(12) for kind in "qv"]
+    many = one | {"modules": {name: rows[i // 2] for i, name in enumerate(names)}}
+    text = shown(module_table(many))
+    assert "model.layers.*.self_attn.q_proj (12)" in text
+    assert "3 to 4" in text
+    assert "--all shows every module" in text
+    assert all(name in shown(module_table(many, every=True)) for name in names)
+
+
 def test_store_summary_is_the_mean_and_the_largest(builder, tmp_path):
     store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(tmp_path / "adapters"))
     summary = store_summary(store)

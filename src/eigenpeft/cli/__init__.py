@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": "serving.predict",
     "project": "subspaces.build",
     "push": "publish",
+    "recipe": "recipe",
     "recycle": "training.recycle",
     "store": "serving.store",
     "sync-adapters": "serving.sync_adapters",

@@ -1,6 +1,8 @@
 """Summaries as rich tables for a terminal."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -8,29 +10,50 @@ from rich.table import Table
 from eigenpeft.collection.diagnosis import Finding
 from eigenpeft.report.markup import escape
 
+# More modules than this are shown by kind, one row for all layers.
+MOST_MODULES = 16
 
-def module_table(summary: dict[str, Any]) -> Table:
-    """One row a module: shape, K, explained share, condition of both spectra.
+
+def module_table(summary: dict[str, Any], *, every: bool = False) -> Table:
+    """Shape, K, explained share and condition of both spectra: a row per module, or per kind of module where they are many.
 
     Args:
         summary: From `subspace_summary`.
+        every: A row per module, however many there are.
     """
-    table = Table(
-        title=f"{len(summary['modules'])} modules, {summary['n_adapters']} adapters of {escape(summary['base_model'])}"
-    )
-    table.add_column("module")
+    modules = summary["modules"]
+    table = Table(title=f"{len(modules)} modules, {summary['n_adapters']} adapters of {escape(summary['base_model'])}")
+    table.add_column("module", overflow="fold")  # never cut: the names of a layer's modules differ at their ends
     for title in ("out × in", "K", "explained", "condition in", "condition out"):
         table.add_column(title, justify="right")
-    for name, row in summary["modules"].items():
+    by_kind = not every and len(modules) > MOST_MODULES
+    for name, rows in _by_kind(modules).items() if by_kind else ((name, [row]) for name, row in modules.items()):
         table.add_row(
             escape(name),
-            f"{row['shape'][0]} × {row['shape'][1]}",
-            str(row["n_components"]),
-            f"{row['explained_share']:.3f}",
-            _number(row["condition_in"]),
-            _number(row["condition_out"]),
+            f"{rows[0]['shape'][0]} × {rows[0]['shape'][1]}",
+            _range([row["n_components"] for row in rows]),
+            f"{fmean(row['explained_share'] for row in rows):.3f}",
+            *(_largest([row[side] for row in rows]) for side in ("condition_in", "condition_out")),
         )
+    if by_kind:
+        table.caption = "A row per kind of module: mean explained share, largest conditions. --all shows every module."
     return table
+
+
+def _by_kind(modules: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Modules whose names differ in numbers alone and that have one shape, together."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    for name, row in modules.items():
+        kinds.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(row["shape"])), []).append(row)
+    return {f"{name} ({len(rows)})": rows for (name, _), rows in kinds.items()}
+
+
+def _range(values: Sequence[int]) -> str:
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _largest(values: Sequence[float | None]) -> str:
+    return _number(max((value for value in values if value is not None), default=None))
 
 
 def adapter_table(summary: dict[str, Any]) -> Table:

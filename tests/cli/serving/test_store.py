@@ -44,6 +44,8 @@ def test_a_store_from_the_command_line_alone(run, folder):
     for name, row in moved["adapters"].items():
         assert row["mean_error"] == pytest.approx(listed["adapters"][name]["mean_error"], abs=1e-4)
     assert run("export", "wider", "y", "--out", "lora").code == 0
+    assert "adapter-3" in run("inspect", "store").out
+    assert list(json.loads(run("inspect", "store", "--json").out)["members"]) == list(listed["adapters"])
     assert AdapterStore.from_pretrained("store").subspace == PrincipalSubspace.from_pretrained("subspace")
 
 

@@ -58,6 +58,22 @@ def test_number_of_parameters_a_module(architecture, tmp_path, core, parameters)
     assert trainable == parameters * len(factors(model))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 13}, True),
+        ({"r": 12}, False),
+        ({"r": 12, "n_components": 4}, True),
+        ({"r": 13, "core": "full"}, False),
+        ({"r": 13, "core": "diagonal"}, False),
+    ],
+)
+def test_a_rank_above_the_components_is_said(tmp_path, caplog, settings, said):
+    subspace = random_subspace(tiny_llama(), ("q_proj", "v_proj"))
+    get_peft_model(tiny_llama(), EigenLoraConfig(subspace=subspace, **settings))
+    assert ("and a core on them has rank" in caplog.text) == said
+
+
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 10 / 4), (True, 10 / 2)])
 def test_update_is_the_formula(architecture, tmp_path, tokens, core, rslora, scaling):

@@ -117,24 +117,29 @@ def build(
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a subspace or a store.")],
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the spectra to.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="A row per module, however many there are.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Show components, explained share and condition of every module.
+    """Show components, explained share and condition of the modules, and the members of a store.
 
     Example: eigenpeft inspect subspace --plot spectra.png
     """
     quiet(as_json)
     if plot is not None:
         check_file(plot, overwrite=overwrite, inputs=[path])
-    subspace = PrincipalSubspace.from_pretrained(path)
+    store = AdapterStore.from_pretrained(path) if (Path(path) / STORE.config_name).is_file() else None
+    subspace = PrincipalSubspace.from_pretrained(path) if store is None else store.subspace
     summary = subspace_summary(subspace)
+    members = store_summary(store) if store is not None else None
     if plot is not None:
         plot_spectra(subspace, plot, overwrite=overwrite)
     if as_json:
-        print_json(summary)
+        print_json(summary if members is None else summary | {"members": members["adapters"]})
         return
-    console.print(module_table(summary))
+    console.print(module_table(summary, every=every))
+    if members is not None:
+        console.print(adapter_table(members))
     if plot is not None:
         console.print(f"Wrote {escape(str(plot))}.")
 

@@ -33,7 +33,7 @@ from eigenpeft.tuners.eigenlora.config import START_FIELDS, EigenLoraConfig
 from eigenpeft.tuners.eigenlora.frozen import check_frozen, check_one_core, empty_offset, offset_ranks
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.mixture import read_mixture
-from eigenpeft.tuners.eigenlora.placing import place, start
+from eigenpeft.tuners.eigenlora.placing import place, start, warn_of_idle_rank
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
 from eigenpeft.tuners.host.target_names import exclude, strays
@@ -62,6 +62,7 @@ class EigenLoraModel(FactorModel):
         subspace = subspace_of(config)
         if subspace is not None:
             config.subspace_sha256 = subspace.fingerprint
+            warn_of_idle_rank(config, max(bases.n_components for bases in subspace.values()))
         shapes = None
         if subspace is not None:
             shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}

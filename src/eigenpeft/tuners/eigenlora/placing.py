@@ -1,5 +1,6 @@
 """The pair of EigenLoRA factors, with its starting coefficients, for each kind of LoRA layer."""
 
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,25 @@ from eigenpeft.tuners.layers.blocks import n_blocks_of
 from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.mixture import MixtureWeights
 from eigenpeft.tuners.layers.shared_bases import Basis
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_idle_rank(config: EigenLoraConfig, most: int) -> None:
+    """Say so where the rank is larger than the components allow: a K × K core has rank K at most.
+
+    Args:
+        config: Configuration of an adapter.
+        most: Components of the module that has the most.
+    """
+    core = core_kind(config.core)
+    most = min(most, config.n_components or most)
+    if config.r > most and core.shapes(most, most, config.r) != core.shapes(most, most, most):
+        logger.warning(
+            "r=%d is above the %d components, and a core on them has rank %d at most: r=%d has the same updates with fewer "
+            "numbers, and core='full' with %d per module.",
+            *(config.r, most, most, most, most * most),
+        )
 
 
 def start(
