@@ -1,9 +1,14 @@
 """MoSLoRA from the starts that write A and B themselves: `B M A` is their `B A`, and the base model's output is kept."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from eigenpeft import MosLoraConfig
@@ -36,11 +41,14 @@ def test_b_is_solved_for_the_mixer(mixer):
     torch.testing.assert_close(unmixed(factor, start).double() @ start.double(), factor.double(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixer", ["kaiming", "orthogonal"])
+@pytest.mark.parametrize("mixer", ["kaiming", "identity"])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_start_is_lora_s_and_it_trains_saves_and_merges(tmp_path, tokens, start, mixer):
     model = adapted(start, mixer)
-    torch.testing.assert_close(logits(model, tokens), logits(base(), tokens), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model, tokens), logits(base(), tokens), atol=1e-6, rtol=1e-5)
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        first = layer.lora_B["default"].mixer
+        torch.testing.assert_close(first @ first.T, torch.eye(4), atol=1e-5, rtol=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = train(model, tokens)
     moved = {
@@ -80,6 +88,39 @@ def test_what_changed_the_base_is_converted_to_the_published_model(tmp_path, tok
     torch.testing.assert_close(logits(back, tokens), expected, atol=1e-4, rtol=1e-4)
     with back.disable_adapter():
         assert torch.equal(logits(back, tokens), logits(base(), tokens))
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga"])
+def test_starts_from_data_are_lora_s(tmp_path, tokens, start):
+    configs = {"corda": {"corda_config": CordaConfig()}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
+    models = []
+    for method in (MosLoraConfig, LoraConfig):
+        config = method(
+            r=4, target_modules=LAYERS, init_lora_weights=start, task_type="CAUSAL_LM", **copy.deepcopy(configs[start])
+        )
+        model = base()
+        if start == "corda":
+            preprocess_corda(
+                model, config, run_model=lambda model=model: model(input_ids=tokens[:1]), hooked_model=model
+            )
+        else:
+            preprocess_loraga(model, config, lambda model=model: model(input_ids=tokens, labels=tokens).loss.backward())
+        torch.manual_seed(0)
+        models.append(get_peft_model(model, config))
+    ours, theirs = models
+    torch.testing.assert_close(logits(ours, tokens), logits(base(), tokens), atol=1e-5, rtol=1e-5)
+    # Of the first layer: LoRA-GA's are random signs and directions, and our mixer draws in between.
+    mine, lora = (next(each for each in model.modules() if isinstance(each, LoraLayer)) for model in models)
+    update = lora.get_delta_weight("default")
+    assert update.abs().max() > 0
+    assert (mine.get_delta_weight("default") - update).norm() < 1e-4 * update.norm()
+    ours.peft_config["default"].init_lora_weights = True
+    ours.save_pretrained(tmp_path / "start")
+    ours.peft_config["default"].init_lora_weights = start
+    expected = train(ours, tokens)
+    ours.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    back = PeftModel.from_pretrained(base(), tmp_path / "converted").eval()
+    torch.testing.assert_close(logits(back, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_mica_on_an_embedding_trains_the_mixer_and_a_alone():

@@ -22,8 +22,9 @@ class MosLoraConfig(ExplainedConfig):
     what it changes is the course of training, not what can be expressed; compare with plain LoRA before choosing it.
 
     Starts that write A and B themselves (`init_lora_weights` "pissa", "olora", "corda", "mica", ...) are exact: B starts as
-    `B M⁻¹`, so that `B M A` is their `B A`. Choose `init_mixer="orthogonal"` (or "identity") with them, which keeps the size of
-    B. With block-diagonal factors (`use_bdlora`) every block has a mixer of its own, so that no two blocks are joined.
+    `B M⁻¹`, so that `B M A` is their `B A`. The mixer starts orthogonal there when `init_mixer` says "kaiming", since the
+    inverse of a Kaiming mixer would make B many times larger. With block-diagonal factors (`use_bdlora`) every block has a
+    mixer of its own, so that no two blocks are joined.
 
     Raises:
         AdapterConfigError: If a field has a value that the method does not define.
@@ -40,7 +41,8 @@ class MosLoraConfig(ExplainedConfig):
         default="kaiming",
         metadata={
             "help": "Start of the mixer: 'kaiming' (uniform, a = sqrt 5), the paper's best with 'orthogonal'; 'identity' "
-            "is plain LoRA at the start. A zero mixer never learns and is not offered."
+            "is plain LoRA at the start. A zero mixer never learns and is not offered. 'kaiming' means 'orthogonal' with an "
+            "init_lora_weights that writes A and B (PiSSA and others), since the mixer is inverted there."
         },
     )
     train_mixer: bool = field(
@@ -79,6 +81,11 @@ class MosLoraConfig(ExplainedConfig):
             raise AdapterConfigError(
                 "fold=True makes a plain LoRA of the start, which is not defined with kasa_config or use_bdlora; leave it out."
             )
+
+    @property
+    def mixer_start(self) -> str:
+        """How the mixer starts: `init_mixer`, but orthogonal in the place of Kaiming where B starts as `B M⁻¹`."""
+        return "orthogonal" if self.writes_factors and self.init_mixer == "kaiming" else self.init_mixer
 
     @property
     def writes_factors(self) -> bool:

@@ -34,7 +34,7 @@ class MosLoraModel(FactorModel):
             n_blocks, is_split = n_parts, True
         mixer = initial_mixer(
             layer.r[adapter_name] // (n_blocks if is_split else 1),
-            init=config.init_mixer,
+            init=config.mixer_start,
             n_blocks=n_blocks if n_blocks > 1 else None,
         )
         if config.fold:

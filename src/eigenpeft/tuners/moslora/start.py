@@ -28,8 +28,8 @@ def initial_mixer(rank: int, *, init: str, n_blocks: int | None = None) -> Tenso
 def unmixed(factor: Tensor, mixer: Tensor) -> Tensor:
     """`B M⁻¹` for a B (m, r) that something else has written, so that `B M⁻¹ · M A` is that `B A`; solved in float64.
 
-    A random square mixer is invertible with probability 1; an orthogonal one keeps the size of B, and a Kaiming start can
-    make it many times larger. A singular one raises torch's own error.
+    An orthogonal mixer keeps the size of B; the inverse of a Kaiming start makes it many times larger, with as many times the
+    rounding errors. A singular one raises torch's own error.
 
     Args:
         factor: B, (m, r).
