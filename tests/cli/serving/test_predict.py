@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from eigenpeft import AdapterStore, EigenLoraConfig, PrincipalSubspace
 from eigenpeft.subspace import SubspaceInfo
-from tests.recipes.tiny import tiny_tokenizer
+from tests.recipes.tiny import tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace, tiny_bert
 
 CORES = {"anna": ("low_rank", 2), "bert": ("full", 3), "carla": ("diagonal", 5)}
@@ -73,6 +73,27 @@ def test_a_base_model_without_a_head_answers_for_members_that_have_one(run, plac
     ran = run("predict", "store", data, "--model", "encoder", "--member", "__base__")
     assert ran.code == 1
     assert "'__base__' would answer with the head of the base model, and 'encoder' has no trained head" in ran.err
+
+
+def test_reward_models_of_a_decoder_give_scores_and_no_label(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("reward").save_pretrained("base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None  # many decoders have none
+    tokenizer.save_pretrained("base")
+    random_subspace(tiny_model("reward"), ("q_proj", "v_proj")).save_pretrained("subspace")
+    config = EigenLoraConfig(subspace="subspace", r=4, task_type="SEQ_CLS", modules_to_save=["score"])
+    model = get_peft_model(tiny_model("reward"), config).eval()
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained("adapters/judge")
+    assert run("store", "add", "store", "adapters", "--subspace", "subspace").code == 0
+    data = written(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    ran = run("predict", "store", data, "--model", "base", "--member", "judge", "--json")
+    assert ran.code == 0, ran.err
+    for text, answer in zip(TEXTS, json.loads(ran.out)["rows"], strict=True):
+        assert answer["label"] is None
+        torch.testing.assert_close(torch.tensor(answer["logits"]), logits_of(model, text), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def predict(
     tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if classifier.config.pad_token_id is None:
-        classifier.config.pad_token_id = tokenizer.pad_token_id
+    # Classifiers on decoders read the last token that is not this one.
+    classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     bank = AdapterBank.from_store(opened, names=sorted(set(members) - {BASE}))
     logits = classify_texts(
         bank, classifier, tokenizer, texts, members=members, batch_size=batch_size, max_length=max_length
