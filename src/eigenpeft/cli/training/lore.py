@@ -80,8 +80,9 @@ def fit(
     """
     quiet(as_json)
     check_output(out, kind=KIND, overwrite=overwrite, inputs=[data] if model is None else [data, model])
+    size = _n_basis(n_basis)  # before hours of embedding
     pairs = _read(data, model, user_column, prompt_column, cache)
-    fitter = LoReFitter(n_basis=_n_basis(n_basis), n_components=n_components, seed=seed).fit(
+    fitter = LoReFitter(n_basis=size, n_components=n_components, seed=seed).fit(
         pairs.chosen,
         pairs.rejected,
         user_ids=pairs.user_ids,
@@ -101,6 +102,11 @@ def fit(
     console.print(
         f"Wrote {escape(str(out))}: {found.n_basis} basis rewards, {len(found.users)} users."
         + (" One shared head won: personalisation does not pay on these comparisons." if found.n_basis == 1 else "")
+        + (
+            ""
+            if found.info["converged"]
+            else " The fit stopped before it converged; its last steps still changed the loss."
+        )
     )
 
 
@@ -153,6 +159,7 @@ def evaluate(
     quiet(as_json)
     if plot is not None:
         check_file(plot, overwrite=overwrite, inputs=[data])
+    size = _n_basis(n_basis)  # before hours of embedding
     pairs = _read(data, model, user_column, prompt_column, cache)
     found = evaluate_lore(
         pairs.chosen,
@@ -160,7 +167,7 @@ def evaluate(
         user_ids=pairs.user_ids,
         prompt_ids=pairs.prompt_ids,
         reference_head=pairs.reference,
-        fitter=LoReFitter(n_basis=_n_basis(n_basis), n_components=n_components, seed=seed),
+        fitter=LoReFitter(n_basis=size, n_components=n_components, seed=seed),
         seed=seed,
     )
     if plot is not None:

@@ -36,7 +36,7 @@ def difference_chunks(chosen: Features, rejected: Features) -> Iterator[tuple[in
     start = 0
     step = 1
     while start < n:
-        first, second = (_read(side, start, min(start + step, n)) for side in (chosen, rejected))
+        first, second = (read_rows(side, start, min(start + step, n)) for side in (chosen, rejected))
         if first.ndim != 2 or first.shape != second.shape or (width is not None and first.shape[1] != width):
             raise RewardModelError(
                 f"chosen {tuple(first.shape)} and rejected {tuple(second.shape)} features must both be "
@@ -97,7 +97,14 @@ def index_users(user_ids: Sequence[UserId], *, n_pairs: int) -> tuple[list[str],
     return list(numbers), torch.tensor(rows, dtype=torch.long)
 
 
-def _read(side: Features, start: int, stop: int) -> Tensor:
+def read_rows(side: Features, start: int, stop: int) -> Tensor:
+    """Some rows of features as (rows, n_features) float32 on the CPU, copied where they lie in a file.
+
+    Args:
+        side: (n, n_features).
+        start: First row.
+        stop: Row after the last.
+    """
     part = side[start:stop]
     if not isinstance(part, Tensor):
         # A copy, as memory maps may be read-only. torch widens half precision twice as fast as NumPy.

@@ -16,8 +16,14 @@ from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.evaluation.controls import choose_scale, user_heads
 from eigenpeft.reward.evaluation.user_encoder import encoded_heads
 from eigenpeft.reward.fitting.fitter import LoReFitter
+from eigenpeft.reward.fitting.splitting import draw_sides, same_texts
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
+# With fewer users asked than this, an interval over users says little.
+FEW_USERS = 10
+# A control that is ahead of LoRe by this much is named in the verdict.
+CLEARLY = 0.01
+_PERSONAL = ("head a user", "head a user, from the shared one", "user encoder")
 QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new users, new prompts")
 
 
@@ -53,7 +59,9 @@ class LoReEvaluation:
         few_shot_gain: LoRe minus LoRe's population, by number of comparisons.
         calibration: Predicted against observed shares for new users and prompts, by method that predicts probabilities.
         n_basis: Size of the basis that was chosen.
-        verdict: The findings in a sentence.
+        split: What was held out: "comparisons", "prompts", "groups that share texts" or "texts".
+        n_unused: Comparisons left out because a text of theirs stands on both sides.
+        verdict: The findings in a few sentences.
     """
 
     accuracy: dict[str, dict[str, Share]]
@@ -63,6 +71,8 @@ class LoReEvaluation:
     few_shot_gain: dict[int, Share]
     calibration: dict[str, Calibration]
     n_basis: int
+    split: str
+    n_unused: int
     verdict: str
 
     @property
@@ -119,13 +129,15 @@ def evaluate_lore(
     """
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
-    parts = _Parts.draw(rows, len(names), prompt_ids, holdout_users, holdout_prompts, seed)
+    texts = same_texts(chosen, rejected)
+    parts = _Parts.draw(rows, len(names), texts, prompt_ids, holdout_users, holdout_prompts, seed)
     nothing = torch.zeros(1, 1).expand_as(differences)
     fitter = fitter if fitter is not None else LoReFitter(seed=seed)
     train = parts.train
     keywords = {
         "user_ids": rows[train].tolist(),
         "prompt_ids": None if prompt_ids is None else [prompt_ids[i] for i in train.nonzero()[:, 0].tolist()],
+        "texts": texts[train],
         "reference_head": reference_head,
     }
     lore = fitter.fit(differences[train], nothing[train], **keywords).model_
@@ -148,9 +160,18 @@ def evaluate_lore(
         method: calibration(margins[method], parts.queries) for method in ("shared head", "LoRe, population", "LoRe")
     }
     found = LoReEvaluation(
-        accuracy, over_shared, over_population, few_shot, few_shot_gain, calibrated, lore.n_basis, ""
+        accuracy,
+        over_shared,
+        over_population,
+        few_shot,
+        few_shot_gain,
+        calibrated,
+        lore.n_basis,
+        split=parts.by,
+        n_unused=len(rows) - sum(int(mask.sum()) for mask in parts.masks.values()),
+        verdict="",
     )
-    return replace(found, verdict=_verdict(found.gain, lore.n_basis))
+    return replace(found, verdict=_verdict(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,27 +183,34 @@ class _Parts:
     pool: Tensor
     queries: Tensor
 
+    by: str
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return {"train": self.train, "seen": self.seen, "pool": self.pool, "queries": self.queries}
+
     @staticmethod
     def draw(
-        rows: Tensor, n_users: int, prompt_ids: Sequence[Any] | None, users: float, prompts: float, seed: int
+        rows: Tensor,
+        n_users: int,
+        texts: Tensor,
+        prompt_ids: Sequence[Any] | None,
+        users: float,
+        prompts: float,
+        seed: int,
     ) -> "_Parts":
         generator = torch.Generator().manual_seed(seed)
-        if prompt_ids is None:
-            of_prompt = torch.arange(len(rows))
-        else:
-            numbers: dict[Any, int] = {}
-            of_prompt = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompt_ids])
-        new_prompt = (torch.rand(int(of_prompt.max()) + 1, generator=generator) < prompts)[of_prompt]
+        sides = draw_sides(texts, prompt_ids=prompt_ids, share=prompts, generator=generator)
         new = torch.zeros(n_users, dtype=torch.bool)
         new[torch.randperm(n_users, generator=generator)[: round(users * n_users)]] = True
-        new_user = new[rows]
-        parts = _Parts(~new_user & ~new_prompt, ~new_user & new_prompt, new_user & ~new_prompt, new_user & new_prompt)
-        for what, mask in vars(parts).items():
+        new_user, held, trained = new[rows], sides.held & sides.used, ~sides.held & sides.used
+        parts = _Parts(~new_user & trained, ~new_user & held, new_user & trained, new_user & held, sides.by)
+        for what, mask in parts.masks.items():
             if not bool(mask.any()):
                 raise RewardModelError(
                     f"Nothing is left for the part {what!r} with {n_users} users, {len(rows)} comparisons, "
-                    f"holdout_users={users}, holdout_prompts={prompts}; evaluation needs a few dozen users with a few "
-                    "dozen comparisons each."
+                    f"holdout_users={users}, holdout_prompts={prompts}, held out by {sides.by}; evaluation needs a few dozen "
+                    "users with a few dozen comparisons each, on texts that are not all the same."
                 )
         return parts
 
@@ -287,18 +315,40 @@ def _few_shot(
     return curve, gain
 
 
-def _verdict(gain: dict[str, Share], n_basis: int) -> str:
+def _verdict(found: LoReEvaluation) -> str:
+    gain = found.gain
     seen, new = gain[QUADRANTS[1]], gain[QUADRANTS[2]]
-    told = " and ".join(
+    gained = " and ".join(
         f"{100 * share.mean:+.1f} points [{100 * share.low:+.1f}, {100 * share.high:+.1f}] for {who}"
         for share, who in ((seen, "known users"), (new, "new users"))
     )
-    against = f"on new prompts, against the better of two heads for everybody ({told}; basis of {n_basis})"
+    unused = f", {found.n_unused:,} comparisons left out, whose texts stand on both sides" if found.n_unused else ""
+    against = (
+        f"on what was held out (by {found.split}{unused}), against the better of two heads for everybody ({gained}; basis of "
+        f"{found.n_basis})"
+    )
+    few = min(seen.n_users, new.n_users)
+    thin = "" if few >= FEW_USERS else f" Only {few} users were asked: the intervals are too narrow to be believed."
+    return f"{_answer(found.n_basis, seen, new)} {against}.{thin}{_better_control(found)}"
+
+
+def _answer(n_basis: int, seen: Share, new: Share) -> str:
     if n_basis == 1:
-        return f"Personalisation does not pay on this data: held-out comparisons chose one shared head, {against}."
+        return "Personalisation does not pay on this data: held-out comparisons chose one shared head,"
     if seen.low <= 0 and new.low <= 0:
-        return f"Personalisation does not pay on this data: no gain outside the interval {against}."
+        return "Personalisation does not pay on this data: no gain outside the interval"
     if seen.low > 0 and new.low > 0:
-        return f"Personalisation pays on this data, for known and for new users, {against}."
-    who = "known users alone" if seen.low > 0 else "new users alone"
-    return f"Personalisation pays on this data for {who}, {against}."
+        return "Personalisation pays on this data, for known and for new users,"
+    return f"Personalisation pays on this data for {'known users alone' if seen.low > 0 else 'new users alone'},"
+
+
+def _better_control(found: LoReEvaluation) -> str:
+    """A sentence where another way to personalise is clearly ahead of LoRe for known users."""
+    of_method = {name: shares[QUADRANTS[1]].mean for name, shares in found.accuracy.items() if name in _PERSONAL}
+    if not of_method:
+        return ""
+    best = max(of_method, key=lambda name: of_method[name])
+    ours = found.accuracy["LoRe"][QUADRANTS[1]].mean
+    if of_method[best] < ours + CLEARLY:
+        return ""
+    return f" For known users {best!r} is better than LoRe, {of_method[best]:.3f} against {ours:.3f}."

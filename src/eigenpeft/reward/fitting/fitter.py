@@ -17,6 +17,7 @@ from eigenpeft.reward.artifact.pairs import Features, index_users
 from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.fitting.preparation import Preparation, PreparedPairs, prepare
 from eigenpeft.reward.fitting.selection import Candidate, Setting, choose, judge, split_comparisons
+from eigenpeft.reward.fitting.splitting import same_texts
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class LoReFitter:
         *,
         user_ids: Sequence[UserId],
         prompt_ids: Sequence[Any] | None = None,
+        texts: Tensor | None = None,
         reference_head: Tensor | None = None,
         backbone: Any = None,
         processing_class: Any = None,
@@ -117,7 +119,9 @@ class LoReFitter:
             chosen: (n, n_features): tensor, array, memory map or `datasets` column; read in parts.
             rejected: (n, n_features).
             user_ids: User of each comparison.
-            prompt_ids: Prompt of each comparison: those of one prompt are held out together. None: each its own.
+            prompt_ids: Prompt of each comparison: those of one prompt are held out together. None: those that share texts.
+            texts: (n, 2) numbers of the chosen and the rejected text; no text stands on both sides of the split by which
+                settings are chosen. None: equal rows of features are one text.
             reference_head: (n_features,) of a scalar reward model on these features, which the basis is regularised
                 towards (its scale is fitted). None: zero.
             backbone: The classifier the features come from, to be kept in the model.
@@ -144,7 +148,8 @@ class LoReFitter:
             standardise=self.standardise,
             seed=self.seed,
         )
-        setting, strength = self._choose(pairs, rows, n_users=len(names), prompt_ids=prompt_ids)
+        texts = same_texts(chosen, rejected) if texts is None else texts
+        setting, strength = self._choose(pairs, rows, n_users=len(names), texts=texts, prompt_ids=prompt_ids)
         found = self._fit_joint(setting, pairs, rows, len(names))
         kept, weights = self._pruned(simplex(found.user_logits))
         basis = pairs.preparation.restore(found.deviations[kept])
@@ -247,14 +252,16 @@ class LoReFitter:
         return [float(self.deviation_scale)] if one else [float(scale) for scale in self.deviation_scale]  # pyright: ignore
 
     def _choose(
-        self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, prompt_ids: Sequence[Any] | None
+        self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, texts: Tensor, prompt_ids: Sequence[Any] | None
     ) -> tuple[Setting, float]:
         """The setting and the strength of the population: as given, or by held-out comparisons."""
         self.candidates_ = []
         sizes, scales = self._sizes(n_users), self._scales()
         counts = AUTO_CONCENTRATION if self.concentration == "auto" else (float(self.concentration),)
         strengths = AUTO_STRENGTH if self.strength == "auto" else (float(self.strength),)
-        split = split_comparisons(rows, n_users, prompt_ids=prompt_ids, holdout=self.holdout, seed=self.seed)
+        split = split_comparisons(
+            rows, n_users, texts=texts, prompt_ids=prompt_ids, holdout=self.holdout, seed=self.seed
+        )
 
         def tried(settings: list[Setting]) -> list[Candidate]:
             bar = tqdm(settings, desc="Choosing by held-out comparisons", disable=len(settings) < 5)

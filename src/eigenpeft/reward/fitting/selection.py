@@ -11,9 +11,10 @@ from eigenpeft.linalg.preference.joint import JointFit
 from eigenpeft.linalg.preference.objective import bradley_terry_nll, simplex
 from eigenpeft.linalg.preference.users import fit_all_user_weights
 from eigenpeft.reward.fitting.preparation import PreparedPairs
+from eigenpeft.reward.fitting.splitting import draw_sides
 
 # What a comparison is held out for.
-TRAIN, SEEN, SHOTS, QUERIES = range(4)
+TRAIN, SEEN, SHOTS, QUERIES, UNUSED = range(5)
 _MIN_USERS_TO_HOLD_OUT = 10
 
 
@@ -76,35 +77,32 @@ class Candidate:
 
 
 def split_comparisons(
-    rows: Tensor, n_users: int, *, prompt_ids: Sequence[Any] | None, holdout: float, seed: int
+    rows: Tensor, n_users: int, *, texts: Tensor, prompt_ids: Sequence[Any] | None, holdout: float, seed: int
 ) -> Tensor:
     """Part of each comparison: train, held out of a seen user, or shots and queries of an unseen one.
 
     Args:
         rows: (n,) user of each comparison.
         n_users: Number of users; with fewer than ten none is held out.
-        prompt_ids: Prompt of each comparison; those of one prompt are held out together. None: each its own.
+        texts: (n, 2) of `same_texts`: no text stands on both sides.
+        prompt_ids: Prompt of each comparison; those of one prompt are held out together. None: those that share texts.
         holdout: Share of prompts, and of users.
         seed: Of the draw.
 
     Returns:
-        (n,) of TRAIN, SEEN, SHOTS or QUERIES.
+        (n,) of TRAIN, SEEN, SHOTS, QUERIES or UNUSED.
     """
     generator = torch.Generator().manual_seed(seed)
-    if prompt_ids is None:
-        prompts = torch.arange(len(rows))
-    else:
-        numbers: dict[Any, int] = {}
-        prompts = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompt_ids], dtype=torch.long)
-    draws = torch.rand(2, int(prompts.max()) + 1 if len(prompts) else 0, generator=generator)
-    held, half = (draws[0] < holdout)[prompts], (draws[1] < 0.5)[prompts]
+    sides = draw_sides(texts, prompt_ids=prompt_ids, share=holdout, generator=generator)
+    held = sides.held
     split = torch.where(held, SEEN, TRAIN)
     if n_users >= _MIN_USERS_TO_HOLD_OUT:
         away = torch.randperm(n_users, generator=generator)[: max(1, round(holdout * n_users))]
         is_away = torch.zeros(n_users, dtype=torch.bool).index_fill_(0, away, True)[rows]
-        # Queries of unseen users are on prompts the fit did not train on, where prompts are known.
-        query = held if prompt_ids is not None else half
+        # Queries of unseen users are on prompts or texts the fit did not train on, where any are shared.
+        query = sides.draws < 0.5 if sides.by == "comparisons" else held
         split = torch.where(is_away, torch.where(query, QUERIES, SHOTS), split)
+    split = torch.where(sides.used, split, UNUSED)
     trained = torch.zeros(n_users, dtype=torch.bool)
     trained[rows[split == TRAIN]] = True
     if not bool(trained.any()):
