@@ -54,6 +54,22 @@ def test_it_trains_comes_back_and_merges(tmp_path, tokens, method, option):
 
 
 @pytest.mark.parametrize("method", [MosLoraConfig, EigenLoraConfig])
+def test_kasa_s_penalty_is_that_of_the_factors_and_reaches_what_is_trained(method):
+    model = adapted(method, kasa_config=KasaConfig(beta=0.5, gamma=0.25), init_lora_weights=False)
+    expected = 0.0
+    for layer in layers_of(model).values():
+        A, B = (factors["default"].weight.detach().double() for factors in (layer.lora_A, layer.lora_B))
+        eye = torch.eye(4, dtype=torch.float64)
+        penalty = (B.T @ B - eye).norm() + (A @ A.T - eye).norm()
+        expected += 0.5 * layer.lora_diag["default"].detach().double().square().sum() + 0.25 * penalty
+    loss = model.base_model._get_kasa_loss()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained)
+
+
+@pytest.mark.parametrize("method", [MosLoraConfig, EigenLoraConfig])
 def test_no_two_blocks_are_joined(tokens, method):
     model = adapted(method, **blocks())
     train(model, tokens)
