@@ -266,19 +266,25 @@ class AdapterBank(nn.Module):
         n_repeats: int,
         as_list: bool,
     ) -> Choice:
-        asked = [name for each in names for name in ([each] if isinstance(each, str) else each)]
-        unknown = [name for name in dict.fromkeys(asked) if name not in entries and name != BASE]
-        if unknown:
-            self._refuse(unknown)
         if all(isinstance(each, str) for each in names):
-            rows = [entries.get(str(name), _NOTHING) for name in names for _ in range(n_repeats)]
+            rows = [entries.get(name, _NOTHING) for name in names]  # pyright: ignore[reportCallIssue, reportArgumentType]
+            if _NOTHING in rows:
+                self._refuse_unknown(names, entries)  # pyright: ignore[reportArgumentType]
+            if n_repeats != 1:
+                rows = [entry for entry in rows for _ in range(n_repeats)]
             return self._room.choice(rows, as_list=as_list)
+        self._refuse_unknown([name for each in names for name in ([each] if isinstance(each, str) else each)], entries)
         mixed = [{each: 1.0} if isinstance(each, str) else dict(each) for each in names]
         for row, weights in enumerate(mixed):
             if not weights or not all(math.isfinite(weight) for weight in weights.values()):
                 raise SubspaceError(f"Row {row} has the weights {weights}; give at least one member a finite number.")
         several = [[(entries.get(name, _NOTHING), weight) for name, weight in weights.items()] for weights in mixed]
         return self._room.weighted_choice([row for row in several for _ in range(n_repeats)], as_list=as_list)
+
+    def _refuse_unknown(self, asked: Sequence[str], entries: Mapping[str, Entry]) -> None:
+        unknown = [name for name in dict.fromkeys(asked) if name not in entries and name != BASE]
+        if unknown:
+            self._refuse(unknown)
 
     def tasks(self, names: Sequence[str], *, n_repeats: int = 1) -> Any:
         """Old name of `use`.
