@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig
+from eigenpeft.collection.formats import patterns
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.files.merged_base import merge_into_base
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
@@ -77,7 +78,7 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_cannot_be_merged_is_one_message(tmp_path):
+def test_what_cannot_be_merged_is_one_message(tmp_path, monkeypatch):
     folder = adapter_of(tmp_path)
     with pytest.raises(AdapterConfigError, match="base' is no adapter that PEFT can read"):
         merge_into_base(str(tmp_path / "base"))
@@ -88,6 +89,10 @@ def test_what_cannot_be_merged_is_one_message(tmp_path):
         merge_into_base(str(folder), base="nowhere")
     edit(folder, target_modules=["q_proj", "v_proj"])
     with pytest.raises(AdapterConfigError, match="does not fit the base model .*missing adapter keys"):
+        merge_into_base(str(folder), base=str(tmp_path / "base"))
+    edit(folder, target_modules=["q_proj"], alpha_pattern={r"(?:[\w.]|[\w.][\w.])*(?<![\w.])": 2})
+    monkeypatch.setattr(patterns, "TIME_LIMIT", 0.1)
+    with pytest.raises(AdapterConfigError, match="takes more than 0 seconds to be matched against module names"):
         merge_into_base(str(folder), base=str(tmp_path / "base"))
     edit(folder, peft_type="NOPE")
     with pytest.raises(AdapterConfigError, match="is no adapter that PEFT can read"):

@@ -79,7 +79,9 @@ class FactorModel(LoraModel):
             *args: PEFT's own.
             **kwargs: PEFT's own.
         """
-        settle_patterns(self.peft_config[adapter_name], model)
+        config: Any = self.peft_config[adapter_name]
+        if getattr(config, "is_from_file", False):
+            settle_patterns(config, model)
         with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._given = None

@@ -18,23 +18,20 @@ _NAMES_ONLY = ("layers_pattern", "modules_to_save")
 
 
 def settle_patterns(config: Any, model: nn.Module) -> None:
-    """Say by name what a configuration of ours from a file says by regular expressions.
+    """Say by name what the configuration in an adapter's file says by regular expressions.
 
     PEFT matches `target_modules`, `exclude_modules`, `rank_pattern`, `alpha_pattern`, `layers_pattern` and `modules_to_save` with
     the standard library, in which an expression such as "(a+)+" takes 2^n steps. Here they are matched once, by a library that
-    stops at a time limit, and what they mean in the model takes their place. Plain names stay as they are, and so does a
-    configuration that the user has made.
+    stops at a time limit, and what they mean in the model takes their place. Plain names stay as they are.
 
     Args:
-        config: Configuration of an adapter that is about to be injected.
+        config: PEFT's configuration of an adapter that is about to be injected, as a file had it.
         model: Model to adapt.
 
     Raises:
         AdapterConfigError: If a pattern is no expression, takes too long, or means no module; or one stands where PEFT takes
             names alone (`layers_pattern`, `modules_to_save`).
     """
-    if not getattr(config, "is_from_file", False):
-        return
     for field in _NAMES_ONLY:
         value = getattr(config, field, None) or ()
         for name in (value,) if isinstance(value, str) else value:
@@ -54,7 +51,8 @@ def settle_patterns(config: Any, model: nn.Module) -> None:
 
 
 def _settle_targets(config: Any, model: nn.Module) -> None:
-    targets, excluded = config.target_modules, config.exclude_modules
+    targets: Any = getattr(config, "target_modules", None)
+    excluded: Any = getattr(config, "exclude_modules", None)
     is_pattern = isinstance(targets, str) and targets != _ALL_LINEAR
     if targets is None or not (is_pattern or isinstance(excluded, str)):
         return
@@ -82,11 +80,11 @@ def _settle_targets(config: Any, model: nn.Module) -> None:
 
 
 def _settle_values(config: Any, field: str, model: nn.Module) -> None:
-    patterns = getattr(config, field) or {}
+    patterns = getattr(config, field, None) or {}
     if all(is_plain(pattern) for pattern in patterns):
         return
     table = PatternTable({pattern: (pattern, value) for pattern, value in patterns.items()})
-    parameters = (name for name, _ in model.named_parameters()) if config.target_parameters else ()
+    parameters = (name for name, _ in model.named_parameters()) if getattr(config, "target_parameters", None) else ()
     found = {
         name: table.value(name, default=(None, None)) for name in (*_module_names(model), *map(_own_name, parameters))
     }

@@ -63,6 +63,7 @@ def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Itera
     if method is None:
         yield None
     else:
-        settle_patterns(config, model)
+        if getattr(config, "is_from_file", False):
+            settle_patterns(config, model)
         with method.injecting(model, config, adapter_name) as given:
             yield given
