@@ -13,14 +13,20 @@ from eigenpeft.lazy import after_import, lazy_names
 from eigenpeft.version import __version__
 
 if TYPE_CHECKING:
-    from eigenpeft.audit import audit_adapters
+    from eigenpeft.audit import audit_adapters, nearest_adapters
     from eigenpeft.building import SubspaceBuilder, build_subspace
     from eigenpeft.collection import AdapterCollection
     from eigenpeft.combining import merge
     from eigenpeft.indexing import AdapterIndex
     from eigenpeft.reward import LowRankRewardModel
     from eigenpeft.subspace import AdapterStore, PrincipalSubspace
-    from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
+    from eigenpeft.tuners import (
+        AdapterBank,
+        EigenLoraConfig,
+        MosLoraConfig,
+        export_lora,
+        init_lora_from_subspace,
+    )
 
 __all__ = [
     "AdapterBank",
@@ -37,7 +43,9 @@ __all__ = [
     "audit_adapters",
     "build_subspace",
     "export_lora",
+    "init_lora_from_subspace",
     "merge",
+    "nearest_adapters",
 ]
 
 _PLACES = {
@@ -53,7 +61,9 @@ _PLACES = {
     "audit_adapters": "eigenpeft.audit",
     "build_subspace": "eigenpeft.building",
     "export_lora": "eigenpeft.tuners",
+    "init_lora_from_subspace": "eigenpeft.tuners",
     "merge": "eigenpeft.combining",
+    "nearest_adapters": "eigenpeft.audit",
 }
 
 

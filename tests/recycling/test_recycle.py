@@ -62,10 +62,10 @@ def test_every_candidate_ends_as_a_plain_lora_with_the_logits_of_the_trained_mod
 ):
     seen, ids = {}, torch.tensor([row["input_ids"] for row in task_rows()])
 
-    def remember(model, merged, folder, *, base_model):
+    def remember(model, folder, *, base_model):
         with torch.no_grad():
             seen["logits"] = model.eval()(input_ids=ids).logits
-        write_result(model, merged, folder, base_model=base_model)
+        write_result(model, folder, base_model=base_model)
 
     monkeypatch.setattr(run, "write_result", remember)
     report = recycled(adapters, tmp_path, candidates=[name])

@@ -12,7 +12,7 @@ from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.run import audit_adapters
 from eigenpeft.audit.task.calibration import Calibration, load_calibration
 from eigenpeft.audit.task.gradient import GradientShare, ModuleGradient, gradient_share
-from eigenpeft.audit.task.reuse import Downhill, downhill
+from eigenpeft.audit.task.reuse import Downhill, downhill, nearest_adapters
 from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.lazy import lazy_names
 
@@ -38,6 +38,7 @@ __all__ = [
     "gradient_share",
     "load_calibration",
     "nearest_adapter",
+    "nearest_adapters",
     "same_parameters_lora",
 ]
 

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from eigenpeft.audit.controls import same_parameters_lora
@@ -17,7 +14,8 @@ from eigenpeft.combining import MergedAdapter, merge
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace, random_subspace
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
-from eigenpeft.tuners.layers.kinds import factor_dicts
+from eigenpeft.tuners.starts.adapters import init_lora_from_adapter
+from eigenpeft.tuners.starts.components import init_lora_from_subspace
 
 COEFFICIENT_RATES = (1e-2, 3e-2)
 LORA_RATES = (1e-3, 3e-3)
@@ -104,33 +102,15 @@ def _eigenlora(*, random: bool = False) -> Callable[[PreTrainedModel, Sources], 
     return lambda base, sources: get_peft_model(base, sources.eigenlora(random=random))
 
 
-def _set_factors(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftModel:
-    for module, (lora_b, lora_a) in factors.items():
-        layer: Any = model.get_base_model().get_submodule(module)
-        place_a, place_b = (each["default"].weight for each in factor_dicts(layer))
-        with torch.no_grad():
-            place_a.zero_()[: len(lora_a)] = lora_a
-            place_b.zero_()[:, : lora_b.shape[1]] = lora_b
-    return model
-
-
 def _init(base: PreTrainedModel, sources: Sources) -> PeftModel:
     """EigenLoRAx-INIT (arXiv 2502.04700): LoRA r 8 whose A starts at the leading components, B at zero."""
-    model, values = get_peft_model(base, sources.lora(8)), {}
-    for name, bases in sources.subspace.items():
-        rows = bases.components_in[:8]
-        values[name] = (torch.zeros(bases.out_features, len(rows)), rows)
-    return _set_factors(model, values)
+    rank = min(8, *(bank.n_components_in for bank in sources.subspace.banks.values()))
+    return init_lora_from_subspace(base, sources.subspace, r=rank, lora_alpha=2 * rank, task_type=sources.task_type)
 
 
 def _nearest(base: PreTrainedModel, sources: Sources) -> PeftModel:
     """A LoRA continued from the nearest adapter, of that one's rank."""
-    read = {}
-    for module in sources.collection.modules:
-        for found in sources.collection.factors(module, names=[sources.nearest]):
-            read[module] = (found.lora_B, found.lora_A)
-    rank = max(len(lora_a) for _, lora_a in read.values())
-    return _set_factors(get_peft_model(base, sources.lora(rank, alpha=rank)), read)
+    return init_lora_from_adapter(base, sources.collection, name=sources.nearest, task_type=sources.task_type)
 
 
 CANDIDATES: dict[str, Candidate] = {

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from eigenpeft.audit.task.reuse import downhill
-from eigenpeft.audit.task.task_gradients import gather_tokens
+from eigenpeft.audit.task.reuse import nearest_adapters
+from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, Sources
 from eigenpeft.recycling.search import Search
@@ -45,7 +45,7 @@ def _start_score(search: Search, sources: Sources, *, steps: int) -> tuple[float
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
         base = search.make_model()
-        sources.merged.apply_to(base)
+        merged_start(base, sources.merged)
         score, loss = judge(base, search.held_out, collator=search.collator)
         return score, -loss
 
@@ -56,15 +56,9 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
     try:
         zero = with_start(sources, scale=0.0)
         model = search.trained("merged_head", zero, rate=_LIGHT_RATE, steps=steps, rows=search.rows)
-        inner = model.base_model.model
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
-        model = inner = search.make_model()
-    named = dict(inner.named_modules())
-    targets = {
-        name: getattr(named[name], "base_layer", named[name]) for name in sources.collection.modules if name in named
-    }
+        model = search.make_model()
     rows = [search.rows[i] for i in range(min(len(search.rows), 64))]
     batches = [search.collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
-    tokens, _ = gather_tokens(model, targets, batches)
-    return next(iter(downhill(sources.collection, tokens).adapters))
+    return next(iter(nearest_adapters(sources.collection, model, batches=batches).adapters))

@@ -118,8 +118,7 @@ def recycle(
     entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
     bar.close()
     model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
-    merged = sources.merged if CANDIDATES[best.candidate].merged else None
-    write_result(model, merged, out / "adapter", base_model=adapters.base_model_name_or_path)
+    write_result(model, out / "adapter", base_model=adapters.base_model_name_or_path)
     fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == "lora_r8"]
     report = RecycleReport(
         winner=best.candidate,

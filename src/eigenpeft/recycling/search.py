@@ -12,6 +12,7 @@ from huggingface_hub.utils import tqdm
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, Sources
 from eigenpeft.recycling.halving import better_half
@@ -40,7 +41,7 @@ class Search:
         torch.manual_seed(self.args.seed)
         base = self.make_model()
         if CANDIDATES[candidate].merged:
-            sources.merged.apply_to(base)
+            merged_start(base, sources.merged)
         return CANDIDATES[candidate].adapt(base, sources)
 
     def trained(self, candidate: str, sources: Sources, *, rate: float, steps: int, rows: Any) -> PeftModel:

@@ -12,6 +12,7 @@ from eigenpeft.tuners.host.rank_padding import has_our_factors, pad_mixers, pad_
 from eigenpeft.tuners.host.registration import (
     admit_to_mixed_models,
     check_lorafa,
+    extend_lora,
     prepare_swapped_tensors,
     register,
     replace_name_filter,
@@ -21,6 +22,9 @@ from eigenpeft.tuners.learning_rates import suggested_learning_rate
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.serving.bank import AdapterBank
+from eigenpeft.tuners.starts.adapters import init_lora_from_adapter, lora_config_from_adapter
+from eigenpeft.tuners.starts.components import init_lora_from_subspace, lora_config_from_subspace
+from eigenpeft.tuners.starts.config import after_injection, before_injection
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "use_bdlora", "kasa_config")
 
@@ -38,6 +42,7 @@ register(
 )
 admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
+extend_lora(before=before_injection, after=after_injection)
 replace_rank_padding(pad_ranks, is_ours=has_our_factors)
 prepare_swapped_tensors(pad_mixers)
 replace_name_filter(own_tensors)
@@ -52,6 +57,10 @@ __all__ = [
     "convert_reference_checkpoint",
     "export_gguf",
     "export_lora",
+    "init_lora_from_adapter",
+    "init_lora_from_subspace",
+    "lora_config_from_adapter",
+    "lora_config_from_subspace",
     "suggested_learning_rate",
 ]
 

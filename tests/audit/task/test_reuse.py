@@ -1,11 +1,14 @@
 """Downhill cosines against dense gradients in float64; the adapter that was made from the task's own gradient comes first."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from eigenpeft import AdapterCollection
 from eigenpeft.audit.task.gradient import modules_in
-from eigenpeft.audit.task.reuse import downhill
+from eigenpeft.audit.task.reuse import downhill, nearest_adapters
 from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.errors import SubspaceError
@@ -67,3 +70,18 @@ def test_a_gradient_of_zero_is_refused(task):
     tokens = {name: (torch.zeros(1, 16), torch.zeros(1, 16)) for name in NAMES}
     with pytest.raises(SubspaceError, match="zero in all modules"):
         downhill(collection, tokens)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_call_finds_the_modules_itself(task, adapted):
+    model, batch, _, collection = task
+    training = model.training
+    inner = copy.deepcopy(model)
+    given = get_peft_model(inner, LoraConfig(r=2, target_modules=["query"])) if adapted else inner
+    measured = nearest_adapters(collection, given, batches=[batch])
+    assert measured.adapters == pytest.approx(found(task).adapters, abs=1e-6)
+    assert model.training == training
+    by_loss = nearest_adapters(collection, given, batches=[batch], loss=lambda m, rows: 3 * m(**rows).loss)
+    assert by_loss.adapters == pytest.approx(measured.adapters, abs=1e-6)  # cosines
+    with pytest.raises(SubspaceError, match=r"None of the adapters' 2 modules, .* is in the model \(Linear\)"):
+        nearest_adapters(collection, torch.nn.Linear(2, 2), batches=[batch])

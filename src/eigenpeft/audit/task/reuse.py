@@ -1,16 +1,18 @@
 """Which adapters are nearest to a new task: whose update points downhill on its loss, before any training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenpeft.audit.answers import Reuse
-from eigenpeft.audit.task.task_gradients import Tokens
+from eigenpeft.audit.task.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product
+from eigenpeft.subspace.matching import match_modules
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,39 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
     cosines = _cosines(inner, squares, length)
     mean = sum(inner.values()) / len(collection) / (length * mean_square**0.5) if mean_square > 0 else 0.0
     return Downhill(adapters=dict(sorted(cosines.items(), key=lambda item: -item[1])), mean=mean)
+
+
+def nearest_adapters(
+    adapters: AdapterCollection, model: nn.Module, *, batches: Iterable[Any], loss: Loss | None = None
+) -> Downhill:
+    """Which adapters a new task could go on from: those whose update points furthest downhill on its rows.
+
+    One backward pass per batch, no training. The model needs the task's head; behind a new one the gradient says nothing until
+    it has been trained a little on the base, and one that fits every row leaves a gradient of noise.
+
+    Args:
+        adapters: Trained adapters of the base.
+        model: Base model with the task's head, with or without adapters; it is left as it was.
+        batches: As the loss takes them.
+        loss: Takes the model and a batch; default: `model(**batch).loss`.
+
+    Returns:
+        `Downhill`: its `adapters` are in order, and so `next(iter(found.adapters))` is the nearest, for
+        `eigenpeft.tuners.init_lora_from_adapter(model, adapters, name=...)`.
+
+    Raises:
+        SubspaceError: If the model has none of the modules, no gradient reaches them, or everything is zero.
+    """
+    found = match_modules(model, adapters.shapes, shapes=adapters.shapes).found
+    if not found:
+        raise SubspaceError(
+            f"None of the adapters' {len(adapters.modules)} modules, such as {adapters.modules[0]!r}, is in the model "
+            f"({type(model).__name__}). Pass a model of their base."
+        )
+    named = dict(model.named_modules())
+    targets = {name: named.get(f"{path}.base_layer", named.get(path)) for path, name in found.items()}
+    tokens, _ = gather_tokens(model, targets, batches, loss=loss)  # pyright: ignore[reportArgumentType]
+    return downhill(adapters, tokens)
 
 
 def _cosines(inner: Mapping[str, float], squares: Mapping[str, float], length: float) -> dict[str, float]:

@@ -27,6 +27,8 @@ from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.projecting import paired_core
 from eigenpeft.subspace.stores.member import AdapterMember, check_core
 
+BASE_START = "eigenpeft_start"
+"""Attribute of a base model in whose weights a merge is (`eigenpeft.combining.merged_start`)."""
 _SIDES = {"A": "in", "B": "out"}
 _PART = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?\.(?P<what>coefficients|components|weights|cores)"
@@ -97,6 +99,11 @@ def read_model(model: Any, subspace: PrincipalSubspace, *, adapter_name: str) ->
     if adapter_name not in model.peft_config:
         raise SubspaceError(
             f"adapter_name={adapter_name!r} is not in the model; it has {some(model.peft_config, limit=10) or 'none'}."
+        )
+    if getattr(model.get_base_model(), BASE_START, None) is not None:
+        raise SubspaceError(
+            f"The adapter {adapter_name!r} was trained on top of a merged start, which is in the base model's weights and not in "
+            "the adapter. Write both as one LoRA with eigenpeft.export_lora, and add that folder."
         )
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, selected_adapters=[adapter_name])

@@ -12,6 +12,7 @@ from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
 from eigenpeft.subspace import AdapterStore
+from eigenpeft.tuners.files.base_start import start_of, with_start
 from eigenpeft.tuners.files.lora_fields import kept_fields
 from eigenpeft.tuners.files.lora_files import PREFIX, LoraUpdate, lora_keys, write_lora
 from eigenpeft.tuners.files.store_export import contents_of_member
@@ -32,7 +33,8 @@ def export_lora(
 ) -> None:
     """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
 
-    Exact at the adapter's own rank (the number of components for the cores "full" and "diagonal"). No matrix of the
+    Exact at the adapter's own rank (the number of components for the cores "full", "diagonal" and "mixture"), to which comes
+    that of the merge that the adapter started at (`init_from`, `eigenpeft.combining.merged_start`). No matrix of the
     size of a weight is formed. What else was trained is written too: heads, biases (`bias`, `lora_bias`) and tokens
     (`trainable_token_indices`). Linear layers, embeddings, convolutions, attention and parameters (`target_parameters`) are
     all written as LoRA keeps them.
@@ -108,6 +110,9 @@ def contents_of_model(model: nn.Module, name: str) -> Contents:
     if not updates:
         raise AdapterConfigError(f"{name!r} adapts no layer of the model; there is nothing to export.")
     base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    start = start_of(base)
+    if start is not None:
+        updates = with_start(updates, start)
     fields["exclude_modules"] = strays(base, {update.target for update in updates if update.kind == "module"}) or None
     own = tuple(f"{path}.lora_" for path in layers)
     state = get_peft_model_state_dict(inner, adapter_name=name)

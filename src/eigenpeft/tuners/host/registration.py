@@ -7,6 +7,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners import mixed
+from peft.tuners.lora import LoraModel
 from peft.utils import hotswap, save_and_load
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
@@ -163,3 +164,23 @@ def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
         init(self, params, *args, **kwargs)
 
     LoraFAOptimizer.__init__ = checked
+
+
+def extend_lora(*, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Have PEFT's LoRA call two functions around the making of an adapter's layers; doing so again is harmless.
+
+    Args:
+        before: Takes the adapter's configuration and the model.
+        after: Takes the configuration, the model and the adapter's name.
+    """
+    inject = LoraModel.inject_adapter
+    if hasattr(inject, "__wrapped__"):
+        return
+
+    @wraps(inject)
+    def inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        before(self.peft_config[adapter_name], model)
+        inject(self, model, adapter_name, *args, **kwargs)
+        after(self.peft_config[adapter_name], model, adapter_name)
+
+    LoraModel.inject_adapter = inject_adapter
