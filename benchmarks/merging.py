@@ -9,7 +9,8 @@ Writes:   one file per cell in --work, and benchmarks/results/merging.json and m
 Every task keeps its own head. 200 rows per task are for the figures; the multiplier λ is chosen on other rows of the same tasks:
 three disjoint sets of 30 per task, the best mean accuracy of each set, and a cell's figure is the mean over the three. λ is tried
 at fixed ratios of the merged update's norm to the mean norm of the adapters, the same for every rule, a factor of 1.3 or so apart.
-"auto" is λ without rows. (With ten rows per task, as this benchmark had at first, one set in three cost a rule up to two points.)
+"auto" is λ without rows. (With ten rows per task and ratios 1.4 apart, as this benchmark had at first, one set in three cost a rule
+up to two points. A cell's `n_lambda_rows` says what it was chosen on; without it, it was ten.)
 Differences are to task arithmetic with their 95 % intervals over tasks (paired, Student's t).
 Statistics for RegMean come from 48 (or 8) training rows per task, without labels. The customers of clinc150 (CC BY 3.0) have 6
 intents of one domain each, all ten domains once; they are those of benchmarks/regimes.
@@ -171,6 +172,7 @@ def run_cell(name, settings, folder, tasks, model, tokenizer):
         "accuracy": mean(found.values()),
         "by_seed": [mean(by_ratio[ratio].values()) for ratio in chosen],
         "ratios": chosen,
+        "n_lambda_rows": N_LAMBDA,
         "scales": [ratio * unit for ratio in chosen],
         "held_out": {str(ratio): mean(map(mean, rows.values())) for ratio, rows in grid.items()},
         "seconds": seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.audit import AuditReport, Curve
-from eigenpeft.audit.answers import CORE_NAMES
+from eigenpeft.audit.answers import CORE_NAMES, CompressRow
 from eigenpeft.report.plots import new_figure, save_figure
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -156,8 +156,11 @@ def _figure(report: AuditReport):
 
 def _compress(axes, report: AuditReport) -> None:
     rows = report.compress.rows
+    by_core: dict[str, list[CompressRow]] = {}
+    for row in rows:
+        by_core.setdefault(row.core, []).append(row)
     for core, colour in (("full", "tab:blue"), ("diagonal", "tab:orange")):
-        own = [row for row in rows if row.core == core]
+        own = by_core.get(core, [])
         label = f"core {CORE_NAMES[core]}"
         axes.plot([row.numbers for row in own], [row.error for row in own], color=colour, marker="o", label=label)
     for row in rows:
