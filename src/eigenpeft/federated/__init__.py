@@ -1,0 +1,13 @@
+"""Federated training of adapters with Flower (extra `federated`); the averages themselves are in `combining.federation`."""
+
+from importlib.util import find_spec
+
+from eigenpeft.errors import EigenPeftError
+
+if find_spec("flwr") is None:
+    raise EigenPeftError("eigenpeft.federated needs Flower: pip install 'eigenpeft[federated]'.")
+
+from eigenpeft.federated.messages import reply, start_from  # noqa: E402
+from eigenpeft.federated.strategy import AdapterFedAvg  # noqa: E402
+
+__all__ = ["AdapterFedAvg", "reply", "start_from"]
