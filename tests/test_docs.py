@@ -19,7 +19,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 def modules_with_doctests():
     for info in pkgutil.walk_packages(eigenpeft.__path__, "eigenpeft."):
         needs_vllm = info.name == "eigenpeft.engines.vllm_hooks"  # imported by vLLM, which is an extra
-        if not info.name.endswith("__main__") and not (needs_vllm and find_spec("vllm") is None):
+        needs_flower = info.name.startswith("eigenpeft.federated")  # an extra, too
+        lacks = (needs_vllm and find_spec("vllm") is None) or (needs_flower and find_spec("flwr") is None)
+        if not info.name.endswith("__main__") and not lacks:
             yield info.name
 
 

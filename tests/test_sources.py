@@ -26,6 +26,7 @@ LAYERS = {
     "reward": 5,
     "trainers": 6,
     "engines": 6,
+    "federated": 6,
     "report": 6,
     "indexing": 6,
     "publish": 6,

@@ -2,10 +2,8 @@
 
 from importlib.util import find_spec
 
-from eigenpeft.errors import EigenPeftError
-
 if find_spec("flwr") is None:
-    raise EigenPeftError("eigenpeft.federated needs Flower: pip install 'eigenpeft[federated]'.")
+    raise ImportError("eigenpeft.federated needs Flower: pip install 'eigenpeft[federated]'.")
 
 from eigenpeft.federated.messages import reply, start_from  # noqa: E402
 from eigenpeft.federated.strategy import AdapterFedAvg  # noqa: E402
