@@ -12,8 +12,8 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.linalg.factored import frobenius_norm, truncate
 from eigenpeft.linalg.merging.apply import merge_updates
+from eigenpeft.linalg.merging.factor_means import mean_of_factors, residue_of_factor_mean
 from eigenpeft.linalg.merging.registry import RULES
-from eigenpeft.linalg.rules.factor_means import mean_of_factors, residue_of_factor_mean
 
 RESIDUE = "residue"
 """Keys `<module>.residue_B` and `<module>.residue_A` hold what clients add to their base weight under the rule "fedex"."""

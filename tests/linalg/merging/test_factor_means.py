@@ -2,7 +2,7 @@
 
 import torch
 
-from eigenpeft.linalg.rules.factor_means import mean_of_factors, residue_of_factor_mean
+from eigenpeft.linalg.merging.factor_means import mean_of_factors, residue_of_factor_mean
 
 
 def adapters(n, rank=3):
