@@ -13,6 +13,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.layers.kinds import factor_dicts
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 
+# Blocks and diagonals have sizes of their own, which PEFT's swapping would leave as they are.
 _IN_PARTS = (BdLoraLinearVariant, KasaLinearVariant)
 
 
