@@ -87,6 +87,12 @@ def test_what_is_quick_for_one_library_is_not_given_to_the_other(tmp_path, token
         ({"target_modules": "(q_proj"}, "file has '.q_proj', which is no regular expression"),
         ({"target_modules": "a{9999}{9999}"}, "whose counted repetitions make more than"),
         ({"target_modules": r".*\.nothing"}, "means no module of the model"),
+        ({"r": 10**9}, r"file has the rank 1000000000 \('r'\), which must be a whole number from 1 to 2\d\d,"),
+        ({"rank_pattern": {"q_proj": 10**9}}, r"file has the rank 1000000000 \('q_proj'\)"),
+        ({"rank_pattern": {"q_proj": "4"}}, r"file has the rank 4 \('q_proj'\)"),
+        ({"alpha_pattern": {"q_proj": None}}, r"file has the alpha None \('q_proj'\)"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number"),
+        ({"lora_alpha": None}, "lora_alpha=None must be a finite number"),
     ],
 )
 @pytest.mark.parametrize("method", [MosLoraConfig, EigenLoraConfig])

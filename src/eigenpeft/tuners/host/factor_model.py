@@ -19,6 +19,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.host.file_patterns import settle_patterns
+from eigenpeft.tuners.host.restrictions import check_sizes
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.layers.tied import TransposedFactor
 
@@ -81,6 +82,7 @@ class FactorModel(LoraModel):
         """
         config: Any = self.peft_config[adapter_name]
         if getattr(config, "is_from_file", False):
+            check_sizes(config, model)
             settle_patterns(config, model)
         with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

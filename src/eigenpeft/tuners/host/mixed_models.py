@@ -12,6 +12,7 @@ from torch import nn
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.host.factor_model import FactorModel, give_factors, has_adapter
 from eigenpeft.tuners.host.file_patterns import settle_patterns
+from eigenpeft.tuners.host.restrictions import check_sizes
 
 
 class FactorMixedModel(MixedModel):
@@ -64,6 +65,7 @@ def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Itera
         yield None
     else:
         if getattr(config, "is_from_file", False):
+            check_sizes(config, model)
             settle_patterns(config, model)
         with method.injecting(model, config, adapter_name) as given:
             yield given

@@ -1,11 +1,15 @@
 """Which of LoRA's own options our methods take, checked when a config is made."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from eigenpeft.errors import AdapterConfigError
 
+_MOST_RANK = 4
 _PLAIN_STARTS = (True, False, "gaussian")
 # Layers that take the inputs otherwise, or no factors of their own. EVA is loaded after the model is made, by code of PEFT's
 # that makes every layer whose rank changes anew, as plain LoRA.
@@ -40,5 +44,37 @@ def check_lora_options(
         )
     if not isinstance(config.r, int) or config.r < 1:
         problems.append(f"r={config.r!r} must be a whole number of at least 1")
+    if not _is_number(config.lora_alpha) or not math.isfinite(config.lora_alpha):
+        problems.append(f"lora_alpha={str(config.lora_alpha)[:40]} must be a finite number")
     if problems:
         raise AdapterConfigError(f"{method} cannot be set up as asked: {'; '.join(problems)}.")
+
+
+def check_sizes(config: Any, model: nn.Module) -> None:
+    """Refuse the ranks and scalings of an adapter's file that no training writes, before memory is taken for them.
+
+    Args:
+        config: Configuration of an adapter that is about to be injected, as a file had it.
+        model: Model to adapt.
+
+    Raises:
+        AdapterConfigError: If a rank is no whole number of at least 1, or more than four times the model's largest width (a
+            converted start has twice the rank of the adapter); or an alpha is no finite number.
+    """
+    most = _MOST_RANK * max((max(value.shape) for value in model.parameters() if value.ndim > 1), default=1)
+    for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+            raise AdapterConfigError(
+                f"The adapter's file has the rank {str(rank)[:40]} ({str(name)[:80]!r}), which must be a whole number from 1 to "
+                f"{most}, {_MOST_RANK} times the model's largest width. Get a fresh copy of the adapter."
+            )
+    for name, alpha in (config.alpha_pattern or {}).items():
+        if not _is_number(alpha) or not math.isfinite(alpha):
+            raise AdapterConfigError(
+                f"The adapter's file has the alpha {str(alpha)[:40]} ({str(name)[:80]!r}), which must be a finite number. Get a "
+                "fresh copy of the adapter."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
