@@ -196,7 +196,8 @@ def main():
     disable_progress_bars()
     sizes, n_kills = ([100, 1000], 10) if arguments.quick else ([100, 1000, 10_000], 50)
     shapes = {"modules": len(MODULES), "K": K, "r": R, "labels": LABELS, "member_bytes": made[0].n_bytes}
-    record = {"environment": environment(), "shapes": shapes, "stores": []}
+    load = f"load average {os.getloadavg()[0]:.1f} at the start, on {os.cpu_count()} cores"
+    record = {"environment": environment(), "note": load, "shapes": shapes, "stores": []}
     with tempfile.TemporaryDirectory() as scratch:
         for size in sizes:
             folder = Path(scratch) / f"store-{size}"
