@@ -24,7 +24,7 @@ LORA_RATES = (1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Situation:
-    """What a method may look at: a part of a zoo, the seed, λ chosen on held-out rows, the nearest adapter's name."""
+    """What a method may look at: a part of a zoo, the seed; λ, weights of all adapters and the nearest one by held-out rows."""
 
     zoo: str
     size: int
@@ -33,6 +33,7 @@ class Situation:
     seed: int
     scale: Callable[[], float]
     nearest: Callable[[], str]
+    weights: Callable[[], list[float]] = list
 
     @property
     def part(self) -> tuple[str, int, int, Path]:
@@ -131,27 +132,70 @@ def nearest_continued(base, situation):
     return lora_at(model, situation, values)
 
 
-class Mixture(nn.Module):
-    """A frozen linear layer plus Σ_t w_t ΔW_t, the weights w of one module trained from 1/T."""
+def nearest_frozen(base, situation):
+    """W0 := W0 + ΔW of the nearest adapter, and a head on it."""
+    name = situation.nearest()
+    return with_weights(base, situation, {each: float(each == name) for each in names_of(situation)})
 
-    def __init__(self, base: nn.Module, parts: list[tuple[str, torch.Tensor, torch.Tensor]]):
+
+def names_of(situation: Situation) -> list[str]:
+    return [name for name, _, _ in next(iter(zoos.factors(*situation.part).values()))]
+
+
+def with_weights(base: nn.Module, situation: Situation, weights: dict[str, float]) -> nn.Module:
+    """W0 := W0 + Σ_t w_t ΔW_t, frozen, and a head on it."""
+    with torch.no_grad():
+        for module, parts in zoos.factors(*situation.part).items():
+            for name, b, a in parts:
+                if weights[name]:
+                    base.get_submodule(module).weight.add_(b @ a, alpha=weights[name])
+    return head_only(base, situation)
+
+
+def lorahub(base, situation):
+    """Weights of all adapters by a gradient-free search (LoraHub, arXiv 2307.13269), and a head on them."""
+    return with_weights(base, situation, dict(zip(names_of(situation), situation.weights(), strict=True)))
+
+
+class Mixture(nn.Module):
+    """A frozen linear layer plus Σ_t w_t ΔW_t, the weights w of one module, or those of all, trained from 1/T."""
+
+    def __init__(self, base: nn.Module, parts: list[tuple[str, torch.Tensor, torch.Tensor]], weights: nn.Parameter):
         super().__init__()
         self.base, self.rank = base, parts[0][2].shape[0]
         self.register_buffer("b", torch.cat([b for _, b, _ in parts], dim=1))
         self.register_buffer("a", torch.cat([a for _, _, a in parts], dim=0))
-        self.weights = nn.Parameter(torch.full((len(parts),), 1.0 / len(parts)))
+        self.weights = weights
 
     def forward(self, x):
         return self.base(x) + (x @ self.a.mT * self.weights.repeat_interleave(self.rank)) @ self.b.mT
 
 
-def mixture(base, situation):
-    """The weights of all adapters, per module, by gradient."""
-    head_only(base, situation)
-    for module, parts in zoos.factors(*situation.part).items():
-        parent, _, name = module.rpartition(".")
-        setattr(base.get_submodule(parent), name, Mixture(base.get_submodule(module), parts))
-    return base
+def random_like(parts: list, *, seed: int) -> list:
+    """Adapters with random factors of the same sizes and the same norms ‖ΔW_t‖."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for name, b, a in parts:
+        left, right = torch.randn(b.shape, generator=generator), torch.randn(a.shape, generator=generator)
+        found.append((name, left * ((b @ a).norm() / (left @ right).norm()), right))
+    return found
+
+
+def mixture(*, shared: bool = False, random: bool = False):
+    """The weights of all adapters by gradient: of each module's own, or shared by all modules."""
+
+    def adapt(base, situation):
+        head_only(base, situation)
+        found = zoos.factors(*situation.part)
+        number = len(next(iter(found.values())))
+        one = nn.Parameter(torch.full((number,), 1.0 / number))
+        for place, (module, parts) in enumerate(found.items()):
+            parent, _, name = module.rpartition(".")
+            used = random_like(parts, seed=1000 * situation.seed + place) if random else parts
+            weights = one if shared else nn.Parameter(one.detach().clone())
+            setattr(base.get_submodule(parent), name, Mixture(base.get_submodule(module), used, weights))
+        return base
+
+    return adapt
 
 
 METHODS = {
@@ -169,7 +213,11 @@ METHODS = {
         Method("diagonal K32", eigenlora(32, core="diagonal"), (3e-2, 1e-1, 3e-1)),
         Method("INIT r8", init_at_components, tuned_as="LoRA r8"),
         Method("nearest continued", nearest_continued, tuned_as="LoRA r8"),
-        Method("mixture", mixture, (3e-2, 1e-1, 3e-1)),
+        Method("nearest, head", nearest_frozen, tuned_as="head"),
+        Method("LoraHub", lorahub, tuned_as="head"),
+        Method("mixture", mixture(), (3e-2, 1e-1, 3e-1)),
+        Method("mixture, shared", mixture(shared=True), (3e-2, 1e-1, 3e-1)),
+        Method("random mixture", mixture(random=True), tuned_as="mixture"),
         Method("EigenLoRA K32", eigenlora(32), COEFFICIENT_RATES),
         Method("random K32", eigenlora(32, random=True), COEFFICIENT_RATES, uses_zoo=False),
         Method("full K8", eigenlora(8, core="mixer"), tuned_as="EigenLoRA K8"),

@@ -25,15 +25,21 @@ import training
 import transformers
 import zoos
 from huggingface_hub.utils import disable_progress_bars
-from methods import HEAD_RATE_BESIDE_ADAPTER, METHODS, Situation, add_mean
+from methods import HEAD_RATE_BESIDE_ADAPTER, METHODS, Situation, add_mean, names_of, with_weights
 from plan import PLAN, STEPS, TUNING_ROWS, TUNING_SEEDS, Slice
 from torch import Tensor
 
 import eigenpeft
 
+try:
+    import nevergrad  # for the control "LoraHub" alone: pip install nevergrad
+except ImportError:
+    nevergrad = None
+
 RESULTS = Path(__file__).parents[1] / "results" / "regimes"
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 N_FOLDS = 4
+LORAHUB_EVALUATIONS, LORAHUB_PENALTY, LORAHUB_BOUND = 40, 0.05, 1.5
 
 
 def read(path: Path) -> list[dict]:
@@ -180,6 +186,34 @@ class Study:
         append(self.scales, {"kind": "nearest", **asked, "name": best, "tried": tried})
         return best
 
+    def weights(self, cell: dict, situation: Situation) -> list[float]:
+        """Weights of all adapters by LoraHub's search: 40 evaluations of loss + .05 mean |w|, within ±1.5, no gradients.
+
+        LoraHub takes the loss of the few rows themselves, of a language model without a new head. A new head fits the rows
+        behind any weights, so here the loss is that of heads on held-out rows.
+        """
+        asked = {name: cell[name] for name in ("zoo", "size", "draw", "target", "rows", "seed")}
+        for row in read(self.scales):
+            if row["kind"] == "lorahub" and asked.items() <= row.items():
+                return row["weights"]
+        task, names = self.task(cell["target"], cell["rows"], cell["seed"]), names_of(situation)
+
+        def objective(values) -> float:
+            weights = [float(value) for value in values]
+            base = with_weights(
+                training.fresh_base(task.n_labels, seed=0), situation, dict(zip(names, weights, strict=True))
+            )
+            features = training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+            loss = self.held_out(task, features, seed=cell["seed"])[1]
+            return loss + LORAHUB_PENALTY * fmean(map(abs, weights))
+
+        space = nevergrad.p.Array(init=[0.0] * len(names)).set_bounds(-LORAHUB_BOUND, LORAHUB_BOUND)
+        space.random_state.seed(cell["seed"])
+        search = nevergrad.optimizers.NGOpt(space, budget=LORAHUB_EVALUATIONS)
+        best = [round(float(value), 5) for value in search.minimize(objective).value]
+        append(self.scales, {"kind": "lorahub", **asked, "weights": best, "nevergrad": nevergrad.__version__})
+        return best
+
     def run(self, cell: dict) -> dict:
         """Train and judge one cell."""
         # A random subspace has the sizes of any zoo's; it is drawn beside the shipped one.
@@ -191,6 +225,7 @@ class Study:
             seed=cell["seed"],
             scale=partial(self.scale, cell, situation),
             nearest=partial(self.nearest, cell, situation),
+            weights=partial(self.weights, cell, situation),
         )
         task = self.task(cell["target"], cell["rows"], cell["seed"])
         method, start = METHODS[cell["method"]], time.perf_counter()

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 
 if not find_spec("trl"):
     pytest.skip("needs the extra trl", allow_module_level=True)
 
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace
 from eigenpeft.cli.training.trl import SCRIPTS
 from tests.recipes.tiny import rows, tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace, tiny_llama
@@ -77,6 +78,28 @@ def test_two_steps_in_a_subspace(run, place, name):
         assert config["task_type"] == "SEQ_CLS"
         saved = loaded.get_submodule("base_model.model.score").modules_to_save["default"].weight
         assert not torch.equal(saved, tiny_model("reward").score.weight)
+
+
+@pytest.mark.parametrize(
+    ("flags", "core"),
+    [
+        (["--core", "mixture", "--sources", "store", "--weights", "module"], "mixture"),
+        (
+            ["--subspace", "subspace", "--init_from", "mean", "--init_adapters", "a", "b", "--init_scale", "0.5"],
+            "low_rank",
+        ),
+    ],
+)
+def test_starts_from_other_adapters(run, place, flags, core):
+    for name in ("a", "b"):
+        options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        get_peft_model(tiny_model(), LoraConfig(r=2, **options)).save_pretrained(name)
+    adapters = AdapterCollection.from_pretrained(["a", "b"])
+    AdapterStore.from_collection(PrincipalSubspace.from_pretrained("subspace"), adapters).save_pretrained("store")
+    assert run(*arguments("sft", *flags)).code == 0
+    model = PeftModel.from_pretrained(tiny_model(), "out")
+    assert model.peft_config["default"].core == core
+    assert (model.peft_config["default"].offset_ranks is None) == (core == "mixture")
 
 
 def test_other_methods_and_a_file_of_flags(run, place):

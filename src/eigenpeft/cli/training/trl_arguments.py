@@ -29,10 +29,14 @@ class EigenModelConfig(ModelConfig):
     subspace: str | None = field(default=None, metadata=_described(EigenLoraConfig, "subspace"))
     subspace_revision: str | None = field(default=None, metadata=_described(EigenLoraConfig, "subspace_revision"))
     n_components: int | None = field(default=None, metadata=_described(EigenLoraConfig, "n_components"))
-    core: Literal["low_rank", "full", "diagonal", "mixer"] = field(
+    core: Literal["low_rank", "full", "diagonal", "mixture", "mixer"] = field(
         default="low_rank", metadata=_described(EigenLoraConfig, "core")
     )
     init_from: str | None = field(default=None, metadata=_described(EigenLoraConfig, "init_from"))
+    init_adapters: list[str] | None = field(default=None, metadata=_described(EigenLoraConfig, "init_adapters"))
+    init_scale: str | None = field(default=None, metadata=_described(EigenLoraConfig, "init_scale"))
+    sources: str | None = field(default=None, metadata=_described(EigenLoraConfig, "sources"))
+    weights: Literal["adapter", "module"] = field(default="adapter", metadata=_described(EigenLoraConfig, "weights"))
     save_subspace: Literal["reference", "embed"] = field(
         default="reference", metadata=_described(EigenLoraConfig, "save_subspace")
     )
@@ -58,7 +62,18 @@ class EigenModelConfig(ModelConfig):
             self.lora_target_modules = names
 
 
-EIGENLORA_FIELDS = ("subspace", "subspace_revision", "n_components", "core", "init_from", "save_subspace")
+EIGENLORA_FIELDS = (
+    "subspace",
+    "subspace_revision",
+    "n_components",
+    "core",
+    "init_from",
+    "init_adapters",
+    "init_scale",
+    "sources",
+    "weights",
+    "save_subspace",
+)
 
 
 def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
@@ -87,7 +102,8 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
     if arguments.lora_target_parameters is not None:
         shared["target_parameters"] = arguments.lora_target_parameters
     if method == "eigenlora":
-        config = EigenLoraConfig(**shared, **{name: getattr(arguments, name) for name in EIGENLORA_FIELDS})
+        own = {name: getattr(arguments, name) for name in EIGENLORA_FIELDS}
+        config = EigenLoraConfig(**shared, **own | {"init_scale": _number_or_word(arguments.init_scale)})
         if arguments.control is None:
             return config
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
@@ -97,9 +113,16 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
     return LoraConfig(**shared)
 
 
+def _number_or_word(value: str | None) -> float | str | None:
+    try:
+        return value if value is None else float(value)
+    except ValueError:
+        return value
+
+
 def _check_flags(arguments: EigenModelConfig) -> None:
     method = arguments.peft_method
-    if method == "eigenlora" and arguments.subspace is None:
+    if method == "eigenlora" and arguments.subspace is None and arguments.sources is None:
         raise AdapterConfigError(
             "EigenLoRA needs --subspace, a folder or Hub id; make one with 'eigenpeft build adapters/ --out subspace'. "
             "Or choose --peft_method moslora or lora, which need none."

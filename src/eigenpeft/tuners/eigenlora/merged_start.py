@@ -108,6 +108,8 @@ def open_adapters(adapters: Adapters, *, embeddings: bool = False) -> AdapterCol
     """
     if isinstance(adapters, AdapterCollection | AdapterStore):
         return adapters
+    if not isinstance(adapters, str | Path) and len(adapters) == 1:
+        (adapters,) = adapters
     if isinstance(adapters, str | Path):
         if (Path(adapters) / STORE.config_name).is_file():
             return AdapterStore.from_pretrained(adapters)

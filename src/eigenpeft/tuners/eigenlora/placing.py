@@ -29,7 +29,7 @@ def warn_of_idle_rank(config: EigenLoraConfig, most: int) -> None:
     """
     core = core_kind(config.core)
     most = min(most, config.n_components or most)
-    if config.r > most and core.shapes(most, most, config.r) != core.shapes(most, most, most):
+    if core.is_factored and config.r > most:
         logger.warning(
             "r=%d is above the %d components, and a core on them has rank %d at most: r=%d has the same updates with fewer "
             "numbers, and core='full' with %d per module.",
