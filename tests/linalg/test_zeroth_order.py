@@ -1,0 +1,53 @@
+"""The estimate against exact gradients: its slope, its mean, its seed."""
+
+import pytest
+import torch
+
+from eigenpeft.linalg.zeroth_order import direction, projected_gradient
+
+
+def quadratic(values):
+    return float((values[0].square().sum() + (values[1] ** 3).sum() + values[0][0] * values[1][1]).double())
+
+
+def start():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, generator=generator).double(), torch.randn(2, generator=generator).double()]
+
+
+def exact(values):
+    first, second = 2 * values[0], 3 * values[1] ** 2
+    first[0] += values[1][1]
+    second[1] += values[0][0]
+    return first, second
+
+
+def test_the_slope_is_that_along_the_direction():
+    values = start()
+    slope, mean = projected_gradient(quadratic, values, epsilon=1e-4, seed=5)
+    along = sum((g * z).sum() for g, z in zip(exact(values), direction(values, seed=5), strict=True))
+    assert slope == pytest.approx(float(along), rel=1e-6)
+    assert mean == pytest.approx(quadratic(values), abs=1e-6)
+    assert all(torch.equal(value, other) for value, other in zip(values, start(), strict=True))
+
+
+def test_the_mean_over_directions_is_the_gradient():
+    values, n = start(), 4000
+    total = [torch.zeros_like(value) for value in values]
+    for seed in range(n):
+        slope, _ = projected_gradient(quadratic, values, epsilon=1e-3, seed=seed)
+        for sum_, z in zip(total, direction(values, seed=seed), strict=True):
+            sum_ += slope * z / n
+    found, expected = torch.cat(total), torch.cat(exact(values))
+    assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.99
+    assert float(found.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_direction_is_its_seeds_and_standard_normal():
+    values = [torch.zeros(20_000), torch.zeros(3, dtype=torch.bfloat16)]
+    one, again, other = (direction(values, seed=seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0], other[0])
+    assert one[1].dtype == torch.bfloat16
+    assert float(one[0].mean()) == pytest.approx(0.0, abs=0.03)
+    assert float(one[0].std()) == pytest.approx(1.0, abs=0.03)
