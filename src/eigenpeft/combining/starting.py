@@ -111,10 +111,18 @@ def merged_start(
         CollectionError: If the adapters cannot be read together.
 
     Examples:
+        >>> import eigenpeft
+        >>> import torch
         >>> from peft import LoraConfig, get_peft_model
-        >>> merged_start(base, "adapters", scale=2.0)  # doctest: +SKIP
-        >>> model = get_peft_model(base, LoraConfig(r=8))  # doctest: +SKIP
-        >>> eigenpeft.export_lora(model, "adapter")  # after training; doctest: +SKIP
+        >>> for name in ("legal", "sports"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> merged_start(base, "adapters", scale=2.0).rank
+        4
+        >>> model = get_peft_model(base, LoraConfig(r=3, target_modules=["0"]))  # any PEFT method; train it
+        >>> eigenpeft.export_lora(model, "exported")  # one LoRA of rank 4 + 3
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdapterConfigError("The model has adapters already; pass the base model, and adapt it afterwards.")

@@ -102,8 +102,9 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
     if arguments.lora_target_parameters is not None:
         shared["target_parameters"] = arguments.lora_target_parameters
     if method == "eigenlora":
-        own = {name: getattr(arguments, name) for name in EIGENLORA_FIELDS}
-        config = EigenLoraConfig(**shared, **own | {"init_scale": _number_or_word(arguments.init_scale)})
+        own: dict[str, Any] = {name: getattr(arguments, name) for name in EIGENLORA_FIELDS}
+        own["init_scale"] = _number_or_word(arguments.init_scale)
+        config = EigenLoraConfig(**shared, **own)
         if arguments.control is None:
             return config
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
