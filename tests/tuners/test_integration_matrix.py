@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,18 +22,19 @@ from torch import multiprocessing
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft import (
+    AdapterCollection,
+    AdapterStore,
+    EigenLoraConfig,
+    MosLoraConfig,
+    PrincipalSubspace,
+    export_lora,
+)
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
 
-METHODS = (
-    "moslora",
-    "low_rank",
-    "full",
-    "diagonal",
-    "mixture",
-    "offset",
-)  # offset: "low_rank" from a merge that it cannot hold
+# offset: "low_rank" from a merge that it cannot hold; paired: "diagonal" on paired directions
+METHODS = ("moslora", "low_rank", "full", "diagonal", "mixture", "offset", "paired")
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
     pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS, indirect=False),
@@ -45,12 +47,34 @@ def config(architecture, method, tmp_path, **more):
     if method == "moslora":
         return MosLoraConfig(target_modules=list(suffixes), **common)
     subspace = random_subspace(make(), suffixes)
+    if method == "paired":
+        subspace = paired(subspace)
     if not (tmp_path / "subspace").exists():
         subspace.save_pretrained(tmp_path / "subspace")
     if method in ("mixture", "offset"):
         common |= start(architecture, method, tmp_path, subspace)
-    core = "low_rank" if method == "offset" else method
+    core = {"offset": "low_rank", "paired": "diagonal"}.get(method, method)
     return EigenLoraConfig(subspace=str(tmp_path / "subspace"), target_modules=list(suffixes), core=core, **common)
+
+
+def paired(subspace):
+    """The same with rows of unit norm that are not orthogonal."""
+
+    def leaning(rows):
+        return torch.nn.functional.normalize(rows + 0.5 * rows.roll(1, dims=0), dim=1)
+
+    return PrincipalSubspace(
+        {
+            name: replace(
+                bank,
+                components_in=leaning(bank.components_in),
+                components_out=leaning(bank.components_out),
+                paired=True,
+            )
+            for name, bank in subspace.items()
+        },
+        info=replace(subspace.info, method="paired"),
+    )
 
 
 def start(architecture, method, tmp_path, subspace):

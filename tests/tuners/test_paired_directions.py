@@ -175,6 +175,22 @@ def test_a_warm_start_is_the_nearest_diagonal_core(made, paired):
     )
 
 
+def test_a_merged_start_holds_the_whole_mean(made, paired, tmp_path):
+    """The diagonal cores hold a part of the mean, an offset the rest: together all of it."""
+    config = EigenLoraConfig(
+        subspace=paired, core="diagonal", init_from="mean", init_adapters=str(made[0]), r=8, lora_alpha=8
+    )
+    model = get_peft_model(tiny_llama(), config)
+    module = next(iter(MODULES))
+    updates = [dense_updates(made[1], name)[module] for name in made[1].names]
+    mean = sum(updates) / len(updates)
+    eigenpeft.export_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain")
+    found = plain.get_submodule(f"base_model.model.{module}").get_delta_weight("default").detach().double().numpy()
+    np.testing.assert_allclose(found, mean, atol=1e-4)
+    assert np.linalg.norm(mean - nearest(mean, paired[module])[1]) > 1e-3 * np.linalg.norm(mean)
+
+
 @pytest.mark.parametrize("core", ["low_rank", "full"])
 def test_other_cores_are_refused(core, paired):
     with pytest.raises(AdapterConfigError, match=f"core='{core}': the subspace was built with method='paired'"):
