@@ -68,7 +68,7 @@ def pair_coefficients(
     Example:
         >>> import torch
         >>> eye = torch.eye(2)
-        >>> pair_coefficients(3 * eye, eye, components_out=eye[:1], components_in=eye[:1]).tolist()
+        >>> pair_coefficients(3 * eye, eye, components_out=eye[:1], components_in=eye[:1]).round(decimals=6).tolist()
         [3.0]
     """
     outside, inside = components_out.to(torch.float64), components_in.to(torch.float64)
