@@ -82,8 +82,8 @@ def lacking_directions(
     none = components_in.new_zeros(0)
     if not stacks.sizes:
         return Growth(components_in[:0], components_out[:0], none, none, share_before=1.0, share_after=1.0)
-    new_in, values_in = _rest(stacks.rows_in, components_in, tol=tol, generator=generator)
-    new_out, values_out = _rest(stacks.rows_out, components_out, tol=tol, generator=generator)
+    new_in, values_in = directions_outside(stacks.rows_in, components_in, tol=tol, generator=generator)
+    new_out, values_out = directions_outside(stacks.rows_out, components_out, tol=tol, generator=generator)
     curve = _curve(stacks, (components_in, new_in), (components_out, new_out))
     wanted = len(curve) - 1
     if share < 1.0:
@@ -99,10 +99,24 @@ def lacking_directions(
     )
 
 
-def _rest(
-    rows: Float[Tensor, "p n"], components: Float[Tensor, "k n"], *, tol: float, generator: Generator | None
+def directions_outside(
+    rows: Float[Tensor, "p n"],
+    components: Float[Tensor, "k n"],
+    *,
+    tol: float = 1e-4,
+    generator: Generator | None = None,
 ) -> tuple[Float[Tensor, "d n"], Float[Tensor, " d"]]:
-    """Orthonormal directions of what rows have outside the span of components, leading first, and their singular values."""
+    """What rows X have outside the span of components V: leading right singular vectors of `X (I - VᵀV)`, and their values.
+
+    Args:
+        rows: X.
+        components: V, orthonormal rows.
+        tol: Tolerance of the iterative solver.
+        generator: Source of its start; None always takes the same.
+
+    Returns:
+        Orthonormal rows, leading first, and singular values, float64; those that are rounding of X are left out.
+    """
     basis = orthonormal_rows(components.to(torch.float64)) if len(components) else components.to(torch.float64)
     exact = rows.to(torch.float64)
     rest = exact - (exact @ basis.mT) @ basis

@@ -1,0 +1,141 @@
+"""The input directions that earlier tasks used, by module, within a bound of rows."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eigenpeft.artifacts.atomic import atomic_file
+from eigenpeft.artifacts.tensor_file import TensorFile
+from eigenpeft.errors import AdapterConfigError, ArtifactError, DamagedFileError
+from eigenpeft.linalg.bases.sequences import frequent_directions, grow_memory
+
+_PREFIX = "base_model.model."
+
+
+class SubspaceHistory:
+    """Rows of earlier tasks' A, or directions of their inputs, by module.
+
+    Rows are kept as they are while there are at most `size` of them in a module; beyond that a Frequent-Directions sketch takes
+    their place (`frequent_directions` has its bound).
+
+    Args:
+        size: Largest number of rows of a module.
+
+    Raises:
+        AdapterConfigError: If the size is less than 1.
+
+    Attributes:
+        rows: Module to its rows, float32; modules by their name in the base model.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> history = SubspaceHistory()
+        >>> history.add(get_peft_model(model, LoraConfig(r=2, target_modules=["0"])))
+        >>> {name: tuple(rows.shape) for name, rows in history.rows.items()}
+        {'0': (2, 6)}
+    """
+
+    def __init__(self, *, size: int = 64):
+        if type(size) is not int or size < 1:
+            raise AdapterConfigError(f"size={size!r} must be a whole number of at least 1: rows kept of a module.")
+        self.size = size
+        self.rows: dict[str, Tensor] = {}
+
+    def add(self, model: nn.Module, *, adapter_name: str = "default") -> None:
+        """Remember the A of a task that has been trained.
+
+        Args:
+            model: Model with LoRA layers, or with EigenLoRA's of the core "low_rank" (rows are then C_in, in one subspace).
+            adapter_name: Its adapter.
+
+        Raises:
+            AdapterConfigError: If the adapter has no such factors.
+        """
+        for module, factor in input_factors(model, adapter_name):
+            new = factor.detach().flatten(1).float().cpu()
+            old = self.rows.get(module, new[:0])
+            both = torch.cat([old, new])
+            fits = len(both) <= self.size
+            self.rows[module] = both if fits else frequent_directions(old, new, size=self.size).float()
+
+    def add_inputs(self, inputs: Mapping[str, Tensor], *, share: float = 0.95) -> None:
+        """Remember the directions that a task's inputs have, so many that a share of their energy is held.
+
+        Args:
+            inputs: Module to rows, as `collect_inputs` gives them.
+            share: In (0, 1]; `size` bounds it.
+        """
+        for module, rows in inputs.items():
+            memory = self.rows.get(module, rows[:0])
+            self.rows[module] = grow_memory(memory, rows, share=share)[: self.size].float()
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the rows as a safetensors file, whole or not at all.
+
+        Args:
+            path: The file.
+            overwrite: Whether a file of that name may be replaced.
+
+        Raises:
+            ArtifactError: If a file is there, or the place cannot be written.
+        """
+        with atomic_file(path, overwrite=overwrite) as scratch:
+            rows = {module: rows.contiguous() for module, rows in self.rows.items()}
+            save_file(rows, scratch, metadata={"size": str(self.size)})
+
+    @classmethod
+    def load(cls, path: str | Path, *, size: int = 64) -> "SubspaceHistory":
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            size: As for the class.
+
+        Raises:
+            ArtifactError: If the file cannot be read, or holds something else.
+        """
+        history = cls(size=size)
+        try:
+            with TensorFile(path) as file:
+                history.rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (DamagedFileError, OSError, ValueError) as error:
+            raise ArtifactError(f"The history {str(path)!r} cannot be read ({error}).") from error
+        odd = [name for name, rows in history.rows.items() if rows.ndim != 2 or not bool(rows.isfinite().all())]
+        if odd:
+            raise ArtifactError(
+                f"The history {str(path)!r} has no rows of finite numbers for {odd[0]!r}: it was altered."
+            )
+        return history
+
+
+def input_factors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """(module, A) of every layer that has an adapter: LoRA's A, or EigenLoRA's C_in.
+
+    Args:
+        model: Adapted model.
+        adapter_name: Adapter.
+
+    Raises:
+        AdapterConfigError: If there is none.
+    """
+    found = False
+    for path, layer in model.named_modules():
+        factors = getattr(layer, "lora_A", None)
+        if not isinstance(factors, nn.ModuleDict) or adapter_name not in factors:
+            continue
+        factor = factors[adapter_name]
+        rows = getattr(factor, "coefficients", None)  # a core's C_in; its weight is computed from it
+        rows = getattr(factor, "weight", None) if rows is None else rows
+        if isinstance(rows, nn.Parameter):
+            found = True
+            yield path.removeprefix(_PREFIX), rows
+    if not found:
+        raise AdapterConfigError(
+            f"The adapter {adapter_name!r} has no input factor A in any layer: sequences of tasks need LoRA, or EigenLoRA with "
+            "core='low_rank', on linear or convolutional layers."
+        )
