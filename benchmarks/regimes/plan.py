@@ -18,7 +18,7 @@ OTHERS = (
     "EigenLoRA K32",
     "random K32",
 )
-COMPOSED = ("mixture", "mixture, shared", "random mixture", "nearest, head", "nearest continued", "INIT r8", "LoraHub")
+COMPOSED = ("mixture, shared", "mixture", "random mixture", "INIT r8", "nearest, head", "nearest continued", "LoraHub")
 TUNED_OTHERS = tuple(name for name in OTHERS if name not in ("INIT r8", "nearest continued", "full K8"))
 
 
@@ -100,7 +100,7 @@ PLAN = (
     Slice("growth-5-again", CHEAP, size=5, seeds=(1, 2), draws=True),
     Slice("growth-10-again", CHEAP, size=10, seeds=(1, 2), draws=True),
     Slice("tune-composed", ("mixture", "mixture, shared", "LoRA r1"), BANK, stage="tune"),
-    Slice("composed", (*COMPOSED, "LoRA r1", *ON_TOP, *PRIMARY), BANK),
-    Slice("composed", (*COMPOSED, "LoRA r1", *ON_TOP, *PRIMARY), FIRST),
+    Slice("composed", (*COMPOSED, "LoRA r1"), BANK),
+    Slice("composed", (*COMPOSED, "LoRA r1"), FIRST),
     Slice("primary-third", (*PRIMARY, *ON_TOP), seeds=(2,)),
 )

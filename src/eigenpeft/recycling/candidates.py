@@ -12,7 +12,7 @@ from eigenpeft.building.builder import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining import MergedAdapter, merge
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import PrincipalSubspace, random_subspace
+from eigenpeft.subspace import AdapterStore, PrincipalSubspace, random_subspace
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.starts.adapters import init_lora_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace
@@ -45,6 +45,11 @@ class Sources:
     def subspace(self) -> PrincipalSubspace:
         """Of all adapters."""
         return SubspaceBuilder(self.n_components).fit(self.collection).subspace_
+
+    @cached_property
+    def store(self) -> AdapterStore:
+        """The adapters in bases that hold as much of them as the default of `SubspaceBuilder` does."""
+        return AdapterStore.from_collection(SubspaceBuilder().fit(self.collection).subspace_, self.collection)
 
     @cached_property
     def merged(self) -> MergedAdapter:
@@ -113,6 +118,11 @@ def _nearest(base: PreTrainedModel, sources: Sources) -> PeftModel:
     return init_lora_from_adapter(base, sources.collection, name=sources.nearest, task_type=sources.task_type)
 
 
+def _mixture(base: PreTrainedModel, sources: Sources) -> PeftModel:
+    """One trained weight per adapter."""
+    return get_peft_model(base, EigenLoraConfig(core="mixture", sources=sources.store, task_type=sources.task_type))
+
+
 CANDIDATES: dict[str, Candidate] = {
     "lora_r8": Candidate(_plain(8), LORA_RATES),
     "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
@@ -121,6 +131,7 @@ CANDIDATES: dict[str, Candidate] = {
     "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
     "init": Candidate(_init, LORA_RATES),
     "nearest_continued": Candidate(_nearest, LORA_RATES),
+    "mixture": Candidate(_mixture, (3e-2, 3e-1)),
     "merged_head": Candidate(_head, (1e-1, 3e-1), merged=True),
     "merged_lora_r8": Candidate(_plain(8), LORA_RATES, merged=True),
     "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
