@@ -66,3 +66,20 @@ def test_the_kind_is_the_last_part_of_a_name():
     assert last_name("encoder.layer.3.attention.self.query") == "query"
     assert last_name("blocks.0") == "blocks"
     assert last_name("0") == "0"
+
+
+def test_the_builder_shares_by_layers_or_patterns(collection):
+    by_layers = SubspaceBuilder(4, share="layers").fit(collection).subspace_
+    assert by_layers == build_shared_subspace(collection, n_components=4)
+    first = collection.modules[0]
+    kind = first.split(".")[-1]
+    by_pattern = SubspaceBuilder(4, share=[f"*.{kind}"]).fit(collection).subspace_
+    n_shared = sum(module.endswith(f".{kind}") for module in collection.modules)
+    assert n_shared > 1
+    assert len(by_pattern.banks) == len(collection.modules) - n_shared + 1
+    with pytest.raises(SubspaceError, match="share='layer' must be 'layers', a list of patterns"):
+        SubspaceBuilder(4, share="layer").fit(collection)
+    with pytest.raises(SubspaceError, match="share= goes without n_pseudo_components and memory_limit; got 2 and None"):
+        SubspaceBuilder(4, share="layers", n_pseudo_components=2).fit(collection)
+    with pytest.raises(SubspaceError, match="n_components='auto' cannot be looked for in shared banks"):
+        SubspaceBuilder("auto", share="layers").fit(collection)

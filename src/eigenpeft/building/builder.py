@@ -1,7 +1,7 @@
 """From a collection of adapters to its principal subspace, one module at a time."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,13 @@ from eigenpeft.building.arguments import asked_components, check_arguments
 from eigenpeft.building.choosing import independent_starts
 from eigenpeft.building.findings import diagnose, fewer_components
 from eigenpeft.building.module_fitter import AUTO, ModuleFitter
+from eigenpeft.building.sharing import build_shared_subspace, group_of, refuse_unshared
 from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
 from eigenpeft.collection.diagnosis import Diagnosis, Finding
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import CollectionError, SubspaceError, is_out_of_memory
-from eigenpeft.linalg.bases.fitting import (
-    MERGEABLE,
-    Method,
-    Weighting,
-)
+from eigenpeft.linalg.bases.fitting import MERGEABLE, Method, Weighting
 from eigenpeft.subspace.info import SubspaceInfo
 from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.version import __version__
@@ -58,6 +55,7 @@ class SubspaceBuilder:
             the factors of all adapters do not fit, they are read in chunks and merged in a single pass that keeps 2 K
             directions ("balanced" and "hosvd", K a number). `subspace_.info.missed_energy_bound` tells what that cost
             at most.
+        share: None (default) for a bank per module; "layers" for one for all layers of a kind, or patterns of modules that share.
 
     Attributes:
         subspace_: The fitted `PrincipalSubspace`.
@@ -83,6 +81,7 @@ class SubspaceBuilder:
         seed: int = 0,
         tol: float = 1e-4,
         memory_limit: int | None = None,
+        share: str | Sequence[str] | Callable[[str], str] | None = None,
     ):
         self.n_components = n_components
         self.method: Method = method
@@ -91,6 +90,7 @@ class SubspaceBuilder:
         self.seed = seed
         self.tol = tol
         self.memory_limit = memory_limit
+        self.share = share
         self._seen: list[AdapterCollection] = []
         self._shards: Shards | None = None
 
@@ -145,6 +145,8 @@ class SubspaceBuilder:
             n_pseudo_components=self.n_pseudo_components,
             memory_limit=self.memory_limit,
         )
+        if self.share is not None:
+            return self._fit_shared(collection)
         team = Team() if work_dir is None else Team.of_this_launch()
         # Adapters are hashed for the record, shared out among the processes; the work folder's plan needs the hashes first.
         parts = team.gather(
@@ -184,6 +186,15 @@ class SubspaceBuilder:
                 missed_energy_bound=max(bounds) if any(bounds) else None,
             ),
         )
+        return self
+
+    def _fit_shared(self, collection: AdapterCollection) -> "SubspaceBuilder":
+        refuse_unshared(self.n_pseudo_components, self.memory_limit)
+        settings = {"method": self.method, "weighting": self.weighting, "seed": self.seed, "tol": self.tol}
+        self.subspace_ = build_shared_subspace(
+            collection, n_components=self.n_components, group=group_of(self.share), **settings
+        )
+        self._seen, self.findings_ = [collection], collection.findings
         return self
 
     def remove_work_dir(self) -> None:

@@ -1,6 +1,8 @@
 """One bank for all layers of a kind: the updates of many modules of one shape stacked together."""
 
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 from huggingface_hub.utils import tqdm
 
@@ -27,10 +29,54 @@ def last_name(module: str) -> str:
     return next((part for part in reversed(module.split(".")) if not part.isdigit()), module)
 
 
+def group_of(share: str | Sequence[str] | Callable[[str], str] | None) -> Callable[[str], str]:
+    """From what a user says to the kind of a module; modules of one kind and shape share a bank.
+
+    Args:
+        share: "layers" for `last_name`; `fnmatch` patterns, of which the first that fits a module is its kind, while modules
+            that fit none keep banks of their own; or a function.
+
+    Raises:
+        SubspaceError: If it is none of these.
+
+    Examples:
+        >>> group_of(["*.q_proj", "*.k_proj"])("layers.3.q_proj"), group_of(["*.q_proj"])("layers.3.v_proj")
+        ('*.q_proj', 'layers.3.v_proj')
+    """
+    if share == "layers":
+        return last_name
+    if callable(share):
+        return share
+    if share is None or isinstance(share, str) or not all(isinstance(pattern, str) for pattern in share):
+        raise SubspaceError(
+            f"share={share!r} must be 'layers', a list of patterns such as ['*.q_proj'], a function of a module's name, or None "
+            "for a bank per module."
+        )
+    patterns = list(share)
+    return lambda module: next((pattern for pattern in patterns if fnmatchcase(module, pattern)), module)
+
+
+def refuse_unshared(n_pseudo_components: int, memory_limit: int | None) -> None:
+    """Refuse settings of a builder that shared banks do not have.
+
+    Args:
+        n_pseudo_components: Of the builder.
+        memory_limit: Of the builder.
+
+    Raises:
+        SubspaceError: If one is set.
+    """
+    if n_pseudo_components or memory_limit is not None:
+        raise SubspaceError(
+            f"share= goes without n_pseudo_components and memory_limit; got {n_pseudo_components} and {memory_limit}. Leave them "
+            "out, or build a bank per module."
+        )
+
+
 def build_shared_subspace(
     collection: AdapterCollection,
     *,
-    n_components: int | float = 32,
+    n_components: Any = 32,
     method: Method = "balanced",
     weighting: Weighting = "equal",
     group: Callable[[str], str] = last_name,
@@ -45,7 +91,7 @@ def build_shared_subspace(
 
     Args:
         collection: Adapters of one base model. All factors of one kind of module are in memory at a time.
-        n_components: K of every bank: a number, or a share in (0, 1] of the updates of all modules of the bank.
+        n_components: K of every bank: a number (None for 32), or a share in (0, 1] of the updates of all modules of the bank.
         method: As for `SubspaceBuilder`.
         weighting: As for `SubspaceBuilder`; "equal" counts every adapter equally in every module.
         group: From a module's name to its kind; modules of one kind and one shape share a bank.
@@ -67,6 +113,11 @@ def build_shared_subspace(
     for name, value, allowed in (("method", method, METHODS), ("weighting", weighting, WEIGHTINGS)):
         if value not in allowed:
             raise SubspaceError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
+    n_components = 32 if n_components is None else n_components
+    if isinstance(n_components, bool) or not isinstance(n_components, int | float):
+        raise SubspaceError(
+            f"n_components={n_components!r} cannot be looked for in shared banks; pass one number, or one share in (0, 1]."
+        )
     groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for module in collection.modules:
         groups.setdefault((group(module), collection.shapes[module]), []).append(module)

@@ -144,3 +144,14 @@ def test_ctrl_c_while_writing_leaves_nothing(adapters, tmp_path):
     assert any(name.endswith(".tmp") for name in before)  # it was in the middle of it
     # The fitted modules stay for the next run of the same command; nothing else does.
     assert {path.name for path in tmp_path.iterdir()} - {"out.work"} == {"adapters"}
+
+
+def test_build_shares_banks_and_says_what_that_costs(run, adapters, tmp_path):
+    done = run("build", adapters.folder, "-k", "4", "--share", "layers", "--out", tmp_path / "shared")
+    assert done.code == 0, done.err
+    subspace = PrincipalSubspace.from_pretrained(tmp_path / "shared")
+    assert len(subspace.banks) < len(subspace)
+    alone = SubspaceBuilder(4).fit(AdapterCollection.from_pretrained(adapters.folder)).subspace_
+    assert f"{len(subspace)} modules share {len(subspace.banks)} banks." in done.out
+    assert f"would explain {alone.explained_share:.3f} and take" in " ".join(done.out.split())
+    assert f"{alone.n_bytes / subspace.n_bytes:.1f} times as much" in " ".join(done.out.split())

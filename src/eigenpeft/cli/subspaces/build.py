@@ -7,7 +7,7 @@ import typer
 
 from eigenpeft.artifacts.atomic import check_file, check_output
 from eigenpeft.artifacts.storage import STORE, SUBSPACE
-from eigenpeft.building import SubspaceBuilder
+from eigenpeft.building import SubspaceBuilder, build_subspace
 from eigenpeft.building.work_folder import is_work_folder
 from eigenpeft.cli.app import (
     Adapters,
@@ -25,6 +25,7 @@ from eigenpeft.cli.app import (
     quiet,
 )
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import SubspaceError
 from eigenpeft.report.markup import escape
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
@@ -57,6 +58,12 @@ def build(
     work_dir: Annotated[
         Path | None, typer.Option(help="Folder for finished modules while building; default: OUT.work.")
     ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'layers' for one bank for all layers of a kind, or a pattern of modules that share one; repeated."
+        ),
+    ] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Read the factors of embeddings too, which are otherwise kept aside.")
     ] = False,
@@ -88,7 +95,9 @@ def build(
             n_pseudo_components=n_pseudo_components,
             seed=seed,
             memory_limit=None if memory_limit is None else number_of_bytes(memory_limit),
+            share="layers" if share == ["layers"] else share or None,
         ).fit(kept, work_dir=work, keep_work_dir=True)
+        alone = _alone(builder, kept) if share and team.is_main else None
     if not team.is_main:
         return
     builder.subspace_.save_pretrained(out, overwrite=overwrite)
@@ -105,12 +114,28 @@ def build(
         f"Explained share {summary['explained_share']:.3f} (mean over modules, of the adapters it was built from; it "
         "does not say that a new task will train well in it)."
     )
+    if alone is not None:
+        times = alone.n_bytes / summary["bytes"]
+        console.print(
+            f"{len(alone)} modules share {len(builder.subspace_.banks)} banks. A bank per module at the same K would explain "
+            f"{alone.explained_share:.3f} and take {alone.n_bytes / 1e6:.2f} MB, {times:.1f} times as much."
+        )
     if builder.subspace_.info.missed_energy_bound is not None:
         console.print(
             f"Merged in one pass within --memory-limit: the components miss at most "
             f"{builder.subspace_.info.missed_energy_bound:.2%} of a stack's energy against the best ones."
         )
     console.print(f"Wrote {escape(str(out))} ({summary['bytes'] / 1e6:.2f} MB, sha256 {summary['sha256'][:12]}).")
+
+
+def _alone(builder: SubspaceBuilder, collection: AdapterCollection) -> PrincipalSubspace | None:
+    """What the same settings give without sharing, to compare; None where modules have fewer directions."""
+    options = {"method": builder.method, "weighting": builder.weighting, "seed": builder.seed}
+    counts = [bank.n_components for bank in builder.subspace_.values()]
+    try:
+        return build_subspace(collection, n_components=max(counts), **options)
+    except SubspaceError:
+        return None
 
 
 @app.command()
