@@ -101,18 +101,21 @@ def upper(n_labels):
     return model
 
 
-def subspace_without(task):
-    """Paired directions of the other adapters, renamed to the layers that are left."""
+def others(task):
+    """The shipped adapters of the other tasks."""
     names = [path for path in sorted(shipped_adapters().iterdir()) if path.is_dir() and path.name != task]
-    with AdapterCollection.from_pretrained(names) as collection:
-        whole = SubspaceBuilder(K, method="paired").fit(collection).subspace_
-    renamed = {
+    return AdapterCollection.from_pretrained(names)
+
+
+def renamed(whole):
+    """A subspace as the layers that are left call its modules."""
+    kept = {
         name.replace(f"layer.{layer}.", f"layer.{layer - FIRST}."): whole[name]
         for layer in range(FIRST, 6)
         for name in whole
         if f"layer.{layer}." in name
     }
-    return PrincipalSubspace(renamed, info=whole.info)
+    return PrincipalSubspace(kept, info=whole.info)
 
 
 @torch.no_grad()
@@ -138,13 +141,31 @@ def train_head(model, part):
         optimizer.step()
 
 
-def run(kind, head, subspace, parts, n_labels, *, rate, steps):
+def prepared(data, task, whole):
+    """Rows to train on, to choose by and to test, each with the hidden states that the layers below give it."""
+    found, n_labels = rows(data, task)
+    parts = [
+        [row | {"labels": label} for row, label in zip(below(whole, texts), labels, strict=True)]
+        for texts, labels in found
+    ]
+    return parts, n_labels
+
+
+def head_of(parts, n_labels):
+    """A trained head and its accuracies."""
+    model = upper(n_labels)
+    train_head(model, parts[0])
+    head = {name: value.clone() for name, value in model.classifier.state_dict().items()}
+    return head, {"choice": accuracy(model, parts[1]), "test": accuracy(model, parts[2])}
+
+
+def run(kind, head, subspace, parts, n_labels, *, rate, steps, seed=0):
     """Train the core from zero; the accuracy on the rows to choose by and on the test rows, and CPU seconds."""
     model = upper(n_labels)
     model.classifier.load_state_dict(head)
     config = EigenLoraConfig(subspace=subspace, core="diagonal", r=8, lora_alpha=8)
     model = get_peft_model(model, config)
-    settings = {"max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": rate, "seed": 0}
+    settings = {"max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": rate, "seed": seed}
     settings |= {
         "report_to": [],
         "save_strategy": "no",
@@ -174,18 +195,12 @@ def run(kind, head, subspace, parts, n_labels, *, rate, steps):
 
 
 def judge(data, task):
-    (train, choice, test), n_labels = rows(data, task)
-    whole = AutoModelForSequenceClassification.from_pretrained(base_model()).eval()
-    parts = []
-    for texts, labels in (train, choice, test):
-        given = below(whole, texts)
-        parts.append([row | {"labels": label} for row, label in zip(given, labels, strict=True)])
-    model = upper(n_labels)
-    train_head(model, parts[0])
-    head = {name: value.clone() for name, value in model.classifier.state_dict().items()}
-    found = {"head": {"choice": accuracy(model, parts[1]), "test": accuracy(model, parts[2])}}
-    print(task, "head", found["head"], flush=True)
-    subspace = subspace_without(task)
+    parts, n_labels = prepared(data, task, AutoModelForSequenceClassification.from_pretrained(base_model()).eval())
+    head, accuracies = head_of(parts, n_labels)
+    found = {"head": accuracies}
+    print(task, "head", accuracies, flush=True)
+    with others(task) as collection:
+        subspace = renamed(SubspaceBuilder(K, method="paired").fit(collection).subspace_)
     for kind, rates, tuning, steps in (
         ("adam", ADAM_RATES, ADAM_STEPS, ADAM_STEPS),
         ("zeroth order", RATES, TUNING_PAIRS, PAIRS),
@@ -244,19 +259,27 @@ def main():
     if given.measure:
         print(json.dumps(measured(given.measure)))
         return
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"tasks": {}}
     if given.memory:
         command = [sys.executable, __file__, "--measure"]
         kinds = ("inference", "zeroth order", "adam")
         lines = {
             kind: subprocess.run([*command, kind], capture_output=True, text=True, check=True).stdout for kind in kinds
         }
-        known["memory"] = {kind: json.loads(text.strip().splitlines()[-1]) for kind, text in lines.items()}
-        print(known["memory"])
-    else:
-        known["tasks"] |= {task: judge(given.data, task) for task in given.tasks}
-    known["environment"] = environment()
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        memory = {kind: json.loads(text.strip().splitlines()[-1]) for kind, text in lines.items()}
+        print(memory)
+        write({"memory": memory})
+        return
+    for task in given.tasks:
+        write({"tasks": {task: judge(given.data, task)}})
+
+
+def write(part):
+    """Add a part to the results on disk."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    part = {**part, "environment": environment()}
+    if "tasks" in part:
+        part["tasks"] = {**known.get("tasks", {}), **part["tasks"]}
+    RESULTS.write_text(json.dumps({**known, **part}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
