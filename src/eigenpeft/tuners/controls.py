@@ -10,6 +10,7 @@ from eigenpeft.audit.controls import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import PrincipalSubspace, mean_only_subspace, random_subspace, shuffled_subspace
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import subspace_of
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 
@@ -37,7 +38,7 @@ def control_config(
 
     Raises:
         AdapterConfigError: If the control is unknown, "mean_only" is asked for without adapters or with several K, or a
-            plain LoRA should start from an adapter.
+            plain LoRA should start from an adapter; or of a mixture, for all but "lora".
         SubspaceError: If the subspace has no such control; the message says why.
 
     Examples:
@@ -51,6 +52,11 @@ def control_config(
     """
     if control not in CONTROLS:
         raise AdapterConfigError(f"control={control!r} must be one of {', '.join(map(repr, CONTROLS))}.")
+    if core_kind(config.core).weighs_sources and control != "lora":
+        raise AdapterConfigError(
+            f"control={control!r} is of a subspace, and core={config.core!r} weighs the adapters in it; compare with control='lora', "
+            "with the mean alone (init_weights, untrained), or with the nearest adapter (eigenpeft.nearest_adapters)."
+        )
     subspace = _used(config)
     if control in ("same_parameters", "lora"):
         return _plain_lora(config, control, subspace)

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, Core
+from eigenpeft.tuners import control_config
 from eigenpeft.tuners.parameter_groups import parameter_groups
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
@@ -226,3 +227,31 @@ def test_members_on_paired_directions_are_mixed_too(zoo, tokens):
             pairs = [store.factors(member, name) for member in store.names]
             expected = pairs[0][0] @ pairs[0][1] - 2 * pairs[1][0] @ pairs[1][1]
             torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_cores_keep_their_precision_on_a_base_of_16_bits(zoo, dtype, tokens, tmp_path):
+    model = mixture(zoo, base=tiny_llama().to(dtype))
+    model.save_pretrained(tmp_path / "mixture")
+    store = AdapterStore.from_pretrained(zoo / "store")
+    saved = {name: tensor for name, tensor in load_file(tmp_path / "mixture" / "adapter_model.safetensors").items()}
+    for module in store.subspace:
+        assert torch.equal(saved[f"base_model.model.{module}.lora_B.cores"], store.cores(module))
+    again = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path / "mixture").eval()
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    config = EigenLoraConfig(subspace=str(zoo / "store"), r=2, init_from="mean", init_adapters=str(zoo / "adapters"))
+    started = get_peft_model(tiny_llama().to(dtype), config)
+    offsets = {name: buffer for name, buffer in started.named_buffers() if name.endswith(".offset")}
+    assert offsets
+    assert all(buffer.dtype == torch.float32 for buffer in offsets.values())
+    assert logits(started, tokens).dtype == dtype
+
+
+def test_controls_of_a_mixture(zoo):
+    config = EigenLoraConfig(core="mixture", sources=str(zoo / "store"), r=3)
+    assert control_config(config, "lora").r == 3
+    for control in ("random", "shuffled", "mean_only", "same_parameters"):
+        with pytest.raises(
+            AdapterConfigError, match=rf"control='{control}' is of a subspace, and core='mixture' weighs"
+        ):
+            control_config(config, control)

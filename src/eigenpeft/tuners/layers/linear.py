@@ -10,7 +10,25 @@ from eigenpeft.linalg.layer_update import factor_is_cheaper, input_product, outp
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
-class InputFactor(nn.Module):
+class _KeepsPrecision(nn.Module):
+    """A factor whose frozen tensors stay as precise as they are where PEFT gives an adapter the base weight's 16 bits.
+
+    PEFT makes trained coefficients float32 again afterwards; what is not trained would stay rounded, in its file too.
+    """
+
+    _FROZEN = ("offset", "cores")
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {name: buffer for name in self._FROZEN if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype.itemsize < buffer.dtype.itemsize and not buffer.is_meta:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class InputFactor(_KeepsPrecision):
     """`A = C_in V_in`, (r, in_features): trainable coefficients on frozen components.
 
     With no coefficients it is `A = V_in` itself, (K, in_features): the input side of a mixer.
@@ -70,7 +88,7 @@ class InputFactor(nn.Module):
         return h if self.offset is None else torch.cat([h, F.linear(x, self.offset.to(x.dtype))], dim=-1)
 
 
-class OutputFactor(nn.Module):
+class OutputFactor(_KeepsPrecision):
     """`B = V_outᵀ C_out`, (out_features, r): trainable coefficients on frozen components.
 
     Args:
