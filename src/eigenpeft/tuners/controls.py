@@ -55,7 +55,8 @@ def control_config(
     if core_kind(config.core).weighs_sources and control != "lora":
         raise AdapterConfigError(
             f"control={control!r} is of a subspace, and core={config.core!r} weighs the adapters in it; compare with "
-            "control='lora', with the mean alone (init_weights, untrained), or with the nearest adapter (eigenpeft.nearest_adapters)."
+            "control='lora', with the mean alone (init_weights, untrained), or with the nearest adapter "
+            "(eigenpeft.nearest_adapters)."
         )
     subspace = _used(config)
     if control in ("same_parameters", "lora"):
