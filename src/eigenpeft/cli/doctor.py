@@ -28,6 +28,7 @@ PACKAGES = (
     ("trl", "1.16", "the commands sft, dpo, kto, reward, grpo, rloo, distillation: pip install 'eigenpeft[trl]'"),
     ("matplotlib", "3.8", "figures: pip install 'eigenpeft[plots]'"),
     ("vllm", "0.32", "serving the members of a store: pip install 'eigenpeft[vllm]'"),
+    ("flwr", "1.42", "federated training: pip install 'eigenpeft[federated]'"),
     ("gguf", "0.17", "export for llama.cpp: pip install 'eigenpeft[gguf]'"),
 )
 # (distribution, module that must import)
