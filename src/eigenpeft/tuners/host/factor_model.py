@@ -20,6 +20,7 @@ from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
 from eigenpeft.tuners.host.file_patterns import settle_patterns
 from eigenpeft.tuners.host.restrictions import check_sizes
+from eigenpeft.tuners.host.twins import copy_frozen, twin_of
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
 from eigenpeft.tuners.layers.tied import TransposedFactor
 
@@ -87,6 +88,9 @@ class FactorModel(LoraModel):
         with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._given = None
+        twin = twin_of(self.peft_config, adapter_name)
+        if twin is not None:
+            copy_frozen(model, adapter_name, twin=twin)
 
     def _create_and_replace(
         self, lora_config, adapter_name: str, target, target_name: str, parent, current_key: str, **kwargs
