@@ -8,7 +8,7 @@ Paper:     EigenLoRAx, arXiv 2502.04700; joint bases: Compress then Serve, arXiv
 Command:   python recipes/build_subspace.py --config recipes/build_subspace.yaml --adapters DIR_OR_HUB_ID ... --out OUT
 Hardware:  any CPU; the adapters are read one weight at a time, no base model is loaded.
 Time:      seconds for the ten adapters that ship with eigenpeft.
-Expected:  OUT/subspace and OUT/store, each with a model card, and one line an adapter: how much of its update is lost.
+Expected:  OUT/subspace and OUT/store, each with a model card, and one line per adapter: how much of its update is lost.
 
 The loss printed is that of adapters the subspace was built from. It does not say that a new task trains well in it.
 """

@@ -8,7 +8,7 @@ Paper:     EigenLoRAx, arXiv 2502.04700.
 Command:   python recipes/classification.py --config recipes/classification.yaml --subspace DIR_OR_HUB_ID
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters.
 Time:      1 to 4 minutes a method and seed on one thread of two busy cores.
-Expected:  one line a method: trainable parameters and the metric on the test rows, mean and range over the seeds. One seed on
+Expected:  one line per method: trainable parameters and the metric on the test rows, mean and range over the seeds. One seed on
            the part of banking77 that ships with eigenpeft, all-MiniLM-L6-v2: head 0.590, random 0.701, eigenlora 0.743.
            same_parameters (a LoRA of as many parameters) got 0.539 at a learning rate of 3e-3 but 0.721 in the demo at
            1e-2, which is why its rate here is that of eigenlora: rates decide, so tune every method's alike. Recycling

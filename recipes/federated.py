@@ -9,8 +9,8 @@ Papers:    FedAvg 1602.05629; Fed-SB 2502.15436 (frozen factors, an r x r core a
 Command:   python recipes/federated.py --config recipes/federated.yaml --subspace DIR_OR_HUB_ID
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters; Flower's simulation starts a process per core.
 Time:      each client loads the model in each round: 2 minutes for 3 clients and 2 rounds of 2 steps on two busy cores.
-Expected:  one line a round: clients used, accuracy of the averaged model on the test rows, kilobytes from each client, and those of
-           a LoRA of the same r beside it. A core of 32 x 32 on twelve weights is 49 kB a client and round, a LoRA of r = 8
+Expected:  one line per round: clients used, accuracy of the averaged model on the test rows, kilobytes from each client, and
+           those of a LoRA of the same r beside it. A core of 32 x 32 on twelve weights is 49 kB a client and round, a LoRA of r = 8
            295 kB. docs/federated.md has accuracies with their controls.
 
 `--adapter` is full, diagonal or low_rank (cores in the subspace: plain averaging is exact for full and diagonal; low_rank goes

@@ -74,7 +74,7 @@ def prepare(
         repo_id: `owner/name` on the Hub.
         subspace: Hub id that an adapter's config shall name as its subspace, in place of a local folder.
         base_model: Hub id that config and card shall name as the base model, in place of a local folder.
-        audit: Of the adapters that a subspace or a store was built from; its table and figure go into the card.
+        audit: Audit of the adapters that a subspace or a store was built from; its table and figure go into the card.
 
     Raises:
         ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; or if

@@ -125,7 +125,7 @@ def test_two_families_are_two_clusters(tmp_path):
     # K = 10 directions hold both families, so that a cluster's own subspace has nothing to add there.
     assert report.n_components == pytest.approx(10, abs=1)
     assert report.cluster_gain == pytest.approx(0.0, abs=0.02)
-    assert "one subspace a cluster" not in report.advice
+    assert "one subspace per cluster" not in report.advice
 
 
 def test_clusters_are_advised_where_there_is_no_room_for_all(tmp_path):
@@ -136,7 +136,7 @@ def test_clusters_are_advised_where_there_is_no_room_for_all(tmp_path):
     report = audited([tmp_path / f"f{seed}" for seed in (1, 2, 3)], n_components=6)
     assert len(report.clusters) == 3
     assert report.cluster_gain > 0.2
-    assert "build one subspace a cluster" in report.advice
+    assert "build one subspace per cluster" in report.advice
 
 
 def test_random_adapters_are_no_clusters(tmp_path):

@@ -16,8 +16,8 @@ class Stamp(NamedTuple):
     """What tells one state of a file from another: replaced by rename, written over, cut or extended.
 
     Attributes:
-        device: Of the file system.
-        inode: Of the file; another one after a rename over it.
+        device: Device number of the file system.
+        inode: Inode number of the file; another one after a rename over it.
         size: Bytes.
         modified: Time of the last change, in nanoseconds.
     """

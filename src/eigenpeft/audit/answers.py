@@ -35,7 +35,7 @@ class Compress:
     Attributes:
         answer: "yes", or "no" where nothing that keeps enough is smaller.
         text: The answer in plain words.
-        lora_numbers: Of one plain LoRA, mean over the adapters.
+        lora_numbers: Numbers of one plain LoRA, mean over the adapters.
         rows: Error against numbers, by K.
     """
 
@@ -51,7 +51,7 @@ class Chance:
 
     Attributes:
         event: What is meant, such as "EigenLoRA K 8 ahead of a LoRA of as many numbers".
-        probability: Of it; None where the calibration has seen nothing like these adapters.
+        probability: Its probability; None where the calibration has seen nothing like these adapters.
         base_rate: How often it happened in the calibration, whatever the audit said.
         points: Mean gain over the calibration's new tasks, in points of accuracy, and half its 95 % interval.
         predicted: Whether the calibration did better than the base rate on zoos and tasks that it was not fitted on; where not,

@@ -65,7 +65,7 @@ def same_parameters_lora(
         subspace: Gives modules, widths and K.
         r: The EigenLoRA's rank.
         core: The EigenLoRA's core: "low_rank" (2 K r per module), "full" (K²) or "diagonal" (K).
-        lora_alpha: Of the LoRA; default: twice its rank.
+        lora_alpha: `lora_alpha` of the LoRA; default: twice its rank.
         place: Which modules, where not all can be paid for: the "last" of the network, by the numbers in their names
             (the better control: docs/study.md), or "spread" evenly.
 

@@ -18,10 +18,10 @@ class Curve:
     """A share for K = 1, 2, ... components, beside the same of the matched null.
 
     Attributes:
-        real: Of the adapters, mean.
+        real: Figures of the adapters, mean.
         low: Lower end of the bootstrap interval over adapters (5 %); equal to `real` where none was taken.
         high: Upper end (95 %).
-        null: Of random adapters with the same singular values and shapes, mean over draws.
+        null: Figures of random adapters with the same singular values and shapes, mean over draws.
         null_high: Largest of the draws.
     """
 
@@ -41,8 +41,8 @@ class ModuleAudit:
         n_adapters: Trained adapters that have it.
         effective_rank_in: Directions of equal weight that would spread as the input rows do.
         effective_rank_out: The same for the output rows.
-        null_effective_rank_in: Of the matched null.
-        null_effective_rank_out: Of the matched null.
+        null_effective_rank_in: Effective rank of the input side of the matched null.
+        null_effective_rank_out: Effective rank of the output side of the matched null.
         explained: Share of the adapters' squared norms inside a subspace fitted to all of them.
         held_out: The same, each adapter's share in a subspace fitted to the others.
     """
@@ -73,7 +73,7 @@ class AuditReport:
         groups: Adapters that were left out together, because they share a start or a run.
         clusters: Groups by the overlap of their row spaces, single adapters included; one group where all are alike.
         cluster_gain: Held-out share, at `n_components`, by the adapter's own cluster less that by all others; above 0, one
-            subspace a cluster is better. None where there are no two clusters of at least three adapters.
+            subspace per cluster is better. None where there are no two clusters of at least three adapters.
         explained: Mean over the modules.
         held_out: Mean over modules and adapters; adapters of one group are left out together.
         held_out_alone: The same, each adapter left out alone: what it gains through its group is in it.
@@ -88,7 +88,7 @@ class AuditReport:
         modules: Module name to its audit.
         findings: What was noticed about single adapters and pairs.
         weighting: "equal": every adapter's update of a module counts alike.
-        seed: Of the nulls and the bootstrap.
+        seed: Seed of the nulls and the bootstrap.
         gradient: The share of a new task's gradient inside the adapters' subspace, where a model and a data set were given.
     """
 

@@ -57,7 +57,7 @@ def audit_adapters(
         collection: At least three trained adapters.
         model: The base model with the new task's head, if it has one: trained, since gradients behind a fresh head are
             those of a random direction.
-        dataset: Rows of the new task as a `transformers.Trainer` takes them: tokenised, with labels.
+        dataset: Rows of the new task as a `transformers.Trainer` takes them: tokenized, with labels.
         data_collator: Makes a batch of rows, as for a Trainer; default: `transformers.default_data_collator`, which needs
             rows of one length.
         n_rows: Rows of the data set to use, from the first, in batches of 8.
@@ -65,7 +65,7 @@ def audit_adapters(
         calibration: Where the probabilities of the second answer come from; default: the one that ships (docs/regimes.md).
         n_components: Largest K looked at.
         n_nulls: Draws of random adapters.
-        seed: Of the nulls and the bootstrap.
+        seed: Seed of the nulls and the bootstrap.
         progress: Show a progress bar.
 
     Returns:

@@ -77,7 +77,7 @@ def summarise(
         similarity: (n, n) mean cosines of ΔW.
         unrelated: (n, K) held-out shares without relatives, if these change anything.
         findings: What was noticed.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         train: The second answer, from the held-out shares.
     """
     generator = torch.Generator().manual_seed(seed)

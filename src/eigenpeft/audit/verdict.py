@@ -48,7 +48,7 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
     """Compare held-out shares with their nulls at one K.
 
     Args:
-        curves: Of the collection.
+        curves: Curves of the collection.
         n_components: K.
     """
     k = n_components - 1
@@ -90,7 +90,7 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
 
 
 def advice_on_clusters(clusters: Sequence[Sequence[str]], gain: float | None) -> str:
-    """A sentence where one subspace a cluster holds more of its adapters than one for all; else nothing.
+    """A sentence where one subspace per cluster holds more of its adapters than one for all; else nothing.
 
     Args:
         clusters: All adapters, by cluster.
@@ -101,7 +101,7 @@ def advice_on_clusters(clusters: Sequence[Sequence[str]], gain: float | None) ->
     parts = "; ".join(", ".join(part) for part in clusters if len(part) >= 3)
     return (
         f" The adapters form clusters ({parts}), and a subspace of its own cluster holds {gain:.1%} more of an adapter than "
-        "one of all: build one subspace a cluster."
+        "one of all: build one subspace per cluster."
     )
 
 

@@ -16,7 +16,7 @@ def check_arguments(
     Args:
         n_components: As of `SubspaceBuilder`, and so are the others.
         method: What is decomposed.
-        weighting: Of the adapters.
+        weighting: Weighting of the adapters.
         n_pseudo_components: Random directions to add.
         memory_limit: Bytes per module.
 

@@ -43,10 +43,10 @@ class ModuleFitter:
     Attributes:
         n_components: As of the builder, and so are the others.
         method: What is decomposed.
-        weighting: Of the adapters.
+        weighting: Weighting of the adapters.
         n_pseudo_components: Random directions to add.
-        seed: Of those, and of the solver's start.
-        tol: Of the solver.
+        seed: Seed of those directions, and of the solver's start.
+        tol: Tolerance of the solver.
         memory_limit: Bytes a module may take.
         groups: Adapter to a label, the same for those of one random start or run; asked for by "auto".
     """
@@ -123,7 +123,7 @@ class ModuleFitter:
         Args:
             module: Name of the module in the subspace.
             bases: As fitted before.
-            factors: Of the new adapters.
+            factors: Factors of the new adapters.
             measured_on: Factors of the adapters that the explained shares are of.
 
         Raises:

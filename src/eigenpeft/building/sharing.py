@@ -60,8 +60,8 @@ def refuse_unshared(n_pseudo_components: int, memory_limit: int | None) -> None:
     """Refuse settings of a builder that shared banks do not have.
 
     Args:
-        n_pseudo_components: Of the builder.
-        memory_limit: Of the builder.
+        n_pseudo_components: N pseudo components of the builder.
+        memory_limit: Memory limit of the builder.
 
     Raises:
         SubspaceError: If one is set.

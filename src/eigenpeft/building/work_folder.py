@@ -177,7 +177,7 @@ class Shards:
 
         Args:
             module: Its name.
-            names: Of the tensors.
+            names: Names of the tensors.
 
         Raises:
             ArtifactError: If it is not there or damaged.

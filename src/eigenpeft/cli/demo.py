@@ -16,7 +16,7 @@ from eigenpeft.report.markup import escape
 @app.command()
 def demo(
     out: Out = Path("demo-output"),
-    seed: Annotated[int, typer.Option(help="Of heads, adapters and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of heads, adapters and batches.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -42,7 +42,7 @@ _IGNORED = -100  # a label that no loss counts
 
 @dataclass(frozen=True, eq=False)
 class LoadedTask:
-    """A model and tokenised rows with labels, ready for its loss."""
+    """A model and tokenized rows with labels, ready for its loss."""
 
     model: nn.Module
     rows: list[dict[str, Any]]
@@ -176,13 +176,13 @@ def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
     _check_language_columns(columns, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenised = [_language(row, tokenizer) for row in rows]
-    return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenised, DataCollatorForSeq2Seq(tokenizer))
+    tokenized = [_language(row, tokenizer) for row in rows]
+    return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenized, DataCollatorForSeq2Seq(tokenizer))
 
 
 @dataclass(frozen=True, eq=False)
 class NewTask:
-    """A base model to make again and again, and tokenised rows with labels."""
+    """A base model to make again and again, and tokenized rows with labels."""
 
     make_model: Callable[[], Any]
     rows: list[dict[str, Any]]

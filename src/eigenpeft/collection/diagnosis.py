@@ -175,7 +175,7 @@ def independent_groups(names: Sequence[str], findings: Iterable[Finding]) -> dic
 
     Args:
         names: Adapters to label.
-        findings: Of these adapters and possibly others.
+        findings: Findings about these adapters and possibly others.
 
     Returns:
         Each name's label: the name of one member of its group.

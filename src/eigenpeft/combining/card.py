@@ -18,7 +18,7 @@ def merged_card(
 
     Args:
         report: What the merge did.
-        records: Of the source adapters.
+        records: Records of the source adapters.
         base_model: Base model, if known.
         heads: Adapters whose heads lie beside it.
     """

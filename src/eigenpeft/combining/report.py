@@ -141,8 +141,8 @@ class MergeTotals:
         """One entry per source adapter.
 
         Args:
-            records: Of the adapters, in order.
-            weights: Of the adapters, by name.
+            records: Records of the adapters, in order.
+            weights: Weights of the adapters, by name.
         """
         cosines = self.cosines()
         reports = []

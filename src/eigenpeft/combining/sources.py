@@ -157,7 +157,7 @@ def common(values: set[str | None]) -> str | None:
     """The one value that all have, else None.
 
     Args:
-        values: Of each adapter.
+        values: Values of each adapter.
     """
     return next(iter(values)) if len(values) == 1 else None
 

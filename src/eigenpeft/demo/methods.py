@@ -26,9 +26,9 @@ class Method:
 
     Attributes:
         name: What the table calls it.
-        learning_rate: Of the adapter. The rates were chosen on customers that are neither here nor among the adapters
+        learning_rate: Learning rate of the adapter. The rates were chosen on customers that are neither here nor among the adapters
             (`benchmarks/regimes`, stage "tune").
-        head_rate: Of the head. One that learns as fast as it does alone leaves an adapter nothing to do.
+        head_rate: Learning rate of the head. One that learns as fast as it does alone leaves an adapter nothing to do.
         adapt: Makes the trainable model from the base and a seed.
     """
 
@@ -42,7 +42,7 @@ def methods(subspace: PrincipalSubspace, merged: MergedAdapter) -> list[Method]:
     """The six methods, controls first.
 
     Args:
-        subspace: Of the related adapters.
+        subspace: Subspace of the related adapters.
         merged: Their merged update.
     """
     lora = {"task_type": "SEQ_CLS", "target_modules": TARGETS}

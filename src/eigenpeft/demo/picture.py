@@ -14,7 +14,7 @@ def draw(result: DemoResult, audit: AuditReport, path: Path, *, overwrite: bool)
 
     Args:
         result: What the demo found.
-        audit: Of the related adapters.
+        audit: Audit of the related adapters.
         path: PNG file.
         overwrite: Whether to replace an earlier one.
     """

@@ -32,11 +32,11 @@ class Checks:
 
     Attributes:
         served_difference: Largest |logit difference| between the trained models, each alone, and the bank's mixed batches.
-        served_accuracy: Of the mixed batches, mean over customers.
+        served_accuracy: Accuracy of the mixed batches, mean over customers.
         export_difference: Largest |logit difference| between a trained model and its plain LoRA in PEFT.
-        member_bytes: Of one adapter in the store, its head included.
-        subspace_bytes: Of the bases, which all share.
-        lora_bytes: Of the plain LoRA's file, its head included.
+        member_bytes: Bytes of one adapter in the store, its head included.
+        subspace_bytes: Bytes of the bases, which all share.
+        lora_bytes: Bytes of the plain LoRA's file, its head included.
     """
 
     served_difference: float

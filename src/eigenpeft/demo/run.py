@@ -43,8 +43,8 @@ def run_demo(
     Args:
         out: Folder to write into: `subspace`, `store`, `plain-lora`, `demo.png`.
         n_customers: New customers, 1 to 4; each is one training per method.
-        seed: Of heads, adapters and batches.
-        steps: Optimiser steps of each training.
+        seed: Seed of heads, adapters and batches.
+        steps: Optimizer steps of each training.
         overwrite: Whether the folder may hold an earlier demo, which is replaced.
         progress: Show progress bars.
         report: Called with one line about each step.

@@ -27,7 +27,7 @@ MAX_LENGTH = 48
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task, tokenised.
+    """A classification task, tokenized.
 
     Attributes:
         train: Training rows.
@@ -48,7 +48,7 @@ class Trained:
 
     Attributes:
         model: The model, in evaluation mode.
-        seconds: Of training alone.
+        seconds: Seconds of training alone.
         logits: (n_test, n_labels).
         accuracy: On the test rows.
     """
@@ -60,7 +60,7 @@ class Trained:
 
 
 def load_task(customer: NewCustomer) -> Task:
-    """A new customer's rows, tokenised for the base model.
+    """A new customer's rows, tokenized for the base model.
 
     Args:
         customer: From `new_customer`.
@@ -84,7 +84,7 @@ def fresh_base(task: Task, *, seed: int) -> PreTrainedModel:
 
     Args:
         task: Gives the number of labels.
-        seed: Of the head.
+        seed: Seed of the head.
     """
     set_seed(seed)
     return AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=task.n_labels)
@@ -106,8 +106,8 @@ def train(
     Args:
         task: Data.
         adapt: Makes the trainable model from the base.
-        seed: Of head, adapter and batches.
-        steps: Optimiser steps (AdamW, linear decay).
+        seed: Seed of head, adapter and batches.
+        steps: Optimizer steps (AdamW, linear decay).
         batch_size: Rows a step.
         learning_rate: Peak, of the adapter.
         head_learning_rate: Peak, of the head.

@@ -75,7 +75,7 @@ def content_of(update: ClientUpdate, metrics: Mapping[str, float]) -> RecordDict
     """A client's update as the content of a message.
 
     Args:
-        update: Of the client.
+        update: Update of the client.
         metrics: Further numbers.
     """
     about = {"name": update.name, "scaling": update.scaling, "base": update.base or ""}
@@ -89,7 +89,7 @@ def read_replies(replies: Iterable[Message]) -> tuple[list[ClientUpdate], dict[s
     """The updates in clients' answers; the contents by client; and why the other answers cannot be read.
 
     Args:
-        replies: Of one round.
+        replies: Replies of one round.
     """
     updates, contents, unread = [], {}, {}
     for message in replies:

@@ -34,7 +34,7 @@ class AdapterFedAvg(FedAvg):
         scaling: `lora_alpha / r` of the adapter that the initial arrays are of.
         base: What clients must have trained on: the base model's name, or the fingerprint of the subspace.
         folder: Where the state is written after each round; a start that finds one there goes on from it. None writes nothing.
-        options: Of a merging rule, such as `{"density": 0.3}`.
+        options: Options of a merging rule, such as `{"density": 0.3}`.
         **fedavg: As for Flower's `FedAvg`: `fraction_train`, `min_train_nodes`, ...
 
     Raises:
@@ -150,7 +150,7 @@ class AdapterFedAvg(FedAvg):
 
         Args:
             server_round: Number of the round in this run.
-            replies: Of the clients.
+            replies: Replies of the clients.
         """
         updates, contents, left_out = read_replies(replies)
         averaged = average(

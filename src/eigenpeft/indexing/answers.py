@@ -13,7 +13,7 @@ class Match:
     """One adapter.
 
     Attributes:
-        name: Of the adapter.
+        name: Name of the adapter.
         score: Cosine of the rows' mean embedding with that of the adapter's task, the mean of all tasks taken off both.
         downhill: Cosine of its update with the negative gradient of the rows' loss; None where no gradient was given.
     """

@@ -85,7 +85,7 @@ class AdapterIndex(Pushable):
         """Add an adapter by rows of its task.
 
         Args:
-            name: Of the adapter, as the store or the bank has it.
+            name: Name of the adapter, as the store or the bank has it.
             rows: Texts or mappings (`texts_of`); the first `max_rows` count.
             replace: Take the place of an adapter of that name.
 
@@ -153,7 +153,7 @@ class AdapterIndex(Pushable):
         Args:
             texts: The requests.
             top: 1 gives each text one name; more give it the weights of so many, as `{name: weight}`, by a softmax of the cosines.
-            temperature: Of the softmax; smaller trusts the nearest more.
+            temperature: Temperature of the softmax; smaller trusts the nearest more.
             base_if_far: Give "__base__" to texts that look like none of the tasks.
 
         Returns:

@@ -23,7 +23,7 @@ class Sureness:
     Attributes:
         lead: Weight of the lead, the largest cosine minus the second.
         size: Weight of the logarithm of the number of rows, to base 2.
-        intercept: Of the model.
+        intercept: Intercept of the model.
         far: Number of rows to the cosine that all but 5 % of a task's own rows exceed; one entry per size.
         n_queries: Held-out queries that it was fitted on.
     """

@@ -29,7 +29,7 @@ class Decomposition:
 
     Attributes:
         components: Orthonormal rows, leading first, signs fixed.
-        singular_values: Of the stack, descending.
+        singular_values: Singular values of the stack, descending.
         total_energy: ‖rows‖_F², so that `singular_values**2 / total_energy` is each component's share.
         n_iterations: Passes over the rows; 1 for the dense method.
         relative_residual: Estimated relative gain of each component's energy by one more pass, their mean; 0 for

@@ -125,7 +125,7 @@ class Balancing:
     Attributes:
         out_side: Factor of the left factor.
         in_side: Factor of the right factor.
-        singular_values: Of the product, descending.
+        singular_values: Singular values of the product, descending.
     """
 
     out_side: Float[Tensor, "r rank"]

@@ -31,7 +31,7 @@ def projected_gradient(
         objective: L; called twice, with values of these shapes.
         values: θ; not changed.
         epsilon: ε, the length of a step to each side, per value.
-        seed: Of z; `direction(values, seed=seed)` gives it again.
+        seed: Seed of z; `direction(values, seed=seed)` gives it again.
 
     Returns:
         `(g, (L(θ + εz) + L(θ - εz)) / 2)`.

@@ -30,7 +30,7 @@ class Sources:
         n_components: K of the subspace.
         scale: λ of the merged start: the mean update times this.
         task_type: PEFT's task type of the new task.
-        seed: Of random subspaces.
+        seed: Seed of random subspaces.
         nearest: Name of the adapter to continue.
     """
 

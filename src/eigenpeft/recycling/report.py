@@ -14,12 +14,12 @@ class Trial:
     Attributes:
         candidate: Name, a key of `CANDIDATES`.
         rate: Learning rate of the adapter.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         scale: λ of a merged start; None where there is none.
         score: Accuracy of a classifier; minus the loss of everything else. Higher is better.
         loss: On the held-out rows.
         numbers: Trained values beside the head.
-        seconds: Of training and judging.
+        seconds: Seconds of training and judging.
     """
 
     candidate: str
@@ -46,7 +46,7 @@ class RecycleReport:
         refused: Candidates that could not be tried, and why.
         n_train: Rows that trials were trained on.
         n_held_out: Rows that they were judged on.
-        seconds: Of everything.
+        seconds: Seconds of everything.
         stopped: Whether the time limit ended the rounds early.
     """
 

@@ -54,9 +54,9 @@ def recycle(
     `args.max_steps` steps. "A fresh LoRA was best" is a result.
 
     Args:
-        adapters: Of the base model; at least two.
+        adapters: Adapters of the base model; at least two.
         make_model: Makes the base model with the new task's head, in the same way each time: the seed is set before.
-        rows: Of the new task, as the trainer takes them: tokenised, with labels; a sequence or a `datasets.Dataset`.
+        rows: Rows of the new task, as the trainer takes them: tokenized, with labels; a sequence or a `datasets.Dataset`.
         args: Steps of the last training (`max_steps`), batch size, precision, seed. Rates and saving are set here.
         out_dir: Folder of the result: `adapter` (a plain LoRA), `report.json`, `trials.jsonl`. Called again with the same
             arguments, it goes on where it stopped.

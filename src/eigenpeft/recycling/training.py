@@ -36,9 +36,9 @@ def train(
         rows: As the trainer takes them.
         args: What steps, rates, output folder and saving do not replace.
         rate: Peak learning rate of the adapter.
-        head_rate: Of `modules_to_save`, which is a new task's head.
-        steps: Optimiser steps, a tenth of them for warm-up.
-        collator: Of batches.
+        head_rate: Learning rate of `modules_to_save`, which is a new task's head.
+        steps: Optimizer steps, a tenth of them for warm-up.
+        collator: Makes batches of rows.
         trainer: `Trainer`, a subclass or a function that makes one.
     """
     head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
@@ -69,7 +69,7 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
     Args:
         model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
         rows: With labels.
-        collator: Of batches.
+        collator: Makes batches of rows.
 
     Raises:
         EigenPeftError: If the model gives no loss.

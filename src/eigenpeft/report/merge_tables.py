@@ -10,7 +10,7 @@ def merge_table(report: MergeReport) -> Table:
     """One row per source adapter.
 
     Args:
-        report: Of the merge.
+        report: Report of the merge.
     """
     low, high = report.scale_range
     scale = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
@@ -39,7 +39,7 @@ def grid_table(report: MergeReport) -> Table:
     """The multipliers that were tried, with their scores.
 
     Args:
-        report: Of the merge.
+        report: Report of the merge.
     """
     table = Table(title="Multipliers tried on held-out rows")
     table.add_column("scale", justify="right")

@@ -15,7 +15,7 @@ except ImportError:
 
 
 def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bool = False) -> None:
-    """Draw explained share against K, and the singular values of both sides, one thin line a module.
+    """Draw explained share against K, and the singular values of both sides, one thin line per module.
 
     Args:
         subspace: What to draw.
@@ -40,7 +40,7 @@ def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bo
         axes.grid(alpha=0.3)
     figure.suptitle(
         f"{len(subspace)} modules of {subspace.info.base_model_name_or_path}, {len(subspace.info.sources)} adapters, "
-        f"method {subspace.info.method}, weighting {subspace.info.weighting}: one line a module"
+        f"method {subspace.info.method}, weighting {subspace.info.weighting}: one line per module"
     )
     save_figure(figure, path, overwrite=overwrite)
 

@@ -98,7 +98,7 @@ def _kept(row: dict[str, Any]) -> str:
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
-    """One line a finding, as rich markup; empty when there is none.
+    """One line per finding, as rich markup; empty when there is none.
 
     Args:
         findings: From a builder or `AdapterCollection.diagnose`.

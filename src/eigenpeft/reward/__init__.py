@@ -1,4 +1,4 @@
-"""Low-rank personalised reward models (LoRe): one reward basis, a few numbers a user."""
+"""Low-rank personalised reward models (LoRe): one reward basis, a few numbers per user."""
 
 from eigenpeft.reward.artifact.model import LowRankRewardModel, UserPosterior
 from eigenpeft.reward.artifact.users import UserTable

@@ -65,7 +65,7 @@ eigenpeft.export_lora(store, "plain-lora", adapter_name=store.names[0])  # an or
 ```
 
 `subspace.safetensors` holds the bases. `members.index` has one line per change (a hash, then JSON), which says in which
-`.shard` file a member lies, from which byte on and how many; those bytes are a safetensors file of their own."""
+`.shard` file per member lies, from which byte on and how many; those bytes are a safetensors file of their own."""
 _LISTED = 100  # members that a card lists by name
 
 

@@ -22,7 +22,7 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
 
     Args:
         like: Gives modules, widths and numbers of components.
-        seed: Of the random directions; they depend on the module's name, not on its position.
+        seed: Seed of the random directions; they depend on the module's name, not on its position.
 
     Returns:
         A subspace whose singular values and explained shares are zero, because nothing was fitted. Modules that share a bank

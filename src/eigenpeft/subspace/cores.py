@@ -287,9 +287,9 @@ def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> Cor
     """The row of a name; "mixer", the old name of "full", is read as that.
 
     Args:
-        name: Of the core.
+        name: Name of the core.
         from_file: Whether a file says it, and no user could change it: then the old name is read without a warning.
-        stacklevel: Of the `DeprecationWarning`, as `warnings.warn` takes it, seen from the caller.
+        stacklevel: Stack level of the `DeprecationWarning`, as `warnings.warn` takes it, seen from the caller.
 
     Raises:
         SubspaceError: If there is no such core.

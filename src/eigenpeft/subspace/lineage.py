@@ -18,7 +18,7 @@ def entry_of(fingerprint: str, modules: Mapping[str, ModuleSubspace], *, n_sourc
     """The entry of a lineage that says what a subspace is now, for when it grows.
 
     Args:
-        fingerprint: Of the subspace.
+        fingerprint: Fingerprint of the subspace.
         modules: Bank of each module, in order.
         n_sources: Adapters it was made from.
     """
@@ -36,7 +36,7 @@ def banks_before(modules: Mapping[str, ModuleSubspace], entry: Mapping[str, Any]
 
     Args:
         modules: Bank of each module, in order.
-        entry: Of the lineage; `is_entry` holds.
+        entry: Entry of the lineage; `is_entry` holds.
     """
     first = dict(islice(modules.items(), entry["n_modules"]))
     banks, sizes = _unique(first.values()), entry["sizes"]

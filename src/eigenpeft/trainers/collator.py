@@ -37,7 +37,7 @@ class DataCollatorForUserPreference(DataCollatorForPreference):
         """A padded batch.
 
         Args:
-            examples: Tokenised comparisons with their users.
+            examples: Tokenized comparisons with their users.
         """
         batch = super().torch_call(examples)
         rows = [self.user_rows.get(str(example[self.user_column]), UNKNOWN_ROW) for example in examples]

@@ -26,12 +26,12 @@ def control_config(
     """What to train beside an EigenLoRA before believing in it.
 
     Args:
-        config: Of the run that is to be controlled.
+        config: Configuration of the run that is to be controlled.
         control: "random": random bases of the same sizes. "shuffled": every module gets the bases of another one of its
             shape. "mean_only": the directions of the adapters' mean update. "same_parameters": a plain LoRA with at most
             as many parameters, on the last modules. "lora": a plain LoRA of the same rank, on the same modules.
         adapters: What the subspace was built from, for "mean_only".
-        seed: Of "random" and "shuffled".
+        seed: Seed of the controls "random" and "shuffled".
 
     Returns:
         A config for `get_peft_model`; each control needs a learning rate of its own.

@@ -18,7 +18,7 @@ _COEFFICIENTS = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+\.coefficients$")
 def parameter_groups(
     model: nn.Module, *, lr: float, mixer_lr: float | None = None, coefficients_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser: MoSLoRA's mixers, EigenLoRA's coefficients, and whatever else is trained.
+    """Groups for a torch optimizer: MoSLoRA's mixers, EigenLoRA's coefficients, and whatever else is trained.
 
     Coefficients multiply components of unit norm, so that they bear, and mostly need, a larger rate than LoRA's factors;
     the MoSLoRA paper trains the mixer at the common rate.
@@ -26,8 +26,8 @@ def parameter_groups(
     Args:
         model: Model with adapters; only parameters that require gradients are taken.
         lr: Learning rate of everything else (factors, heads, biases).
-        mixer_lr: Of MoSLoRA's mixers; None takes `lr`.
-        coefficients_lr: Of EigenLoRA's coefficients and the weights of its mixtures; None takes `lr`.
+        mixer_lr: Learning rate of MoSLoRA's mixers; None takes `lr`.
+        coefficients_lr: Learning rate of EigenLoRA's coefficients and the weights of its mixtures; None takes `lr`.
 
     Returns:
         Groups with "params", "lr" and "name" ("mixer", "coefficients", "other"); empty ones are left out.
@@ -56,13 +56,13 @@ def parameter_groups(
 
 
 def check_lorafa_pairs(names: Sequence[str]) -> None:
-    """Refuse parameters that PEFT's LoRA-FA optimiser would pair wrongly: it takes LoRA's tensors two by two, A and B.
+    """Refuse parameters that PEFT's LoRA-FA optimizer would pair wrongly: it takes LoRA's tensors two by two, A and B.
 
-    EigenLoRA's core "low_rank" has such pairs: A Aᵀ = C_in C_inᵀ, the components being orthonormal, so that the optimiser's
+    EigenLoRA's core "low_rank" has such pairs: A Aᵀ = C_in C_inᵀ, the components being orthonormal, so that the optimizer's
     projection of the gradient (arXiv 2308.03303) is that of LoRA within the subspace.
 
     Args:
-        names: Of the parameters, as the optimiser gets them.
+        names: Names of the parameters, as the optimizer gets them.
 
     Raises:
         AdapterConfigError: If there is a mixer, or an output side without an input side.

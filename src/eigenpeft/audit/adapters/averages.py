@@ -11,7 +11,7 @@ def by_adapter(names: Sequence[str], parts: Iterable[tuple[Sequence[str], Tensor
 
     Args:
         names: All n adapters.
-        parts: Of each module the adapters measured there and their curves (adapters, K); NaN rows do not count.
+        parts: Parts of each module the adapters measured there and their curves (adapters, K); NaN rows do not count.
     """
     index = {name: i for i, name in enumerate(names)}
     total, count = torch.zeros(len(names), 0, dtype=torch.float64), torch.zeros(len(names), 1)
@@ -30,7 +30,7 @@ def by_pair(names: Sequence[str], parts: Iterable[tuple[Sequence[str], Tensor]])
 
     Args:
         names: All n adapters.
-        parts: Of each module the adapters measured there and a value for every pair of them.
+        parts: Parts of each module the adapters measured there and a value for every pair of them.
     """
     index = {name: i for i, name in enumerate(names)}
     total, count = (torch.zeros(len(names), len(names), dtype=torch.float64) for _ in range(2))

@@ -26,7 +26,7 @@ class Shares:
         explained: (K,), of all adapters together, in a subspace fitted to them.
         held_out: (n, K) shares, each adapter left out with its group.
         held_out_alone: The same, each left out alone.
-        effective_ranks: Of the input and the output side.
+        effective_ranks: Effective ranks of the input and the output side.
     """
 
     explained: Tensor
@@ -42,12 +42,12 @@ class ModuleMeasures:
     Attributes:
         shape: (out_features, in_features).
         adapters: Those with an update there.
-        real: Of the adapters.
-        nulls: Of random adapters with the same singular values, one a draw.
+        real: Figures of the adapters.
+        nulls: Figures of random adapters with the same singular values, one per draw.
         seed_nulls: The same, adapters of one group sharing their input directions; empty where no group has two.
         similarity: (n, n) cosines of ΔW.
         overlap: (n, n) overlaps of the row spaces.
-        lora_numbers: Of all adapters' factors together.
+        lora_numbers: Numbers of all adapters' factors together.
         paired: Number of paired directions to the share of ‖ΔW‖² that diagonal cores on them hold, of all adapters together.
     """
 

@@ -72,7 +72,7 @@ class Calibration:
 
     Attributes:
         source: How it was made.
-        base_models: Of the adapters that were seen, without the owner's name.
+        base_models: Base models of the adapters that were seen, without the owner's name.
         n_adapters: Fewest and most adapters of a zoo.
         n_zoos: Zoos.
         n_tasks: New tasks.

@@ -25,7 +25,7 @@ class ModuleGradient:
         share: In the subspace, `‖V_out G V_inᵀ‖² / ‖G‖²`: what the cores "low_rank" (r = K) and "full" can reach.
         diagonal: What the core "diagonal" can reach.
         optimum: In the best subspace of that size, the leading singular directions of G itself.
-        random: In random subspaces of that size, one a seed.
+        random: In random subspaces of that size, one per seed.
         curve: `share` of the first 1, 2, ..., K components.
         random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
         optimum_curve: The same of the best subspaces.
@@ -47,10 +47,10 @@ class GradientShare:
     """Shares over all modules, weighted by the energy of their gradients, and each module's own.
 
     Attributes:
-        share: Of the subspace.
-        diagonal: Of the core "diagonal" in it.
-        optimum: Of the best subspace of that size.
-        random: Of random subspaces of that size, one a seed.
+        share: Share of the subspace.
+        diagonal: Share of the core "diagonal" in it.
+        optimum: Share of the best subspace of that size.
+        random: Shares of random subspaces of that size, one per seed.
         curve: `share` with the first 1, 2, ..., K components of every module (all of a module that has fewer).
         random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
         optimum_curve: The same of the best subspaces.
@@ -89,7 +89,7 @@ def gradient_share(
         model: Base model with the task's head, such as a Transformers model. It is left as it was; dropout is off.
         batches: A few batches of the new task, as the loss takes them.
         subspace: The subspace to judge.
-        seeds: Of the random subspaces of the same size.
+        seeds: Seeds of the random subspaces of the same size.
         loss: Takes the model and a batch; default: `model(**batch).loss`.
 
     Returns:
@@ -123,7 +123,7 @@ def share_of_tokens(
     Args:
         tokens: From `gather_tokens`.
         subspace: The subspace to judge.
-        seeds: Of the random subspaces of the same size.
+        seeds: Seeds of the random subspaces of the same size.
         n_batches: Batches whose gradients were added.
 
     Raises:

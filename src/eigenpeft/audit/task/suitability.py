@@ -20,7 +20,7 @@ from eigenpeft.subspace.principal import PrincipalSubspace
 
 _BATCH_SIZE = 8
 _SEEDS = (0, 1, 2, 3, 4)
-# A diagonal core has K numbers a module where low_rank has 2 r K: it is named where it reaches at least this part.
+# A diagonal core has K numbers per module where low_rank has 2 r K: it is named where it reaches at least this part.
 _DIAGONAL_ENOUGH = 0.5
 _NAMED = 3
 # What is missing to this share of ‖ΔW‖² is rounding: the module has no further components.
@@ -41,7 +41,7 @@ def task_gradient(
     Args:
         collection: Trained adapters.
         model: Base model with the task's head.
-        dataset: Tokenised rows with labels.
+        dataset: Tokenized rows with labels.
         data_collator: Makes batches; default: `transformers.default_data_collator`.
         n_rows: Rows used.
         n_components: Module to its number of components.
@@ -63,7 +63,7 @@ def components_at_hand(report: AuditReport) -> dict[str, int]:
     """For each module the components that explain its adapters whole, or as many as the audit looked at.
 
     Args:
-        report: Of the collection.
+        report: Report of the collection.
     """
     return {name: _first_whole(module.explained.real) for name, module in report.modules.items()}
 
@@ -88,7 +88,7 @@ def advice_on_task(found: GradientShare) -> str:
     """Sentences: better than random or not, which K, which modules, which core.
 
     Args:
-        found: Of the adapters' subspace.
+        found: Figures of the adapters' subspace.
     """
     chance, k = max(found.random), len(found.curve)
     numbers = (

@@ -56,7 +56,7 @@ def train_answer(
 
     Args:
         calibration: Models and what they were fitted on.
-        measures: Of the adapters and, where `with_task`, of the task.
+        measures: Measures of the adapters and, where `with_task`, of the task.
         base_model: As the adapters' configs name it.
         n_rows: Training rows of the new task.
         with_task: Whether rows of the task were looked at.

@@ -23,7 +23,7 @@ from eigenpeft.reward.text.features import embed_preferences
 
 _CLASSIFIER = "reward classifier"
 lore = typer.Typer(
-    help="Personalised reward models: one reward basis, a few numbers a user (LoRe).", no_args_is_help=True
+    help="Personalised reward models: one reward basis, a few numbers per user (LoRe).", no_args_is_help=True
 )
 app.add_typer(lore, name="lore")
 

@@ -28,7 +28,7 @@ def recycle_command(
         ),
     ],
     out: Out,
-    max_steps: Annotated[int, typer.Option(help="Optimiser steps of the last training.")] = 100,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
     head_rate: Annotated[float, typer.Option(help="Peak learning rate of a new head beside an adapter.")] = 3e-2,

@@ -29,7 +29,7 @@ def format_of_keys(keys: Collection[str]) -> str | None:
     """What is to be said of a file whose tensors another tool named, as a clause to put behind the adapter's name.
 
     Args:
-        keys: Of the file.
+        keys: Keys of the file.
     """
     for (first, second), name in _ENDINGS.items():
         if any(key.endswith(first) for key in keys) and any(key.endswith(second) for key in keys):

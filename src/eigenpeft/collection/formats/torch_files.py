@@ -56,7 +56,7 @@ class Storage:
 
     Attributes:
         key: Its name below `data/`.
-        dtype: Of its numbers.
+        dtype: Data type of its numbers.
         n_numbers: How many it has.
     """
 

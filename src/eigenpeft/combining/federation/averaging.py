@@ -107,7 +107,7 @@ def sent_keys(keys: Iterable[str], rule: str) -> list[str]:
     """Which of an adapter's tensors travel under a rule; the others stay with their client.
 
     Args:
-        keys: Of the adapter.
+        keys: Keys of the adapter.
         rule: As for `average`.
 
     Raises:
@@ -139,11 +139,11 @@ def average(
     ("full", "diagonal"), heads and biases are averaged number by number, which is exact for them.
 
     Args:
-        updates: Of the clients that answered.
+        updates: Updates of the clients that answered.
         expected: The server's tensors before the round: their keys and shapes are what clients must send.
         rule: Name in `AVERAGING`, or of a merging rule without statistics.
         rank: Rank of the averaged factors; None takes the server's.
-        scaling: Of the server's adapter; clients' own is in their updates.
+        scaling: Scaling of the server's adapter; clients' own is in their updates.
         base: What the clients must have trained on; None does not ask.
         **options: Of a merging rule.
 

@@ -58,7 +58,7 @@ def load_round(
     Args:
         model: A `PeftModel`; its adapter may have another rank or scaling than the server's.
         tensors: `Averaged.tensors`, or what the first round starts from.
-        scaling: Of the server's adapter; None if it is the client's own.
+        scaling: Scaling of the server's adapter; None if it is the client's own.
         adapter_name: Which adapter.
 
     Raises:

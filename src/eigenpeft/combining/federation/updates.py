@@ -42,7 +42,7 @@ def factor_keys(keys: Mapping[str, object] | Sequence[str]) -> dict[str, dict[st
     """Module to `{"A": key, "B": key}` of its factors: LoRA's weights, or EigenLoRA's coefficients.
 
     Args:
-        keys: Of an adapter's tensors.
+        keys: Keys of an adapter's tensors.
 
     Examples:
         >>> factor_keys(["q.lora_A.weight", "q.lora_B.weight", "classifier.bias"])
@@ -66,7 +66,7 @@ def keep_usable(
     """The updates that can be averaged, and why each of the others is left out, by name.
 
     Args:
-        updates: Of one round.
+        updates: Updates of one round.
         expected: The server's tensors, whose keys and shapes the clients' must have.
         equal_ranks: Whether ranks must be the server's, too; otherwise each client may have its own in every module.
         base: What the clients must have trained on; None does not ask.
@@ -101,7 +101,7 @@ def fit_rank(tensors: Mapping[str, Tensor], *, rank: int, scaling: float, own_sc
     Args:
         tensors: As `average` gives them.
         rank: The client's r.
-        scaling: Of the averaged adapter.
+        scaling: Scaling of the averaged adapter.
         own_scaling: The client's.
     """
     fitted = dict(tensors)
@@ -122,7 +122,7 @@ def fill_rows(lora_A: Tensor, *, norm: float) -> Tensor:
 
     Args:
         lora_A: (r, n).
-        norm: Of the new rows.
+        norm: Norm of the new rows.
     """
     empty = torch.linalg.vector_norm(lora_A, dim=1) == 0
     n_empty, width = int(empty.sum()), lora_A.shape[1]

@@ -23,7 +23,8 @@ class Growth:
     Attributes:
         components_in: Orthonormal rows, orthogonal to the old ones; perhaps none.
         components_out: The same for the output side.
-        singular_values_in: Of what the old bases lack of the new adapters' stacked rows, descending, one per component.
+        singular_values_in: Singular values of what the old bases lack of the new adapters' stacked rows, descending, one per
+            component.
         singular_values_out: The same for the output side.
         share_before: Share of `Σ ω²‖ΔW‖²` of the new adapters that the old bases hold.
         share_after: Share that the grown bases hold.

@@ -87,7 +87,7 @@ class FittedBases:
     Attributes:
         components_in: Rows in the input space, leading first: orthonormal, or for "paired" of unit norm alone.
         components_out: Rows in the output space, likewise.
-        singular_values_in: Of the stack the input side was fitted to, descending; for "eigenlorax" the first is
+        singular_values_in: Singular values of the stack the input side was fitted to, descending; for "eigenlorax" the first is
             √p ‖mean‖ of the p rows and only the rest descends; for "paired" `√(Σ ω²d²)` of each pair, on both sides.
         singular_values_out: The same for the output side.
         explained_variance_ratio: Entry k is what component k + 1, on both sides, adds to the explained share of

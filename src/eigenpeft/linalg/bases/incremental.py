@@ -18,7 +18,7 @@ class Merged:
 
     Attributes:
         components: Orthonormal rows, leading first, signs fixed.
-        singular_values: Of the merged stack, descending.
+        singular_values: Singular values of the merged stack, descending.
         discarded_energy: Squared Frobenius norm of what this merge left out, in units of the rows squared. What earlier
             truncations left out is not known here and not in it.
     """
@@ -78,7 +78,7 @@ class Sketch:
 
     Attributes:
         components: Orthonormal rows, leading first.
-        singular_values: Of the sketch, descending.
+        singular_values: Singular values of the sketch, descending.
         total_energy: ‖rows‖_F² of all rows seen.
         discarded_energy: Σ e_t.
         discarded_peak: Σ λ_t.

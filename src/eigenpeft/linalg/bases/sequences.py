@@ -18,7 +18,7 @@ def frequent_directions(sketch: Float[Tensor, "l n"], rows: Float[Tensor, "p n"]
     approximation of rank k; nothing else of the rows is kept. CoSO (arXiv 2505.07365) keeps its history of gradients so.
 
     Args:
-        sketch: Of the rows before; (0, n) for none.
+        sketch: Sketch of the rows before; (0, n) for none.
         rows: New rows.
         size: Rows to keep, at least 1.
 

@@ -183,7 +183,7 @@ def _minimise(
             point.grad = torch.cat(gradient) / unit
             return torch.tensor(found.value / unit, dtype=torch.float64)
 
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [point],
         max_iter=max_iter,
         max_eval=2 * max_iter + 10,
@@ -192,8 +192,8 @@ def _minimise(
         tolerance_change=tolerance,
         line_search_fn="strong_wolfe",
     )
-    optimiser.step(closure)  # pyright: ignore[reportArgumentType] (a tensor is what it takes)
-    state = optimiser.state[point]
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType] (a tensor is what it takes)
+    state = optimizer.state[point]
     with torch.no_grad():
         found = tuple(part.clone() for part in unpack(point.detach()))
         value = joint_gradient(*found, differences=differences, users=users, offsets=offsets, prior=prior).value

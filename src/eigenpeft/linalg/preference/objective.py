@@ -122,7 +122,7 @@ def joint_gradient(
 
     Args:
         deviations: Δ, what the basis adds to the reference head.
-        user_logits: One row a user.
+        user_logits: One row per user.
         differences: Features of the chosen minus features of the rejected.
         users: Row of `user_logits` of each pair.
         offsets: `x_i · reference`.

@@ -11,7 +11,7 @@ from eigenpeft.linalg.preference.objective import bradley_terry_nll
 
 @dataclass(frozen=True)
 class PaddedPairs:
-    """Pairs in one rectangular block, a row a user.
+    """Pairs in one rectangular block, a row per user.
 
     Attributes:
         margins: (n_users, n_pairs, n_basis), zeros where there is no pair.
@@ -26,7 +26,7 @@ def pad_by_user(basis_margins: Float[Tensor, "n n_basis"], users: Int[Tensor, "n
     """Gather the pairs of each user into one row, keeping their order.
 
     Args:
-        basis_margins: `R (e_chosen - e_rejected)`, one row a pair.
+        basis_margins: `R (e_chosen - e_rejected)`, one row per pair.
         users: User of each pair, 0 to n_users - 1.
         n_users: Number of rows; a user without pairs has a row without any.
     """
@@ -96,7 +96,7 @@ def fit_all_user_weights(
     """`fit_user_weights` of any number of users: in blocks of bounded memory, histories of like size together.
 
     Args:
-        basis_margins: Margins of each basis row, one row a pair, in any order.
+        basis_margins: Margins of each basis row, one row per pair, in any order.
         users: User of each pair, 0 to n_users - 1.
         n_users: Number of users.
         concentration: Dirichlet pseudo-counts of the population.
@@ -167,7 +167,7 @@ def next_pair(
     Args:
         weights: The user's weights.
         covariance: Their covariance Σ.
-        candidates: Margins of each basis row, one row a pair.
+        candidates: Margins of each basis row, one row per pair.
 
     Returns:
         Indices of the candidates, best first.

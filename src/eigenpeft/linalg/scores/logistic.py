@@ -58,7 +58,7 @@ def brier_score(probabilities: Float[Tensor, " n"], outcomes: Float[Tensor, " n"
     """Each observation's squared distance between probability and outcome; its mean is the Brier score (Brier 1950).
 
     Args:
-        probabilities: Of the event, 0 to 1.
+        probabilities: Probabilities of the event, 0 to 1.
         outcomes: 1 where it happened, 0 where not.
 
     Examples:

@@ -39,8 +39,8 @@ def append_tokens(
 
     Args:
         kept: What was gathered so far, or None.
-        deltas: Gradients of the loss by the outputs, one row a token.
-        inputs: Inputs, one row a token.
+        deltas: Gradients of the loss by the outputs, one row per token.
+        inputs: Inputs, one row per token.
 
     Returns:
         `(Δ, X)` with `ΔᵀX` the sum over all tokens, float64.

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from eigenpeft.artifacts.plain_text import for_card
 from eigenpeft.collection.base_models import hub_id
 
-_WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one a row of the basis; every server of
+_WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one per row of the basis; every server of
 classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
 _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
 

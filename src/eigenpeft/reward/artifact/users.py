@@ -156,7 +156,7 @@ class UserTable:
         weights = weights.detach().cpu().float()
         if weights.shape != (len(keys), self.n_basis):
             raise RewardModelError(
-                f"weights of shape {tuple(weights.shape)} must be ({len(keys)}, {self.n_basis}): a row a user."
+                f"weights of shape {tuple(weights.shape)} must be ({len(keys)}, {self.n_basis}): a row per user."
             )
         if not bool(((weights >= 0).all(dim=1) & ((weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).all()):
             raise RewardModelError("User weights must be non-negative and sum to one; fit them with fit_users.")

@@ -57,7 +57,7 @@ def choose_scale(
         n_users: Number of users.
         start: (n_features,).
         total_variance: Mean squared length of a difference.
-        seed: Of the split.
+        seed: Seed of the split.
         scales: To choose from.
     """
     held = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.2

@@ -122,7 +122,7 @@ def evaluate_lore(
         holdout_users: Share of users held out.
         holdout_prompts: Share of prompts held out.
         n_bootstrap: Draws of users for the intervals.
-        seed: Of split, shots and bootstrap.
+        seed: Seed of split, shots and bootstrap.
 
     Raises:
         RewardModelError: If there are too few users or comparisons to hold any out.

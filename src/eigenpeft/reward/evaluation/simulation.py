@@ -39,7 +39,7 @@ class SimulatedUsers:
         shared: Share of its variance that all rows have in common.
         concentration: Dirichlet parameter; small means that users are near the corners.
         reference_noise: Length of the noise in the reference head, relative to that head.
-        seed: Of everything.
+        seed: Seed of everything.
 
     Examples:
         >>> from eigenpeft.reward.evaluation.simulation import SimulatedUsers
@@ -89,9 +89,9 @@ class SimulatedUsers:
 
         Args:
             n_pairs: Comparisons a user.
-            seed: Of texts and answers.
+            seed: Seed of texts and answers.
             users: Which users; None for all.
-            dtype: Of the features.
+            dtype: Data type of the features.
         """
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.tensor(list(range(self.n_users) if users is None else users)).repeat_interleave(n_pairs)

@@ -21,7 +21,7 @@ class UserEncoder(nn.Module):
 
     Args:
         shared: (n_features,) head of everybody, kept as it is.
-        seed: Of the start.
+        seed: Seed of the start.
     """
 
     def __init__(self, shared: Tensor, *, seed: int):
@@ -65,7 +65,7 @@ def encoded_heads(
         fitted: Mask of the comparisons that a user's head is read from.
         shared: (n_features,) head for everybody.
         n_users: Number of users.
-        seed: Of start and draws.
+        seed: Seed of start and draws.
 
     Returns:
         (n_users, n_features).

@@ -51,7 +51,7 @@ class LoReFitter:
         max_iter: L-BFGS iterations of each fit.
         holdout: Share of comparisons, and of users, held out to choose by.
         prune: Drop rows that no known user weighs above this; 0 drops none.
-        seed: Of everything random.
+        seed: Seed of everything random.
 
     Examples:
         >>> import torch

@@ -87,7 +87,7 @@ def split_comparisons(
         texts: (n, 2) of `same_texts`: no text stands on both sides.
         prompt_ids: Prompt of each comparison; those of one prompt are held out together. None: those that share texts.
         holdout: Share of prompts, and of users.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
         (n,) of TRAIN, SEEN, SHOTS, QUERIES or UNUSED.

@@ -69,8 +69,8 @@ def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float,
     Args:
         texts: (n, 2) of `same_texts`.
         prompt_ids: Prompt of each comparison, or None.
-        share: Of the units.
-        generator: Of the draws.
+        share: Share of the units that is held out.
+        generator: Random generator of the draws.
     """
     n = len(texts)
     if prompt_ids is not None:

@@ -57,7 +57,7 @@ class FeaturesCache:
 
         Args:
             texts: As the tokenizer takes them.
-            users: Of each comparison.
+            users: User of each comparison.
         """
         place = self._place(texts, users)
         return load_from_disk(place) if place.is_dir() else None  # pyright: ignore[reportReturnType]
@@ -68,7 +68,7 @@ class FeaturesCache:
         Args:
             part: Features and users.
             texts: As the tokenizer takes them.
-            users: Of each comparison.
+            users: User of each comparison.
         """
         place = self._place(texts, users)
         scratch = place.with_name(f".{place.name}.tmp")

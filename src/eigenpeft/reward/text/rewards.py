@@ -108,7 +108,7 @@ def join(prompt: Text, completion: Text, processing_class: Any) -> str:
 
     Args:
         prompt: Text or conversation; empty for none.
-        completion: Of the same kind.
+        completion: Completion, text or messages like the prompt.
         processing_class: Tokenizer, whose template is used for conversations.
     """
     if isinstance(completion, str) and isinstance(prompt, str):

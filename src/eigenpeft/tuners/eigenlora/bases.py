@@ -77,7 +77,7 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
     """The subspace, or None when the adapter's own file brings the components.
 
     Args:
-        config: Of the adapter; nothing is written into it.
+        config: Configuration of the adapter; nothing is written into it.
 
     Raises:
         AdapterConfigError: If no subspace is named at all.
@@ -110,7 +110,7 @@ def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLora
     Args:
         model: Model to adapt, with or without other adapters.
         matches: What the model has of the subspace's modules.
-        config: Of the adapter; its `layers_to_transform` and `layers_pattern` choose among them, as for LoRA.
+        config: Configuration of the adapter; its `layers_to_transform` and `layers_pattern` choose among them, as for LoRA.
 
     Raises:
         AdapterConfigError: If there is none, or a module of the subspace could be one or another.
@@ -165,7 +165,7 @@ def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, modul
     Args:
         layer: LoRA layer of the module.
         given: What was found for the whole adapter.
-        config: Of the adapter.
+        config: Configuration of the adapter.
         module: Name of the adapted weight in the model.
 
     Raises:

@@ -47,7 +47,7 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
 
     Args:
         model: Adapted model.
-        configs: Of the adapters.
+        configs: Configurations of the adapters.
         adapters: Their names.
         combination: Name of the rule.
 
@@ -88,7 +88,7 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
 
     Args:
         model: Adapted model.
-        configs: Of the adapters.
+        configs: Configurations of the adapters.
         adapters: Their names.
         combination: PEFT's word.
     """
@@ -120,7 +120,7 @@ def with_offsets(
 
     Args:
         model: Adapted model.
-        configs: Of the adapters.
+        configs: Configurations of the adapters.
         adapters: Their names.
         combination: PEFT's word.
         rank: PEFT's `svd_rank`.

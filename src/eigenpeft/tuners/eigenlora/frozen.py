@@ -42,7 +42,7 @@ def empty_offset(layer: LoraLayer, config: EigenLoraConfig, module: str) -> Fact
 
     Args:
         layer: LoRA layer.
-        config: Of the adapter.
+        config: Configuration of the adapter.
         module: Name of the adapted weight.
 
     Raises:
@@ -81,7 +81,7 @@ def check_frozen(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tens
     Args:
         model: Adapted model.
         adapter_name: Adapter.
-        tensors: Of the file, by key without the adapter's name.
+        tensors: Tensors of the file, by key without the adapter's name.
 
     Raises:
         AdapterConfigError: If some are missing, too many, of another shape, or not finite.

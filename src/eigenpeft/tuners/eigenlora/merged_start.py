@@ -54,7 +54,7 @@ def merged_updates(
         scale: λ; "auto" gives each module the mean norm of its updates (Pico's rule), None takes the rule's own.
         options: The rule's own.
         embeddings: Whether to read updates of embeddings too, from adapters on disk.
-        seed: Of DARE's draws.
+        seed: Seed of DARE's draws.
 
     Returns:
         Module to `(lora_B (m, R), lora_A (R, n))`, float64; modules are named as in the adapters.

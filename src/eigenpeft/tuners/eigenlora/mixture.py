@@ -52,7 +52,7 @@ def read_mixture(config: EigenLoraConfig, subspace: PrincipalSubspace | None) ->
     """The mixture that a configuration names; into the configuration go the names of its sources.
 
     Args:
-        config: Of the adapter.
+        config: Configuration of the adapter.
         subspace: Bases of the adapter; None for components that its own file brings.
 
     Raises:

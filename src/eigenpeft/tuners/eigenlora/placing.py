@@ -100,7 +100,7 @@ def place(
         layer: LoRA layer.
         adapter_name: Adapter.
         basis: Its components there.
-        parts: Of its core; none of a mixture.
+        parts: Parts of its core; a mixture has none.
         core: The kind of core.
         mixture: Weights and cores of a mixture.
         offset: Frozen factors of what the core does not hold, divided by the scaling.

@@ -90,7 +90,7 @@ class WarmStart:
 
         Args:
             module: Module of the subspace.
-            parts: Of the new core, from `parts`.
+            parts: Parts of the new core, from `parts`.
             core: Its kind.
             scaling: `s` of the new adapter.
             basis: Its components.
@@ -170,7 +170,7 @@ def read_warm_start(config: EigenLoraConfig, subspace: PrincipalSubspace) -> War
     """Read what `init_from` names: an adapter or a merge on disk or the Hub, a member of a store, or adapters to merge.
 
     Args:
-        config: Of the new adapter.
+        config: Configuration of the new adapter.
         subspace: Its bases.
 
     Raises:

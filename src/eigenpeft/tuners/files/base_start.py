@@ -49,7 +49,7 @@ def with_start(updates: Sequence[LoraUpdate], start: BaseStart) -> list[LoraUpda
     """The updates of an adapter on such a base, as updates of the original base: exact, the ranks add up.
 
     Args:
-        updates: Of the adapter.
+        updates: Updates of the adapter.
         start: What is in the base's weights.
     """
     found: dict[str, LoraUpdate] = {update.target: update for update in updates}

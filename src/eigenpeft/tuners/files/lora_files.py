@@ -38,7 +38,7 @@ class LoraUpdate:
         lora_A: (r, in_features), or a convolution to r channels; (n_blocks * r, in_features) for experts.
         scaling: s.
         target: The base model's name of the weight, as LoRA's configuration takes it.
-        keys: Of A and B in the adapter's file, without the prefix.
+        keys: Keys of A and B in the adapter's file, without the prefix.
         kind: "module", "parameter", or "inside" for what LoRA adapts along with the module around it.
         n_blocks: Experts of a parameter, or groups of a convolution.
         bias: (out_features,) that the scaling multiplies with B A x, or None (`lora_bias`).
@@ -157,7 +157,7 @@ def with_one_rank_and_alpha(updates: Sequence[LoraUpdate], *, rank: int | None =
     are right only when the whole adapter has one rank and one alpha. Updates that agree already are returned unchanged.
 
     Args:
-        updates: Of one adapter.
+        updates: Updates of one adapter.
         rank: Rank to pad to, at least the largest; None takes the largest.
 
     Examples:

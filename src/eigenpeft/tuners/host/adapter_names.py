@@ -66,7 +66,7 @@ def own_tensors(
     A model that has none of our adapters, and keys of other methods' layers, are left to PEFT's rule.
 
     Args:
-        state_dict: Of the model.
+        state_dict: State dict of the model.
         unwanted_adapter_names: The other adapters.
         by_word: PEFT's own rule.
     """

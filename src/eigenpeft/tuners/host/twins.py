@@ -15,7 +15,7 @@ def twin_of(configs: Mapping[str, Any], adapter_name: str) -> str | None:
     """Another adapter that has the very configuration of one, as TRL gives it to its "ref"; None where there is none.
 
     Args:
-        configs: Of the adapters, by name.
+        configs: Configurations of the adapters, by name.
         adapter_name: The one that is being made.
     """
     own = configs[adapter_name]

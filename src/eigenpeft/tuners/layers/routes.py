@@ -1,4 +1,4 @@
-"""The update of a layer by coefficients on components, as one autograd function that keeps K numbers a token."""
+"""The update of a layer by coefficients on components, as one autograd function that keeps K numbers per token."""
 
 from typing import Any
 

@@ -118,7 +118,7 @@ def attach_basis(
     Args:
         layer: LoRA layer of the module.
         bases: The module's components, cut to the number wanted.
-        fingerprint: Of the subspace they come from.
+        fingerprint: Fingerprint of the subspace they come from.
         shared: What the layers of one injection share, filled here; None for a bank that no other layer has.
     """
     for basis in _bases(layer).values():
@@ -141,7 +141,7 @@ def attach_empty_basis(
         layer: LoRA layer of the module.
         shape: (out_features, in_features) of the update.
         n_components: (K_in, K_out), as the adapter's config records it.
-        fingerprint: Of the subspace the components were cut from.
+        fingerprint: Fingerprint of the subspace the components were cut from.
     """
     device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
     inside, outside = (

@@ -88,7 +88,7 @@ class MosLoraModel(FactorModel):
         Args:
             output_state_dict: The trained adapter's tensors.
             adapter_name: The adapter as it started, loaded beside it.
-            kwargs: Of `save_pretrained`; PEFT reads "state_dict".
+            kwargs: Further arguments of `save_pretrained`; PEFT reads "state_dict".
         """
         given = kwargs or {}
         start = get_peft_model_state_dict(self, state_dict=given.get("state_dict"), adapter_name=adapter_name)  # pyright: ignore[reportArgumentType]

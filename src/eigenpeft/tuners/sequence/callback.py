@@ -22,10 +22,10 @@ class OrthogonalSubspaceCallback(TrainerCallback):
     frozen or merged, are disturbed less.
 
     Args:
-        history: Of the tasks before; not changed here. Add the task when it has been trained: `history.add(model)`.
+        history: History of the tasks before; not changed here. Add the task when it has been trained: `history.add(model)`.
         mode: "project" (default): A starts, and stays after every step, orthogonal to the history, and so do the gradients
             that the optimizer sees. "penalty": O-LoRA's, `weight · Σ |A_s Aᵀ|` is added to the loss by its gradient.
-        weight: Of the penalty; O-LoRA's paper has 0.5.
+        weight: Weight of the penalty; O-LoRA's paper has 0.5.
         adapter_name: Adapter that is trained.
 
     Raises:

@@ -27,10 +27,10 @@ def collect_inputs(
 
     Args:
         model: Adapted model, called as `model(**batch)`.
-        batches: Of the task; `attention_mask` says what is padding.
+        batches: Batches of the task; `attention_mask` says what is padding.
         n_rows: Rows to keep of each module.
         adapter_name: Adapter whose modules are looked at.
-        seed: Of the choice of rows.
+        seed: Seed of the choice of rows.
 
     Returns:
         Module to at most `n_rows` rows, float32, on the CPU.
@@ -88,7 +88,7 @@ def start_outside(
 
     Args:
         model: Model with a fresh LoRA adapter.
-        inputs: Of the new task, as `collect_inputs` gives them.
+        inputs: Inputs of the new task, as `collect_inputs` gives them.
         history: Inputs of earlier tasks.
         adapter_name: The adapter.
 

@@ -48,7 +48,7 @@ class Attachment:
         needed: Modules of the subspace that members of the bank adapt.
 
     Attributes:
-        handles: Of the hooks that are in place.
+        handles: Handles of the hooks that are in place.
 
     Raises:
         SubspaceError: If the model lacks a needed module, has several that fit one, or one of another size.

@@ -37,7 +37,7 @@ class AdapterBank(nn.Module):
         names: Members, in the order of the coefficients.
         coefficients: Module of the subspace to C_in (n_members, r, n_components) and C_out (n_members, n_components, r),
             scaling included, zeros where a member has a smaller rank or lacks the module. Modules left out are not updated.
-        dtype: Of components and cores; None keeps the store's float32.
+        dtype: Data type of components and cores; None keeps the store's float32.
 
     Raises:
         SubspaceError: If a name appears twice or is "__base__".
@@ -103,7 +103,7 @@ class AdapterBank(nn.Module):
         Args:
             store: Members of any kinds and ranks.
             names: Which members; None takes all.
-            dtype: Of components and cores in memory; None keeps float32.
+            dtype: Data type of components and cores in memory; None keeps float32.
 
         Raises:
             KeyError: If the store has no such member.

@@ -68,9 +68,9 @@ class ModuleStacks(nn.Module):
     In each block's stack the last place holds zeros: the base model, and members of other blocks.
 
     Args:
-        bases: Of the module.
+        bases: Bases of the module.
         is_embedding: Whether inputs are tokens.
-        dtype: Of components and stacks; None keeps float32.
+        dtype: Data type of components and stacks; None keeps float32.
     """
 
     components_in: Tensor
@@ -260,7 +260,7 @@ class Choice:
         """What `make()` gave the first time it was asked for.
 
         Args:
-            key: Of the cache.
+            key: Key of the cache.
             make: Called without arguments.
         """
         if key not in self._on_device:

@@ -84,7 +84,7 @@ def head_outputs(
         x: Its input, one row per member.
         output: What it returned; rows without a state keep it.
         states: Parameters that replace the module's own, by row; None for rows that use the module as it is.
-        choice: Of the batch; keeps the heads of its rows together.
+        choice: Choice of the batch; keeps the heads of its rows together.
 
     Returns:
         (batch, ..., width), and the width of each row.
@@ -120,7 +120,7 @@ def listed(output: Any, choice: Choice) -> Any:
 
     Args:
         output: What the model returned.
-        choice: Of the batch, with the widths that its head had.
+        choice: Choice of the batch, with the widths that its head had.
     """
     widths = choice.widths
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)

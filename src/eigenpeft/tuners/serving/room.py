@@ -28,7 +28,7 @@ class Room(nn.Module):
 
     Args:
         subspace: The shared bases.
-        dtype: Of components and cores; None keeps float32.
+        dtype: Data type of components and cores; None keeps float32.
     """
 
     def __init__(self, subspace: PrincipalSubspace, *, dtype: torch.dtype | None):
@@ -56,7 +56,7 @@ class Room(nn.Module):
         Args:
             coefficients: Module to C_in (n_members, r, K_in) and C_out (n_members, K_out, r).
             n_members: How many.
-            dtype: Of the stacks; None keeps theirs.
+            dtype: Data type of the stacks; None keeps theirs.
         """
         rank = max((inside.shape[1] for inside, _ in coefficients.values()), default=0)
         block = self._open_block(FACTORS, n_members, rank=rank)
@@ -115,7 +115,7 @@ class Room(nn.Module):
         """Let places be taken again once no batch that began until a time is in progress.
 
         Args:
-            places: Of a member that is gone.
+            places: Places that a removed member had.
             time: The time.
         """
         for block, slot in places:

@@ -26,7 +26,7 @@ def classify_texts(
     Args:
         bank: Members with their heads.
         model: Classifier of the base that the bank's subspace was built for, in evaluation mode.
-        tokenizer: Of that model.
+        tokenizer: Tokenizer of that model.
         texts: One text, or a pair, per row.
         members: Name of each row's member; "__base__" for the model as it is.
         batch_size: Rows per forward pass, of nearly equal length and of any members.

@@ -48,7 +48,7 @@ def init_lora_from_subspace(
 
     Args:
         model: Base model.
-        subspace: Of adapters of that base.
+        subspace: Subspace of adapters of that base.
         side: "in": A is the leading r components of the input side and B is zero, as in the paper; "out": B is those of the
             output side and A is zero; "both": half of the rank starts as "in" and half as "out". ΔW = 0 in each.
         r: Rank, at most the number of components.
@@ -83,7 +83,7 @@ def lora_config_from_subspace(
     """A `peft.LoraConfig` whose adapter starts at the leading components, for `get_peft_model` and trainers alike.
 
     Args:
-        subspace: Of adapters of the base model.
+        subspace: Subspace of adapters of the base model.
         side: As for `init_lora_from_subspace`.
         r: As for `init_lora_from_subspace`.
         **lora: As for `init_lora_from_subspace`.

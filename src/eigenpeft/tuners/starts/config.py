@@ -107,7 +107,7 @@ def before_injection(config: LoraConfig, model: nn.Module) -> None:
     """What `registration.extend_lora` calls before PEFT makes an adapter's layers.
 
     Args:
-        config: Of the adapter.
+        config: Configuration of the adapter.
         model: Model to adapt.
     """
     if isinstance(config, StartedLoraConfig):
@@ -118,7 +118,7 @@ def after_injection(config: LoraConfig, model: nn.Module, adapter_name: str) -> 
     """What `registration.extend_lora` calls when PEFT has made an adapter's layers.
 
     Args:
-        config: Of the adapter.
+        config: Configuration of the adapter.
         model: Model with the adapter.
         adapter_name: The adapter.
     """
