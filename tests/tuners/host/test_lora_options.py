@@ -167,6 +167,8 @@ def test_variants_of_the_training_come_back_and_merge(tmp_path, tokens, kind, op
     torch.testing.assert_close(logits(model.merge_and_unload(), tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+# PEFT warns of "eva" without a configuration.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", [MosLoraConfig, EigenLoraConfig])
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -90,6 +90,8 @@ class Picture(nn.Module):
         return self.conv(x)
 
 
+# PEFT warns of groups.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions_behind_mixers_are_padded(tmp_path, groups):
     x, expected = torch.randn(2, 4, 5, 5), {}

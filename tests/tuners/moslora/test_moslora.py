@@ -56,6 +56,8 @@ def test_identity_mixer_held_fixed_is_lora_step_for_step(architecture, tokens):
         torch.testing.assert_close(train(mixed, tokens, steps=1), train(lora, tokens, steps=1), atol=1e-6, rtol=0)
 
 
+# PEFT warns of "eva" without a configuration.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

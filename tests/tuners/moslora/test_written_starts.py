@@ -75,6 +75,8 @@ def test_the_update_is_that_of_plain_lora(start):
         torch.testing.assert_close(ours.get_base_layer().weight, theirs.get_base_layer().weight)
 
 
+# PEFT warns of what the test is about.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_what_changed_the_base_is_converted_to_the_published_model(tmp_path, tokens, start):
     model = adapted(start)
@@ -90,6 +92,8 @@ def test_what_changed_the_base_is_converted_to_the_published_model(tmp_path, tok
         assert torch.equal(logits(back, tokens), logits(base(), tokens))
 
 
+# PEFT warns of what the test is about.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("start", ["corda", "lora_ga"])
 def test_starts_from_data_are_lora_s(tmp_path, tokens, start):
     configs = {"corda": {"corda_config": CordaConfig()}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
@@ -145,6 +149,8 @@ def test_folded_the_start_is_plain_lora_s(tokens):
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+# PEFT warns of what the test is about.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_start_that_layers_with_blocks_cannot_have_is_refused():
     with pytest.raises(AdapterConfigError, match="init_lora_weights='pissa' and use_bdlora exclude each other"):
         MosLoraConfig(init_lora_weights="pissa", use_bdlora={"target_modules_bd_a": ["q_proj"], "nblocks": 2})
