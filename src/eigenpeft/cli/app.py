@@ -89,6 +89,7 @@ def main() -> None:
     except (EigenPeftError, OSError, KeyError) as error:
         # What is wrong with the input all processes of a launch find; what happens to one alone that one must tell.
         if console.quiet and isinstance(error, CollectionError | SubspaceError):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, when the one that speaks is done first
             time.sleep(_TIME_TO_SPEAK)
             sys.exit(1)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

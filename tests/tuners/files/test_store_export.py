@@ -160,6 +160,8 @@ def llava():
     return LlavaForConditionalGeneration(config).eval()
 
 
+# PEFT warns that the adapter has nothing for the vision tower, which such targets mean too.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("targets", "written"),
     [
@@ -178,9 +180,9 @@ def test_names_of_an_older_transformers_still_load_out_of_a_store(tmp_path, targ
     export_lora(store, tmp_path / "plain", adapter_name="1")
     own = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["target_modules"]
     if written is None:
-        assert own == modules
+        assert sorted(own) == sorted(modules)
         return
-    assert own == targets
+    assert own == targets if written is str else sorted(own) == sorted(targets)
     expected = PeftModel.from_pretrained(llava(), tmp_path / "adapters" / "1").eval()(input_ids=TOKENS).logits
     assert (expected - llava()(input_ids=TOKENS).logits).abs().max() > 1e-2
     back = PeftModel.from_pretrained(llava(), tmp_path / "plain").eval()
