@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("flwr")
+pytest.importorskip("flwr", reason="needs the extra federated: make federated")
 
 from peft import PeftModel  # noqa: E402
 from transformers import BertForSequenceClassification  # noqa: E402

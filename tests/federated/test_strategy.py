@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-pytest.importorskip("flwr")
+pytest.importorskip("flwr", reason="needs the extra federated: make federated")
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
