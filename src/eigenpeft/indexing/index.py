@@ -17,7 +17,7 @@ from eigenpeft.indexing.index_files import INDEX, index_card, read_index
 from eigenpeft.indexing.rows import texts_of
 from eigenpeft.indexing.sureness import Sureness, fit_sureness
 from eigenpeft.linalg.scores.nearest_tasks import task_cosines
-from eigenpeft.subspace.stores.store import BASE
+from eigenpeft.subspace.stores.changing import BASE
 from eigenpeft.version import __version__
 
 

@@ -17,7 +17,7 @@ from eigenpeft.cli.rows import open_rows
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.subspace import AdapterStore
-from eigenpeft.subspace.stores.store import BASE
+from eigenpeft.subspace.stores.changing import BASE
 from eigenpeft.tuners.serving.bank import AdapterBank
 from eigenpeft.tuners.serving.heads import heads_of
 from eigenpeft.tuners.serving.texts import classify_texts

@@ -14,10 +14,11 @@ from eigenpeft.artifacts.records.log import RecordLog
 from eigenpeft.artifacts.records.source import MemoryRecords
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.deprecation import moved_names
-from eigenpeft.errors import ArtifactError, SubspaceError
+from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace.principal import PrincipalSubspace
 from eigenpeft.subspace.stores.absorbing import AbsorbReport, absorb
 from eigenpeft.subspace.stores.adapter_files import check_base, projected, read_adapter, read_model
+from eigenpeft.subspace.stores.changing import check_new_name, writable
 from eigenpeft.subspace.stores.format_1 import Format1Records
 from eigenpeft.subspace.stores.member import AdapterMember, check_core
 from eigenpeft.subspace.stores.members import AdapterMembers
@@ -32,9 +33,6 @@ from eigenpeft.subspace.stores.store_files import (
     write_card,
     write_store,
 )
-
-BASE = "__base__"
-"""Name that no member can have: in a batch it stands for the base model itself, as in PEFT's `adapter_names`."""
 
 
 class AdapterStore(Pushable, AdapterMembers):
@@ -176,7 +174,7 @@ class AdapterStore(Pushable, AdapterMembers):
             ArtifactError: If the store cannot be written, or another process is writing it.
         """
         self._check_name(name)
-        self._check_new(new_name, replace=False)
+        check_new_name(new_name, self._records, replace=False)
         self._writable().rename(name, new_name)
 
     def refresh(self) -> bool:
@@ -287,7 +285,7 @@ class AdapterStore(Pushable, AdapterMembers):
             if isinstance(records, RecordLog):
                 check_bases(records.folder, self.subspace)
             for name in collection.names:
-                self._check_new(name, replace=replace)
+                check_new_name(name, self._records, replace=replace)
             subspace, report, moved = absorb(self, collection, share=share, max_components=max_components)
             data = moved or dict(self._each())
             data |= {name: projected(collection, name, subspace).to_bytes() for name in collection.names}
@@ -369,7 +367,7 @@ class AdapterStore(Pushable, AdapterMembers):
         write_store(folder, self.subspace, self._each(), card=self.card())
 
     def _put(self, name: str, member: AdapterMember, *, replace: bool) -> None:
-        self._check_new(name, replace=replace)
+        check_new_name(name, self._records, replace=replace)
         own, expected = member.subspace_sha256, self.subspace.fingerprint
         if own is not None and not self.subspace.has_been(own):
             raise SubspaceError(
@@ -387,28 +385,8 @@ class AdapterStore(Pushable, AdapterMembers):
         else:
             records.append(name, data)
 
-    def _writable(self) -> "RecordLog | MemoryRecords":
-        if isinstance(self._records, Format1Records):
-            raise ArtifactError(
-                f"The store at {self.origin!r} is of format 1, which cannot be changed member by member; call compact() "
-                "once (`eigenpeft store compact`), which writes it in the present format."
-            )
-        if self.revision is not None:
-            raise ArtifactError(
-                f"The store {self.origin!r} is a copy in the Hub's cache, which others use too; save it to a folder of your "
-                "own first, with save_pretrained()."
-            )
-        return self._records  # pyright: ignore[reportReturnType]
-
-    def _check_new(self, name: Any, *, replace: bool) -> None:
-        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 250 or name == BASE:
-            raise SubspaceError(
-                f"{name!r} cannot be the name of a member: use 1 to 250 printable characters, and not {BASE!r}."
-            )
-        if name in self._records and not replace:
-            raise SubspaceError(
-                f"{name!r} is in the store already; pass another name=, replace=True, or remove that member first."
-            )
+    def _writable(self) -> RecordLog | MemoryRecords:
+        return writable(self._records, origin=self.origin, revision=self.revision)
 
 
 __getattr__ = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore"})

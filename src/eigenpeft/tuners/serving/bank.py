@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from eigenpeft.deprecation import moved_names
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
+from eigenpeft.subspace.stores.changing import BASE
 from eigenpeft.subspace.stores.member import check_core
-from eigenpeft.subspace.stores.store import BASE
 from eigenpeft.tuners.serving.attachment import Attachment, choose
 from eigenpeft.tuners.serving.blocks import Choice, ModuleStacks
 from eigenpeft.tuners.serving.heads import heads_of
