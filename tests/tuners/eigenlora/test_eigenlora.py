@@ -172,6 +172,23 @@ def test_a_lost_subspace_is_one_error_that_says_where_it_looked(tmp_path, tokens
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
 
 
+def test_a_relative_subspace_is_found_beside_the_adapter(tmp_path, tokens, monkeypatch):
+    subspace = random_subspace(tiny_llama(), ["q_proj"], seed=0)
+    subspace.save_pretrained(tmp_path / "subspace")
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(tiny_llama(), EigenLoraConfig(subspace="subspace")).eval()
+    model.save_pretrained(tmp_path / "out" / "adapter")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    monkeypatch.setattr("eigenpeft.tuners.layers.shared_bases._live", {})
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / "adapter").eval()
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    random_subspace(tiny_llama(), ["q_proj"], seed=1).save_pretrained(tmp_path / "subspace", overwrite=True)
+    monkeypatch.setattr("eigenpeft.tuners.layers.shared_bases._live", {})
+    with pytest.raises(ArtifactError, match="it is another subspace"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / "adapter")
+
+
 def test_another_subspace_at_the_same_place_is_refused(tmp_path, monkeypatch):
     model = adapted((tiny_llama, ("q_proj",)), tmp_path)
     model.save_pretrained(tmp_path / "adapter")

@@ -93,7 +93,9 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
                 "PrincipalSubspace that SubspaceBuilder made."
             )
         place = config.subspace if isinstance(config.subspace, str) else None
-        subspace = resolve(place, revision=config.subspace_revision, sha256=config.subspace_sha256)
+        subspace = resolve(
+            place, revision=config.subspace_revision, sha256=config.subspace_sha256, adapter=config.read_from
+        )
         if config.subspace_sha256 is None and config.is_from_file:
             warnings.warn(
                 f"The adapter's config has no fingerprint of its subspace (subspace_sha256), so that nothing says whether "

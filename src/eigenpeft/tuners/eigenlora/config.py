@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
@@ -150,6 +151,7 @@ class EigenLoraConfig(ExplainedConfig):
         from_file = self.is_from_file
         self.peft_type = peft_type("EIGENLORA")
         self.has_started = False
+        self.read_from: Path | None = None  # the adapter's folder; no field, so that no file says where it was read
         check_lora_options(self, method="EigenLoRA", unsupported=_BEYOND_THE_SUBSPACE)
         if isinstance(self.core, str) and self.core in RENAMED:
             self.core = core_kind(self.core, from_file=from_file, stacklevel=4).name  # pyright: ignore[reportAttributeAccessIssue]
@@ -290,6 +292,15 @@ class EigenLoraConfig(ExplainedConfig):
     def note_start(self) -> None:
         """Note that an adapter has started: what is saved from now on is a trained adapter's file."""
         self.has_started = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The config of a saved adapter, as PEFT reads it; a local folder is remembered, since its subspace may stand beside it."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            config.read_from = folder
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as the adapter's file has them: without the start of an adapter that has started."""

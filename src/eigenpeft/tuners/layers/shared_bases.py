@@ -60,13 +60,17 @@ def recall(fingerprint: str | None) -> PrincipalSubspace | None:
     return _live.get(fingerprint) if fingerprint is not None else None
 
 
-def resolve(path_or_id: str | None, *, revision: str | None, sha256: str | None) -> PrincipalSubspace:
-    """Find the subspace that an adapter refers to: in memory, at its path, on the search path, on the Hub.
+def resolve(
+    path_or_id: str | None, *, revision: str | None, sha256: str | None, adapter: Path | None = None
+) -> PrincipalSubspace:
+    """Find the subspace that an adapter refers to: in memory, at its path, beside the adapter, on the search path, on the Hub.
 
     Args:
         path_or_id: Folder or Hub id; None when it was never saved.
         revision: Hub revision.
         sha256: Fingerprint that it must have; None takes any.
+        adapter: Folder that the adapter was read from. A subspace of that name and fingerprint is found in it and in the two
+            folders around it, so that a relative path holds wherever the program is started.
 
     Raises:
         SubspaceNotFoundError: If it is nowhere; the message lists the places searched.
@@ -77,11 +81,13 @@ def resolve(path_or_id: str | None, *, revision: str | None, sha256: str | None)
     searched = ["subspaces in memory"]
     folders = [Path(folder) for folder in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if folder]
     candidates = [Path(path_or_id)] if path_or_id else []
-    # Of what a file calls the subspace only the last part is looked for there, and only below the folders of the search path.
+    # Of what a file calls the subspace only the last part is looked for elsewhere, and only below the folders named here.
     name = Path(path_or_id).name if path_or_id else ""
     if not path_or_id:
         candidates += folders
     elif name not in ("", ".", ".."):
+        if adapter is not None and sha256 is not None:
+            candidates += [folder / name for folder in (adapter, *adapter.absolute().parents[:2])]
         candidates += [folder / name for folder in folders]
     mismatch = None
     for candidate in candidates:
