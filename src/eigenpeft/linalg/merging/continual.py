@@ -1,0 +1,65 @@
+"""Merging one update after another: what a new one has on the earlier ones' directions is taken off (OPCM)."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eigenpeft.linalg.cores.spectral import triplets
+
+
+def add_off_directions(
+    total: Float[Tensor, "a b"], update: Float[Tensor, "a b"], *, alpha: float = 0.5
+) -> Float[Tensor, "a b"]:
+    """`S_t = S_{t-1} + P(ΔW_t)`, P being the projection off the directions of S_{t-1} (OPCM, arXiv 2501.09522).
+
+    With `S_{t-1} = U S Vᵀ`, P sets to zero the entries of `Uᵀ ΔW_t V` in its leading r × r block and on its diagonal, r being the
+    smallest number with `Σ_{p≤r} σ_p ≥ α Σσ`. So `⟨P(ΔW_t), S_{t-1}⟩ = 0`. The merged update is `λ_t S_t` (`mean_norm_scale`), and
+    S_t is all that is kept of the tasks before. Where `σ_p = 0` the vectors u_p and v_p are arbitrary, and so would be the
+    diagonal there: those entries stay, so that the result is a function of the updates alone. The authors' code leaves one
+    direction fewer out of the block.
+
+    Args:
+        total: S_{t-1}: the first update itself, then what this function returned. LoRAs: both on the axes of one `core_space`.
+        update: ΔW_t on the same axes.
+        alpha: α in [0, 1]; 0 takes only the diagonal off.
+
+    Returns:
+        S_t.
+
+    Raises:
+        ValueError: If `alpha` is out of range.
+
+    Example:
+        >>> import torch
+        >>> first = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+        >>> add_off_directions(first, torch.ones(2, 2))
+        tensor([[2., 1.],
+                [1., 1.]])
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha={alpha} must be in [0, 1]: the share of the singular values whose block is left out.")
+    parts = triplets(total)
+    if not len(parts.S):
+        return total + update
+    shares = parts.S.cumsum(0) / parts.S.sum()
+    leading = min(int((shares < alpha - 1e-12).sum()) + 1, len(parts.S)) if alpha > 0 else 0
+    seen = parts.U.mT @ update @ parts.Vh.mT
+    left_out = torch.diag(seen.diagonal())
+    left_out[:leading, :leading] = seen[:leading, :leading]
+    return total + update - parts.U @ left_out @ parts.Vh
+
+
+def mean_norm_scale(totals: Sequence[Float[Tensor, "_a _b"]], norms: Sequence[float]) -> float:
+    """λ_t with `‖λ_t S_t‖ = mean_{s≤t} ‖ΔW_s‖` over all weights of a model: OPCM's scale.
+
+    Args:
+        totals: S_t of every weight.
+        norms: `‖ΔW_s‖` of every task so far, over all weights.
+
+    Returns:
+        λ_t, or 1 where all S_t are zero.
+    """
+    length = sum(float(total.square().sum()) for total in totals) ** 0.5
+    return sum(norms) / len(norms) / length if length else 1.0
