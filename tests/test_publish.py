@@ -8,7 +8,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, MosLoraConfig, SubspaceBuilder
+from eigenpeft import (
+    AdapterCollection,
+    AdapterStore,
+    EigenLoraConfig,
+    LowRankRewardModel,
+    MosLoraConfig,
+    SubspaceBuilder,
+)
 from eigenpeft.audit import AuditReport, audit_adapters
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare, push
@@ -183,3 +190,37 @@ def test_a_report_comes_back_from_json(tmp_path):
         AuditReport.from_dict({key: value for key, value in report.to_dict().items() if key != "advice"})
     with pytest.raises(ArtifactError, match="is damaged"):
         AuditReport.from_dict({**report.to_dict(), "findings": [{"kind": "related"}]})
+
+
+def reward_model(folder):
+    model = LowRankRewardModel(torch.eye(2, 5))
+    model.users.put(["person-77"], torch.tensor([[0.75, 0.25]]), n_pairs=[3])
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_reward_model_is_sent_without_its_users_unless_asked(tmp_path, hub):
+    model = reward_model(tmp_path / "rewards")
+    publication = prepare(tmp_path / "rewards", repo_id="me/rewards", license="mit")
+    assert publication.kind == "reward model"
+    push(publication)
+    received = LowRankRewardModel.from_pretrained(hub)
+    assert torch.equal(received.reward_basis, model.reward_basis)
+    assert list(received.users) == []
+    assert "weights were not published" in (hub / "README.md").read_text()
+    assert "1 users" not in (hub / "README.md").read_text()
+    assert b"person-77" not in b"".join(file.read_bytes() for file in hub.iterdir())
+    assert ModelCard.load(hub / "README.md").data.license == "mit"
+    shutil.rmtree(hub)
+    push(prepare(tmp_path / "rewards", repo_id="me/rewards", with_users=True))
+    assert list(LowRankRewardModel.from_pretrained(hub).users) == ["person-77"]
+    with pytest.raises(ArtifactError, match="holds a reward model; leave out base_model"):
+        prepare(tmp_path / "rewards", repo_id="me/rewards", base_model=BASE)
+
+
+def test_the_license_is_the_publishers(tmp_path, hub):
+    save_adapter(tmp_path / "adapter", LoraConfig(r=2, target_modules=["q_proj"]))
+    push(prepare(tmp_path / "adapter", repo_id="me/adapter", license="apache-2.0"))
+    assert ModelCard.load(hub / "README.md").data.license == "apache-2.0"
+    with pytest.raises(ArtifactError, match="holds no reward model; leave out with_users"):
+        prepare(tmp_path / "adapter", repo_id="me/adapter", with_users=True)

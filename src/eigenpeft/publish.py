@@ -1,11 +1,11 @@
-"""Publish what was saved: subspaces, stores and adapters, with cards that need no editing and files that others can load."""
+"""Publish subspaces, stores, adapters and reward models, with cards that need no editing and files that others can load."""
 
 import json
 import math
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ from eigenpeft.collection.base_models import hub_id
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png
+from eigenpeft.reward.artifact import storage as reward_files
+from eigenpeft.reward.artifact.card import without_users
+from eigenpeft.reward.artifact.model import LowRankRewardModel
+from eigenpeft.reward.artifact.users import UserTable
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +45,7 @@ class Publication:
     """What an upload would send.
 
     Attributes:
-        kind: "subspace", "adapter store" or "adapter".
+        kind: "subspace", "adapter store", "adapter" or "reward model".
         repo_id: `owner/name`.
         folder: Where the files are.
         files: Names of those that are sent besides the card; never checkpoints or optimizer states.
@@ -66,19 +70,24 @@ def prepare(
     subspace: str | None = None,
     base_model: str | None = None,
     audit: AuditReport | None = None,
+    license: str | None = None,
+    with_users: bool = False,
 ) -> Publication:
     """Check a saved artifact and write its card; nothing is sent and nothing in the folder changes.
 
     Args:
-        folder: Folder of a saved subspace, store or adapter.
+        folder: Folder of a saved subspace, store, adapter or reward model.
         repo_id: `owner/name` on the Hub.
         subspace: Hub id that an adapter's config shall name as its subspace, in place of a local folder.
         base_model: Hub id that config and card shall name as the base model, in place of a local folder.
         audit: Audit of the adapters that a subspace or a store was built from; its table and figure go into the card.
+        license: The Hub's id of the license that the card shall name ("apache-2.0"); None leaves what it says.
+        with_users: Send the weights of a reward model's users too. They are data about people, so that the default sends the
+            model with an empty table.
 
     Raises:
-        ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; or if
-            the audit is of other adapters.
+        ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; if
+            the audit is of other adapters; or if an option does not go with what the folder holds.
         EigenPeftError: If an audit is given and matplotlib is not installed.
     """
     folder = Path(folder)
@@ -86,6 +95,25 @@ def prepare(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ArtifactError(f"repo_id={repo_id!r} is not OWNER/NAME on the Hub: {error}") from error
+    is_reward_model = (folder / reward_files.CONFIG).is_file()
+    given = (
+        {"subspace": subspace, "base_model": base_model, "audit": audit}
+        if is_reward_model
+        else {"with_users": with_users}
+    )
+    if beside := [name for name, value in given.items() if value]:
+        holds = "a reward model" if is_reward_model else "no reward model"
+        raise ArtifactError(f"{str(folder)!r} holds {holds}; leave out {' and '.join(beside)}.")
+    if is_reward_model:
+        publication = _reward_model(folder, repo_id, with_users)
+    else:
+        publication = _of_adapters(folder, repo_id, subspace, base_model, audit)
+    return publication if license is None else replace(publication, card=_licensed(publication.card, license))
+
+
+def _of_adapters(
+    folder: Path, repo_id: str, subspace: str | None, base_model: str | None, audit: AuditReport | None
+) -> Publication:
     if (folder / _ADAPTER_CONFIG).is_file():
         if audit is not None:
             raise ArtifactError(f"{str(folder)!r} is one adapter; an audit goes with a subspace or a store.")
@@ -104,9 +132,34 @@ def prepare(
         card = _card_in(folder, kind.label)
         return _artifact(folder, repo_id, kind.label, files, card, bases, audit, base_model)
     raise ArtifactError(
-        f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name} or {_ADAPTER_CONFIG}; "
-        "pass the folder that save_pretrained or a trainer wrote."
+        f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name}, {_ADAPTER_CONFIG} or "
+        f"{reward_files.CONFIG}; pass the folder that save_pretrained or a trainer wrote."
     )
+
+
+def _reward_model(folder: Path, repo_id: str, with_users: bool) -> Publication:
+    """The basis, the classifier where there is one, and a table of users that is empty unless it was asked for."""
+    model = LowRankRewardModel.from_pretrained(folder, load_backbone=False)  # checks format and hashes
+    files = tuple(
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".") and path.name not in (_CARD, reward_files.USERS)
+    )
+    card, made = _card_in(folder, reward_files.KIND), {}
+    if with_users:
+        files += (reward_files.USERS,)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            UserTable(model.n_basis).save(Path(scratch, reward_files.USERS))
+            made[reward_files.USERS] = Path(scratch, reward_files.USERS).read_bytes()
+        card = without_users(card)
+    return Publication(reward_files.KIND, repo_id, folder, files, _addressed(card, repo_id), made=made)
+
+
+def _licensed(card: str, license: str) -> str:
+    changed = ModelCard(card, ignore_metadata_errors=True)
+    changed.data["license"] = license
+    return str(changed)
 
 
 def _card_in(folder: Path, label: str) -> str:

@@ -47,6 +47,7 @@ Adapters = Annotated[
     list[str],
     typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids (owner/name@revision), in any mix."),
 ]
+Exclude = Annotated[list[str] | None, typer.Option(help="Name of an adapter to leave out; may be repeated.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Overwrite = Annotated[
     bool,

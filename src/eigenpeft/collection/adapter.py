@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenpeft.artifacts.reading import Stamp
+from eigenpeft.artifacts.reading import Stamp, is_folder
+from eigenpeft.collection.base_models import hub_id
 from eigenpeft.collection.formats.keys import natural_order
 from eigenpeft.collection.formats.weights import WeightsFile, file_sha256
 from eigenpeft.errors import CollectionError
@@ -145,6 +146,17 @@ class OpenAdapter:
         modules = tuple(sorted(locations, key=natural_order))
         aligned = {old: new for old, new in names.items() if old in self.locations}
         return replace(self, info=replace(self.info, modules=modules), locations=locations, aligned=aligned)
+
+    def of_base(self, base_model: str) -> "OpenAdapter":
+        """The same adapter with this base model, if its config names none, or a folder.
+
+        Args:
+            base_model: Hub id.
+        """
+        named = self.info.base_model
+        if named and hub_id(named) is not None and not is_folder(named):
+            return self
+        return replace(self, info=replace(self.info, base_model=base_model, base_revision=None))
 
     def read(self, module: str) -> AdapterFactors:
         """Read the factors of one module, fold the scaling and check that all numbers are finite.

@@ -61,6 +61,7 @@ class AdapterCollection:
         cls,
         sources: str | Path | Sequence[str | Path],
         *,
+        base_model: str | None = None,
         allow_different_base_models: bool = False,
         embeddings: bool = False,
         token: str | bool | None = None,
@@ -74,6 +75,8 @@ class AdapterCollection:
                 "owner/name@revision", or "owner/name/subfolder" for an adapter inside a repository), one or many, in any
                 mix. What exists on disk is taken from disk. An adapter that is named twice counts once. Adapters are
                 named after their folder or repository; namesakes get their parent's name in front.
+            base_model: Hub id of the base model of adapters whose configs name none or a folder, such as one of the machine that
+                they were trained on. An adapter that names another Hub id is refused as ever.
             allow_different_base_models: Take adapters whose configs name different base models (or local copies of one
                 model under different paths), as long as shapes fit.
             embeddings: Read the factors of embeddings too, as updates (embedding_dim, num_embeddings) with one input feature
@@ -107,7 +110,7 @@ class AdapterCollection:
         for location in locations:
             member, found = open_adapter(location, embeddings=embeddings)
             problems += found
-            members += [] if member is None else [member]
+            members += [] if member is None else [member if base_model is None else member.of_base(base_model)]
         names = align_modules(
             [{module: location.shape for module, location in member.locations.items()} for member in members]
         )

@@ -46,6 +46,29 @@ def test_build_takes_a_share_pseudo_components_and_exclusions(run, adapters, tmp
     assert all(module["explained_share"] >= 0.5 for module in summary["modules"].values())
 
 
+def test_build_names_the_base_model_that_configs_call_a_folder(run, adapters, tmp_path):
+    for file in sorted(adapters.folder.rglob("adapter_config.json")):
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": f"/home/{file.parent.name}/base"}
+        file.write_text(json.dumps(config))
+    assert "base model" in run("build", adapters.folder, "-o", tmp_path / "subspace").err
+    assert run("build", adapters.folder, "--base-model", "owner/base", "-o", tmp_path / "subspace").code == 0
+    assert PrincipalSubspace.from_pretrained(tmp_path / "subspace").info.base_model_name_or_path == "owner/base"
+
+
+def test_project_and_audit_leave_adapters_out(run, adapters, tmp_path):
+    run("build", adapters.folder, "-k", 5, "-o", tmp_path / "subspace")
+    run("project", tmp_path / "subspace", adapters.folder, "--exclude", "adapter-1", "-o", tmp_path / "store")
+    assert AdapterStore.from_pretrained(tmp_path / "store").names == (
+        "adapter-0",
+        "adapter-2",
+        "adapter-3",
+        "adapter-4",
+    )
+    report = json.loads(run("audit", adapters.folder, "-k", 3, "--exclude", "adapter-1", "--json").out)
+    assert "adapter-1" not in report["adapters"]
+    assert len(report["adapters"]) == 4
+
+
 def test_build_takes_numbers_by_module(run, adapters, tmp_path):
     result = run("build", adapters.folder, "-k", "*.query=3", "-k", "*=5", "-o", tmp_path / "subspace", "--json")
     counts = {name: module["n_components"] for name, module in json.loads(result.out)["modules"].items()}

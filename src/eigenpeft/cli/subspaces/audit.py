@@ -7,7 +7,17 @@ import typer
 
 from eigenpeft.artifacts.atomic import check_file
 from eigenpeft.audit import audit_adapters as run_audit
-from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Overwrite, app, console, print_json, quiet
+from eigenpeft.cli.app import (
+    Adapters,
+    AllowDifferentBaseModels,
+    Exclude,
+    Json,
+    Overwrite,
+    app,
+    console,
+    print_json,
+    quiet,
+)
 from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
@@ -38,6 +48,7 @@ def audit(
     ] = None,
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
     n_train: Annotated[int, typer.Option(help="Training rows that the new task has, for the second answer.")] = 64,
+    exclude: Exclude = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -62,7 +73,7 @@ def audit(
         adapters, allow_different_base_models=allow_different_base_models
     ) as collection:
         report = run_audit(
-            collection,
+            collection.without(*exclude) if exclude else collection,
             model=None if task is None else task.model,
             dataset=None if task is None else task.rows,
             data_collator=None if task is None else task.collator,

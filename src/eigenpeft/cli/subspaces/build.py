@@ -12,6 +12,7 @@ from eigenpeft.building.work_folder import is_work_folder
 from eigenpeft.cli.app import (
     Adapters,
     AllowDifferentBaseModels,
+    Exclude,
     Json,
     Out,
     Overwrite,
@@ -50,7 +51,13 @@ def build(
     weighting: Annotated[str, typer.Option(help="equal or energy.")] = "equal",
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    exclude: Annotated[list[str] | None, typer.Option(help="Name of an adapter to leave out; may be repeated.")] = None,
+    exclude: Exclude = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id of the base model, in place of what the adapters' configs name (a local folder, say)."
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="Memory for one module's tensors, such as 500MB; more adapters are merged in one pass."),
@@ -85,7 +92,10 @@ def build(
     resumes = is_work_folder(work)
     check_together(out, kind=SUBSPACE.label, overwrite=overwrite or resumes, inputs=[*adapters, work])
     with AdapterCollection.from_pretrained(
-        adapters, allow_different_base_models=allow_different_base_models, embeddings=embeddings
+        adapters,
+        base_model=base_model,
+        allow_different_base_models=allow_different_base_models,
+        embeddings=embeddings,
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
         builder = SubspaceBuilder(
@@ -174,6 +184,7 @@ def project(
     subspace: Annotated[str, typer.Argument(help="Folder or Hub id of a subspace.")],
     adapters: Adapters,
     out: Out,
+    exclude: Exclude = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -190,7 +201,8 @@ def project(
         allow_different_base_models=allow_different_base_models,
         embeddings=bool(bases.info.embeddings),
     ) as collection:
-        store = AdapterStore.from_collection(bases, collection)
+        kept = collection.without(*exclude) if exclude else collection
+        store = AdapterStore.from_collection(bases, kept)
     store.save_pretrained(out, overwrite=overwrite)
     summary = store_summary(store)
     if as_json:

@@ -1,5 +1,6 @@
 """The model card of a low-rank reward model: complete without editing."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from eigenpeft.collection.base_models import hub_id
 _WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one per row of the basis; every server of
 classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
 _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
+_USERS_ARE_IN = """The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that
+file's users with `delete_user` before publishing what is not meant to be public."""
 
 
 def reward_card(
@@ -57,8 +60,7 @@ model = eigenpeft.LowRankRewardModel.from_pretrained("<this repository or its lo
 model.reward_head()  # (n_features,), the population's; reward_head("a user") is that user's
 ```
 
-The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that file's users with
-`delete_user` before publishing what is not meant to be public.
+{_USERS_ARE_IN}
 
 ## Facts
 
@@ -70,3 +72,14 @@ The ids and weights of its users are in `lore_users.safetensors`: personal data 
 {facts}
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def without_users(card: str) -> str:
+    """The card of a model whose table of users is emptied before it is sent.
+
+    Args:
+        card: From `reward_card`; what its reader has changed stays.
+    """
+    card = card.replace(_USERS_ARE_IN, "Its users' weights were not published: everybody starts with the population's.")
+    card = re.sub(r"^(# Low-rank reward model: \d+ basis rewards), \d+ users$", r"\1", card, flags=re.M)
+    return re.sub(r"^\| users \| \d+ \|\n", "", card, flags=re.M)
