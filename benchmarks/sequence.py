@@ -51,7 +51,8 @@ class Task:
 
     @staticmethod
     def _rows(path, n):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as file:  # not splitlines, which also breaks at separators inside of texts
+            rows = [json.loads(line) for line in file]
         random.Random(0).shuffle(rows)
         return rows[:n]
 

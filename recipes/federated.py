@@ -5,7 +5,7 @@
 """Train one classifier with many clients that keep their rows: cores in one frozen subspace, or plain LoRAs, with Flower.
 
 Papers:    FedAvg 1602.05629; Fed-SB 2502.15436 (frozen factors, an r x r core averaged); FLoRA 2409.05976, FedEx-LoRA 2410.09432,
-           FedSA-LoRA 2410.01463 and FFA-LoRA 2403.12313 for LoRA.
+           FedSA-LoRA 2410.01463 and FFA-LoRA 2403.12313 for LoRA; Just One Byte 2306.10015 and FedKSeed 2312.06353 for seeds.
 Command:   python recipes/federated.py --config recipes/federated.yaml --subspace DIR_OR_HUB_ID
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters; Flower's simulation starts a process per core.
 Time:      each client loads the model in each round: 2 minutes for 3 clients and 2 rounds of 2 steps on two busy cores.
@@ -16,6 +16,7 @@ Expected:  one line per round: clients used, accuracy of the averaged model on t
 `--adapter` is full, diagonal or low_rank (cores in the subspace: plain averaging is exact for full and diagonal; low_rank goes
 through its dense core, or keeps C_in frozen with --rule ffa) or lora. `--rule` is one of `AdapterFedAvg`'s. A stopped run, started
 again with the same --output_dir, goes on after its last round. Real clients use the same two apps: see docs/federated.md.
+With --rule seeds clients train by forward passes and send 12 bytes per step; it wants many more steps than gradients do.
 """
 
 import sys
@@ -33,7 +34,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace
-from eigenpeft.combining.federation import load_round, round_update
+from eigenpeft.combining.federation import load_round, no_steps, round_update, train_steps
 from eigenpeft.federated import AdapterFedAvg, reply, start_from
 from eigenpeft.federated.messages import to_record
 
@@ -46,7 +47,7 @@ class Arguments:
         default=None, metadata={"help": "Subspace of that base model; none for --adapter lora."}
     )
     adapter: str = field(default="full", metadata={"help": "full, diagonal, low_rank or lora."})
-    rule: str = field(default="exact", metadata={"help": "exact, fedex, fedsa, ffa, fedit, or a merging rule."})
+    rule: str = field(default="exact", metadata={"help": "exact, fedex, fedsa, ffa, fedit, seeds, or a merging rule."})
     output_dir: str = field(default="federation", metadata={"help": "State of the rounds, to go on from."})
     n_clients: int = field(default=8)
     dirichlet: float = field(default=0.5, metadata={"help": "How even labels are over clients; small is skewed."})
@@ -55,6 +56,7 @@ class Arguments:
     batch_size: int = field(default=16)
     learning_rate: float = field(default=1e-2, metadata={"help": "Of the core; a LoRA wants about 3e-3."})
     head_learning_rate: float = field(default=1e-2)
+    epsilon: float = field(default=1e-2, metadata={"help": "Step to each side under --rule seeds."})
     r: int = field(default=8)
     lora_alpha: int = field(default=16)
     max_length: int = field(default=48)
@@ -126,6 +128,15 @@ class Work:
             optimizer.zero_grad()
         return float(loss.detach())
 
+    def train_without_gradients(self, model, rows: list[tuple[str, int]], seed: int) -> dict[str, torch.Tensor]:
+        """As many steps by forward passes; their seeds and lengths."""
+        draw = np.random.default_rng(seed)
+        size = min(self.arguments.batch_size, len(rows))
+        chosen = (draw.choice(len(rows), size=size, replace=False) for _ in range(self.arguments.local_steps))
+        batches = (self.batch([rows[i] for i in each]) for each in chosen)
+        rate, epsilon = self.arguments.learning_rate, self.arguments.epsilon
+        return train_steps(model, batches, learning_rate=rate, epsilon=epsilon, seed=seed)
+
     @torch.no_grad()
     def accuracy(self, model) -> float:
         """On the test rows."""
@@ -155,6 +166,9 @@ def client_app(arguments: Arguments) -> ClientApp:
             load_round(model, context.state["local"].to_torch_state_dict())
         start_from(message, model)
         round_number = int(message.content["config"]["server-round"])
+        if arguments.rule == "seeds":
+            steps = work.train_without_gradients(model, rows, seed=1000 * round_number + number)
+            return reply(message, model, name=f"client-{number}", n_examples=len(rows), steps=steps)
         loss = work.train(model, rows, seed=1000 * round_number + number)
         context.state["local"] = to_record(round_update(model, name="local").tensors)
         return reply(message, model, name=f"client-{number}", n_examples=len(rows), metrics={"loss": loss})
@@ -170,7 +184,8 @@ def server_app(arguments: Arguments) -> ServerApp:
     def main(grid, context):
         work = Work(arguments)
         model = work.model()
-        first = round_update(model, name="server", rule=arguments.rule)
+        steps = no_steps(model) if arguments.rule == "seeds" else None
+        first = round_update(model, name="server", rule=arguments.rule, steps=steps)
         strategy = AdapterFedAvg(
             rule=arguments.rule,
             scaling=first.scaling,
@@ -190,7 +205,7 @@ def server_app(arguments: Arguments) -> ServerApp:
             record = strategy.rounds[number - 1]
             sent = record["bytes_from_clients"] / max(1, len(record["clients"]) + len(record["left_out"])) / 1e3
             print(
-                f"round {number}: {len(record['clients'])} clients, accuracy {work.accuracy(model):.3f}, {sent:.1f} kB from each "
+                f"round {number}: {len(record['clients'])} clients, accuracy {work.accuracy(model):.3f}, {sent:.2f} kB from each "
                 f"(a LoRA of r = {arguments.r}: {lora:.1f} kB), largest share lost {record['largest_share_lost']:.3f}",
                 flush=True,
             )

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from eigenpeft import EigenLoraConfig  # noqa: E402
-from eigenpeft.combining.federation import round_update, sent_keys  # noqa: E402
+from eigenpeft.combining.federation import no_steps, round_update, sent_keys, train_steps  # noqa: E402
 from eigenpeft.errors import AdapterConfigError, ArtifactError  # noqa: E402
 from eigenpeft.federated import AdapterFedAvg, reply, start_from  # noqa: E402
 from eigenpeft.federated.messages import to_record  # noqa: E402
@@ -148,6 +148,39 @@ def test_cores_in_one_subspace_travel_without_their_bases(core):
     strategy.start(LocalGrid(client_app(made.__getitem__), 2), arrays, num_rounds=1)
     n_core = {"full": 36, "diagonal": 6, "low_rank": 24}[core]
     assert strategy.rounds[0]["bytes_from_clients"] == 2 * 4 * (2 * n_core + 3 * 33)
+
+
+def test_seeds_and_scalars_travel_in_the_place_of_tensors(tmp_path):
+    config = EigenLoraConfig(
+        subspace=random_subspace(tiny_bert(), ("query",), n_components=6), core="diagonal", task_type="SEQ_CLS"
+    )
+
+    def fresh():
+        torch.manual_seed(0)
+        return get_peft_model(tiny_bert(), config)
+
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        number = context.node_config["partition-id"]
+        model = fresh()
+        start_from(message, model)
+        batches = [batch(100 * number + step) for step in range(3)]
+        steps = train_steps(model, batches, learning_rate=0.1, epsilon=1e-2, seed=number)
+        return reply(message, model, name=f"client-{number}", n_examples=10, steps=steps)
+
+    server = fresh()
+    first = round_update(server, name="server", rule="seeds", steps=no_steps(server))
+    whole = AdapterFedAvg(rule="seeds", **settings(base=first.base))
+    result = whole.start(LocalGrid(app, 2), to_record(first.tensors), num_rounds=3)
+    assert [record["bytes_from_clients"] for record in whole.rounds] == [2 * (3 * 12 + 8)] * 3
+    assert whole.rounds[-1]["left_out"] == {}
+    for n_rounds in (1, 3):  # goes on from the list that was saved
+        resumed = AdapterFedAvg(rule="seeds", folder=tmp_path / "seeds", **settings(base=first.base))
+        again = resumed.start(LocalGrid(app, 2), to_record(first.tensors), num_rounds=n_rounds)
+    tensors = result.arrays.to_torch_state_dict()
+    assert all(torch.equal(again.arrays.to_torch_state_dict()[key], tensor) for key, tensor in tensors.items())
 
 
 def test_bad_clients_are_named_once_and_the_round_goes_on(caplog):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.zeroth_order import direction, projected_gradient
+from eigenpeft.linalg.zeroth_order import direction, projected_gradient, replay
 
 
 def quadratic(values):
@@ -51,3 +51,18 @@ def test_a_direction_is_its_seeds_and_standard_normal():
     assert one[1].dtype == torch.bfloat16
     assert float(one[0].mean()) == pytest.approx(0.0, abs=0.03)
     assert float(one[0].std()) == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_list_of_seeds_and_steps_leads_to_the_same_bits():
+    values = start()
+    seeds, steps = [3, 8, 3], [0.5, -0.25, 1e-3]
+    moved = replay(values, seeds, steps)
+    assert all(torch.equal(one, other) for one, other in zip(moved, replay(values, seeds, steps), strict=True))
+    first = replay(values, seeds[:2], steps[:2])
+    assert all(torch.equal(one, other) for one, other in zip(moved, replay(first, [3], [1e-3]), strict=True))
+    for number, value in enumerate(values):
+        total = sum(a * direction(values, seed=seed)[number] for seed, a in zip(seeds, steps, strict=True))
+        torch.testing.assert_close(moved[number], value - total)
+    assert all(torch.equal(value, other) for value, other in zip(values, start(), strict=True))
+    with pytest.raises(ValueError, match="shorter|longer"):
+        replay(values, [1, 2], [0.1])

@@ -50,6 +50,7 @@ def reply(
     n_examples: float,
     metrics: Mapping[str, float] | None = None,
     base: str | None = None,
+    steps: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
 ) -> Message:
     """A client's answer to a round: what travels of its trained adapter, under the rule that the server named.
@@ -61,13 +62,16 @@ def reply(
         n_examples: Rows it trained on.
         metrics: Further numbers, such as its loss; the server averages them.
         base: As for `round_update`.
+        steps: As for `round_update`.
         adapter_name: Which adapter.
 
     Raises:
         AdapterConfigError: As `round_update`.
     """
     rule = str(message.content.config_records.get(CONFIG, ConfigRecord()).get(RULE, "exact"))
-    update = round_update(model, name=name, n_examples=n_examples, rule=rule, base=base, adapter_name=adapter_name)
+    update = round_update(
+        model, name=name, n_examples=n_examples, rule=rule, base=base, steps=steps, adapter_name=adapter_name
+    )
     return Message(content=content_of(update, metrics or {}), reply_to=message)
 
 

@@ -28,8 +28,8 @@ class AdapterFedAvg(FedAvg):
     Args:
         rule: "exact" (FLoRA's mean of the updates, truncated to the server's rank by one SVD), "fedex" (mean of the factors,
             the rest goes into the base weights), "fedsa" (A shared, B and head stay local), "ffa" (A frozen), "fedit" (the
-            mean of the factors, for comparison), or a rule of `eigenpeft.merge`. Cores "full" and "diagonal" are averaged
-            exactly by every one of them.
+            mean of the factors, for comparison), "seeds" (seeds and lengths of zeroth-order steps, no tensors), or a rule of
+            `eigenpeft.merge`. Cores "full" and "diagonal" are averaged exactly by every one of them.
         rank: Rank of the averaged adapter; None keeps that of the initial arrays.
         scaling: `lora_alpha / r` of the adapter that the initial arrays are of.
         base: What clients must have trained on: the base model's name, or the fingerprint of the subspace.
@@ -153,6 +153,7 @@ class AdapterFedAvg(FedAvg):
             replies: Replies of the clients.
         """
         updates, contents, left_out = read_replies(replies)
+        updates.sort(key=lambda update: update.name)  # sums of floats depend on the order, and answers come in any
         averaged = average(
             updates,
             expected=self._expected,

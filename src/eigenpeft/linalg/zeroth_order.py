@@ -47,3 +47,31 @@ def projected_gradient(
     ahead = objective([value + epsilon * z for value, z in zip(values, moved, strict=True)])
     behind = objective([value - epsilon * z for value, z in zip(values, moved, strict=True)])
     return (ahead - behind) / (2.0 * epsilon), (ahead + behind) / 2.0
+
+
+def replay(values: Sequence[Tensor], seeds: Sequence[int], steps: Sequence[float]) -> list[Tensor]:
+    """`θ_T = θ_0 - Σ_t a_t z_t`, one step after another, z_t redrawn from its seed: weights as a list of pairs of numbers.
+
+    Whoever has θ_0 and the pairs gets the same bits ("Just One Byte", arXiv 2306.10015; FedKSeed, arXiv 2312.06353). With
+    `a = η g` these are the steps of MeZO's descent.
+
+    Args:
+        values: θ_0; not changed.
+        seeds: Seed of each z.
+        steps: a of each.
+
+    Raises:
+        ValueError: If there are more of one than of the other.
+
+    Example:
+        >>> import torch
+        >>> theta = [torch.zeros(2)]
+        >>> there = replay(theta, [7], [0.5])
+        >>> torch.equal(there[0], -0.5 * direction(theta, seed=7)[0])
+        True
+    """
+    moved = [value.clone() for value in values]
+    for seed, step in zip(seeds, steps, strict=True):
+        for value, z in zip(moved, direction(values, seed=seed), strict=True):
+            value.sub_(z, alpha=step)
+    return moved

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenpeft.combining.federation.seeds import add_steps, odd_steps
 from eigenpeft.combining.federation.updates import ClientUpdate, factor_keys, fill_rows, keep_usable
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.bases.stacking import Factors
@@ -54,6 +55,9 @@ AVERAGING: dict[str, AveragingRule] = {
     "ffa": AveragingRule("FFA-LoRA", "arXiv 2403.12313", sent=frozenset({_B, _REST})),
     # Wrong, and common: for comparison.
     "fedit": AveragingRule("FedIT (mean of the factors)", "arXiv 2305.05644", is_exact=False),
+    # No tensor: seeds and lengths of zeroth-order steps, from which all rebuild the mean of the clients' values. Exact for cores
+    # of one part; of factors it is FedIT's mean.
+    "seeds": AveragingRule("Just One Byte, FedKSeed", "arXiv 2306.10015", sent=frozenset(), is_exact=False),
 }
 """Rules of federated averaging by name; every rule of `eigenpeft.merge` that needs no statistics can be named, too."""
 
@@ -162,13 +166,21 @@ def average(
                 [1., 1.]])
     """
     row = find_rule(rule)
+    if rule == "seeds" and options:
+        raise AdapterConfigError(f"{', '.join(options)} is no option of rule='seeds', which takes none.")
     known = {key: tensor for key, tensor in expected.items() if f".{RESIDUE}_" not in key}
     used, left_out = keep_usable(updates, expected=known, equal_ranks=row.equal_ranks, base=base)
     received = sum(update.n_bytes for update in updates)
+    if rule == "seeds":
+        odd = {update.name: reason for update in used if (reason := odd_steps(update, expected))}
+        used, left_out = [update for update in used if update.name not in odd], left_out | odd
     if not used:
         return Averaged(dict(expected), {}, left_out, bytes_received=received)
     total = sum(update.n_examples for update in used)
     weights = [update.n_examples / total for update in used]
+    if rule == "seeds":
+        named = {update.name: weight for update, weight in zip(used, weights, strict=True)}
+        return Averaged(add_steps(expected, used, weights), named, left_out, bytes_received=received)
     tensors, residue = {}, {}
     pairs = {module: sides for module, sides in factor_keys(known).items() if len(sides) == 2}
     paired = {key for sides in pairs.values() for key in sides.values()}

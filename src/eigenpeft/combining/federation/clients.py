@@ -8,6 +8,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from eigenpeft.combining.federation.averaging import RESIDUE, sent_keys
+from eigenpeft.combining.federation.seeds import SEEDS, rebuild
 from eigenpeft.combining.federation.updates import ClientUpdate, factor_keys, fit_rank
 from eigenpeft.errors import AdapterConfigError
 
@@ -22,6 +23,7 @@ def round_update(
     n_examples: float = 1.0,
     rule: str = "exact",
     base: str | None = None,
+    steps: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
 ) -> ClientUpdate:
     """What a client sends of its trained adapter.
@@ -32,10 +34,12 @@ def round_update(
         n_examples: Rows it trained on.
         rule: The server's rule, which decides what travels.
         base: What it was trained on; None takes the fingerprint of an EigenLoRA adapter's subspace, or the base model's name.
+        steps: Under the rule "seeds", what `train_steps` returned; the server's first are `no_steps`.
         adapter_name: Which adapter.
 
     Raises:
-        AdapterConfigError: If the rule is unknown, the adapter is of another kind, or its modules have different scalings.
+        AdapterConfigError: If the rule is unknown or lacks its steps, the adapter is of another kind, or its modules have
+            different scalings.
     """
     config = model.peft_config[adapter_name]
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -46,6 +50,12 @@ def round_update(
         )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     sent = {key: tensors[key].detach().cpu().clone() for key in sent_keys(tensors, rule)}
+    if (rule == "seeds") != (steps is not None):
+        raise AdapterConfigError(
+            f"rule={rule!r} and steps={'None' if steps is None else 'given'}: steps of train_steps go with rule='seeds', and only "
+            "with it."
+        )
+    sent |= steps or {}
     own = base or getattr(config, "subspace_sha256", None) or config.base_model_name_or_path
     return ClientUpdate(name, sent, float(n_examples), scaling_of(model, adapter_name=adapter_name), own)
 
@@ -64,6 +74,9 @@ def load_round(
     Raises:
         AdapterConfigError: If a tensor has no place in the adapter.
     """
+    if SEEDS in tensors:
+        rebuild(model, tensors)
+        return
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     residues = {key: tensor for key, tensor in tensors.items() if f".{RESIDUE}_" in key}
     averaged = {key: tensor for key, tensor in tensors.items() if key not in residues}

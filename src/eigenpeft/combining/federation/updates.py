@@ -11,6 +11,8 @@ from torch import Tensor
 from eigenpeft.linalg.orthogonal import random_complement
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?:weight|coefficients))?")
+FREE_LENGTH = "zeroth_order."
+"""What the keys of lists begin with, whose length each client has of its own."""
 _SHOWN = 3  # names in one message
 
 
@@ -180,10 +182,10 @@ def _problem(
 
 
 def _free_axes(expected: Mapping[str, Tensor], *, equal_ranks: bool) -> dict[str, int]:
-    """Key to the axis that is a rank, where ranks may differ; a lone B has none."""
+    """Key to the axis that is a rank, where ranks may differ, or the length of a list; a lone B has none."""
+    axes = {key: 0 for key in expected if key.startswith(FREE_LENGTH)}
     if equal_ranks:
-        return {}
-    axes = {}
+        return axes
     for sides in factor_keys(expected).values():
         if len(sides) == 2:
             axes |= {sides["A"]: 0, sides["B"]: 1}
