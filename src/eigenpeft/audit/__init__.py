@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from eigenpeft.audit.adapters.sharing import Sharing, SharingRow
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.run import audit_adapters
@@ -31,6 +32,8 @@ __all__ = [
     "ModuleAudit",
     "ModuleGradient",
     "Reuse",
+    "Sharing",
+    "SharingRow",
     "Train",
     "audit_adapters",
     "downhill",

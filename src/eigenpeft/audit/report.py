@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
+from eigenpeft.audit.adapters.sharing import Sharing, SharingRow
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
 from eigenpeft.audit.kinds import wrong_kind
 from eigenpeft.audit.task.gradient import GradientShare, ModuleGradient
@@ -90,6 +91,7 @@ class AuditReport:
         weighting: "equal": every adapter's update of a module counts alike.
         seed: Seed of the nulls and the bootstrap.
         gradient: The share of a new task's gradient inside the adapters' subspace, where a model and a data set were given.
+        sharing: What one bank for all layers of a kind would cost, where it was asked for.
     """
 
     compress: Compress
@@ -116,6 +118,7 @@ class AuditReport:
     weighting: str
     seed: int
     gradient: GradientShare | None = None
+    sharing: Sharing | None = None
 
     @property
     def answers(self) -> tuple[tuple[str, str, str], ...]:
@@ -183,6 +186,8 @@ def _restored(name: str, value: Any) -> Any:
     if name == "gradient" and isinstance(value, Mapping):
         modules = tuple(ModuleGradient(**{k: _tuples(v) for k, v in module.items()}) for module in value["modules"])
         return GradientShare(**{**{k: _tuples(v) for k, v in value.items()}, "modules": modules})
+    if name == "sharing" and isinstance(value, Mapping):
+        return Sharing(**{**value, "rows": tuple(SharingRow(**row) for row in value["rows"])})
     if name == "findings":
         return tuple(Finding(**{**found, "adapters": tuple(found["adapters"])}) for found in value)
     if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):

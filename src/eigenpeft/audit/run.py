@@ -1,6 +1,6 @@
 """The audit from end to end: group, measure every module beside its nulls, average, judge."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 from eigenpeft.audit.adapters.averages import by_pair
 from eigenpeft.audit.adapters.measures import ModuleMeasures, measure
 from eigenpeft.audit.adapters.relatives import cluster_gain, related_findings, without_relatives
+from eigenpeft.audit.adapters.sharing import sharing_cost
 from eigenpeft.audit.answers import Train
 from eigenpeft.audit.report import AuditReport, Curve
 from eigenpeft.audit.summary import summarise
@@ -19,6 +20,7 @@ from eigenpeft.audit.task.reuse import reuse_answer
 from eigenpeft.audit.task.suitability import advice_on_task, components_at_hand, task_gradient
 from eigenpeft.audit.task.training_answer import measures_of_adapters, measures_of_task, train_answer
 from eigenpeft.audit.verdict import advice_on_clusters
+from eigenpeft.building.sharing import group_of
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.diagnosis import independent_groups
 from eigenpeft.errors import SubspaceError
@@ -36,6 +38,7 @@ def audit_adapters(
     calibration: Calibration | None = None,
     n_components: int = 64,
     n_nulls: int = 3,
+    share: str | Sequence[str] | Callable[[str], str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> AuditReport:
@@ -65,6 +68,8 @@ def audit_adapters(
         calibration: Where the probabilities of the second answer come from; default: the one that ships (docs/regimes.md).
         n_components: Largest K looked at.
         n_nulls: Draws of random adapters.
+        share: Also say what banks that modules share would cost, as `SubspaceBuilder(share=...)` makes them: "layers", patterns,
+            or a function of a module's name. It takes about as long as the rest, and is left out by default.
         seed: Seed of the nulls and the bootstrap.
         progress: Show a progress bar.
 
@@ -83,6 +88,8 @@ def audit_adapters(
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SubspaceError(f"{name}={value!r} must be a whole number of at least 1.")
+    if share is not None:
+        group_of(share)
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
     names = _enough(collection, untrained)
@@ -117,6 +124,18 @@ def audit_adapters(
         collection, modules=modules, names=names, clusters=report.clusters, n_components=report.n_components
     )
     report = replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
+    if share is not None:
+        sharing = sharing_cost(
+            collection,
+            share=share,
+            measured=measured,
+            names=names,
+            groups=groups,
+            at=report.n_components,
+            n_nulls=n_nulls,
+            seed=seed,
+        )
+        report = replace(report, sharing=sharing)
     if model is None:
         return report
     gradient, near = task_gradient(

@@ -80,7 +80,8 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 <p>{len(report.adapters)} adapters, {len(report.modules)} modules. Held-out share at K = {report.n_components}:
 {held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
-{_gradient(report)}<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
+{_gradient(report)}{_sharing(report)}
+<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
 <th>effective rank in</th><th>effective rank out</th><th>held-out share</th></tr>{rows}</table></html>
 """
@@ -129,6 +130,23 @@ def _gradient(report: AuditReport) -> str:
     return (
         "<h2>The new task's gradient, before any training</h2><table><tr><th>module</th><th>share inside</th>"
         f"<th>highest random</th><th>best of that size</th><th>core diagonal</th></tr>{rows}</table>"
+    )
+
+
+def _sharing(report: AuditReport) -> str:
+    """The section on banks that modules share; nothing where it was not asked for."""
+    if report.sharing is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{row.n_components}</td><td>{row.own:.3f} ({row.own_null:.3f})</td><td>{row.shared:.3f} "
+        f"({row.shared_null:.3f})</td><td>{row.own - row.shared:+.3f} ({row.low:+.3f} to {row.high:+.3f})</td>"
+        f"<td>{row.own_bytes / 1e6:.2f}</td><td>{row.shared_bytes / 1e6:.2f}</td></tr>"
+        for row in report.sharing.rows
+    )
+    return (
+        f"<h2>Banks that layers share</h2><p>{escape(report.sharing.text)}</p><p>In parentheses: random adapters of the same "
+        "sizes; for the cost its 90 % interval.</p><table><tr><th>K</th><th>held-out share, a bank per module</th>"
+        f"<th>shared banks</th><th>cost</th><th>MB</th><th>MB shared</th></tr>{rows}</table>"
     )
 
 

@@ -3,7 +3,7 @@
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from eigenpeft.audit import AuditReport, GradientShare
+from eigenpeft.audit import AuditReport, GradientShare, Sharing
 from eigenpeft.audit.answers import CORE_NAMES
 from eigenpeft.report.markup import escape
 
@@ -133,4 +133,26 @@ def gradient_table(found: GradientShare) -> Table:
     for k in sorted({*(k for k in _SHOWN if k <= most), most}):
         curves = (found.curve, found.random_curve, found.optimum_curve)
         table.add_row(str(k), *(f"{curve[k - 1]:.4f}" for curve in curves))
+    return table
+
+
+def sharing_table(found: Sharing) -> Table:
+    """Held-out shares and bytes of shared banks beside a bank per module, each share with its null.
+
+    Args:
+        found: `report.sharing`.
+    """
+    table = Table(title=f"{found.n_banks} shared banks beside {found.n_modules}, held-out share of ‖ΔW‖²")
+    for title in ("K", "own banks", "by chance", "shared", "by chance ", "cost", "90 % interval", "MB", "MB shared"):
+        table.add_column(title, justify="right")
+    for row in found.rows:
+        shares = (row.own, row.own_null, row.shared, row.shared_null)
+        table.add_row(
+            str(row.n_components),
+            *(f"{share:.3f}" for share in shares),
+            f"{row.own - row.shared:+.3f}",
+            f"{row.low:+.3f} to {row.high:+.3f}",
+            f"{row.own_bytes / 1e6:.2f}",
+            f"{row.shared_bytes / 1e6:.2f}",
+        )
     return table

@@ -21,18 +21,31 @@ def test_audit_says_it_in_words_and_in_json(run, adapters, tmp_path):
     assert report["train"]["answer"] == "unknown"  # the calibration has no adapters of this base model
     assert report["reuse"]["answer"] == "not asked"
     assert set(report["modules"]) == set(adapters.components_in)
+    assert report["sharing"] is None
+
+
+def test_audit_says_what_shared_banks_cost(run, adapters, tmp_path):
+    shown = run("audit", adapters.folder, "-k", 8, "--share", "layers")
+    assert shown.code == 0
+    assert "of ‖ΔW‖² is what sharing costs" in " ".join(shown.out.split())
+    report = json.loads(run("audit", adapters.folder, "-k", 8, "--share", "layers", "--json").out)
+    assert report["sharing"]["n_banks"] < report["sharing"]["n_modules"]
 
 
 def test_audit_draws(run, adapters, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     result = run(
-        "audit", adapters.folder, "-k", 8, "--plot", tmp_path / "a.png", "--html", tmp_path / "deep" / "a.html"
+        "audit",
+        adapters.folder,
+        *("-k", 8, "--share", "layers"),
+        *("--plot", tmp_path / "a.png", "--html", tmp_path / "deep" / "a.html"),
     )
     assert result.code == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "deep" / "a.html").read_text()
     assert "data:image/png;base64," in page
     assert "adapter-3" in page
+    assert "Banks that layers share" in page
     assert "http" not in page.replace("http-equiv", "")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.html"]
     monkeypatch.setattr(plots, "Figure", None)

@@ -22,7 +22,7 @@ from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
-from eigenpeft.report.audit_tables import answers_text, gradient_table, outside_table, share_table
+from eigenpeft.report.audit_tables import answers_text, gradient_table, outside_table, share_table, sharing_table
 from eigenpeft.report.markup import escape
 from eigenpeft.report.tables import findings_text
 
@@ -49,6 +49,13 @@ def audit(
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
     n_train: Annotated[int, typer.Option(help="Training rows that the new task has, for the second answer.")] = 64,
     exclude: Exclude = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also what shared banks would cost: 'layers' for one bank for all layers of a kind, or a pattern of modules "
+            "that share one; repeated. About doubles the time."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -81,6 +88,7 @@ def audit(
             n_train=n_train,
             n_components=n_components,
             n_nulls=n_nulls,
+            share="layers" if share == ["layers"] else share or None,
             seed=seed,
             progress=not as_json,
         )
@@ -95,6 +103,9 @@ def audit(
     console.print(outside_table(report))
     if report.gradient is not None:
         console.print(gradient_table(report.gradient))
+    if report.sharing is not None:
+        console.print(sharing_table(report.sharing))
+        console.print(f"{escape(report.sharing.text)}\n")
     if report.findings:
         console.print("Noticed about the adapters:")
         console.print(findings_text(report.findings))
