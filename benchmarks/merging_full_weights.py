@@ -14,7 +14,6 @@ sum: their rows say how far from it they go.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,14 @@ from transformers import AutoModelForCausalLM
 from eigenpeft import merge
 
 RESULT = Path(__file__).parent / "results" / "merging_full_weights.json"
+# Runs a command and prints its usage. A process of its own, and a small one: the peak of a child counts what its parent held
+# when it was forked.
+MEASURE = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
 ADAPTERS = {"a": (4, 8, False, 0.5), "b": (8, 16, False, 0.3), "c": (16, 16, True, 0.2)}  # rank, alpha, rsLoRA, weight
 TARGETS = ["q_proj", "v_proj"]
 MERGEKIT = {"linear": {}, "task_arithmetic": {}, "ties": {"density": 0.2}, "dare_ties": {"density": 0.5}}
@@ -132,19 +139,15 @@ def one(tool, method, model, work):
 
 def measured(command, read, exact):
     """Error, CPU seconds and peak memory of a command in a process of its own, or its last words."""
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    words = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    measuring = [sys.executable, "-S", "-c", MEASURE, *(str(part) for part in command)]
+    done = subprocess.run(measuring, capture_output=True, text=True, check=True)
+    status, seconds, peak = json.loads(done.stdout)
     if status:
-        return {"error": None, "message": words.strip().splitlines()[-1][:200]}
+        return {"error": None, "message": done.stderr.strip().splitlines()[-1][:200]}
     found = read()
     off = sum(float((found[name] - update).norm()) ** 2 for name, update in exact.items())
     error = (off / sum(float(update.norm()) ** 2 for update in exact.values())) ** 0.5
-    seconds = usage.ru_utime + usage.ru_stime
-    return {"error": error, "cpu_seconds": round(seconds, 1), "peak_bytes": usage.ru_maxrss * 1024}
+    return {"error": error, "cpu_seconds": round(seconds, 1), "peak_bytes": peak}
 
 
 def updates_of(folder):

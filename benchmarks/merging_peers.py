@@ -9,7 +9,7 @@ Three zoos of the ten shipped adapters of all-MiniLM-L6-v2: as they are (rank 8,
 mixed ranks (every second adapter cut to rank 4, alpha 4). Weights 1/10. Errors are ‖ΔW - Σ w ΔW_t‖ / ‖Σ w ΔW_t‖ over all modules,
 float64, from the updates that PEFT computes of what each tool made. "svd" at the full rank of the sum, so that a right result has
 error 0. TIES and DARE claim no sum; their rows say how far from it they go. mergekit 0.1.5 does not plan a
-merge of BERT models (TypeError in its plan.py), so that it has no row.
+merge of BERT models (TypeError in its plan.py); it stands in merging_full_weights.py.
 """
 
 import argparse
