@@ -200,14 +200,17 @@ def run(arguments: argparse.Namespace, note) -> None:
         store.remove("customer-003")
         note("removed", dict(zip(("status", "message"), complete("shop/customer-003"), strict=True)))
         note("first_request", first_requests(store, list(store.names[10 : 10 + N_TIMED]), work))
-        largest, texts = 0, {}
+        largest, texts, failed, started = 0, {}, {}, time.monotonic()
         compared = store.names[:: N_MEMBERS // N_COMPARED][:N_COMPARED]
-        for name in store.names:
-            status, texts[name] = complete(f"shop/{name}", n_tokens=N_TOKENS if name in compared else 2)
-            assert status == 200, texts[name]
+        for i, name in enumerate(store.names):
+            status, text = complete(f"shop/{name}", n_tokens=N_TOKENS if name in compared else 2)
+            (texts if status == 200 else failed)[name] = text
             largest = max(largest, size(cache))
+            if i % 20 == 19:  # a run that is stopped leaves what it saw, and how long that took
+                answers = {"asked": i + 1, "members": len(texts), "failed": failed}
+                note("answers", answers | {"seconds": round(time.monotonic() - started)})
         short = {tokenizer.decode(tokenizer(text).input_ids[:2]) for text in texts.values()}
-        note("answers", {"members": len(texts), "different_texts_of_2_tokens": len(short)})
+        note("different_texts_of_2_tokens", len(short))
         folders = len(list(cache.glob("[0-9a-f]*")))
         note("cache", {"bound": bound, "largest": largest, "folders_at_the_end": folders, "one_folder": one})
         address = f"http://127.0.0.1:{PORT}"
@@ -218,7 +221,7 @@ def run(arguments: argparse.Namespace, note) -> None:
     equal = 0
     for name in compared:
         export_lora(store, work / "folders" / f"c-{name}", adapter_name=name)
-        equal += by_transformers(base, tokenizer, work / "folders" / f"c-{name}") == texts[name]
+        equal += by_transformers(base, tokenizer, work / "folders" / f"c-{name}") == texts.get(name)
     note("equal_to_transformers", {"compared": len(compared), "equal": equal})
     shutil.rmtree(cache, ignore_errors=True)
 
@@ -236,7 +239,7 @@ def new_member(store: AdapterStore, base, tokenizer, work: Path) -> dict:
 
 def check(results: dict) -> None:
     """What the plugin promises; times are in the results and not checked."""
-    assert results["answers"]["members"] == N_MEMBERS  # one was removed and one added
+    assert results["answers"]["members"] == N_MEMBERS, results["answers"]  # one was removed and one added
     assert results["cache"]["largest"] <= results["cache"]["bound"]
     assert results["equal_to_transformers"]["equal"] == N_COMPARED
     assert results["new_member"] == {"status": 200, "equal": True}

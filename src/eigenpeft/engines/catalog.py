@@ -155,7 +155,7 @@ class _OpenStore:
             contents = self.contents(member)
             rank = max((update.rank for update in contents[0]), default=1)
             base = contents[1].get("base_model_name_or_path")
-            self._known[member] = StoredAdapter(label, member, _key(contents), rank, base)
+            self._known[member] = StoredAdapter(label, member, _key(self._store.digest(member), contents), rank, base)
         return self._known[member]
 
     def contents(self, member: str) -> Contents:
@@ -173,15 +173,9 @@ def _signature(place: str | Path) -> Signature:
     return tuple((str(path), (at := path.stat()).st_ino, at.st_size, at.st_mtime_ns) for path in files)
 
 
-def _key(contents: Contents) -> str:
-    updates, fields, others = contents
-    digest = sha256(repr(sorted((name, str(value)) for name, value in fields.items())).encode())
-    tensors = {
-        key: tensor for each in updates for key, tensor in zip(each.keys, (each.lora_A, each.lora_B), strict=True)
-    }
-    tensors |= {f"{each.target}.bias": each.bias for each in updates if each.bias is not None}
-    for name, tensor in sorted((tensors | others).items()):
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().data)
-    digest.update(repr([(each.target, each.scaling) for each in updates]).encode())
-    return digest.hexdigest()[:40]
+def _key(digest: str, contents: Contents) -> str:
+    """Of the member's bytes and bases, and of what the configuration will say."""
+    updates, fields, _ = contents
+    names = [(each.target, each.keys) for each in updates]
+    described = repr((digest, sorted((name, str(value)) for name, value in fields.items()), names))
+    return sha256(described.encode()).hexdigest()[:40]

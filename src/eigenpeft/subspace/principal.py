@@ -234,15 +234,16 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             KeyError: If a module is not in the subspace.
         """
-        return {
-            module: reconstruct(
-                value.coefficients_out,
-                value.coefficients_in,
-                components_out=self[module].components_out[: value.n_out],  # a core may use the first ones alone
-                components_in=self[module].components_in[: value.n_in],
+        made = {}
+        for module, core in coefficients.items():
+            bases, (left, right) = self[module], core.factors()
+            made[module] = reconstruct(
+                left,
+                right,
+                components_out=bases.components_out[: left.shape[0]],  # a core may use the first ones alone
+                components_in=bases.components_in[: right.shape[1]],
             )
-            for module, value in coefficients.items()
-        }
+        return made
 
     def _shared(self) -> dict[str, str]:
         return {module: bank for module, bank in self._bank_of.items() if module != bank}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -83,6 +84,18 @@ class AdapterMembers(Mapping[str, AdapterMember]):
             KeyError: If there is no such member; the message lists known names.
         """
         return dict(self[name].record)
+
+    def digest(self, name: str) -> str:
+        """Hash of a member as it is now, and of the bases: the same wherever the same member is kept.
+
+        Args:
+            name: Its name in the store.
+
+        Raises:
+            KeyError: If there is no such member.
+        """
+        self._check_name(name)
+        return sha256(self.subspace.fingerprint.encode() + self._records.read(name)).hexdigest()
 
     def coefficients(self, name: str, module: str) -> Core | None:
         """The core of one member on one module; None if it does not adapt the module.
