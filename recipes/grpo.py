@@ -15,19 +15,25 @@ Expected:  a first kl of 0, then the logged `reward` (share of right last number
 
 Few numbers (TinyLoRA, arXiv 2602.04118: thirteen reach most of the gain by reinforcement learning): --core diagonal trains K
 numbers per module and --core full --n_components 8 trains 64, each with --method random as its control; --method tinylora
---tiny_u 13 trains 13 in all, --method lora --r 1 and --r 8 are the usual ones. How their rewards compare was not measured here.
+--tiny_u 13 trains 13 in all, --method lora --r 1 and --r 8 are the usual ones. benchmarks/grpo.py compares them (docs/trl.md).
+
+--algorithm rloo trains with REINFORCE leave-one-out (arXiv 2402.14740) instead, with the same flags. --rewards FOLDER takes the
+rewards of a LoRe model (recipes/lore.py): each prompt as its own user would, named in the column --user_column; the data then have
+`prompt` (or `question`) and that column, and no answers.
 """
 
+import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from datasets import load_dataset
 from peft import LoraConfig, PeftConfig, TinyLoraConfig
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
-from eigenpeft import AdapterCollection, EigenLoraConfig, MosLoraConfig, export_lora
+from eigenpeft import AdapterCollection, EigenLoraConfig, LowRankRewardModel, MosLoraConfig, export_lora
 from eigenpeft.trainers.policy_sync import PolicySyncCallback
 from eigenpeft.tuners import control_config
 
@@ -37,6 +43,12 @@ class Arguments:
     model: str = field(metadata={"help": "Base model: local path or Hub id."})
     dataset: str = field(metadata={"help": "Folder of JSONL files (train.jsonl, test.jsonl) or Hub id."})
     dataset_config: str | None = field(default=None)
+    algorithm: Literal["grpo", "rloo"] = field(default="grpo")
+    rewards: str | None = field(
+        default=None,
+        metadata={"help": "LoRe reward model: local path or Hub id. Its rewards take the place of right last numbers."},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Column that names the user of each prompt."})
     subspace: str | None = field(default=None, metadata={"help": "Subspace: local path or Hub id."})
     method: Literal[
         "eigenlora", "moslora", "random", "shuffled", "mean_only", "same_parameters", "lora", "tinylora"
@@ -94,6 +106,19 @@ def peft_config(arguments: Arguments) -> PeftConfig:
     return control_config(config, arguments.method, adapters=adapters)
 
 
+def reward_function(arguments: Arguments) -> Callable[..., list[float]]:
+    """Right last numbers, or what each prompt's own user prefers."""
+    if arguments.rewards is None:
+        return last_number_is_right
+    return LowRankRewardModel.from_pretrained(arguments.rewards).reward_func(user_column=arguments.user_column)
+
+
+def prepared(row: dict, arguments: Arguments) -> dict[str, str]:
+    """The columns that trainer and reward read, besides the row's own."""
+    prompt = row["prompt"] if "prompt" in row else row["question"]
+    return {"prompt": prompt} | ({} if arguments.rewards else {"solution": last_number(row["answer"])})
+
+
 def callbacks(arguments: Arguments) -> list[TrainerCallback]:
     if arguments.sync_folder is None:
         return []
@@ -102,10 +127,10 @@ def callbacks(arguments: Arguments) -> list[TrainerCallback]:
 
 def main(arguments: Arguments, training: GRPOConfig) -> None:
     dataset = load_dataset(arguments.dataset, arguments.dataset_config)
-    dataset = dataset.map(lambda row: {"prompt": row["question"], "solution": last_number(row["answer"])})
-    trainer = GRPOTrainer(
+    dataset = dataset.map(prepared, fn_kwargs={"arguments": arguments})
+    trainer = (RLOOTrainer if arguments.algorithm == "rloo" else GRPOTrainer)(
         model=arguments.model,
-        reward_funcs=last_number_is_right,
+        reward_funcs=reward_function(arguments),
         args=training,
         train_dataset=dataset["train"],
         eval_dataset=dataset["test"] if training.eval_strategy != "no" else None,
@@ -124,4 +149,7 @@ def main(arguments: Arguments, training: GRPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, GRPOConfig)).parse_args_and_config())
+    algorithm = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    algorithm.add_argument("--algorithm", default="grpo")
+    settings = RLOOConfig if algorithm.parse_known_args()[0].algorithm == "rloo" else GRPOConfig
+    main(*TrlParser((Arguments, settings)).parse_args_and_config())

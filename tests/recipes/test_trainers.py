@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel, get_peft_model
 
-from eigenpeft import PrincipalSubspace
+from eigenpeft import LowRankRewardModel, PrincipalSubspace
 from eigenpeft.tuners.controls import CONTROLS
 from tests.factories import make_collection
 from tests.recipes.conftest import RECIPES
@@ -138,6 +138,30 @@ def test_grpo_with_few_numbers(recipe, place, monkeypatch, method):
     assert Path("out/adapter_config.json").is_file()
     if method != "tinylora":
         assert json.loads(Path("policies/policy-v2/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_rewards_of_each_prompts_own_user(recipe, place, monkeypatch, algorithm):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    tiny = tiny_model("reward")
+    rewards = LowRankRewardModel(torch.randn(2, 32), backbone=tiny, processing_class=tiny_tokenizer())
+    rewards.users.put(["ada", "bob"], torch.eye(2), [5, 5])
+    rewards.save_pretrained("rewards")
+    prompts = rows("grpo")["prompt"]
+    asked = Dataset.from_dict({"prompt": prompts, "who": ["ada", "bob"] * (len(prompts) // 2)})
+    Path("data/asked").mkdir()
+    asked.to_json("data/asked/train.jsonl")
+    (place / "run.yaml").write_text((RECIPES / "grpo.yaml").read_text().replace("dataset_config: main\n", ""))
+    flags = {"model": "base", "dataset": "data/asked", "output_dir": "out", "subspace": "subspace", "core": "diagonal"}
+    flags |= FLAGS | OWN["grpo"] | {"algorithm": algorithm, "rewards": "rewards", "user_column": "who"}
+    flags |= {"sync_folder": "policies", "learning_rate": 0.1, "warmup_steps": 0}
+    recipe("grpo", "--config", place / "run.yaml", *(p for k, v in flags.items() for p in (f"--{k}", str(v))))
+    tokens = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(tiny_model(), "out").eval()(tokens).logits
+        synchronised = PeftModel.from_pretrained(tiny_model(), "policies/policy-v2").eval()(tokens).logits
+        assert not torch.equal(trained, tiny_model()(tokens).logits)  # these rewards differ between completions
+    torch.testing.assert_close(synchronised, trained)
 
 
 def test_grpo_reads_the_last_number():
