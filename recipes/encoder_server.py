@@ -13,8 +13,9 @@ Time:      starts as fast as the encoder loads; a member costs its cores and its
 Expected:  for each row the label, its probability and the member that answered. An unknown member is a 404 that names those
            near it. docs/serving.md has the throughput beside a loop over PEFT adapters.
 
-Rows of requests that come together are put into one batch (at most --batch_size rows, after at most --wait milliseconds). The
-store is looked at again every --refresh seconds: members that were added are served, removed ones are refused.
+Rows of requests that come together are put into one batch (at most --batch_size rows, after at most --wait milliseconds),
+which the encoder sees as groups of rows of like length, since padding costs as much as text. The store is looked at again every
+--refresh seconds: members that were added are served, removed ones are refused.
 """
 
 import argparse
@@ -51,13 +52,13 @@ class Answer(BaseModel):
 class Classifiers:
     """One encoder with all members of a store."""
 
-    def __init__(self, model: str, store: str, *, max_length: int = 128):
+    def __init__(self, model: str, store: str, *, max_length: int = 128, group_size: int = 16):
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.encoder = AutoModelForSequenceClassification.from_pretrained(model).eval()
         self.store = AdapterStore.from_pretrained(store)
         self.bank = AdapterBank.from_store(self.store)
         self.bank.attach(self.encoder)
-        self.max_length = max_length
+        self.max_length, self.group_size = max_length, group_size
 
     def refresh(self) -> None:
         """Follow the store: new members are served, removed ones are not."""
@@ -69,22 +70,25 @@ class Classifiers:
 
     @torch.no_grad()
     def classify(self, rows: list[Row]) -> list[Answer]:
-        """All rows in one batch, each with its own member's core and head."""
-        tokens = self.tokenizer(
-            [row.text for row in rows],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-        )
-        with self.bank.use([row.member for row in rows]):
-            probabilities = self.encoder(**tokens).logits.softmax(-1)  # labels that a head lacks have -inf
-        best = probabilities.max(-1)
-        labels, values = best.indices.tolist(), best.values.tolist()
-        return [
-            Answer(member=row.member, label=label, probability=value)
-            for row, label, value in zip(rows, labels, values, strict=True)
-        ]
+        """Each row with its own member's core and head; rows of like length are computed together."""
+        texts = [row.text for row in rows]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        answers: list[Answer | None] = [None] * len(rows)
+        for group in by_length([len(each) for each in tokens["input_ids"]], size=self.group_size):
+            names = [rows[i].member for i in group]
+            batch = {key: [values[i] for i in group] for key, values in tokens.items()}
+            with self.bank.use(names):
+                logits = self.encoder(**self.tokenizer.pad(batch, return_tensors="pt")).logits
+            best = logits.softmax(-1).max(-1)  # labels that a head lacks have -inf
+            for i, label, value in zip(group, best.indices.tolist(), best.values.tolist(), strict=True):
+                answers[i] = Answer(member=rows[i].member, label=label, probability=value)
+        return [answer for answer in answers if answer is not None]
+
+
+def by_length(lengths: list[int], *, size: int) -> list[list[int]]:
+    """Indices of rows in groups of at most `size`, the shortest together, so that little is computed for padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @dataclass

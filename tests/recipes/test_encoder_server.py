@@ -42,7 +42,14 @@ def place(tmp_path):
 
 def server(place, **options):
     recipe = runpy.run_path(str(RECIPES / "encoder_server.py"))
-    return testclient.TestClient(recipe["make_app"](recipe["Classifiers"](place / "base", place / "store"), **options))
+    classifiers = recipe["Classifiers"](place / "base", place / "store", group_size=2)
+    return testclient.TestClient(recipe["make_app"](classifiers, **options))
+
+
+def test_rows_of_like_length_are_computed_together():
+    by_length = runpy.run_path(str(RECIPES / "encoder_server.py"))["by_length"]
+    assert by_length([5, 1, 9, 2, 5], size=2) == [[1, 3], [0, 4], [2]]
+    assert by_length([], size=2) == []
 
 
 @torch.no_grad()
