@@ -81,15 +81,8 @@ def audit_adapters(
             their modules.
         CollectionError: If a tensor cannot be read or is not finite.
     """
-    if (model is None) != (dataset is None):
-        given, missing = ("dataset", "model") if model is None else ("model", "dataset")
-        raise SubspaceError(f"audit got {given}= without {missing}=; the gradient of a new task needs both.")
     sizes = {"n_components": n_components, "n_nulls": n_nulls, "n_rows": n_rows, "n_train": n_train}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SubspaceError(f"{name}={value!r} must be a whole number of at least 1.")
-    if share is not None:
-        group_of(share)
+    _check(model, dataset, sizes, share)
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
     names = _enough(collection, untrained)
@@ -125,17 +118,9 @@ def audit_adapters(
     )
     report = replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
     if share is not None:
-        sharing = sharing_cost(
-            collection,
-            share=share,
-            measured=measured,
-            names=names,
-            groups=groups,
-            at=report.n_components,
-            n_nulls=n_nulls,
-            seed=seed,
-        )
-        report = replace(report, sharing=sharing)
+        at: dict[str, Any] = {"at": report.n_components, "n_nulls": n_nulls, "seed": seed}
+        found = sharing_cost(collection, share=share, measured=measured, names=names, groups=groups, **at)
+        report = replace(report, sharing=found)
     if model is None:
         return report
     gradient, near = task_gradient(
@@ -153,6 +138,17 @@ def audit_adapters(
         train=answer(report.held_out, task=measures_of_task(gradient, near)),
         advice=f"{report.advice} {advice_on_task(gradient)}",
     )
+
+
+def _check(model: nn.Module | None, dataset: Any, sizes: Mapping[str, int], share: Any) -> None:
+    """The arguments, before anything is read."""
+    group_of(share or "layers")
+    if (model is None) != (dataset is None):
+        given, missing = ("dataset", "model") if model is None else ("model", "dataset")
+        raise SubspaceError(f"audit got {given}= without {missing}=; the gradient of a new task needs both.")
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SubspaceError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
 def _enough(collection: AdapterCollection, untrained: set[str]) -> tuple[str, ...]:

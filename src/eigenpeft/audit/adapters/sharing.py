@@ -97,26 +97,7 @@ def sharing_cost(
     for module, found in measured.items():
         kinds.setdefault((kind_of(module), found.shape), []).append(module)
     n_components = next(iter(measured.values())).real.held_out.both.shape[1]
-    parts: list[tuple[tuple[str, ...], Tensor]] = []
-    nulls: list[list[tuple[tuple[str, ...], Tensor]]] = [[] for _ in range(n_nulls)]
-    for (kind, shape), modules in kinds.items():
-        if len(modules) == 1:  # its bank is its own either way
-            own = measured[modules[0]]
-            parts.append((own.adapters, own.real.held_out.both))
-            for draw, found in zip(nulls, own.nulls, strict=True):
-                draw.append((own.adapters, found.held_out.both))
-            continue
-        trained = [each for module in modules for each in trained_stacks(collection.factors(module))[0]]
-        trained = [each for each in trained if each.adapter in groups]
-        owners = [each.adapter for each in trained]
-        pairs = [(each.lora_B, each.lora_A) for each in trained]
-        generator = seeded_generator(seed, f"{kind} {shape}", "shared null")
-        draws = [pairs, *(matched_null(pairs, generator=generator) for _ in range(n_nulls))]
-        labels = [groups[owner] for owner in owners]
-        for place, drawn in zip([parts, *nulls], draws, strict=True):
-            stacks = stack_factors(drawn, rows="balanced", weighting="equal")
-            curves = held_out_curves(stacks, n_components=n_components, groups=labels).both
-            place += [((owner,), curve[None]) for owner, curve in zip(owners, curves, strict=True)]
+    parts, *nulls = _shared_parts(collection, kinds, measured, groups, n_components, n_nulls, seed)
     own = by_adapter(names, [(m.adapters, m.real.held_out.both) for m in measured.values()])
     own_null = torch.stack(
         [by_adapter(names, [(m.adapters, m.nulls[i].held_out.both) for m in measured.values()]) for i in range(n_nulls)]
@@ -143,6 +124,39 @@ def sharing_cost(
     )
     found = Sharing("", len(measured), len(kinds), rows)
     return replace(found, text=_words(found, at))
+
+
+def _shared_parts(
+    collection: AdapterCollection,
+    kinds: Mapping[tuple[str, tuple[int, int]], Sequence[str]],
+    measured: Mapping[str, ModuleMeasures],
+    groups: Mapping[str, Hashable],
+    n_components: int,
+    n_nulls: int,
+    seed: int,
+) -> list[list[tuple[tuple[str, ...], Tensor]]]:
+    """Adapters and their held-out curves in shared banks: of the real ones, then of each draw."""
+    parts: list[tuple[tuple[str, ...], Tensor]] = []
+    nulls: list[list[tuple[tuple[str, ...], Tensor]]] = [[] for _ in range(n_nulls)]
+    for (kind, shape), modules in kinds.items():
+        if len(modules) == 1:  # its bank is its own either way
+            own = measured[modules[0]]
+            parts.append((own.adapters, own.real.held_out.both))
+            for draw, found in zip(nulls, own.nulls, strict=True):
+                draw.append((own.adapters, found.held_out.both))
+            continue
+        trained = [each for module in modules for each in trained_stacks(collection.factors(module))[0]]
+        trained = [each for each in trained if each.adapter in groups]
+        owners = [each.adapter for each in trained]
+        pairs = [(each.lora_B, each.lora_A) for each in trained]
+        generator = seeded_generator(seed, f"{kind} {shape}", "shared null")
+        draws = [pairs, *(matched_null(pairs, generator=generator) for _ in range(n_nulls))]
+        labels = [groups[owner] for owner in owners]
+        for place, drawn in zip([parts, *nulls], draws, strict=True):
+            stacks = stack_factors(drawn, rows="balanced", weighting="equal")
+            curves = held_out_curves(stacks, n_components=n_components, groups=labels).both
+            place += [((owner,), curve[None]) for owner, curve in zip(owners, curves, strict=True)]
+    return [parts, *nulls]
 
 
 def _words(found: Sharing, at: int) -> str:

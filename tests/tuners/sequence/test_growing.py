@@ -1,0 +1,107 @@
+"""New classes with every task: on real adapters and texts, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from eigenpeft.demo import related_adapters
+from eigenpeft.demo.assets import banking77, base_model
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.sequence import GrowingClassifier
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """Adapter to its rows of train and test, each intent with the first adapter that has it."""
+    adapters = json.loads((related_adapters() / "RECORD.json").read_text(encoding="utf-8"))["adapters"][:3]
+    rows, found, seen = {split: banking77(split) for split in ("train", "test")}, {}, set()
+    for adapter in adapters:
+        intents = [name for name in adapter["intents"] if name not in seen]
+        seen |= set(intents)
+        found[adapter["name"]] = {
+            split: [row for name in intents for row in [r for r in rows[split] if r["label_name"] == name][:5]]
+            for split in rows
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def embed(tasks):
+    """Mean of the last layer over the tokens, with an adapter on."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model())
+    model = None
+    for name in tasks:
+        if model is None:
+            base = AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=8)
+            model = PeftModel.from_pretrained(base, related_adapters() / name, adapter_name=name)
+        else:
+            model.load_adapter(related_adapters() / name, adapter_name=name)
+    model.eval()
+
+    @torch.no_grad()
+    def features(name, rows):
+        model.set_adapter(name)
+        words = tokenizer(list(rows), padding=True, truncation=True, max_length=32, return_tensors="pt")
+        hidden = model.base_model.model.bert(**words).last_hidden_state
+        mask = words["attention_mask"][..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    return features
+
+
+def share_right(growing, tasks):
+    rows = [row for task in tasks for row in task["test"]]
+    found = growing.predict([row["text"] for row in rows])
+    return sum(one == row["label_name"] for one, row in zip(found, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.slow
+def test_classes_of_all_tasks_are_told_apart(tasks, embed):
+    growing, done = GrowingClassifier(embed), []
+    for name, task in tasks.items():
+        growing.add(name, [row["text"] for row in task["train"]], [row["label_name"] for row in task["train"]])
+        done.append(task)
+        assert share_right(growing, done) > 0.5  # by chance one in 8, then one in more than 12 and 16
+    assert growing.adapters == tuple(tasks)
+    assert len(growing.classes) == len({row["label_name"] for task in tasks.values() for row in task["train"]}) > 16
+    assert growing.logits(["hello"]).shape == (1, len(growing.classes))
+
+
+def test_old_classes_are_completed_in_new_spaces():
+    turn = {"a": torch.eye(3), "b": torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])}
+    rows = {"a": torch.tensor([[1.0, 0, 0], [0, 1, 0]]), "b": torch.tensor([[1.0, 0.2, 0], [0, 0, 1]])}
+    made = {}
+    for complete in (True, False):
+        growing = made[complete] = GrowingClassifier(
+            lambda name, given: torch.stack(list(given)) @ turn[name], weight=1.0, complete=complete
+        )
+        growing.add("a", list(rows["a"]), ["x", "y"])
+        growing.add("b", list(rows["b"]), ["z", "w"])
+        assert growing.classes == ("x", "y", "z", "w")
+    # Without completion a class of the first task has no part in the second space; with it "x" leans on "z", which is like it.
+    with_, without = (made[complete].logits([torch.tensor([1.0, 0, 0])])[0] for complete in (True, False))
+    assert float(without[0]) == pytest.approx(1.0)
+    assert float(with_[0]) > 1.2
+    assert torch.equal(with_[2:], without[2:])
+
+
+def test_what_does_not_fit_is_refused():
+    growing = GrowingClassifier(lambda name, rows: torch.ones(len(rows), 2))
+    with pytest.raises(AdapterConfigError, match="no classes yet"):
+        growing.logits(["a"])
+    growing.add("first", ["a"], ["x"])
+    with pytest.raises(AdapterConfigError, match="class 'x' is there from an earlier task"):
+        growing.add("second", ["a"], ["x"])
+    with pytest.raises(AdapterConfigError, match="adapter 'first' is there from an earlier task"):
+        growing.add("first", ["a"], ["y"])
+    with pytest.raises(AdapterConfigError, match="2 rows and 1 labels"):
+        growing.add("second", ["a", "b"], ["y"])
+    with pytest.raises(AdapterConfigError, match="weight=-1 must be 0 or more"):
+        GrowingClassifier(lambda name, rows: torch.ones(1, 2), weight=-1)
+    odd = GrowingClassifier(lambda name, rows: torch.ones(2))
+    with pytest.raises(AdapterConfigError, match=r"features of shape \(2,\) for 1 rows"):
+        odd.add("first", ["a"], ["x"])
+    assert growing.classes == ("x",)
