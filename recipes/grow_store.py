@@ -158,6 +158,8 @@ def main(arguments: Arguments) -> None:
         task = Task(arguments, store, tokenizer, rows, test)
         task.train()
         lora = task.as_lora()
+        if arguments.model is None:  # a local copy of the base model that the shipped adapters name
+            lora.peft_config["default"].base_model_name_or_path = store.subspace.info.base_model_name_or_path
         folder = Path(arguments.out) / "adapters" / name
         lora.save_pretrained(folder)
         before = len(store)
