@@ -1,7 +1,7 @@
 """Recycle LoRA adapters: principal subspaces, coefficient-only fine-tuning, exact export to plain LoRA.
 
-Importing this package makes the methods EIGENLORA and MOSLORA known to PEFT, as soon as PEFT itself is imported. Everything
-else is imported when it is first used.
+Importing this package makes the methods EIGENLORA, MOSLORA and SHARDLORA known to PEFT, as soon as PEFT itself is imported.
+Everything else is imported when it is first used.
 """
 
 from importlib import import_module

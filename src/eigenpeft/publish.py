@@ -19,6 +19,7 @@ from eigenpeft.artifacts.reading import MAX_JSON_BYTES, is_folder, read_bytes, r
 from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.audit import AuditReport
 from eigenpeft.collection.base_models import hub_id
+from eigenpeft.collection.formats.settings import OWN_METHODS
 from eigenpeft.errors import ArtifactError
 from eigenpeft.report.audit_card import AUDIT_FIGURE, audit_section
 from eigenpeft.report.audit_figure import audit_png
@@ -33,6 +34,7 @@ _CARD = "README.md"
 _PAPERS = {
     "EIGENLORA": "EigenLoRAx, arXiv 2502.04700",
     "MOSLORA": "MoSLoRA, arXiv 2406.11909",
+    "SHARDLORA": "MoS, arXiv 2410.00938",
     "LORA": "LoRA, arXiv 2106.09685",
 }
 _MODULES = "## Modules\n"  # heading in the card of a subspace
@@ -318,7 +320,7 @@ def _addressed(card: str, repo_id: str) -> str:
 
 
 def _how_to_load(config: Mapping[str, Any]) -> str:
-    own = config.get("peft_type") in ("EIGENLORA", "MOSLORA")
+    own = config.get("peft_type") in OWN_METHODS
     wanted = "import eigenpeft  # pip install eigenpeft; makes the method known to PEFT\n" if own else ""
     export = (
         '\nFor software that knows plain LoRA alone: `eigenpeft.export_lora(model, "plain-lora")` writes the same update '

@@ -30,11 +30,15 @@ from eigenpeft import (
     PrincipalSubspace,
     export_lora,
 )
+from eigenpeft.tuners import ShardLoraConfig
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
+from eigenpeft.tuners.layers.shards import ShardFactor
+from eigenpeft.tuners.shardlora.sharing import SHARINGS
 from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
 
+# shards, input, output: the sharings of ShardLoRA
 # offset: "low_rank" from a merge that it cannot hold; paired: "diagonal" on paired directions
-METHODS = ("moslora", "low_rank", "full", "diagonal", "mixture", "offset", "paired")
+METHODS = ("moslora", "low_rank", "full", "diagonal", "mixture", "offset", "paired", "shards", "input", "output")
 pytestmark = [
     pytest.mark.parametrize("method", METHODS),
     pytest.mark.parametrize("architecture", MODELS.values(), ids=MODELS, indirect=False),
@@ -46,6 +50,8 @@ def config(architecture, method, tmp_path, **more):
     common = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "fan_in_fan_out": is_conv1d(architecture)} | more
     if method == "moslora":
         return MosLoraConfig(target_modules=list(suffixes), **common)
+    if method in SHARINGS:
+        return ShardLoraConfig(target_modules=list(suffixes), sharing=method, pool_rank=3, **common)
     subspace = random_subspace(make(), suffixes)
     if method == "paired":
         subspace = paired(subspace)
@@ -215,7 +221,9 @@ def test_compiles_in_one_graph(trained, tokens, no_shape_checks):  # 18
 def test_merge_and_unload(trained, tokens):  # 19
     model, expected = trained
     merged = model.merge_and_unload()
-    assert not any(isinstance(module, InputFactor | OutputFactor | MixedFactor) for module in merged.modules())
+    assert not any(
+        isinstance(module, InputFactor | OutputFactor | MixedFactor | ShardFactor) for module in merged.modules()
+    )
     same(merged, tokens, expected)
 
 

@@ -1,5 +1,6 @@
 """The PEFT methods; importing this package registers them with PEFT."""
 
+from eigenpeft.collection.formats.settings import OWN_METHODS
 from eigenpeft.deprecation import moved_names
 from eigenpeft.tuners.controls import control_config
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
@@ -22,6 +23,7 @@ from eigenpeft.tuners.learning_rates import suggested_learning_rate
 from eigenpeft.tuners.moslora import MosLoraConfig, MosLoraModel
 from eigenpeft.tuners.parameter_groups import check_lorafa_pairs
 from eigenpeft.tuners.serving.bank import AdapterBank
+from eigenpeft.tuners.shardlora import ShardLoraConfig, ShardLoraModel
 from eigenpeft.tuners.starts.adapters import init_lora_from_adapter, lora_config_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace, lora_config_from_subspace
 from eigenpeft.tuners.starts.config import after_injection, before_injection
@@ -40,7 +42,13 @@ register(
     model_cls=MosLoraModel,
     hotswap_keys=(*_LORA_KEYS, "fold", "train_mixer"),
 )
-admit_to_mixed_models(("EIGENLORA", "MOSLORA"), tuner=FactorMixedModel)
+register(
+    "SHARDLORA",
+    config_cls=ShardLoraConfig,
+    model_cls=ShardLoraModel,
+    hotswap_keys=(*_LORA_KEYS, "sharing", "pool_rank", "private_rank", "shards_per_vector", "share"),
+)
+admit_to_mixed_models(OWN_METHODS, tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
 extend_lora(before=before_injection, after=after_injection)
 replace_rank_padding(pad_ranks, is_ours=has_our_factors)
@@ -53,6 +61,8 @@ __all__ = [
     "EigenLoraModel",
     "MosLoraConfig",
     "MosLoraModel",
+    "ShardLoraConfig",
+    "ShardLoraModel",
     "control_config",
     "convert_reference_checkpoint",
     "export_gguf",

@@ -12,6 +12,7 @@ _OUTPUT_SIDE = re.compile(r"\.lora_(embedding_)?B\.")
 # The names of our own parameters; those of the base model and of plain LoRA are none of our business.
 _MIXED = re.compile(r"\.lora_(embedding_)?B\.[^.]+\.(factor|mixer)$")
 _WEIGHTS = re.compile(r"\.lora_(embedding_)?B\.[^.]+\.mixing\.weights$")
+_SHARDS = re.compile(r"\.lora_[AB]\.[^.]+\.(public|private)$")
 _COEFFICIENTS = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+\.coefficients$")
 
 
@@ -65,7 +66,7 @@ def check_lorafa_pairs(names: Sequence[str]) -> None:
         names: Names of the parameters, as the optimizer gets them.
 
     Raises:
-        AdapterConfigError: If there is a mixer, or an output side without an input side.
+        AdapterConfigError: If there is a mixer, a shared shard, or an output side without an input side.
     """
     known = set(names)
     for name in names:
@@ -73,6 +74,11 @@ def check_lorafa_pairs(names: Sequence[str]) -> None:
             raise AdapterConfigError(
                 f"LoRA-FA cannot train {name!r}: it pairs A with B, and MoSLoRA has a mixer between them. Use "
                 "eigenpeft.tuners.parameter_groups with torch.optim.AdamW, or LoraConfig."
+            )
+        if _SHARDS.search(name):
+            raise AdapterConfigError(
+                f"LoRA-FA cannot train {name!r}: it pairs A with B layer by layer, and ShardLoRA's layers share theirs. Use "
+                "torch.optim.AdamW, or LoraConfig."
             )
         ours = _COEFFICIENTS.search(name) or _WEIGHTS.search(name)
         if ours and _OUTPUT_SIDE.sub(r".lora_\1A.", name) not in known:

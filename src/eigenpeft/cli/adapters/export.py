@@ -7,6 +7,7 @@ import typer
 
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
+from eigenpeft.collection.formats.settings import OWN_METHODS
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
@@ -75,7 +76,7 @@ def _opened(source: str, name: str | None) -> tuple[AdapterStore, str]:
     if kind != "EIGENLORA":
         way = (
             "load it with PEFT and call eigenpeft.export_lora(model, ...)"
-            if kind == "MOSLORA"
+            if kind in OWN_METHODS
             else "a plain LoRA needs no export, and other methods have none"
         )
         raise EigenPeftError(f"{source!r} is an adapter of peft_type {kind!r}; this command exports EIGENLORA: {way}.")

@@ -11,6 +11,8 @@ from eigenpeft.collection.formats.other_tools import format_of_config
 from eigenpeft.collection.formats.patterns import PatternTable
 
 CONFIG_NAME = "adapter_config.json"
+OWN_METHODS = ("EIGENLORA", "MOSLORA", "SHARDLORA")
+"""Values of `peft_type` in the files of our methods."""
 
 # Fields of PEFT's LoraConfig whose update is not s B A on the original weight. `velora_config` changes only what is
 # stored for the backward pass, `init_lora_weights="mica"` only what is trained: both stay plain LoRA.
@@ -197,7 +199,7 @@ def licence_of(folder: Path) -> str | None:
 
 def _problems_of_method(config: dict[str, Any]) -> list[str]:
     kind = str(config.get("peft_type")).upper()
-    if kind in ("EIGENLORA", "MOSLORA"):
+    if kind in OWN_METHODS:
         return [f"is of peft_type {kind!r}; write it as a plain LoRA adapter first, with eigenpeft.export_lora"]
     if (found := format_of_config(config)) is not None:
         return [found]

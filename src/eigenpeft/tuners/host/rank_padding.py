@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.layers.kinds import factor_dicts
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
+from eigenpeft.tuners.layers.shards import ShardFactor
 
+_OURS = (MixedFactor, OutputFactor, ShardFactor)
 # Blocks and diagonals have sizes of their own, which PEFT's swapping would leave as they are.
 _IN_PARTS = (BdLoraLinearVariant, KasaLinearVariant)
 
@@ -24,7 +26,7 @@ def has_our_factors(model: nn.Module) -> bool:
         model: Model with adapters.
     """
     layers = (layer for layer in model.modules() if isinstance(layer, Linear | Conv2d))
-    return any(isinstance(factor, MixedFactor | OutputFactor) for layer in layers for factor in layer.lora_B.values())
+    return any(isinstance(factor, _OURS) for layer in layers for factor in layer.lora_B.values())
 
 
 def pad_ranks(model: nn.Module, target_rank: int) -> bool:
@@ -41,8 +43,8 @@ def pad_ranks(model: nn.Module, target_rank: int) -> bool:
         Whether there was an adapter.
 
     Raises:
-        AdapterConfigError: If a plain LoRA shares the model, an adapter has blocks or a diagonal between its factors (BD-LoRA,
-            KaSA), a rank is larger than `target_rank`, or the groups of a convolution do not divide it.
+        AdapterConfigError: If a plain LoRA shares the model, the adapter is ShardLoRA's or has blocks or a diagonal between its
+            factors (BD-LoRA, KaSA), a rank is larger than `target_rank`, or the groups of a convolution do not divide it.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Linear | Conv2d)]
     pairs = [(layer, *(factors[name] for factors in factor_dicts(layer))) for layer in layers for name in layer.lora_B]
@@ -85,6 +87,8 @@ def _check(layer: LoraLayer, inside: Any, outside: Any, target_rank: int) -> Non
     has_parts = is_ours and any(isinstance(each, _IN_PARTS) for each in layer.lora_variant.values())
     if not is_ours or has_parts:
         reason = "it has blocks, or a diagonal between its factors" if has_parts else "it is plain LoRA beside ours"
+        if isinstance(outside, ShardFactor):
+            reason = "its layers share the vectors of their factors (ShardLoRA)"
         raise AdapterConfigError(
             f"The model's adapters cannot be padded to target_rank={target_rank}: {reason}. Leave target_rank out, and "
             "swap adapters of one rank."
