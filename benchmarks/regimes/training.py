@@ -10,7 +10,7 @@ import torch
 from customers import Rows
 from packing import Packed, embedded, first_trained_layer, forward
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from eigenpeft.demo.assets import base_model
 
@@ -48,7 +48,7 @@ def _weights() -> dict[str, Tensor]:
 
 def fresh_base(n_labels: int, *, seed: int) -> PreTrainedModel:
     """The base with a head drawn by seed, in evaluation mode: nothing here uses dropout."""
-    config = AutoModelForSequenceClassification.from_pretrained(base_model()).config
+    config = AutoConfig.from_pretrained(base_model())
     config.num_labels = n_labels
     model = AutoModelForSequenceClassification.from_config(config)
     head = {"classifier.weight": torch.zeros(n_labels, config.hidden_size), "classifier.bias": torch.zeros(n_labels)}
@@ -123,7 +123,10 @@ def train(model: nn.Module, task: Task, *, rate: float, head_rate: float, steps:
     groups = [{"params": of_head, "lr": head_rate}, {"params": adapter, "lr": rate}]
     optimizer, schedule = optimizer_of(groups, steps=steps)
     start = time.perf_counter()
-    fixed = prefix(bert, task.ids, layer=first_trained_layer(bert))
+    # What is trained may lie outside the layers that use it, such as a vector bank of the whole model.
+    inside = {id(p) for p in bert.encoder.layer.parameters()}
+    first = first_trained_layer(bert) if all(id(p) in inside for p in adapter) else 0
+    fixed = prefix(bert, task.ids, layer=first)
     for chosen in batches(len(task.ids), steps=steps, seed=seed):
         logits = head(forward(bert, fixed.batch(chosen, n_layers)).hidden)
         nn.functional.cross_entropy(logits, task.labels[chosen]).backward()
