@@ -321,7 +321,8 @@ def _addressed(card: str, repo_id: str) -> str:
 
 def _how_to_load(config: Mapping[str, Any]) -> str:
     own = config.get("peft_type") in OWN_METHODS
-    wanted = "import eigenpeft  # pip install eigenpeft; makes the method known to PEFT\n" if own else ""
+    needs_us = own or config.get("requires_package") == "eigenpeft"
+    wanted = "import eigenpeft  # pip install eigenpeft; makes the method known to PEFT\n" if needs_us else ""
     export = (
         '\nFor software that knows plain LoRA alone: `eigenpeft.export_lora(model, "plain-lora")` writes the same update '
         "as an ordinary LoRA adapter.\n"

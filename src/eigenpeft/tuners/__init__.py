@@ -7,6 +7,7 @@ from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.files.export import export_lora
 from eigenpeft.tuners.files.gguf_files import export_gguf
 from eigenpeft.tuners.files.reference_checkpoints import convert_reference_checkpoint
+from eigenpeft.tuners.gated import GatedLoraConfig, GatedLoraModel
 from eigenpeft.tuners.host.adapter_names import own_tensors
 from eigenpeft.tuners.host.mixed_models import FactorMixedModel
 from eigenpeft.tuners.host.rank_padding import has_our_factors, pad_mixers, pad_ranks
@@ -47,6 +48,12 @@ register(
     config_cls=ShardLoraConfig,
     model_cls=ShardLoraModel,
     hotswap_keys=(*_LORA_KEYS, "sharing", "pool_rank", "private_rank", "shards_per_vector", "share"),
+)
+register(
+    "GATEDLORA",
+    config_cls=GatedLoraConfig,
+    model_cls=GatedLoraModel,
+    hotswap_keys=("lora_dropout", "n_cores", "train_cores", "core_sizes"),
 )
 admit_to_mixed_models(OWN_METHODS, tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)

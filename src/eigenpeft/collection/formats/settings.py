@@ -12,7 +12,7 @@ from eigenpeft.collection.formats.patterns import PatternTable
 
 CONFIG_NAME = "adapter_config.json"
 OWN_METHODS = ("EIGENLORA", "MOSLORA", "SHARDLORA")
-"""Values of `peft_type` in the files of our methods."""
+"""Values of `peft_type` in the files of our methods whose adapters `export_lora` writes as plain LoRA."""
 
 # Fields of PEFT's LoraConfig whose update is not s B A on the original weight. `velora_config` changes only what is
 # stored for the backward pass, `init_lora_weights="mica"` only what is trained: both stay plain LoRA.

@@ -21,14 +21,19 @@ from peft import {loader}
 model = {call}
 ```
 
-`eigenpeft.export_lora(model, "plain-lora")` turns it into a plain LoRA adapter, which needs nothing but PEFT.
+{export}
 """
+_EXPORT = (
+    '`eigenpeft.export_lora(model, "plain-lora")` turns it into a plain LoRA adapter, which needs nothing but PEFT.'
+)
+_NO_EXPORT = "No plain LoRA adapter does the same: its update depends on the token."
 
 
 class ExplainedConfig(LoraConfig):
     """A configuration that, saved beside an adapter, leaves a README saying how to load it."""
 
     method_name = "PEFT"
+    is_exportable = True
 
     def __post_init__(self):
         # Users leave the type out, and PEFT's files always have it.
@@ -64,7 +69,10 @@ def explain_loading(folder: Path, *, config: LoraConfig, method: str) -> None:
     call = f"{loader}.from_pretrained({where if loader != 'PeftModel' else 'base_model, ' + where})"
     article = "n" if method[0] in "AEIOU" else ""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    note = _NOTE.format(heading=HEADING, article=article, method=method, kind=kind, loader=loader, call=call)
+    export = _EXPORT if getattr(config, "is_exportable", True) else _NO_EXPORT
+    note = _NOTE.format(
+        heading=HEADING, article=article, method=method, kind=kind, loader=loader, call=call, export=export
+    )
     scratch = path.with_name(".README.md.partial")
     scratch.write_text(f"{text.rstrip()}\n\n{note}".lstrip(), encoding="utf-8")
     scratch.replace(path)

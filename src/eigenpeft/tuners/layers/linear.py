@@ -10,13 +10,13 @@ from eigenpeft.linalg.layer_update import factor_is_cheaper, input_product, outp
 from eigenpeft.tuners.layers.shared_bases import Basis
 
 
-class _KeepsPrecision(nn.Module):
+class KeepsPrecision(nn.Module):
     """A factor whose frozen tensors stay as precise as they are where PEFT gives an adapter the base weight's 16 bits.
 
     PEFT makes trained coefficients float32 again afterwards; what is not trained would stay rounded, in its file too.
     """
 
-    _FROZEN = ("offset", "cores")
+    _FROZEN = ("offset", "cores", "components")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         before = {name: buffer for name in self._FROZEN if (buffer := self._buffers.get(name)) is not None}
@@ -28,7 +28,7 @@ class _KeepsPrecision(nn.Module):
         return self
 
 
-class InputFactor(_KeepsPrecision):
+class InputFactor(KeepsPrecision):
     """`A = C_in V_in`, (r, in_features): trainable coefficients on frozen components.
 
     With no coefficients it is `A = V_in` itself, (K, in_features): the input side of a mixer.
@@ -88,7 +88,7 @@ class InputFactor(_KeepsPrecision):
         return h if self.offset is None else torch.cat([h, F.linear(x, self.offset.to(x.dtype))], dim=-1)
 
 
-class OutputFactor(_KeepsPrecision):
+class OutputFactor(KeepsPrecision):
     """`B = V_outᵀ C_out`, (out_features, r): trainable coefficients on frozen components.
 
     Args:
