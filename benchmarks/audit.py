@@ -32,7 +32,7 @@ CHECKED = (0, 33, 66, 99)
 
 
 def write_adapters(folder, *, n_modules, noise):
-    """Adapters in 24 shared directions a side of falling importance, plus noise."""
+    """Adapters in 24 shared directions per side of falling importance, plus noise."""
     strength = torch.linspace(1.0, 0.2, N_SHARED)
     shared = {}
     for i in range(n_modules):

@@ -2,7 +2,7 @@
 
 Command:  python benchmarks/build_job.py                     (writes and deletes 13.6 GB under --scratch)
           python benchmarks/build_job.py --layers 4          (an eighth of it: 16 of the 128 modules)
-Hardware: CPU, one thread a process.
+Hardware: CPU, one thread per process.
 Writes:   benchmarks/results/build_job.json: wall-clock and CPU seconds of `eigenpeft build` with 1 and 2 processes
           (torchrun), their peak memory, and whether both wrote the same bytes; and the limit, measured in the same run:
           reading all files once from disk, and multiplying every stack of factors once with 64 directions, in float32 on

@@ -4,7 +4,7 @@ Paper:    LoRe, arXiv 2504.14439; data: Anthropic's HH pairs relabelled for "hel
 Command:  python benchmarks/lore_smollm2.py --model MODEL --data DIR --work WORK --subspace SUBSPACE
           (MODEL and DIR: see benchmarks/smollm2_data.py; SUBSPACE: made of the zoo of benchmarks/smollm2.py)
           python benchmarks/lore_policies.py   (the policies that follow, and the figure)
-Hardware: 1 CPU core with bf16 instructions; 5 minutes for the features, then about 6 a row.
+Hardware: 1 CPU core with bf16 instructions; 5 minutes for the features, then about 6 per row.
           Started again, it goes on where it stopped.
 Writes:   benchmarks/results/lore_smollm2.json
 

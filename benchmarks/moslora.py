@@ -74,7 +74,7 @@ def answer_logits(model, rows):
 
 @torch.no_grad()
 def judge(model, rows):
-    """Mean loss a token, and the share of answers all of whose tokens are the likeliest."""
+    """Mean loss per token, and the share of answers all of whose tokens are the likeliest."""
     model.eval()
     losses, right = [], []
     for start in range(0, len(rows), 8):

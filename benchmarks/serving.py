@@ -30,7 +30,7 @@ from eigenpeft.tuners.serving.bank import AdapterBank
 
 RESULTS = Path(__file__).parent / "results"
 N_ROWS, N_TASKS = 64, 1000
-SHAPES = [  # n, tokens a row, K, r
+SHAPES = [  # n, tokens per row, K, r
     (768, 1, 32, 8),
     (768, 1, 64, 16),
     (768, 128, 32, 16),
@@ -126,7 +126,7 @@ def measure_layer(n, length, n_components, rank, *, rounds, seconds):
 
 
 def decoding_step(*, rounds, seconds):
-    """One step of a whole model with 64 rows of 64 tasks; one token a row and no cache, so that nothing grows."""
+    """One step of a whole model with 64 rows of 64 tasks; one token per row and no cache, so that nothing grows."""
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,

@@ -7,7 +7,7 @@
 Paper:     EigenLoRAx, arXiv 2502.04700.
 Command:   python recipes/classification.py --config recipes/classification.yaml --subspace DIR_OR_HUB_ID
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters.
-Time:      1 to 4 minutes a method and seed on one thread of two busy cores.
+Time:      1 to 4 minutes per method and seed on one thread of two busy cores.
 Expected:  one line per method: trainable parameters and the metric on the test rows, mean and range over the seeds. One seed on
            the part of banking77 that ships with eigenpeft, all-MiniLM-L6-v2: head 0.590, random 0.701, eigenlora 0.743.
            same_parameters (a LoRA of as many parameters) got 0.539 at a learning rate of 3e-3 but 0.721 in the demo at
@@ -82,8 +82,12 @@ class Arguments:
     r: int = field(default=8)
     lora_alpha: int = field(default=16)
     max_length: int = field(default=64)
-    head_learning_rate: float = field(default=1e-2, metadata={"help": "Of the method 'head', which has no adapter."})
-    lora_learning_rate: float = field(default=3e-3, metadata={"help": "Of 'lora'; the others take --learning_rate."})
+    head_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the method 'head', which has no adapter."}
+    )
+    lora_learning_rate: float = field(
+        default=3e-3, metadata={"help": "Learning rate of the method 'lora'; the others take --learning_rate."}
+    )
 
 
 def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments, seed: int):

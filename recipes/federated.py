@@ -10,8 +10,8 @@ Command:   python recipes/federated.py --config recipes/federated.yaml --subspac
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters; Flower's simulation starts a process per core.
 Time:      each client loads the model in each round: 2 minutes for 3 clients and 2 rounds of 2 steps on two busy cores.
 Expected:  one line per round: clients used, accuracy of the averaged model on the test rows, kilobytes from each client, and
-           those of a LoRA of the same r beside it. A core of 32 x 32 on twelve weights is 49 kB a client and round, a LoRA of r = 8
-           295 kB. docs/federated.md has accuracies with their controls.
+           those of a LoRA of the same r beside it. A core of 32 x 32 on twelve weights is 49 kB per client and round, a LoRA of
+           r = 8 295 kB. docs/federated.md has accuracies with their controls.
 
 `--adapter` is full, diagonal or low_rank (cores in the subspace: plain averaging is exact for full and diagonal; low_rank goes
 through its dense core, or keeps C_in frozen with --rule ffa) or lora. `--rule` is one of `AdapterFedAvg`'s. A stopped run, started
@@ -54,7 +54,7 @@ class Arguments:
     rounds: int = field(default=5)
     local_steps: int = field(default=10)
     batch_size: int = field(default=16)
-    learning_rate: float = field(default=1e-2, metadata={"help": "Of the core; a LoRA wants about 3e-3."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the core; a LoRA wants about 3e-3."})
     head_learning_rate: float = field(default=1e-2)
     epsilon: float = field(default=1e-2, metadata={"help": "Step to each side under --rule seeds."})
     r: int = field(default=8)

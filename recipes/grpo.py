@@ -140,7 +140,7 @@ def main(arguments: Arguments, training: GRPOConfig) -> None:
     trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-    if arguments.method == "tinylora":  # its update is no product of two small factors that a LoRA could hold
+    if arguments.method == "tinylora":  # its update is not a product of two small factors that a LoRA could hold
         trainer.accelerator.print(f"Wrote {training.output_dir}.")
         return
     if trainer.accelerator.is_main_process:

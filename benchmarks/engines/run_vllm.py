@@ -4,8 +4,8 @@ Command:  make vllm   (its own environment, .vllm)
 Hardware: a CPU, 8 GB of memory; about 10 minutes on two idle cores.
 Writes:   benchmarks/results/vllm.json. Fails if a number is outside of what `check` states.
 
-A store of 200 members of SmolLM2-135M: mixtures of three trained adapters, each a core of rank 8 in bases of 12 components. The
-server may keep 8 adapters in memory and the cache about 20 on disk, so that both give adapters up and load them again.
+A store of 200 members of SmolLM2-135M: mixtures of three trained adapters, each with a core of rank 8 in bases of 12 components.
+The server may keep 8 adapters in memory and the cache about 20 on disk, so that both give adapters up and load them again.
 Reference for texts: transformers with the member as `export_lora` writes it, greedy, float32. Reference for the first request: the
 same LoRA from a folder that was written before, loaded by the server's own endpoint. Both in one run, interleaved.
 """

@@ -4,8 +4,8 @@ Paper:     EigenLoRAx, arXiv 2502.04700.
 Command:   python benchmarks/study/causal.py tune test --model MODEL --data DIR --work WORK
            (MODEL and DIR: see benchmarks/smollm2_data.py; WORK keeps the zoo, trained when a cell needs it), then
            causal_report.py.
-Hardware:  1 CPU core with bfloat16 instructions; 10 to 30 s a cell, about an hour in all.
-Writes:    benchmarks/results/study/causal.jsonl, a line a cell. Started again, it goes on where it stopped.
+Hardware:  1 CPU core with bfloat16 instructions; 10 to 30 s per cell, about an hour in all.
+Writes:    benchmarks/results/study/causal.jsonl, one line per cell. Started again, it goes on where it stopped.
 
 The zoo: one LoRA (r 8; q_proj and v_proj of the upper half of the layers; a seed of its own) for each of twelve T0 tasks with
 short texts. The target's own adapter is left out of the subspace; gsm8k has none. Learning rates, four a method, were chosen on

@@ -55,7 +55,7 @@ class Skipped(nn.Module):
 
 
 class Halves:
-    """A causal LM cut in the middle: only the upper half of its layers is adapted, so the lower is computed once a row."""
+    """A causal LM cut in the middle: only the upper half of its layers is adapted, so the lower is computed once per row."""
 
     def __init__(self, folder: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

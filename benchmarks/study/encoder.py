@@ -4,8 +4,8 @@ Papers:    EigenLoRAx, arXiv 2502.04700; MoSLoRA, arXiv 2406.11909.
 Command:   python benchmarks/study/encoder.py tune --data DIR && python benchmarks/study/encoder.py test --data DIR
            (DIR holds the tasks of recipes/train_zoo.yaml); in slices: --methods, --seeds, --n-train, or --shard 0/2 and
            --shard 1/2 side by side. plan.py runs what docs/study.md shows.
-Hardware:  CPU, one thread; 10 to 25 s a cell of 100 steps.
-Writes:    benchmarks/results/study/encoder.jsonl, a line a cell. Started again, it goes on where it stopped.
+Hardware:  CPU, one thread; 10 to 25 s per cell of 100 steps.
+Writes:    benchmarks/results/study/encoder.jsonl, one line per cell. Started again, it goes on where it stopped.
 
 The zoo is the ten adapters that ship with eigenpeft; the target's own adapter is left out of the subspace. Learning rates are
 chosen on two tasks that are never targets, with 256 rows; the head has one learning rate for all methods, chosen with the head
@@ -223,7 +223,7 @@ def run(cell: dict, *, task, zoo: AdapterCollection, head_rate: float, results: 
 
 
 def run_slice(part: Slice, *, data: Path, zoo: Path | None = None, shard: str = "0/1", results: Path = RESULTS) -> None:
-    """Train and judge what is missing of a slice, a line a cell."""
+    """Train and judge what is missing of a slice, one line per cell."""
     results.parent.mkdir(parents=True, exist_ok=True)
     named = {"zoo": zoo.name} if zoo else {}
     load = lru_cache(maxsize=8)(partial(load_task, data=data))

@@ -1,7 +1,7 @@
 """All cells of the encoder's study that docs/study.md shows, in one command.
 
 Command:   python benchmarks/study/plan.py --data DIR [--missing] [--shard 0/2]
-Hardware:  CPU, one thread; 10 to 25 s a cell: some five hours from nothing, seconds where all cells are there.
+Hardware:  CPU, one thread; 10 to 25 s per cell: some five hours from nothing, seconds where all cells are there.
 Writes:    as encoder.py. Started again, it goes on where it stopped; --missing only counts.
 """
 

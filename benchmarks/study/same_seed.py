@@ -5,7 +5,7 @@ Command:  python recipes/train_zoo.py --data DIR --out WORK/one_seed --seed 11 \
           python benchmarks/study/same_seed.py --data DIR --zoos WORK/one_seed
           (the same without --seed, under another name, separates the seed from the shorter training)
 Hardware: 1 CPU core; 5 minutes to train the zoo, 5 minutes here. Started again, it goes on where it stopped.
-Writes:   benchmarks/results/study/same_seed.jsonl (a line an audit, a line a cell) and a markdown table, on
+Writes:   benchmarks/results/study/same_seed.jsonl (one line per audit, one line per cell) and a markdown table, on
           stdout or between the marks of a page.
 
 The cells are those of encoder.py (six targets, seed 0, 256 rows, its learning rates), for EigenLoRA with K = 8 and K = 32; the
@@ -104,7 +104,7 @@ def table(results: Path) -> str:
     components = [
         "refused" if row["auto_components"] is None else f"{row['auto_components']:g}" for row in audits.values()
     ]
-    lines.append(f'| components a module by "auto", mean | {" | ".join(components)} |')
+    lines.append(f'| components per module by "auto", mean | {" | ".join(components)} |')
     for method in METHODS:
         found = [cells[name, method] for name in audits]
         means = [f"{fmean(row['accuracy'] for row in own.values()):.3f} ({len(own)})" if own else "" for own in found]

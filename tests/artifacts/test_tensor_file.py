@@ -73,7 +73,7 @@ def test_slices_are_rows(rows, rows_asked):
     ("header", "data", "reason"),
     [
         (b"{", b"", "Expecting property name"),
-        (b"[]", b"", "no table of tensors"),
+        (b"[]", b"", "not a table of tensors"),
         (b"[" * 100_000, b"", "nested too deep"),
         ({"a": entry()}, b"1234567", "lies outside of the file"),
         ({"a": entry()}, b"123456789", "its tensors have 8 bytes, and it holds 9"),
@@ -140,7 +140,7 @@ def test_what_safetensors_refuses_is_refused_here(rows):
 def test_only_regular_files_are_opened(tmp_path, kind):
     path = tmp_path / "x.safetensors"
     {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "device": lambda: path.symlink_to("/dev/zero")}[kind]()
-    with pytest.raises(DamagedFileError, match="no regular file but a folder, a pipe or a device"):
+    with pytest.raises(DamagedFileError, match="not a regular file but a folder, a pipe or a device"):
         TensorFile(path)
 
 

@@ -130,7 +130,7 @@ def test_the_answers_survive_json(tmp_path):
 @pytest.mark.parametrize("text", ["{", "{}", '{"source": 1}'])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(ArtifactError, match="is no calibration"):
+    with pytest.raises(ArtifactError, match="is not a calibration"):
         load_calibration(tmp_path / "c.json")
 
 

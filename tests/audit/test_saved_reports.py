@@ -26,7 +26,7 @@ DAMAGES = {
     "too many components": (lambda r: r.update(n_components=10**9), "n_components is 1000000000, beyond the"),
     "ragged similarity": (
         lambda r: r.update(similarity=[[1], [1, 2]]),
-        "similarity is no square table of its 4 adapters",
+        "similarity is not a square table of its 4 adapters",
     ),
     "adapters as a number": (lambda r: r.update(adapters=7), "adapters is 7"),
     "modules as a list": (lambda r: r.update(modules=[1]), "is damaged"),

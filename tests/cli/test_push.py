@@ -35,7 +35,7 @@ def test_an_audit_goes_into_the_card(run, adapters, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("not json", "cannot be read as JSON"), ("{}", "no report of this version"), ("[]", "no report")],
+    [("not json", "cannot be read as JSON"), ("{}", "not a report of this version"), ("[]", "not a report")],
 )
 def test_an_audit_that_is_none_is_refused(run, tmp_path, text, message):
     random_subspace(tiny_llama(), ["q_proj"]).save_pretrained(tmp_path / "subspace")

@@ -135,7 +135,7 @@ def test_neither_folder_nor_hub_id(source, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     message = problem(source)
-    assert "is no folder here and no Hub id of the form 'owner/name'" in message
+    assert "is neither a local folder nor a Hub id of the form 'owner/name'" in message
     assert source in message
 
 
@@ -148,7 +148,9 @@ def test_names_that_lead_nowhere(source, message):
 
 def test_hub_id_that_cannot_be_had(tmp_path):
     message = problem("owner/lora", cache_dir=tmp_path, local_files_only=True)
-    assert message.startswith("'owner/lora': is no folder here, and as a Hub id it cannot be had (LocalEntryNotFound")
+    assert message.startswith(
+        "'owner/lora': is not a local folder, and could not be downloaded from the Hub (LocalEntryNotFound"
+    )
 
 
 def test_folder_without_adapters(tmp_path):

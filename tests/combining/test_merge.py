@@ -372,7 +372,7 @@ BAD_ARGUMENTS = {
     "another rule's option": (
         {"method": "tsv", "density": 0.2},
         AdapterConfigError,
-        "density=0.2 is no option of method='tsv'",
+        "density=0.2 is not an option of method='tsv'",
     ),
     "too few weights": ({"weights": [1.0, 2.0]}, AdapterConfigError, "2 weights do not fit 5 adapters, 'adapter-0'"),
     "weights by unknown name": (

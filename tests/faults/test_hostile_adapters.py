@@ -62,7 +62,7 @@ def test_pipes_and_devices_are_neither_waited_for_nor_read(folder, name, kind):
         with AdapterCollection.from_pretrained(folder) as collection:
             assert collection["hostile"].licence is None
         return
-    with pytest.raises(CollectionError, match=rf"Adapter 'hostile' .*{name}.*no regular file"):
+    with pytest.raises(CollectionError, match=rf"Adapter 'hostile' .*{name}.*not a regular file"):
         AdapterCollection.from_pretrained(folder)
 
 
@@ -199,8 +199,8 @@ def test_a_bin_cut_in_place_is_an_error_and_no_signal(bin_folder):
     [
         ("alpha_pattern", {"(?:(?:a|b)+c?)+(?=x)|(?P<n>.*)(?P=n)z": 4}, None),
         ("rank_pattern", {"((a{1000}){1000}){1000}": 4}, "counted repetitions make more than 10000"),
-        ("rank_pattern", {"(": 4}, "is no regular expression"),
-        ("rank_pattern", {"(?i)q": 4}, "is no regular expression"),
+        ("rank_pattern", {"(": 4}, "is not a regular expression"),
+        ("rank_pattern", {"(?i)q": 4}, "is not a regular expression"),
         ("alpha_pattern", {"q" * 5_000: 4}, "a pattern of 5000 characters"),
         ("r", 10**400, "must be a whole number"),
         ("lora_alpha", 1e400, "must be a finite number"),

@@ -8,7 +8,7 @@ from torch import multiprocessing
 
 from tests.tuners.test_distributed import expect_one_process, made
 
-deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed, which is no dependency: pip install deepspeed")
+deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed, which is not a dependency: pip install deepspeed")
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,

@@ -43,7 +43,7 @@ class Pushable:
             commit_message: Message of the commit; None says what is uploaded.
 
         Raises:
-            ArtifactError: If `repo_id` is no name on the Hub.
+            ArtifactError: If `repo_id` is not a name on the Hub.
         """
         try:
             validate_repo_id(repo_id)

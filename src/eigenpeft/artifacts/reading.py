@@ -35,15 +35,15 @@ def open_regular(path: str | Path) -> int:
         path: The file; links are followed, as the Hub's cache is made of them.
 
     Raises:
-        OSError: If it is no regular file, or cannot be opened.
+        OSError: If it is not a regular file, or cannot be opened.
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):  # before opening: a tape or a pipe notices being opened
-        raise OSError("it is no regular file but a folder, a pipe or a device")
+        raise OSError("it is not a regular file but a folder, a pipe or a device")
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # replaced in between
         os.close(descriptor)
-        raise OSError("it is no regular file but a folder, a pipe or a device")
+        raise OSError("it is not a regular file but a folder, a pipe or a device")
     return descriptor
 
 
@@ -58,7 +58,9 @@ def stamp(descriptor: int) -> Stamp:
 
 
 def read_at(descriptor: int, start: int, size: int) -> bytearray:
-    """Bytes from a place in a file, fewer where the file ends; nothing is mapped, so that a file cut meanwhile is no crash.
+    """Bytes from a place in a file, fewer where the file ends.
+
+    Nothing is mapped, so that a file that is cut meanwhile cannot crash the reader.
 
     Args:
         descriptor: As `open_regular` gave it.
@@ -103,7 +105,7 @@ def read_bytes(path: str | Path, *, limit: int) -> bytes:
         limit: Bytes.
 
     Raises:
-        OSError: If it is no regular file, or cannot be read.
+        OSError: If it is not a regular file, or cannot be read.
         ValueError: If it is larger.
     """
     descriptor = open_regular(path)
@@ -125,7 +127,7 @@ def read_start(path: str | Path, *, limit: int) -> bytes:
         limit: How many at most.
 
     Raises:
-        OSError: If it is no regular file, or cannot be read.
+        OSError: If it is not a regular file, or cannot be read.
     """
     descriptor = open_regular(path)
     try:
@@ -142,7 +144,7 @@ def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
         limit: Bytes that are read at most.
 
     Raises:
-        OSError: If it is no regular file, or cannot be read.
+        OSError: If it is not a regular file, or cannot be read.
         ValueError: If it is too large, no JSON, nested too deep, or holds text that no file or terminal could take.
     """
     return parse_json(read_bytes(path, limit=limit))
@@ -156,7 +158,7 @@ def parse_json(data: bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | N
         pairs: As `object_pairs_hook` of `json.loads`.
 
     Raises:
-        ValueError: If it is no JSON, nested too deep, or holds half a surrogate pair.
+        ValueError: If it is not JSON, nested too deep, or holds half a surrogate pair.
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
@@ -166,5 +168,5 @@ def parse_json(data: bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | N
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair, which is no text") from None
+            raise ValueError("it holds half of a surrogate pair, which is not text") from None
     return value

@@ -97,7 +97,7 @@ def remove_scratch(folder: Path, *, verify: bool = False) -> None:
 
 
 def discard(folder: Path, *, verify: bool = False) -> list[Path]:
-    """Delete a folder of ours as far as its manifest proves that eigenpeft wrote it.
+    """Delete the files that the manifest names, and the folder too if nothing else is in it.
 
     Args:
         folder: A finished scratch folder, or an artifact that was replaced.

@@ -50,7 +50,7 @@ class TensorFile:
         metadata: The texts beside the tensors, by name.
 
     Raises:
-        DamagedFileError: If the file is no whole safetensors file.
+        DamagedFileError: If the file is not a whole safetensors file.
 
     Example:
         >>> import torch
@@ -195,7 +195,7 @@ class TensorFile:
             raise ValueError(f"its header has {size} bytes, more than the {MAX_HEADER_BYTES} that are read")
         header = parse_json(bytes(read_at(descriptor, 8, size)), pairs=_without_repeats)
         if not isinstance(header, dict):
-            raise ValueError("its header is no table of tensors")
+            raise ValueError("its header is not a table of tensors")
         metadata = header.pop("__metadata__", None)
         self.metadata = {str(name): str(text) for name, text in metadata.items()} if isinstance(metadata, dict) else {}
         data_size = self._stamp.size - 8 - size
@@ -219,7 +219,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         path: The file.
 
     Raises:
-        DamagedFileError: If it is no whole safetensors file, or changes while it is read.
+        DamagedFileError: If it is not a whole safetensors file, or changes while it is read.
     """
     with TensorFile(path) as file:
         return {key: file.get_tensor(key) for key in file}, file.metadata

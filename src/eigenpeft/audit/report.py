@@ -67,7 +67,7 @@ class AuditReport:
         train: Will a new task gain by starting from them?
         reuse: Which of them is nearest to the new task?
         verdict: A detail, whether an adapter may be replaced by its projection on the others' subspace: "shared", "shared only
-            through a common seed", "shared only by related runs", or "not shared". It is no answer to the three questions.
+            through a common seed", "shared only by related runs", or "not shared". It answers none of the three questions.
         advice: What that means, in a few sentences.
         n_components: Where the held-out share stops growing more than by chance (`choose_n_components`).
         adapters: Trained adapters, in order.
@@ -148,7 +148,7 @@ class AuditReport:
         missing = sorted(required - set(data)) if isinstance(data, Mapping) else sorted(required)
         if missing:
             raise ArtifactError(
-                f"This is no report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
+                f"This is not a report of this version of eigenpeft: it has no {', '.join(missing)}. Run `eigenpeft audit ... "
                 "--json` again."
             )
         try:
@@ -163,7 +163,7 @@ class AuditReport:
         if fault is None and not 0 <= report.n_components <= min(sizes):
             fault = f"n_components is {report.n_components}, beyond the {min(sizes)} components of its curves"
         if fault is None and any(len(row) != len(report.adapters) for row in (report.similarity, *report.similarity)):
-            fault = f"similarity is no square table of its {len(report.adapters)} adapters"
+            fault = f"similarity is not a square table of its {len(report.adapters)} adapters"
         if fault is not None:
             raise ArtifactError(f"The audit report is damaged ({fault}); run `eigenpeft audit ... --json` again.")
         return report

@@ -48,7 +48,7 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
     """Compare held-out shares with their nulls at one K.
 
     Args:
-        curves: Curves of the collection.
+        curves: Held-out shares of the collection and their nulls, by K.
         n_components: K.
     """
     k = n_components - 1

@@ -47,7 +47,7 @@ class ModuleFitter:
         n_pseudo_components: Random directions to add.
         seed: Seed of those directions, and of the solver's start.
         tol: Tolerance of the solver.
-        memory_limit: Bytes a module may take.
+        memory_limit: Bytes that one module may take.
         groups: Adapter to a label, the same for those of one random start or run; asked for by "auto".
     """
 

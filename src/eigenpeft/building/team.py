@@ -73,7 +73,7 @@ def launched() -> bool:
 def share_threads() -> None:
     """Give each process of a launch its share of the machine's cores; without a launch, leave all as it is.
 
-    Launchers set one thread a process unless told otherwise, which leaves cores idle where there are more.
+    Launchers set one thread per process unless told otherwise, which leaves cores idle where there are more.
     """
     if launched():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -130,7 +130,7 @@ def doctor(as_json: Json = False, strict: Annotated[bool, typer.Option(help="Exi
     else:
         table = Table("package", "version", "state", title=f"eigenpeft {found['eigenpeft']}, Python {found['python']}")
         for name, entry in found["packages"].items():
-            absent = f"absent; for {escape(entry['needed_for'])}"  # 'eigenpeft[trl]' is no markup
+            absent = f"absent; for {escape(entry['needed_for'])}"  # 'eigenpeft[trl]' is not markup
             table.add_row(
                 name, entry["version"] or "-", "ok" if entry["ok"] else absent if not entry["version"] else "old"
             )

@@ -82,7 +82,7 @@ def open_rows(path: Path) -> Dataset:
     )  # its log says the same as the error below, with a traceback
     disable_progress_bars()
     try:
-        # The name is no pattern: data[1].jsonl is that file.
+        # The name is not a pattern: data[1].jsonl is that file.
         table = _READERS[path.suffix](glob.escape(str(path.absolute())))
     except Exception as error:  # whatever datasets, Arrow, pandas or the file system raise
         raise EigenPeftError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {_reason(error)}") from error

@@ -28,7 +28,7 @@ _SKETCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Finding:
-    """Something noticed about adapters that is no error.
+    """Something noticed about adapters that is not an error.
 
     Attributes:
         kind: "untrained", "outlier_norm", "same_start", "near_duplicate", "kept_aside", "missing_modules",
@@ -52,10 +52,10 @@ class Diagnosis:
       scaled median absolute deviations above the median log; of trained adapters, if there are at least three.
     - "same_start": adapters whose lora_A have a mean cosine above 0.5: trained from one random start (one seed), whose
       directions they share without having learnt them. Compared between equal ranks, on up to 8192 evenly spaced
-      entries a module.
+      entries per module.
     - "near_duplicate": adapters whose ΔW have a mean cosine above 0.9, such as checkpoints of one run. Estimated from
       random projections of ΔW to 64 x 64 numbers (exact for modules no larger than that); the standard error is about
-      0.02 a module near the threshold, less elsewhere.
+      0.02 per module near the threshold, less elsewhere.
 
     The two pairwise rules look at a few modules only: a module is compared if one of its adapters has been compared on
     fewer than 4 modules so far. Groups are connected components: each member is close to at least one other.
@@ -81,7 +81,7 @@ class Diagnosis:
         return {name: math.sqrt(square) for name, square in self._squares.items()}
 
     def observe(self, module: str, factors: Sequence[AdapterFactors]) -> None:
-        """Take note of one module; call it once a module.
+        """Take note of one module; call it once per module.
 
         Args:
             module: Name of the module.

@@ -55,7 +55,7 @@ def locate(
         local_files_only: Use downloaded files only.
 
     Returns:
-        The adapters in the order given, and one sentence for every source that cannot be had.
+        The adapters in the order given, and one sentence for every source that cannot be found.
     """
     found: list[Location] = []
     problems: list[str] = []
@@ -106,7 +106,7 @@ def _from_hub(
     subfolder = match["subfolder"] if match else None
     if match is None or source.startswith((".", "~")) or {".", ".."} & set((subfolder or "").split("/")):
         raise ValueError(
-            "is no folder here and no Hub id of the form 'owner/name', 'owner/name@revision' or, for an adapter in a "
+            "is neither a local folder nor a Hub id of the form 'owner/name', 'owner/name@revision' or, for an adapter in a "
             "subfolder of a repository, 'owner/name/subfolder'"
         )
     try:
@@ -121,7 +121,7 @@ def _from_hub(
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"is no folder here, and as a Hub id it cannot be had ({type(error).__name__}: {reason})"
+            f"is not a local folder, and could not be downloaded from the Hub ({type(error).__name__}: {reason})"
         ) from error
     found = Path(folder, subfolder) if subfolder else Path(folder)
     if not _looks_like_adapter(found):

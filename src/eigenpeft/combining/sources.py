@@ -206,7 +206,7 @@ def _of_model(model: PeftModel, names: Sequence[str] | None) -> LoadedSources:
             if update.n_blocks > 1 or update.kind != "module" or update.lora_A.ndim != 2:
                 problems.append(
                     f"Adapter {name!r} adapts {update.target!r}, a convolution, an attention as a whole or a stack of "
-                    "experts, whose update is no single matrix; leave it out."
+                    "experts, whose update is not a single matrix; leave it out."
                 )
                 continue
             pair = update.lora_B * update.scaling, update.lora_A

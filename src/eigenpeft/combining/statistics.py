@@ -39,7 +39,7 @@ class InputStatistics:
         grams: `Σ (Z x)(Z x)ᵀ` by module, (R, R), float64.
         counts: Number of inputs (tokens) by module.
         layout: Adapters and their numbers of directions, in the order of the rows of Z, by module.
-        sha256: Of the weights files of the adapters on disk, by adapter.
+        sha256: SHA-256 of the weights file of each adapter on disk, by adapter.
     """
 
     name: str

@@ -14,7 +14,7 @@ class Row:
         parameters: Trained numbers, the classification head not counted (it is the same for all).
         accuracies: One per new customer.
         gap: EigenLoRA's accuracy minus this one's, over the test rows of all customers.
-        gap_error: Twice the standard error of the gap over the test rows, which both were judged on.
+        gap_error: Twice the standard error of that gap; EigenLoRA and this method were judged on the same test rows.
         seconds: Mean training time.
     """
 

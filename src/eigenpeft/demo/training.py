@@ -108,7 +108,7 @@ def train(
         adapt: Makes the trainable model from the base.
         seed: Seed of head, adapter and batches.
         steps: Optimizer steps (AdamW, linear decay).
-        batch_size: Rows a step.
+        batch_size: Rows per step.
         learning_rate: Peak, of the adapter.
         head_learning_rate: Peak, of the head.
         scratch: Folder for the trainer's own files.

@@ -94,16 +94,16 @@ def input_product(
     *,
     on_factor: bool,
 ) -> tuple[Float[Tensor, "*t r"], Float[Tensor, "*t w"]]:
-    """`h = x V_inᵀ C_inᵀ`, on the factor `A = C_in V_in` or on the components.
+    """`h = x V_inᵀ C_inᵀ`, computed as `x Aᵀ` with `A = C_in V_in` or as `(x V_inᵀ) C_inᵀ`.
 
     Args:
         x: Input.
         components_in: V_in.
         coefficients_in: C_in; None for the identity.
-        on_factor: Whether to form A.
+        on_factor: Whether to form A; this needs C_in.
 
     Returns:
-        h, and what its gradient needs: h itself on the factor, else `x V_inᵀ`.
+        h, and what the backward pass needs: h again if A was formed (and x, which the caller has), else `x V_inᵀ`.
     """
     if on_factor:
         assert coefficients_in is not None
@@ -120,7 +120,7 @@ def output_operands(
     *,
     on_factor: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is `h C_outᵀ V_out`: h and the factor `Bᵀ`, or `h C_outᵀ` and the components.
+    """Two matrices whose product is `h C_outᵀ V_out`: h and `C_outᵀ V_out = Bᵀ`, or `h C_outᵀ` and `V_out`.
 
     Args:
         hidden: h.
@@ -236,7 +236,7 @@ def low_rank_updates(
     the factors of each sequence; 1 is where the multiply-adds are equal, 1.75 where the times were.
 
     Args:
-        y: What is updated, S tokens a sequence.
+        y: What is updated, S tokens per sequence.
         x: Input.
         tasks: Row of the coefficients that each sequence takes.
         components_in: V_in.
@@ -272,7 +272,7 @@ def core_updates(
     """`y + p M_iᵀ V_out` with a core M_i of its own, of any form, for each sequence of a batch.
 
     Args:
-        y: What is updated, S tokens a sequence.
+        y: What is updated, S tokens per sequence.
         projected: `p = x V_inᵀ`.
         groups: Sequences with cores of one form: their rows in the batch (None for all of it, in order) and the parts of
             their cores: C_in (g, r, K_in) and C_out (g, K_out, r); or M (g, K_out, K_in) alone; or the diagonal (g, K).

@@ -43,7 +43,7 @@ class Sources:
 
     @cached_property
     def subspace(self) -> PrincipalSubspace:
-        """Of all adapters."""
+        """Subspace fitted to all adapters."""
         return SubspaceBuilder(self.n_components).fit(self.collection).subspace_
 
     @cached_property

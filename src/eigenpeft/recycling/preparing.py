@@ -14,7 +14,8 @@ from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge
 
 SCALES = (0.5, 1.0, 2.0, 3.0)
-# Of the head behind which gradients are taken: one that fits every row leaves a gradient of noise (docs/regimes.md).
+# Learning rate of the head behind which gradients are taken: a head that fits every row leaves a gradient of noise
+# (docs/regimes.md).
 _LIGHT_RATE = 1e-2
 
 
@@ -38,7 +39,7 @@ def with_start(sources: Sources, *, scale: float | None = None, nearest: str | N
 
 
 def _start_score(search: Search, sources: Sources, *, steps: int) -> tuple[float, float]:
-    """Of the merged start: with a head trained on it where there is a new one, as it is where there is none."""
+    """Score and minus loss of the merged start; a new head, if the task has one, is trained on it first."""
     try:
         trial = search.trial("merged_head", sources, rate=CANDIDATES["merged_head"].rates[0], steps=steps)
         return trial.score, -trial.loss

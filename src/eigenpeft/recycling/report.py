@@ -90,11 +90,11 @@ class RecycleReport:
             data: What `to_dict` returned.
 
         Raises:
-            ArtifactError: If it is no such report.
+            ArtifactError: If it is not such a report.
         """
         try:
             control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
             trials = tuple(Trial(**trial) for trial in data["trials"])
             return cls(**{**data, "control": control, "trials": trials})
         except (KeyError, TypeError, IndexError) as error:
-            raise ArtifactError(f"This is no report of recycle ({error}); run it again.") from error
+            raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error

@@ -86,7 +86,7 @@ def mean_only_subspace(
 
     Args:
         collection: Adapters, every one scaled to unit norm in a module before the mean is taken.
-        n_components: Components a side; 1 is the rank-one mean.
+        n_components: Components per side; 1 is the rank-one mean.
         progress: Show a progress bar.
 
     Returns:

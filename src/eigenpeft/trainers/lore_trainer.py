@@ -94,7 +94,7 @@ class LoReTrainer(RewardTrainer):
             peft_config = copy.copy(peft_config)
             kept = set(peft_config.modules_to_save or ()) | {head_name.split(".")[0], USER_LOGITS}
             peft_config.modules_to_save = sorted(kept)
-        # RewardTrainer takes one-label models alone, and after the hooks this is one: it returns one logit a text.
+        # RewardTrainer takes one-label models alone, and after the hooks this is one: it returns one logit per text.
         model.config.num_labels = 1
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token

@@ -14,7 +14,7 @@ USER_LOGITS = "lore_user_logits"
 
 
 class UserMixing:
-    """Lets a classifier of n_basis labels take `user_rows` and return one mixed logit a text.
+    """Lets a classifier of n_basis labels take `user_rows` and return one mixed logit per text.
 
     A forward pre-hook takes `user_rows` (batch,) out of the arguments, a forward hook turns logits (2 batch, n_basis)
     of chosen and rejected texts into (2 batch, 1). Row -1 is the mean of all users. The class of the model, and so

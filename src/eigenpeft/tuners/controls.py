@@ -47,7 +47,7 @@ def control_config(
         >>> from eigenpeft.subspace import ModuleSubspace
         >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
         >>> config = EigenLoraConfig(subspace=PrincipalSubspace({"q": bases, "v": bases}), r=2)
-        >>> control_config(config, "same_parameters").r  # 16 coefficients a module pay for rank 1
+        >>> control_config(config, "same_parameters").r  # 16 coefficients per module pay for rank 1
         1
     """
     if control not in CONTROLS:
@@ -111,7 +111,7 @@ def _plain_lora(config: EigenLoraConfig, control: str, subspace: PrincipalSubspa
         return LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules=list(subspace), **ranks, **shared)
     if config.rank_pattern:
         raise AdapterConfigError(
-            f"control='same_parameters' counts 2 K r coefficients a module with one r for all, but "
+            f"control='same_parameters' counts 2 K r coefficients per module with one r for all, but "
             f"rank_pattern={config.rank_pattern!r}; leave it out or use control='lora'."
         )
     small = same_parameters_lora(subspace, r=config.r, core=config.core)

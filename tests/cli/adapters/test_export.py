@@ -1,4 +1,4 @@
-"""export of a trained adapter's folder: a plain LoRA with the same logits, head included; what is no adapter is one message."""
+"""export of a trained adapter's folder: a plain LoRA with the same logits and head; what is not an adapter gets one message."""
 
 import pytest
 import torch

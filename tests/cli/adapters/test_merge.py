@@ -95,7 +95,7 @@ BAD = {
     "an option of another method": (
         ["adapters", "--method", "tsv", "--option", "density=0.2"],
         None,
-        "is no option of",
+        "is not an option of",
     ),
     "an option without a value": (["adapters", "--option", "density"], None, "must be written NAME=VALUE"),
     "weight of nobody": (["adapters", "--weight", "nobody=1"], None, "['nobody'] are not among them"),

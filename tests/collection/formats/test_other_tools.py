@@ -149,7 +149,7 @@ def test_an_adapter_in_a_subfolder_of_a_repository(tmp_path):
     assert {info.revision for info in collection.adapters} == {"0" * 40}
     with pytest.raises(CollectionError, match="if its adapters are in subfolders, name one: 'owner/many/subfolder'"):
         AdapterCollection.from_pretrained("owner/many", **where)
-    with pytest.raises(CollectionError, match="no folder here and no Hub id .* 'owner/name/subfolder'"):
+    with pytest.raises(CollectionError, match="neither a local folder nor a Hub id .* 'owner/name/subfolder'"):
         AdapterCollection.from_pretrained("owner/many/../legal", **where)
 
 

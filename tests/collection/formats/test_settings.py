@@ -92,9 +92,9 @@ def test_initialisations_that_leave_the_base_alone_are_taken(tmp_path, start):
         (PLAIN | {"lora_alpha": float("inf")}, "lora_alpha=inf"),
         (PLAIN | {"rank_pattern": [1]}, r"rank_pattern=\[1\]"),
         (PLAIN | {"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
-        (PLAIN | {"alpha_pattern": {"q(": 1}}, r"'q\(', which is no regular expression"),
+        (PLAIN | {"alpha_pattern": {"q(": 1}}, r"'q\(', which is not a regular expression"),
         (PLAIN | {"init_lora_weights": "brand_new"}, "'brand_new', which is not known"),
-        (PLAIN | {"use_mora": True}, "use_mora=True, which is no variant"),
+        (PLAIN | {"use_mora": True}, "use_mora=True, which is not a variant"),
     ],
 )
 def test_bad_values_are_named(tmp_path, config, message):

@@ -176,7 +176,7 @@ def test_old_torch_does_not_open_bin_files(tmp_path, monkeypatch):
 )
 def test_bin_files_that_are_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match="no plain state dict of tensors"):
+    with pytest.raises(ValueError, match="not a plain state dict of tensors"):
         open_weights(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_bin_files_that_are_no_state_dict(tmp_path, content):
 )
 def test_tensors_without_data_of_their_own(tmp_path, tensor):
     torch.save({KEY: tensor}, tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"no dense tensor with data of its own"):
+    with pytest.raises(ValueError, match=r"not a dense tensor with data of its own"):
         open_weights(tmp_path)
 
 

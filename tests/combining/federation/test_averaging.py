@@ -181,8 +181,8 @@ def test_without_any_usable_client_the_server_keeps_what_it_has():
     [
         ("fedavg", {}, r"rule='fedavg' is unknown; pass one of 'exact', 'fedex'"),
         ("regmean", {}, "needs statistics, which clients do not send"),
-        ("ties", {"colour": 1}, "is no option of method='ties'"),
-        ("fedit", {"density": 0.1}, "is no option of rule='fedit'"),
+        ("ties", {"colour": 1}, "is not an option of method='ties'"),
+        ("fedit", {"density": 0.1}, "is not an option of rule='fedit'"),
     ],
 )
 def test_unknown_rules_and_options_are_refused(rule, options, message):

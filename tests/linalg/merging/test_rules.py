@@ -242,7 +242,7 @@ def test_over_counting_is_how_often_a_direction_was_counted(random_factors):
     ("arguments", "message"),
     [
         ({"method": "average"}, "method='average' is unknown; pass one of 'task_arithmetic', 'mean'"),
-        ({"method": "tsv", "density": 0.5}, "density=0.5 is no option of method='tsv', which takes no options"),
+        ({"method": "tsv", "density": 0.5}, "density=0.5 is not an option of method='tsv', which takes no options"),
         ({"method": "ties", "density": 0.0}, r"density=0.0 must be above 0 and at most 1"),
         ({"method": "ties", "density": 1.5}, r"density=1.5 must be above 0 and at most 1"),
         ({"method": "dare", "drop": 1.0}, r"drop=1.0 must be at least 0 and below 1"),

@@ -38,12 +38,12 @@ def test_planted_users_show_in_every_row(found):
     assert found.verdict.startswith("Personalisation pays on this data, for known and for new users")
     accuracy = {method: shares[NEW].mean for method, shares in found.accuracy.items()}
     assert accuracy["oracle"] > accuracy["LoRe"] > accuracy["shared head"] + 0.03
-    assert accuracy["LoRe"] > accuracy["head a user, from the shared one"]
+    assert accuracy["LoRe"] > accuracy["head per user, from the shared one"]
     assert set(accuracy) == {
         "reference head",
         "shared head",
-        "head a user",
-        "head a user, from the shared one",
+        "head per user",
+        "head per user, from the shared one",
         "user encoder",
         "LoRe, population",
         "LoRe",

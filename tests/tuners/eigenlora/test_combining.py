@@ -226,7 +226,7 @@ def test_rules_on_cores_refuse_what_has_no_common_core():
     with pytest.raises(AdapterConfigError, match="'tsv' works on cores .* diagonal cores is not diagonal"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv")
     model = two_adapters("full")
-    with pytest.raises(AdapterConfigError, match="density=0.5 is no option of method='tsv'"):
+    with pytest.raises(AdapterConfigError, match="density=0.5 is not an option of method='tsv'"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv", density=0.5)
     model.add_adapter(
         "plain", EigenLoraConfig(subspace=random_subspace(model.get_base_model(), TARGETS, seed=9), core="full")

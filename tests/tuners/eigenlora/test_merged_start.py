@@ -235,7 +235,10 @@ def test_a_file_cannot_make_its_reader_start_from_anything(zoo, tmp_path, caplog
         ({"init_from": "average", "init_adapters": "x"}, r"init_from='average' is none; pass one of 'task_arithmetic'"),
         ({"init_adapters": "x"}, r"init_from=None is none; pass one of"),
         ({"init_from": "regmean", "init_adapters": "x"}, r"needs statistics of each task's inputs: merge"),
-        ({"init_from": "ties", "init_adapters": "x", "init_options": {"p": 1}}, r"p=1 is no option of method='ties'"),
+        (
+            {"init_from": "ties", "init_adapters": "x", "init_options": {"p": 1}},
+            r"p=1 is not an option of method='ties'",
+        ),
         ({"init_from": "folder", "init_options": {"density": 0.1}}, r"are options of a merging rule"),
         ({"init_from": "folder", "init_scale": "auto"}, r"init_scale='auto' multiplies what init_from='folder' names"),
         ({"init_scale": 2.0}, r"init_scale=2.0 multiplies what init_from=None names"),

@@ -133,7 +133,7 @@ def test_an_adapter_without_a_task_type_loads_by_the_class_of_its_base(tmp_path)
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base model's own"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"kasa_config": KasaConfig()}, r"KaSA, which cuts .* \(kasa_config\)"),
-        ({"use_dora": True}, "DoRA, whose update is no product"),
+        ({"use_dora": True}, "DoRA, whose update is not a product"),
     ],
 )
 def test_what_a_plain_lora_cannot_say_is_refused_by_name(tmp_path, options, message):

@@ -80,7 +80,7 @@ def edit(folder, **changes):
 
 def test_what_cannot_be_merged_is_one_message(tmp_path, monkeypatch):
     folder = adapter_of(tmp_path)
-    with pytest.raises(AdapterConfigError, match="base' is no adapter that PEFT can read"):
+    with pytest.raises(AdapterConfigError, match="base' is not an adapter that PEFT can read"):
         merge_into_base(str(tmp_path / "base"))
     edit(folder, base_model_name_or_path=None)
     with pytest.raises(AdapterConfigError, match="names the base model None and the task type 'CAUSAL_LM'"):
@@ -95,7 +95,7 @@ def test_what_cannot_be_merged_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(AdapterConfigError, match="takes more than 0 seconds to be matched against module names"):
         merge_into_base(str(folder), base=str(tmp_path / "base"))
     edit(folder, peft_type="NOPE")
-    with pytest.raises(AdapterConfigError, match="is no adapter that PEFT can read"):
+    with pytest.raises(AdapterConfigError, match="is not an adapter that PEFT can read"):
         merge_into_base(str(folder))
 
 

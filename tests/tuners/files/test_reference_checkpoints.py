@@ -143,7 +143,7 @@ def test_components_alone_are_no_adapter(tmp_path):
     folder, _ = eigenlora(tmp_path / "theirs", loadings=False)
     with pytest.raises(CollectionError, match="components but no loadings"):
         convert_reference_checkpoint(folder, tmp_path / "lora")
-    with pytest.raises(CollectionError, match="no adapter folder"):
+    with pytest.raises(CollectionError, match="not an adapter folder"):
         convert_reference_checkpoint(tmp_path / "absent", tmp_path / "lora")
 
 

@@ -84,7 +84,7 @@ def test_what_is_quick_for_one_library_is_not_given_to_the_other(tmp_path, token
     [
         ({"modules_to_save": [ENDLESS]}, "modules_to_save in the adapter's file has .* must be a plain name"),
         ({"layers_pattern": ENDLESS, "layers_to_transform": [0]}, "layers_pattern in the adapter's file has"),
-        ({"target_modules": "(q_proj"}, "file has '.q_proj', which is no regular expression"),
+        ({"target_modules": "(q_proj"}, "file has '.q_proj', which is not a regular expression"),
         ({"target_modules": "a{9999}{9999}"}, "whose counted repetitions make more than"),
         ({"target_modules": r".*\.nothing"}, "means no module of the model"),
         ({"r": 10**9}, r"file has the rank 1000000000 \('r'\), which must be a whole number from 1 to 2\d\d,"),

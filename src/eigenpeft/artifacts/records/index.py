@@ -23,7 +23,7 @@ class Place:
         shard: Stem of its shard file.
         start: First byte in that file.
         size: Bytes.
-        sha256: Of the bytes.
+        sha256: SHA-256 of the bytes.
     """
 
     shard: str
@@ -155,7 +155,7 @@ def _apply(change: dict[str, Any], places: dict[str, Place]) -> None:
         places.clear()
         places.update(moved)
     else:
-        raise ValueError("a line that is no change")
+        raise ValueError("a line that is not a change")
 
 
 def _check(previous: str, body: bytes) -> str:

@@ -55,7 +55,7 @@ class Event:
         return self.gain[1] > 0 and min(happened, seen - happened) >= _FEWEST_OF_A_KIND
 
     def probability(self, measures: Mapping[str, float]) -> float:
-        """Of the event; the base rate where the model was no better than it.
+        """Probability of the event; the base rate where the model was no better than it.
 
         Args:
             measures: By name; those of `features` are used.
@@ -144,7 +144,7 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
-            f"{str(path)!r} is no calibration ({error}); pass one that benchmarks/regimes/calibrate.py wrote."
+            f"{str(path)!r} is not a calibration ({error}); pass one that benchmarks/regimes/calibrate.py wrote."
         ) from error
 
 

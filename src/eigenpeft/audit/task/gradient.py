@@ -55,7 +55,7 @@ class GradientShare:
         random_curve: The same of the random subspaces, mean over the seeds; empty without seeds.
         optimum_curve: The same of the best subspaces.
         n_batches: Batches whose gradients were added.
-        modules: One record a module.
+        modules: One record per module.
     """
 
     share: float
@@ -118,7 +118,7 @@ def gradient_share(
 def share_of_tokens(
     tokens: Tokens, subspace: PrincipalSubspace, *, seeds: Sequence[int], n_batches: int
 ) -> GradientShare:
-    """`gradient_share` of gradients that were gathered before.
+    """What `gradient_share` finds, from gradients that are already gathered.
 
     Args:
         tokens: From `gather_tokens`.

@@ -92,7 +92,7 @@ def advice_on_task(found: GradientShare) -> str:
     """
     chance, k = max(found.random), len(found.curve)
     numbers = (
-        f"Of the new task's gradient, before any training, {found.share:.1%} lies in their subspace of {k} components a "
+        f"Of the new task's gradient, before any training, {found.share:.1%} lies in their subspace of {k} components per "
         f"module, {chance:.1%} at most in one of {len(found.random)} random subspaces of that size, and {found.optimum:.1%} "
         "in the best one."
     )

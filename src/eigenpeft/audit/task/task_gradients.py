@@ -17,7 +17,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def gather_tokens(
     model: nn.Module, targets: Mapping[str, nn.Module], batches: Iterable[Any], *, loss: Loss | None = None
 ) -> tuple[Tokens, int]:
-    """`G = ΔᵀX` of every target over all batches, one row of each factor per token.
+    """Gather the gradient `G = ΔᵀX` of every target's weight over all batches, as its two factors.
+
+    X (tokens, in_features) is the target's input and Δ (tokens, out_features) the gradient by its output, one row per token.
 
     Args:
         model: Base model with the task's head. It is left as it was; dropout is off.

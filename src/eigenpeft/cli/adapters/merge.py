@@ -171,7 +171,9 @@ def _score(
             tasks.append(HeldOutTask(path, task.model.eval(), batches))
             continue
         if name not in heads:
-            raise EigenPeftError(f"--dataset {text}: {name!r} is no adapter with a head; those are {sorted(heads)}.")
+            raise EigenPeftError(
+                f"--dataset {text}: {name!r} is not an adapter with a head; those are {sorted(heads)}."
+            )
         labelled = True
         tasks.append(_classifier(name, Path(path), base, heads[name], n_rows))
     return held_out_score(tasks, metric=metric or ("accuracy" if labelled else "loss"))

@@ -43,7 +43,7 @@ def build(
         typer.Option(
             "--n-components",
             "-k",
-            help="Components a module: a number, a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated. Default: 32, or all "
+            help="Components per module: a number, a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated. Default: 32, or all "
             "that a module has.",
         ),
     ] = None,

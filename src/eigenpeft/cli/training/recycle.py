@@ -33,7 +33,8 @@ def recycle_command(
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
     head_rate: Annotated[float, typer.Option(help="Peak learning rate of a new head beside an adapter.")] = 3e-2,
     candidate: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(CANDIDATES)}; several; default: all.")
+        list[str] | None,
+        typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
     ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -10,7 +10,7 @@ _ENDINGS = {
     (".lora_A", ".lora_B"): "loralib's: `lora_A` and `lora_B` without `.weight`, their alpha in the training script",
     (".lora_a", ".lora_b"): "MLX's: `lora_a` and `lora_b`, transposed, with a scale in its config",
     (".lora.down.weight", ".lora.up.weight"): "diffusers' old one: `lora.down` and `lora.up`",
-    (".hada_w1_a", ".hada_w2_a"): "LyCORIS' LoHa, whose update is no single product B A",
+    (".hada_w1_a", ".hada_w2_a"): "LyCORIS' LoHa, whose update is not a single product B A",
     (".lokr_w1", ".lokr_w2"): "LyCORIS' LoKr, whose update is a Kronecker product",
 }
 _FILES = {

@@ -31,7 +31,7 @@ class PatternTable(Generic[Value]):
         patterns: Pattern to value.
 
     Raises:
-        ValueError: If a pattern is no regular expression, or too long; or there are too many. The message is a clause to put
+        ValueError: If a pattern is not a regular expression, or too long; or there are too many. The message is a clause to put
             behind "has".
 
     Example:
@@ -128,12 +128,12 @@ def _compiled(pattern: str, *, whole: str) -> regex.Pattern[str]:
     # "((a{1000}){1000}){1000}" takes gigabytes when it is compiled.
     if math.prod(int(count) for count in _COUNTS.findall(pattern)) > _MAX_REPEATS:
         raise ValueError(f"{pattern[:80]!r}, whose counted repetitions make more than {_MAX_REPEATS} together")
-    # Compiled by the standard library too, so that what is no expression for PEFT is none here.
+    # Compiled by the standard library too, so that a pattern that PEFT rejects is rejected here too.
     try:
         re.compile(whole)
         return regex.compile(whole)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{pattern[:80]!r}, which is no regular expression ({error})") from error
+        raise ValueError(f"{pattern[:80]!r}, which is not a regular expression ({error})") from error
 
 
 def is_plain(pattern: str) -> bool:

@@ -211,7 +211,7 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
         if config.get(name)
     ]
     problems += [
-        f"has {name}=True, which is no variant of LoRA known here; leave it out"
+        f"has {name}=True, which is not a variant of LoRA known here; leave it out"
         for name, value in config.items()
         if name.startswith("use_") and name not in _KNOWN_USES and value
     ]
@@ -219,7 +219,7 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
     if start.startswith(ALTERING_INITIALISATIONS):
         problems.append(
             f"has init_lora_weights={_short(config['init_lora_weights'])}, which alters the base weights, so that s B A "
-            "is no update of the original model; "
+            "is not an update of the original model; "
             + (
                 "train it again with another initialisation, or leave it out"
                 if start == "loftq"
@@ -247,7 +247,7 @@ def _problems_of_values(config: Mapping[str, Any]) -> list[str]:
             continue
         unusable = [(pattern, value) for pattern, value in patterns.items() if not fits(value)]
         problems += [
-            f"has {name}[{_short(pattern)}]={_short(value)} in its config, which is no usable number"
+            f"has {name}[{_short(pattern)}]={_short(value)} in its config, which is not a usable number"
             for pattern, value in unusable[:3]
         ]
         try:

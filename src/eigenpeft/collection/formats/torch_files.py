@@ -85,7 +85,7 @@ class TensorPlace:
 
 
 class NotPlainError(ValueError):
-    """The index holds something that is no dense tensor with numbers of its own; the message says what."""
+    """The index holds something that is not a dense tensor with numbers of its own; the message says what."""
 
 
 class CodeError(ValueError):
@@ -104,7 +104,7 @@ class TorchZip:
 
     Raises:
         CodeError: If the index holds objects other than tensors.
-        NotPlainError: If it is no dictionary of dense tensors.
+        NotPlainError: If it is not a dictionary of dense tensors.
         ValueError: If the file is damaged.
         OSError: If it cannot be read.
     """
@@ -208,12 +208,12 @@ def _member(descriptor: int, member: zipfile.ZipInfo, start: int, size: int) -> 
 
 def _checked_places(content: Any) -> dict[str, TensorPlace]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise NotPlainError("is no plain state dict of tensors; save it with save_pretrained")
+        raise NotPlainError("is not a plain state dict of tensors; save it with save_pretrained")
     for key, place in content.items():
         if isinstance(place, Global | _Object):
-            raise NotPlainError(f"whose {key!r} is no dense tensor with data of its own")
+            raise NotPlainError(f"whose {key!r} is not a dense tensor with data of its own")
         if not isinstance(place, TensorPlace):
-            raise NotPlainError("is no plain state dict of tensors; save it with save_pretrained")
+            raise NotPlainError("is not a plain state dict of tensors; save it with save_pretrained")
         n_numbers = place.storage.n_numbers
         if place.storage.dtype != place.dtype:
             n_numbers = n_numbers * place.storage.dtype.itemsize // place.dtype.itemsize
@@ -222,12 +222,12 @@ def _checked_places(content: Any) -> dict[str, TensorPlace]:
         )
         # A tensor of one number that is repeated can claim any shape; copying it would fill the memory.
         if 0 not in place.shape and (last >= n_numbers or math.prod(place.shape) > n_numbers):
-            raise NotPlainError(f"whose {key!r} is no dense tensor with data of its own")
+            raise NotPlainError(f"whose {key!r} is not a dense tensor with data of its own")
     return content
 
 
 class _Object:
-    """What a call in the index would have made that is no dense tensor."""
+    """What a call in the index would have made that is not a dense tensor."""
 
 
 class _Mark:
@@ -245,7 +245,7 @@ def read_index(data: bytes) -> Any:
 
     Raises:
         CodeError: If it calls anything but what rebuilds a tensor.
-        ValueError: If it is no such pickle.
+        ValueError: If it is not such a pickle.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}

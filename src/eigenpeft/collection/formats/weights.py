@@ -76,7 +76,7 @@ def file_sha256(path: str | Path, *, expected: Stamp | None = None) -> str:
         expected: The state that the file must be in, before and after it is read; None takes any.
 
     Raises:
-        OSError: If it is no regular file, or cannot be read.
+        OSError: If it is not a regular file, or cannot be read.
         ValueError: If it was replaced or changed; the message is a clause to put behind the adapter's name.
     """
     digest, place = hashlib.sha256(), 0
@@ -234,17 +234,17 @@ def _load_old(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged and hostile files make the unpickler raise nearly anything.
-        # The unpickler names what it refused to import; it says other things about a file that is no pickle at all.
+        # The unpickler names what it refused to import; it says other things about a file that is not a pickle at all.
         if "global" in str(error).lower():
             raise ValueError(_HOLDS_CODE.format(path.name)) from error
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in loaded.items()
     ):
-        raise ValueError(f"has a {path.name} that is no plain state dict of tensors; save it with save_pretrained")
+        raise ValueError(f"has a {path.name} that is not a plain state dict of tensors; save it with save_pretrained")
     for key, tensor in loaded.items():
         if not _is_backed(tensor):
-            raise ValueError(f"has a {path.name} whose {key!r} is no dense tensor with data of its own")
+            raise ValueError(f"has a {path.name} whose {key!r} is not a dense tensor with data of its own")
     return {key: tensor.detach() for key, tensor in loaded.items()}
 
 

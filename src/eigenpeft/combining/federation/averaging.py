@@ -149,7 +149,7 @@ def average(
         rank: Rank of the averaged factors; None takes the server's.
         scaling: Scaling of the server's adapter; clients' own is in their updates.
         base: What the clients must have trained on; None does not ask.
-        **options: Of a merging rule.
+        **options: Options of a merging rule.
 
     Returns:
         `Averaged`; the server's own tensors where no client could be used.
@@ -241,7 +241,7 @@ def _factor_means(
 
 def _no_options(rule: str, options: Mapping[str, Any]) -> None:
     if options:
-        raise ValueError(f"{', '.join(options)} is no option of rule={rule!r}, which takes none")
+        raise ValueError(f"{', '.join(options)} is not an option of rule={rule!r}, which takes none")
 
 
 _COMBINE: dict[str, Callable[..., Combined]] = {"fedit": _factor_means, "fedex": _factor_means}

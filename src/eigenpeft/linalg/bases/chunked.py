@@ -41,7 +41,7 @@ def fit_chunks(
 ) -> ChunkedFit:
     """`fit_bases` without ever holding the factors of more than one chunk of adapters.
 
-    The stack of each chunk is merged into a sketch of 2 K directions a side (merge-and-truncate; `extend_sketch`).
+    The stack of each chunk is merged into a sketch of 2 K directions per side (merge-and-truncate; `extend_sketch`).
     Exact where all adapters together span no more than 2 K directions.
 
     Args:

@@ -74,7 +74,7 @@ class Sketch:
     """The leading components of rows seen one part at a time, and what each part's truncation threw away.
 
     With S = `diag(singular_values) components`, the Gram matrix of all rows seen is SᵀS + Σ_t E_t: one positive
-    semi-definite E_t a part, of trace e_t and of largest eigenvalue λ_t.
+    semi-definite E_t per part, of trace e_t and of largest eigenvalue λ_t.
 
     Attributes:
         components: Orthonormal rows, leading first.
@@ -91,7 +91,7 @@ class Sketch:
     discarded_peak: float
 
     def missed_energy_bound(self, n_components: int) -> float:
-        """Most energy that the first K components can capture less of than the best K directions of all rows.
+        """Upper bound on the energy that the first K components miss, compared with the best K directions of all rows.
 
         For any K orthonormal directions V, `tr V (Σ E_t) Vᵀ` is at most Σ e_t and at most K Σ λ_t, and among the
         directions of the sketch its own first K are the best; so the smaller of the two bounds what is missed.

@@ -12,13 +12,14 @@ from eigenpeft.linalg.cores.spectral import triplets
 def add_off_directions(
     total: Float[Tensor, "a b"], update: Float[Tensor, "a b"], *, alpha: float = 0.5
 ) -> Float[Tensor, "a b"]:
-    """`S_t = S_{t-1} + P(ΔW_t)`, P being the projection off the directions of S_{t-1} (OPCM, arXiv 2501.09522).
+    """`S_t = S_{t-1} + P(ΔW_t)`: P takes off what ΔW_t has on the directions of S_{t-1} (OPCM, arXiv 2501.09522).
 
-    With `S_{t-1} = U S Vᵀ`, P sets to zero the entries of `Uᵀ ΔW_t V` in its leading r × r block and on its diagonal, r being the
-    smallest number with `Σ_{p≤r} σ_p ≥ α Σσ`. So `⟨P(ΔW_t), S_{t-1}⟩ = 0`. The merged update is `λ_t S_t` (`mean_norm_scale`), and
-    S_t is all that is kept of the tasks before. Where `σ_p = 0` the vectors u_p and v_p are arbitrary, and so would be the
-    diagonal there: those entries stay, so that the result is a function of the updates alone. The authors' code leaves one
-    direction fewer out of the block.
+    Let `S_{t-1} = U S Vᵀ`, and let r be the smallest number with `Σ_{p≤r} σ_p ≥ α Σσ`. P sets two parts of `Uᵀ ΔW_t V` to zero: the
+    leading r × r block and the diagonal. The zero diagonal gives `⟨P(ΔW_t), S_{t-1}⟩ = 0`. The merged update is `λ_t S_t`, with λ_t
+    from `mean_norm_scale`; nothing but S_t is kept of the earlier tasks.
+
+    Where `σ_p = 0`, u_p and v_p are arbitrary. P leaves the diagonal there as it is, so that the result depends on the updates
+    alone. The authors' code sets a block of r - 1 directions to zero.
 
     Args:
         total: S_{t-1}: the first update itself, then what this function returned. LoRAs: both on the axes of one `core_space`.

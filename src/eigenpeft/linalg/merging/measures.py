@@ -11,7 +11,7 @@ from eigenpeft.linalg.rules.svc import response
 
 @dataclass(frozen=True)
 class MergeMeasures:
-    """Of one module; squares and inner products add up over modules, so that a report can.
+    """Measures of one module; squares and inner products add up over modules, so that a report can.
 
     Attributes:
         inner_products: ⟨ΔW_s, ΔW_t⟩; the diagonal holds ‖ΔW_t‖².

@@ -153,7 +153,7 @@ def merge_cores(
     if foreign := sorted(set(options) - allowed):
         takes = ", ".join(sorted(allowed)) or "no options"
         raise ValueError(
-            f"{foreign[0]}={options[foreign[0]]!r} is no option of method={method!r}, which takes {takes}."
+            f"{foreign[0]}={options[foreign[0]]!r} is not an option of method={method!r}, which takes {takes}."
         )
     if "statistics" in rule.needs and "grams" not in options:
         raise ValueError(f"method={method!r} needs statistics of each task's inputs; pass grams.")

@@ -1,4 +1,4 @@
-"""One Bradley-Terry head a user, fitted apart from the others: the control that shares nothing."""
+"""One Bradley-Terry head per user, fitted apart from the others: the control that shares nothing."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +23,7 @@ def fit_user_heads(
     algorithm 3.1), with halved steps where the objective does not fall.
 
     Args:
-        differences: X, a block a user, zeros where there is no pair.
+        differences: X, one block per user, zeros where there is no pair.
         present: Which pairs exist.
         offsets: Margins of whatever the heads are added to.
         ridge: λ, positive.

@@ -90,7 +90,7 @@ def column_scales(features: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
     """Root mean square of each column; one for a column of zeros, which then stays as it is.
 
     Args:
-        features: One row an observation, any number of them.
+        features: One row per observation, any number of them.
 
     Example:
         >>> import torch

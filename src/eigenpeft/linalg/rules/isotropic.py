@@ -55,7 +55,7 @@ def iso_cts(
     parts = [common]
     for update in updates:
         rest = update - common.U @ (common.U.mT @ update)
-        # What the common directions hold of an update wholly leaves rounding noise, which is no direction of the task.
+        # What the common directions hold of an update wholly leaves rounding noise, which is not a direction of the task.
         if per_task and float(rest.norm()) > 1e-7 * float(update.norm()):
             parts.append(triplets(rest, most=per_task))
     left, right = torch.cat([part.U for part in parts], dim=1), torch.cat([part.Vh for part in parts])

@@ -1,4 +1,4 @@
-"""Gradients of a weight kept as tokens, `G = Δᵀ X` with one row of each factor a token, and their energy in a subspace."""
+"""Gradients of a weight kept as tokens, `G = Δᵀ X` with one row of each factor per token, and their energy in a subspace."""
 
 from dataclasses import dataclass
 

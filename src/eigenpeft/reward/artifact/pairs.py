@@ -31,7 +31,7 @@ def difference_chunks(chosen: Features, rejected: Features) -> Iterator[tuple[in
     """
     n = len(chosen)
     if n != len(rejected):
-        raise RewardModelError(f"{n} chosen but {len(rejected)} rejected features; give one of each a pair.")
+        raise RewardModelError(f"{n} chosen but {len(rejected)} rejected features; give one of each per pair.")
     width = None
     start = 0
     step = 1
@@ -82,7 +82,7 @@ def index_users(user_ids: Sequence[UserId], *, n_pairs: int) -> tuple[list[str],
     """Distinct users in order of first appearance, and the number of the user of each pair.
 
     Args:
-        user_ids: One a pair.
+        user_ids: One per pair.
         n_pairs: Number of pairs.
 
     Raises:

@@ -163,7 +163,7 @@ def read(
         except (HFValidationError, OSError) as error:
             raise ArtifactError(
                 f"No reward model at {str(path_or_id)!r}: it is neither a local folder (from {str(Path.cwd())!r}) nor "
-                f"to be had from the Hub ({type(error).__name__}). Check the spelling or pass the path of a copy."
+                f"available from the Hub ({type(error).__name__}). Check the spelling or pass the path of a copy."
             ) from error
     config, tensors = _sidecar(folder, origin=str(path_or_id))
     basis = tensors["reward_basis"]

@@ -15,7 +15,7 @@ SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 def user_heads(
     differences: Tensor, rows: Tensor, *, n_users: int, start: Tensor, scale: float, total_variance: float
 ) -> Tensor:
-    """One head a user, `start` plus the user's own deviation; users share nothing but the start.
+    """One head per user, `start` plus the user's own deviation; users share nothing but the start.
 
     Args:
         differences: (n, n_features).

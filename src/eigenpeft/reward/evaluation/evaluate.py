@@ -23,7 +23,7 @@ SHOTS = (0, 1, 2, 5, 10, 20, 50)
 FEW_USERS = 10
 # A control that is ahead of LoRe by this much is named in the verdict.
 CLEARLY = 0.01
-_PERSONAL = ("head a user", "head a user, from the shared one", "user encoder")
+_PERSONAL = ("head per user", "head per user, from the shared one", "user encoder")
 QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new users, new prompts")
 
 
@@ -263,7 +263,7 @@ def _all_margins(
     margins["shared head"] = differences @ shared
     total_variance = float(differences[parts.train].square().mean(dim=0).sum())
     start = torch.zeros_like(shared) if reference_head is None else reference_head.float()
-    for name, head in (("head a user", start), ("head a user, from the shared one", shared)):
+    for name, head in (("head per user", start), ("head per user, from the shared one", shared)):
         options = {"n_users": n_users, "start": head, "total_variance": total_variance}
         scale = choose_scale(differences[parts.train], rows[parts.train], seed=seed, **options)
         heads = user_heads(differences[fitted], rows[fitted], scale=scale, **options)

@@ -88,7 +88,7 @@ class SimulatedUsers:
         """New comparisons of new texts.
 
         Args:
-            n_pairs: Comparisons a user.
+            n_pairs: Comparisons per user.
             seed: Seed of texts and answers.
             users: Which users; None for all.
             dtype: Data type of the features.

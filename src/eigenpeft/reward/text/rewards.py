@@ -89,7 +89,7 @@ def best_of_n(
     """
     if not len(prompts) == len(candidates) == len(users):
         raise RewardModelError(
-            f"{len(prompts)} prompts, {len(candidates)} lists of candidates and {len(users)} users; give one of each a prompt."
+            f"{len(prompts)} prompts, {len(candidates)} lists of candidates and {len(users)} users; give one of each per prompt."
         )
     if empty := [i for i, options in enumerate(candidates) if not len(options)]:
         raise RewardModelError(f"Prompts {empty[:5]} have no candidate; give each at least one, or leave them out.")

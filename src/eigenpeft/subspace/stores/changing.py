@@ -45,7 +45,7 @@ def check_new_name(name: Any, taken: Container[str], *, replace: bool) -> None:
         replace: Whether it may take the place of a member.
 
     Raises:
-        SubspaceError: If it is no printable name of 1 to 250 characters, or is taken.
+        SubspaceError: If it is not a printable name of 1 to 250 characters, or is taken.
     """
     if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 250 or name == BASE:
         raise SubspaceError(

@@ -217,7 +217,7 @@ class EigenLoraConfig(ExplainedConfig):
             raise AdapterConfigError(f"source_names={str(names)[:80]!r} must be a list of names of members, or None.")
 
     def _check_start(self) -> None:
-        """Refuse starts that mean nothing, and keep what is no plain value beside the fields."""
+        """Refuse starts that mean nothing, and keep beside the fields the values that are not plain."""
         self._init_adapters, self.init_adapters = self.init_adapters, named(self.init_adapters)
         is_rule = self.init_from in RULES and self._init_adapters is not None
         if self.init_from in RULES and not is_rule:

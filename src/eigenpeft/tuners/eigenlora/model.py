@@ -141,7 +141,7 @@ class EigenLoraModel(FactorModel):
 
         Args:
             adapters: Names of the adapters to combine.
-            weights: One a name; negative ones subtract.
+            weights: One per name; negative ones subtract.
             adapter_name: Name of the new adapter.
             combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
             svd_rank: PEFT's own: rank of the new adapter with "svd"; None takes the largest of the sources.

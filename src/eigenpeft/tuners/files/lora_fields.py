@@ -56,7 +56,7 @@ TRAINING = (
 )
 # Updates that are no product of two factors on the model as it is published.
 REFUSED = {
-    "use_dora": "DoRA, whose update is no product of two factors",
+    "use_dora": "DoRA, whose update is not a product of two factors",
     "use_qalora": "QALoRA, whose inputs are averaged over groups",
     "kasa_config": "KaSA, which cuts the base model's own weights",
     "arrow_config": "Arrow, which routes every token to adapters of its own",

@@ -42,7 +42,9 @@ def merge_into_base(
         >>> from eigenpeft.tuners.files.merged_base import merge_into_base
         >>> model, base = merge_into_base("my-task")  # doctest: +SKIP
     """
-    config: Any = _reading(lambda: PeftConfig.from_pretrained(adapter), f"{adapter!r} is no adapter that PEFT can read")
+    config: Any = _reading(
+        lambda: PeftConfig.from_pretrained(adapter), f"{adapter!r} is not an adapter that PEFT can read"
+    )
     revision = None if base else config.revision
     base = base or config.base_model_name_or_path
     task = str(getattr(config.task_type, "value", config.task_type))

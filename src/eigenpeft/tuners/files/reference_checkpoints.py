@@ -52,9 +52,9 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         config = read_json(folder / CONFIG_NAME)
         weights = open_weights(folder)
     except (OSError, ValueError) as error:
-        raise CollectionError([f"{str(folder)!r} is no adapter folder: {error}."]) from error
+        raise CollectionError([f"{str(folder)!r} is not an adapter folder: {error}."]) from error
     if not isinstance(config, Mapping):
-        raise CollectionError([f"{str(folder)!r} has a {CONFIG_NAME} that is no JSON object."])
+        raise CollectionError([f"{str(folder)!r} has a {CONFIG_NAME} that is not a JSON object."])
     is_eigenlora = config.get("peft_type") == "EIGENLORA"
     if not is_eigenlora and not config.get("lora_use_mixer"):
         raise CollectionError(

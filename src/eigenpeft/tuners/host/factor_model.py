@@ -132,7 +132,7 @@ class FactorModel(LoraModel):
 
         Args:
             adapters: Names of the adapters to combine.
-            weights: One a name; negative ones subtract.
+            weights: One per name; negative ones subtract.
             adapter_name: Name of the new adapter.
             combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
             **kwargs: PEFT's own.

@@ -29,8 +29,8 @@ def settle_patterns(config: Any, model: nn.Module) -> None:
         model: Model to adapt.
 
     Raises:
-        AdapterConfigError: If a pattern is no expression, takes too long, or means no module; or one stands where PEFT takes
-            names alone (`layers_pattern`, `modules_to_save`).
+        AdapterConfigError: If a pattern is not a regular expression, takes too long, or means no module; or one stands where
+            PEFT takes names alone (`layers_pattern`, `modules_to_save`).
     """
     for field in _NAMES_ONLY:
         value = getattr(config, field, None) or ()

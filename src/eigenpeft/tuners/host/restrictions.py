@@ -58,8 +58,8 @@ def check_sizes(config: Any, model: nn.Module) -> None:
         model: Model to adapt.
 
     Raises:
-        AdapterConfigError: If a rank is no whole number of at least 1, or more than four times the model's largest width (a
-            converted start has twice the rank of the adapter); or an alpha is no finite number.
+        AdapterConfigError: If a rank is not a whole number of at least 1, or more than four times the model's largest width (a
+            converted start has twice the rank of the adapter); or an alpha is not a finite number.
     """
     most = _MOST_RANK * max((max(value.shape) for value in model.parameters() if value.ndim > 1), default=1)
     for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():

@@ -40,17 +40,17 @@ class ActsAsMatrix(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the matrix."""
+        """Shape of the matrix."""
         return self.weight.shape
 
     @property
     def device(self) -> torch.device:
-        """Of the trained tensors."""
+        """Device of the trained tensors."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the trained tensors."""
+        """Dtype of the trained tensors."""
         return next(self.parameters()).dtype
 
     @property
@@ -74,7 +74,7 @@ def _matrix(value: Any) -> Any:
 
 
 class EmbeddingInputFactor(ActsAsMatrix, InputFactor):
-    """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column a token."""
+    """`A = C_in V_in`, (r, num_embeddings): an embedding's input side, one column per token."""
 
     @property
     def T(self) -> Tensor:
@@ -85,12 +85,12 @@ class EmbeddingInputFactor(ActsAsMatrix, InputFactor):
 
     @property
     def device(self) -> torch.device:
-        """Of the components."""
+        """Device of the components."""
         return self.basis.components_in.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix."""
+        """Dtype of the matrix."""
         return self.weight.dtype
 
 

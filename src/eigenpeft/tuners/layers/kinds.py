@@ -53,7 +53,7 @@ class Sides(NamedTuple):
 
     @property
     def offsets(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of the input side and of the output side."""
+        """Offsets of the input and of the output side."""
         return (None, None) if self.offset is None else (self.offset[1], self.offset[0])
 
 
@@ -187,7 +187,7 @@ def tuned_layers(layer: nn.Module, key: str) -> Iterator[tuple[str, LoraLayer]]:
         key: Name of the target in the model; of the parameter, for bare parameters.
 
     Raises:
-        AdapterConfigError: If it is no LoRA layer that our methods know.
+        AdapterConfigError: If it is not a LoRA layer that our methods know.
     """
     if not isinstance(layer, LoraLayer):
         raise AdapterConfigError(

@@ -43,7 +43,7 @@ class InputFactor(KeepsPrecision):
 
     def __init__(self, basis: Basis, *, coefficients: Tensor | None, offset: Tensor | None = None):
         super().__init__()
-        self._owned_elsewhere = (basis,)  # in a tuple, so that it is no submodule: the LoRA layer owns it
+        self._owned_elsewhere = (basis,)  # in a tuple, so that it is not a submodule: the LoRA layer owns it
         self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
         self.register_buffer("offset", offset)
         self.follows: tuple[Any, ...] = ()  # the output side, whose dtype is the adapter's when there is nothing here

@@ -118,7 +118,7 @@ def attach_basis(
 ) -> Basis:
     """The layer's one copy of `bases`, made on the base weight's device when it is the first to be asked for.
 
-    A copy is shared only where it holds these very components, number by number: what a file says of its fingerprint is no
+    A copy is shared only where it holds these very components, number by number: the fingerprint that a file states is no
     reason to give an adapter the components of another.
 
     Args:

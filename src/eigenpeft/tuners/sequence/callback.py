@@ -101,7 +101,7 @@ class OrthogonalSubspaceCallback(TrainerCallback):
                 factor.grad.add_(added.view(shape).to(factor.grad), alpha=self.weight)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take off what the optimizer put into the span, whose step is no projection of the gradient; called by the trainer.
+        """Take off what the optimizer put into the span, whose step is not a projection of the gradient; called by the trainer.
 
         Args:
             args: The trainer's arguments; not used.
