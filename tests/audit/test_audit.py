@@ -115,6 +115,15 @@ def test_too_few_adapters(tmp_path):
         audited(made.folder)
 
 
+def test_adapters_of_different_modules_share_nothing(tmp_path):
+    for number in range(3):
+        write_adapter(tmp_path / f"{number}", random_factors(modules={f"layer.{number}.query": (12, 20)}, seed=number))
+    with pytest.raises(
+        SubspaceError, match="None of the 3 modules is changed by two adapters.* the same target modules"
+    ):
+        audited(tmp_path)
+
+
 def test_two_families_are_two_clusters(tmp_path):
     for seed in (1, 2):
         made = make_collection(tmp_path / f"f{seed}", n_adapters=5, modules=MODULES, n_shared=5, noise=0.02, seed=seed)

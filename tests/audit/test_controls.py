@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from eigenpeft import PrincipalSubspace, SubspaceBuilder
+from eigenpeft import AdapterCollection, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.audit import nearest_adapter, same_parameters_lora
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import ModuleSubspace, mean_only_subspace, shuffled_subspace
-from tests.factories import tiny_llama
+from tests.factories import random_factors, tiny_llama, write_adapter
 
 
 def test_shuffled_takes_every_basis_from_another_module(planted):
@@ -60,6 +60,17 @@ def test_nearest_adapter_of_a_disturbed_copy(planted):
     assert nearest_adapter(collection, factors) == ("adapter-3", pytest.approx(1.0))
     with pytest.raises(SubspaceError, match="0 of its 1 modules are known there"):
         nearest_adapter(collection, {"other": factors[collection.modules[0]]})
+
+
+def test_untrained_adapters_are_near_to_nothing(tmp_path):
+    factors = random_factors()
+    write_adapter(
+        tmp_path / "untrained", {module: (0 * lora_B, lora_A) for module, (lora_B, lora_A) in factors.items()}
+    )
+    with pytest.raises(
+        SubspaceError, match="All 1 adapters .* zero in the 4 common modules.*pass a collection that has"
+    ):
+        nearest_adapter(AdapterCollection.from_pretrained(tmp_path / "untrained"), factors)
 
 
 @pytest.mark.parametrize(("r", "k"), [(1, 4), (4, 8), (16, 16)])

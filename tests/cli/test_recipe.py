@@ -26,6 +26,13 @@ def test_one_is_copied_with_its_settings(run, tmp_path):
     assert (tmp_path / "new" / "sft.py").read_bytes() == (RECIPES / "sft.py").read_bytes()
 
 
+def test_an_installation_without_recipes_is_one_message(run, tmp_path, monkeypatch):
+    run("recipe")
+    monkeypatch.setattr("eigenpeft.cli.recipe._PLACES", (tmp_path,))
+    ran = run("recipe", "sft")
+    assert (ran.code, "came without its recipes; install the wheel, or clone it" in ran.err) == (1, True)
+
+
 def test_an_unknown_name_is_one_message(run):
     ran = run("recipe", "stf")
     assert ran.code == 1

@@ -81,6 +81,13 @@ def test_a_config_that_does_not_fit_is_refused(subspace, tmp_path, change, messa
         PrincipalSubspace.from_pretrained(tmp_path)
 
 
+def test_a_config_that_is_not_json_is_refused(subspace, tmp_path):
+    subspace.save_pretrained(tmp_path)
+    (tmp_path / "subspace_config.json").write_text("[")
+    with pytest.raises(ArtifactError, match=r"cannot be read as JSON \(.*get a fresh copy of the subspace"):
+        PrincipalSubspace.from_pretrained(tmp_path)
+
+
 def test_another_fingerprint_than_asked_for_is_refused(subspace, tmp_path):
     subspace.save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match="is asked for: it is another subspace"):

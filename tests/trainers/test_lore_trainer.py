@@ -259,8 +259,14 @@ def test_errors(llama, tokenizer, data, tmp_path):
         LoReTrainer(LowRankRewardModel(torch.eye(3, 16), backbone=llama()), config(tmp_path), **fitted)
     with pytest.raises(RewardModelError, match=r"has 3 labels; LoReTrainer takes 1 .* or n_basis=2"):
         LoReTrainer(llama(3), config(tmp_path), train_dataset=data(range(2), 2), processing_class=tokenizer)
-    for name in ("n_basis", "user_learning_rate", "strength"):
-        with pytest.raises(ValueError, match=f"{name}=0 is out of range"):
+    for name, rule in (
+        ("n_basis", "at least 1; 1"),
+        ("user_learning_rate", "above 0; leave"),
+        ("strength", "above 0; the"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}=0 is out of range: it must be {rule}"):
             config(tmp_path, **{name: 0})
-    with pytest.raises(ValueError, match="concentration=-1 is out of range"):
+    with pytest.raises(
+        ValueError, match="concentration=-1 is out of range: it must be at least 0; 0 leaves the prior out"
+    ):
         config(tmp_path, concentration=-1)

@@ -43,7 +43,10 @@ def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[T
             squares[read.adapter] += float(frobenius_norm(read.lora_B, read.lora_A)) ** 2
     cosines = {name: inner[name] / (own * square) ** 0.5 for name, square in squares.items() if square > 0}
     if not cosines:
-        raise SubspaceError("All adapters of the collection are zero in the common modules; there is none to be near.")
+        raise SubspaceError(
+            f"All {len(collection)} adapters of the collection are zero in the {len(common)} common modules, so none of them is "
+            "the nearest; pass a collection that has trained adapters."
+        )
     name = max(cosines, key=lambda each: cosines[each])
     return name, cosines[name]
 

@@ -45,11 +45,11 @@ class LoReConfig(RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (
-            ("n_basis", self.n_basis >= 1),
-            ("user_learning_rate", self.user_learning_rate > 0),
-            ("concentration", self.concentration >= 0),
-            ("strength", self.strength > 0),
+        for name, is_allowed, rule in (
+            ("n_basis", self.n_basis >= 1, "at least 1; 1 gives all users one reward"),
+            ("user_learning_rate", self.user_learning_rate > 0, "above 0; leave it out for 0.05"),
+            ("concentration", self.concentration >= 0, "at least 0; 0 leaves the prior out"),
+            ("strength", self.strength > 0, "above 0; the smaller, the fewer comparisons move a new user"),
         ):
-            if not allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range; see its help.")
+            if not is_allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it must be {rule}.")

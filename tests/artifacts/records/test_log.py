@@ -73,6 +73,13 @@ def test_two_writers_lose_nothing(log, tmp_path):
         RecordLog(tmp_path).append("0-1", b"")
 
 
+def test_a_record_that_another_writer_removed_is_one_message(log, tmp_path):
+    RecordLog(tmp_path).remove("a")
+    for call in (lambda: log.remove("a"), lambda: log.rename("a", "c")):
+        with pytest.raises(KeyError, match="'a' is not in .* any more: another process .* a name that is there: 'b'"):
+            call()
+
+
 def test_a_lock_that_is_held_is_one_error(log, tmp_path, monkeypatch):
     monkeypatch.setattr(record_log, "one_writer", lambda path: original(path, patience=0.1))
     with original(tmp_path / "members.index"), pytest.raises(ArtifactError, match="Another process is writing"):

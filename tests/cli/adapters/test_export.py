@@ -68,6 +68,8 @@ def test_what_cannot_be_exported_is_one_message(run, place):
         (("my-task", "one"), "'my-task' is one adapter, no store; leave out the name 'one'"),
         (("store",), "Which adapter of the store 'store'? Name one of its 1: 'one'"),
         (("nowhere", "one"), "No adapter store at 'nowhere'"),
+        (("store", "one", "--format", "onnx"), "--format 'onnx' must be peft or gguf"),
+        (("store", "one", "--base-model", "base"), "--base-model is read for --format gguf alone; leave it out"),
     ):
         ran = run("export", *words, "--out", "lora")
         assert ran.code == 1

@@ -142,6 +142,11 @@ BAD = {
         recipe("adapters: [{path: adapters/adapter-0, weight: half}]"),
         "a weight that is a number",
     ),
+    "a weight for a folder of several": (
+        ["--recipe", "recipe.yaml"],
+        recipe("adapters: [{path: adapters, weight: 0.5}]"),
+        "The recipe lists 1 adapters, in whose folders 5 were found; name each.",
+    ),
 }
 
 

@@ -162,7 +162,7 @@ class RecordLog:
         """
         with self.writing():
             if name not in self._state.places:
-                raise KeyError(f"{name!r} is not in {str(self.folder)!r} any more.")
+                raise KeyError(self._gone(name))
             self._append_lines([{"remove": name}])
 
     def rename(self, name: str, new_name: str) -> None:
@@ -178,7 +178,7 @@ class RecordLog:
         """
         with self.writing():
             if name not in self._state.places:
-                raise KeyError(f"{name!r} is not in {str(self.folder)!r} any more.")
+                raise KeyError(self._gone(name))
             if new_name in self._state.places:
                 raise ArtifactError(f"{new_name!r} is in {str(self.folder)!r} already; choose another name.")
             self._append_lines([{"rename": name, "to": new_name}])
@@ -198,6 +198,13 @@ class RecordLog:
             _write_joined(self.folder, progress((name, self.read(name)) for name in self.names), self._files_there())
             self._state = read_index(self.folder / INDEX_NAME)
             return before - _bytes_of(self.folder)
+
+    def _gone(self, name: str) -> str:
+        there = ", ".join(map(repr, self.names[:10])) or "no records"
+        return (
+            f"{name!r} is not in {str(self.folder)!r} any more: another process has removed or renamed it. Use a name that is "
+            f"there: {there}{', ...' if len(self.names) > 10 else ''}."
+        )
 
     def _path(self, shard: str) -> Path:
         return self.folder / SHARDS / f"{shard}{SUFFIX}"

@@ -53,9 +53,7 @@ class EigenLoraConfig(ExplainedConfig):
 
     subspace: str | PrincipalSubspace | None = field(
         default=None,
-        metadata={
-            "help": "Path or Hub id of the subspace (or of a coefficient store), or the PrincipalSubspace itself."
-        },
+        metadata={"help": "Path or Hub id of the subspace (or of an adapter store), or the PrincipalSubspace itself."},
     )
     subspace_revision: str | None = field(default=None, metadata={"help": "Hub revision of the subspace."})
     subspace_sha256: str | None = field(
@@ -68,10 +66,10 @@ class EigenLoraConfig(ExplainedConfig):
     core: Literal["low_rank", "full", "diagonal", "mixture"] = field(
         default="low_rank",
         metadata={
-            "help": "Form of M (K, K). 'low_rank': C_out C_in with 2 K r parameters per module (EigenLoRAx); 'full': all "
-            "K² entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). These start at ΔW = 0. 'mixture': "
-            "Σ w_t M_t of the frozen cores of the members of `sources`, with trained weights (LoRA-Soups). 'mixer', the old "
-            "name of 'full', is deprecated."
+            "help": "Form of M (K_out, K_in). 'low_rank': C_out C_in with r (K_in + K_out) parameters per module (EigenLoRAx); "
+            "'full': all K_in K_out entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). These start at ΔW = 0. "
+            "'mixture': Σ w_t M_t of the frozen cores of the members of `sources`, with trained weights (LoRA-Soups). 'mixer', the "
+            "old name of 'full', is deprecated."
         },
     )
     init_from: str | None = field(
