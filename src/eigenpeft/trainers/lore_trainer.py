@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.trainer.reward_trainer import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.linalg.preference.objective import simplex, simplex_logits
+from eigenpeft.linalg.preference.objective import dirichlet_penalty, simplex, simplex_logits
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.reward.text.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
@@ -155,7 +155,8 @@ class LoReTrainer(RewardTrainer):
             # Each comparison carries its share of its user's prior, so that an epoch carries all of it once.
             logs = getattr(classifier, USER_LOGITS)(rows).log_softmax(dim=-1)
             shares = torch.tensor(self._counts, device=rows.device)[rows].reciprocal()
-            loss = loss - self.args.concentration / self.args.n_basis * (shares * logs.sum(dim=1)).mean()
+            penalties = dirichlet_penalty(logs, self.args.concentration / self.args.n_basis)  # (batch,)
+            loss = loss + (shares * penalties).mean()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

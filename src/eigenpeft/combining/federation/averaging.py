@@ -20,9 +20,6 @@ RESIDUE = "residue"
 """Keys `<module>.residue_B` and `<module>.residue_A` hold what clients add to their base weight under the rule "fedex"."""
 _A, _B, _REST = "A", "B", "rest"
 _FROZEN = (".components", ".cores")  # what all clients have in common, where an adapter's file brings it
-# Merging rules whose result is a mean over the updates, or measured against their mean: weights of mean 1 leave clients that
-# agree as they are. The others add updates up: weights of sum 1 do.
-_MEANS = ("ties", "dare_ties", "knots", "svc", "pico", "wudi")
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,7 @@ Combined = tuple[Tensor, Tensor, float, Factors | None]
 def _merged(factors: Sequence[Factors], weights: Sequence[float], *, rank: int, rule: str, options: Any) -> Combined:
     """A merging rule, truncated to a rank: `(lora_B, lora_A)`, the share of the norm lost, and nothing for the base."""
     method = "task_arithmetic" if rule == "exact" else rule
-    given = [weight * len(weights) for weight in weights] if method in _MEANS else weights
+    given = [weight * len(weights) for weight in weights] if RULES[method].is_mean else weights
     merged = merge_updates(factors, method=method, weights=given, rank=rank, **options)
     measures = merged.measures
     lost = max(0.0, 1.0 - measures.kept / measures.energy) ** 0.5 if measures.energy else 0.0

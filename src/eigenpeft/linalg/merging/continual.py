@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.cores.spectral import triplets
+from eigenpeft.linalg.rules.pico import scale_to_mean
 
 
 def add_off_directions(
@@ -63,4 +64,4 @@ def mean_norm_scale(totals: Sequence[Float[Tensor, "_a _b"]], norms: Sequence[fl
         λ_t, or 1 where all S_t are zero.
     """
     length = sum(float(total.square().sum()) for total in totals) ** 0.5
-    return sum(norms) / len(norms) / length if length else 1.0
+    return float(scale_to_mean(torch.tensor(length, dtype=torch.float64), torch.tensor(norms, dtype=torch.float64)))

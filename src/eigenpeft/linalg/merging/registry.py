@@ -39,6 +39,8 @@ class Rule:
         model_inputs: Whether the rule is defined on the model's own input coordinates (see `with_model_inputs`).
         calibrations: What is put around the function to make the published method.
         scale: Final multiplier λ of the published method; "auto" for Pico's rule of the norm.
+        is_mean: Whether the result is a mean over the updates, or measured against their mean, and not a sum of them: weights
+            of mean 1 then leave updates that agree as they are, where a sum needs weights of sum 1.
     """
 
     merge: Callable[..., Tensor]
@@ -49,6 +51,7 @@ class Rule:
     model_inputs: bool = False
     calibrations: tuple[str, ...] = ()
     scale: float | str = 1.0
+    is_mean: bool = False
 
 
 _TIES = {"density": 0.2, "agreement": "mean"}
@@ -57,19 +60,24 @@ _SEEDS = frozenset({"seeds"})
 RULES: dict[str, Rule] = {
     "task_arithmetic": Rule(task_arithmetic, "Task arithmetic", "arXiv 2212.04089"),
     "mean": Rule(mean, "Mean of the updates", "arXiv 2203.05482"),
-    "ties": Rule(ties, "TIES", "arXiv 2306.01708", options=_TIES),
+    "ties": Rule(ties, "TIES", "arXiv 2306.01708", options=_TIES, is_mean=True),
     "dare": Rule(dare, "DARE", "arXiv 2311.03099", options={"drop": 0.5}, needs=_SEEDS),
     "dare_ties": Rule(
-        dare_ties, "DARE-TIES", "arXiv 2311.03099", options={"drop": 0.5, "agreement": "mean"}, needs=_SEEDS
+        dare_ties,
+        "DARE-TIES",
+        "arXiv 2311.03099",
+        options={"drop": 0.5, "agreement": "mean"},
+        needs=_SEEDS,
+        is_mean=True,
     ),
-    "knots": Rule(knots, "KnOTS-TIES", "arXiv 2410.19735", options=_TIES, model_inputs=True),
+    "knots": Rule(knots, "KnOTS-TIES", "arXiv 2410.19735", options=_TIES, model_inputs=True, is_mean=True),
     "tsv": Rule(tsv, "TSV-M", "arXiv 2412.00081"),
     "iso_c": Rule(iso_c, "Iso-C", "arXiv 2502.04959"),
     "iso_cts": Rule(iso_cts, "Iso-CTS", "arXiv 2502.04959", options={"common_share": 0.8}),
     "boosting": Rule(boosting, "Subspace Boosting", "arXiv 2506.16506", options={"beta": 0.01}),
-    "svc": Rule(task_arithmetic, "SVC", "arXiv 2602.05536", calibrations=("svc",)),
-    "pico": Rule(task_arithmetic, "Pico", "arXiv 2604.16826", calibrations=("pico",), scale="auto"),
-    "wudi": Rule(wudi, "WUDI, closed form", "arXiv 2503.08099", options={"ridge": 1e-3}),
+    "svc": Rule(task_arithmetic, "SVC", "arXiv 2602.05536", calibrations=("svc",), is_mean=True),
+    "pico": Rule(task_arithmetic, "Pico", "arXiv 2604.16826", calibrations=("pico",), scale="auto", is_mean=True),
+    "wudi": Rule(wudi, "WUDI, closed form", "arXiv 2503.08099", options={"ridge": 1e-3}, is_mean=True),
     "regmean": Rule(
         regmean,
         "RegMean",

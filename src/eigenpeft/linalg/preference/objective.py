@@ -52,6 +52,25 @@ def bradley_terry_nll(margins: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return softplus(-margins)
 
 
+def dirichlet_penalty(
+    log_weights: Float[Tensor, "*n b"], pseudo_count: float | Float[Tensor, " b"]
+) -> Float[Tensor, "*n"]:
+    """`-Σ_b c_b log w_b`: negative log density of a Dirichlet prior in the softmax basis, but for a constant.
+
+    The mode of the prior lies inside the simplex for every c > 0 (MacKay, Machine Learning 33, 1998).
+
+    Args:
+        log_weights: log w.
+        pseudo_count: c, one for all b or one for each.
+
+    Example:
+        >>> import torch
+        >>> dirichlet_penalty(torch.tensor([0.5, 0.5]).log(), 1.0)
+        tensor(1.3863)
+    """
+    return -(pseudo_count * log_weights).sum(dim=-1)
+
+
 def simplex(logits: Float[Tensor, "*n b"]) -> Float[Tensor, "*n b"]:
     """Softmax over the last axis: weights that are positive and sum to one.
 
@@ -117,8 +136,7 @@ def joint_gradient(
 
         Σ_i -log σ(m_i) + λ_s/2 ‖mean_b Δ_b‖² + λ_d/2 Σ_b ‖Δ_b - mean_b Δ_b‖² - (c/B) Σ_ub log w_ub.
 
-    The Dirichlet term is that of the softmax basis (MacKay, Machine Learning 33, 1998), whose mode lies inside the
-    simplex for every c > 0.
+    The Dirichlet term is `dirichlet_penalty`.
 
     Args:
         deviations: Δ, what the basis adds to the reference head.
@@ -144,7 +162,7 @@ def joint_gradient(
         bradley_terry_nll(margins).sum()
         + 0.5 * prior.ridge_shared * shared.square().sum()
         + 0.5 * prior.ridge_deviation * apart.square().sum()
-        - pseudo_count * user_logits.log_softmax(dim=-1).sum()
+        + dirichlet_penalty(user_logits.log_softmax(dim=-1), pseudo_count).sum()
     )
     # (Gᵀ X): the small factor on the left; XᵀG is several times slower.
     for_basis = (slopes[:, None] * of_pair).mT.contiguous() @ differences

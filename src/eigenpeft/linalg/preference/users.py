@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from eigenpeft.linalg.preference.objective import bradley_terry_nll
+from eigenpeft.linalg.preference.objective import bradley_terry_nll, dirichlet_penalty
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def next_pair(
 
 def _objective(w: Tensor, z: Tensor, mask: Tensor, concentration: Tensor) -> Tensor:
     margins = (z @ w[:, :, None])[:, :, 0]
-    return (bradley_terry_nll(margins) * mask).sum(dim=1) - (concentration * w.log()).sum(dim=1)
+    return (bradley_terry_nll(margins) * mask).sum(dim=1) + dirichlet_penalty(w.log(), concentration)
 
 
 def _scaled_curvature(w: Tensor, z: Tensor, mask: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:

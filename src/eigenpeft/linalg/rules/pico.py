@@ -35,6 +35,14 @@ def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_ou
     Returns:
         λ, or 1 where the merged update is zero.
     """
-    norm = merged.norm()
-    target = torch.linalg.vector_norm(cores, dim=(1, 2)).mean()
-    return torch.where(norm > 0, target / norm.where(norm > 0, 1.0), 1.0)
+    return scale_to_mean(merged.norm(), torch.linalg.vector_norm(cores, dim=(1, 2)))
+
+
+def scale_to_mean(norm: Float[Tensor, ""], norms: Float[Tensor, " t"]) -> Float[Tensor, ""]:
+    """λ with `λ ‖M‖ = mean_t ‖M_t‖`, or 1 where ‖M‖ is zero.
+
+    Args:
+        norm: ‖M‖, norm of what is scaled.
+        norms: ‖M_t‖, norms of the updates.
+    """
+    return torch.where(norm > 0, norms.mean() / norm.where(norm > 0, 1.0), 1.0)
