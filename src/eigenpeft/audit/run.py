@@ -86,11 +86,7 @@ def audit_adapters(
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
     names = _enough(collection, untrained)
-    # More than the adapters' ranks or the widths allow there are not, in any module.
-    n_components = min(
-        n_components,
-        max(min(sum(collection.ranks(module).values()), *collection.shapes[module]) for module in collection.modules),
-    )
+    n_components = min(n_components, _most_components(collection))
     groups = independent_groups(names, findings)
     measured = _measured(
         collection, groups=groups, n_components=n_components, n_nulls=n_nulls, seed=seed, progress=progress
@@ -113,18 +109,45 @@ def audit_adapters(
         seed=seed,
         train=answer,
     )
-    gain = cluster_gain(
-        collection, modules=modules, names=names, clusters=report.clusters, n_components=report.n_components
-    )
-    report = replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
+    report = _with_cluster_gain(report, collection, modules=modules, names=names)
     if share is not None:
         at: dict[str, Any] = {"at": report.n_components, "n_nulls": n_nulls, "seed": seed}
         found = sharing_cost(collection, share=share, measured=measured, names=names, groups=groups, **at)
         report = replace(report, sharing=found)
     if model is None:
         return report
+    return _with_task(
+        report, collection.subset(names), model, dataset, data_collator=data_collator, n_rows=n_rows, train=answer
+    )
+
+
+def _most_components(collection: AdapterCollection) -> int:
+    """The largest number of components that the adapters' ranks and the widths allow in any module."""
+    return max(min(sum(collection.ranks(module).values()), *collection.shapes[module]) for module in collection.modules)
+
+
+def _with_cluster_gain(
+    report: AuditReport, collection: AdapterCollection, *, modules: tuple[str, ...], names: tuple[str, ...]
+) -> AuditReport:
+    gain = cluster_gain(
+        collection, modules=modules, names=names, clusters=report.clusters, n_components=report.n_components
+    )
+    return replace(report, cluster_gain=gain, advice=report.advice + advice_on_clusters(report.clusters, gain))
+
+
+def _with_task(
+    report: AuditReport,
+    collection: AdapterCollection,
+    model: nn.Module,
+    dataset: Any,
+    *,
+    data_collator: Callable[[list[Any]], Any] | None,
+    n_rows: int,
+    train: Callable[..., Train],
+) -> AuditReport:
+    """The report with the gradient of the new task, the adapters nearest to it, and the second answer in their light."""
     gradient, near = task_gradient(
-        collection.subset(names),
+        collection,
         model,
         dataset,
         data_collator=data_collator,
@@ -135,7 +158,7 @@ def audit_adapters(
         report,
         gradient=gradient,
         reuse=reuse_answer(near),
-        train=answer(report.held_out, task=measures_of_task(gradient, near)),
+        train=train(report.held_out, task=measures_of_task(gradient, near)),
         advice=f"{report.advice} {advice_on_task(gradient)}",
     )
 
@@ -182,7 +205,10 @@ def _measured(
         if found is not None:
             measured[module] = found
     if not measured:
-        raise SubspaceError("No module is changed by two adapters; there is nothing that they could share.")
+        raise SubspaceError(
+            f"None of the {len(collection.modules)} modules is changed by two adapters, so there is nothing that they could "
+            "share; audit adapters that were trained on the same target modules."
+        )
     return measured
 
 

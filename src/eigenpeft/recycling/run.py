@@ -77,27 +77,10 @@ def recycle(
         EigenPeftError: If an argument is out of range, there are too few rows, every candidate is refused, or the folder holds
             trials of other arguments.
     """
-    start, unknown = time.perf_counter(), [name for name in candidates if name not in CANDIDATES]
-    if unknown or not candidates:
-        raise EigenPeftError(f"candidates={list(candidates)} must be of {', '.join(CANDIDATES)}, at least one.")
-    if args.max_steps < 1 or not 0 < held_out < 1:
-        raise EigenPeftError(
-            f"max_steps={args.max_steps} of args must be at least 1 (epochs are not counted here) and held_out={held_out} between "
-            "0 and 1."
-        )
+    start, out = time.perf_counter(), Path(out_dir)
+    _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out)
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
-    out = Path(out_dir)
-    settings = {
-        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in adapters.adapters)},
-        "rows": len(rows),
-        "rows_sha256": _digest(rows),
-        "batch_size": args.per_device_train_batch_size,
-        "held_out": held_out,
-        "max_steps": args.max_steps,
-        "seed": args.seed,
-        "n_components": n_components,
-        "head_rate": head_rate,
-    }
+    own = {"held_out": held_out, "n_components": n_components, "head_rate": head_rate}
     search = Search(
         make_model,
         train_rows,
@@ -108,7 +91,7 @@ def recycle(
         head_rate,
         out / "trials.jsonl",
         time.monotonic() + (math.inf if time_limit is None else time_limit),
-        trials=_remembered(out, settings),
+        trials=_remembered(out, _trainer_settings(adapters, rows, args) | own),
     )
     plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
     entrants = [(name, rate) for name in candidates for rate in CANDIDATES[name].rates]
@@ -136,6 +119,28 @@ def recycle(
     with atomic_file(out / "report.json", overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: float) -> None:
+    if not candidates or any(name not in CANDIDATES for name in candidates):
+        raise EigenPeftError(f"candidates={list(candidates)} must be of {', '.join(CANDIDATES)}, at least one.")
+    if max_steps < 1 or not 0 < held_out < 1:
+        raise EigenPeftError(
+            f"max_steps={max_steps} of args must be at least 1 (epochs are not counted here) and held_out={held_out} between "
+            "0 and 1."
+        )
+
+
+def _trainer_settings(adapters: AdapterCollection, rows: Any, args: TrainingArguments) -> dict[str, Any]:
+    """What the trials of two runs must have in common besides the search's own arguments, to count for both."""
+    return {
+        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in adapters.adapters)},
+        "rows": len(rows),
+        "rows_sha256": _digest(rows),
+        "batch_size": args.per_device_train_batch_size,
+        "max_steps": args.max_steps,
+        "seed": args.seed,
+    }
 
 
 def _split(rows: Any, share: float, *, seed: int) -> tuple[Any, Any]:

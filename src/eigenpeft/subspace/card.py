@@ -172,17 +172,12 @@ def _card(
     share = sum(row.explained_share for row in rows) / len(rows)
     note = " (at least one adapter names none: ask its author)" if license == "unknown" else ""
     revision = f", revision `{for_code(info.base_model_revision)}`" if info.base_model_revision else ""
-    asked = (
-        f"`n_components={for_code(info.n_components)}`"
-        if info.n_components is not None
-        else "32 components or all there are"
-    )
     body = f"""# {title}
 
 Base model: {shown_base(info.base_model_name_or_path)}{revision}. For each of
 {len(rows)} adapted weights: two bases, fitted
 with `method="{for_code(info.method)}"`, `weighting="{for_code(info.weighting)}"`,
-{asked}, {info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft
+{_number_asked_for(info)}, {info.n_pseudo_components} pseudo-components, seed {info.seed}, by eigenpeft
 {for_card(info.eigenpeft_version)}.
 They explain {share:.1%} of the adapters' squared update norms (mean over the modules, measured on
 {len(info.measured_on)} adapters). That figure alone does not say that a new task will train well in it: compare with a
@@ -213,6 +208,12 @@ SHA-256 of the tensors' names, shapes and values: `{end}`.
 Principal subspaces of LoRA adapters: EigenLoRAx, arXiv 2502.04700.
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _number_asked_for(info: SubspaceInfo) -> str:
+    if info.n_components is None:
+        return "32 components or all there are"
+    return f"`n_components={for_code(info.n_components)}`"
 
 
 def _module_row(row: ModuleRow) -> str:

@@ -1,6 +1,6 @@
 """The command merge: any folder of LoRA adapters to one plain LoRA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,25 +85,13 @@ def merge_command(
     arguments |= {name: value for name, value in given.items() if value is not None}
     arguments |= {name: yaml.safe_load(value) for name, value in _pairs(option, "--option").items()}
     sources = open_sources(list(written.adapters), allow_different_base_models=allow_different_base_models)
-    if written.weights:
-        weights = (
-            dict(zip(sources.names, written.weights, strict=True))
-            if len(sources.names) == len(written.weights)
-            else None
-        )
-        if weights is None:
-            raise EigenPeftError(
-                f"The recipe lists {len(written.weights)} adapters, in whose folders {len(sources.names)} were found; name each."
-            )
-    else:
-        weights = dict.fromkeys(sources.names, 1.0)
     typed = {name: _number(value, f"--weight {name}") for name, value in _pairs(weight, "--weight").items()}
     score = (
         None if dataset is None else _score(dataset, model or sources.base_model, metric, n_rows, sources.parts.heads)
     )
     merged = merge(
         list(written.adapters),
-        weights=weights | typed,
+        weights=_weights(written, sources.names) | typed,
         score=score,
         statistics=None if statistics is None else load_statistics(statistics),
         work_dir=work_dir,
@@ -132,6 +120,17 @@ def _recipe(adapters: list[str] | None, path: Path | None) -> MergeRecipe:
     if (path is None) == (not adapters):
         raise EigenPeftError("Name adapters, or a --recipe that lists them: one of the two.")
     return MergeRecipe(tuple(adapters or ()), ()) if path is None else read_recipe(path)
+
+
+def _weights(recipe: MergeRecipe, names: Sequence[str]) -> dict[str, float]:
+    """The recipe's weights by name; 1 for each adapter where it gives none."""
+    if not recipe.weights:
+        return dict.fromkeys(names, 1.0)
+    if len(recipe.weights) != len(names):
+        raise EigenPeftError(
+            f"The recipe lists {len(recipe.weights)} adapters, in whose folders {len(names)} were found; name each."
+        )
+    return dict(zip(names, recipe.weights, strict=True))
 
 
 def _scale(text: str | None) -> float | str | list[float] | None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from eigenpeft.artifacts.atomic import check_file
+from eigenpeft.audit import AuditReport
 from eigenpeft.audit import audit_adapters as run_audit
 from eigenpeft.cli.app import (
     Adapters,
@@ -99,6 +100,13 @@ def audit(
     if as_json:
         print_json(report.to_dict())
         return
+    _show(report)
+    for path in (plot, html):
+        if path is not None:
+            console.print(f"Wrote {escape(str(path))}.")
+
+
+def _show(report: AuditReport) -> None:
     console.print(share_table(report))
     console.print(outside_table(report))
     if report.gradient is not None:
@@ -111,6 +119,3 @@ def audit(
         console.print(findings_text(report.findings))
     console.print(f"A detail, how much the adapters share: {escape(report.verdict)}. {escape(report.advice)}\n")
     console.print(answers_text(report))
-    for path in (plot, html):
-        if path is not None:
-            console.print(f"Wrote {escape(str(path))}.")

@@ -1,7 +1,7 @@
 """The commands build, inspect and project: from adapters to a subspace, what it holds, and a store of them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -116,6 +116,11 @@ def build(
     if as_json:
         print_json({"path": str(out), **summary})
         return
+    _show_build(builder, summary, alone)
+    console.print(f"Wrote {escape(str(out))} ({summary['bytes'] / 1e6:.2f} MB, sha256 {summary['sha256'][:12]}).")
+
+
+def _show_build(builder: SubspaceBuilder, summary: dict[str, Any], alone: PrincipalSubspace | None) -> None:
     console.print(module_table(summary))
     if builder.findings_:
         console.print("Noticed about the adapters:")
@@ -135,7 +140,6 @@ def build(
             f"Merged in one pass within --memory-limit: the components miss at most "
             f"{builder.subspace_.info.missed_energy_bound:.2%} of a stack's energy against the best ones."
         )
-    console.print(f"Wrote {escape(str(out))} ({summary['bytes'] / 1e6:.2f} MB, sha256 {summary['sha256'][:12]}).")
 
 
 def _alone(builder: SubspaceBuilder, collection: AdapterCollection) -> PrincipalSubspace | None:
