@@ -8,7 +8,7 @@ from eigenpeft.combining import collect_statistics, load_statistics, merge, save
 from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.linalg.merging import core_space
 from tests.factories import tiny_gpt2, tiny_llama
-from tests.linalg.merging import oracle
+from tests.linalg.rules import oracle
 
 
 def make_zoo(folder, model=tiny_llama, targets=("q_proj", "down_proj"), n_adapters=3):

@@ -1,22 +1,12 @@
-"""Held-out curves against fitting without the adapter; nulls keep singular values and nothing else."""
+"""Held-out curves against fitting without the adapter."""
 
 import pytest
 import torch
 
 from eigenpeft.linalg.bases.stacking import stack_factors
 from eigenpeft.linalg.scores.leave_one_out import choose_n_components, cosines, held_out_curves, overlaps
-from eigenpeft.linalg.scores.nulls import chance_curve, effective_rank, matched_null
-
-
-def factors_of(*, n_adapters=5, m=14, n=18, ranks=(3, 2), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(m, ranks[i % len(ranks)], generator=generator),
-            torch.randn(ranks[i % len(ranks)], n, generator=generator),
-        )
-        for i in range(n_adapters)
-    ]
+from eigenpeft.linalg.scores.nulls import chance_curve
+from tests.linalg.scores.made import factors_of
 
 
 def refitted(factors, groups, k, *, only=None, one_sided=False):
@@ -92,35 +82,6 @@ def test_wrong_numbers_of_labels_are_refused():
     stacks = stack_factors(factors_of(), rows="balanced", weighting="equal")
     with pytest.raises(ValueError, match="2 labels for 5 adapters"):
         held_out_curves(stacks, n_components=2, groups=["a", "b"])
-    with pytest.raises(ValueError, match="1 labels for 5 adapters"):
-        matched_null(factors_of(), generator=torch.Generator(), common_start=["a"])
-
-
-@pytest.mark.parametrize("common", [None, ("a", "a", "b", "b", "b")])
-def test_a_null_keeps_the_singular_values_alone(common):
-    factors = factors_of()
-    null = matched_null(factors, generator=torch.Generator().manual_seed(1), common_start=common)
-    for (B, A), (null_B, null_A) in zip(factors, null, strict=True):
-        k = len(A)
-        torch.testing.assert_close(
-            torch.linalg.svdvals(null_B @ null_A)[:k], torch.linalg.svdvals(B @ A)[:k], rtol=1e-4, atol=1e-5
-        )
-    overlap = torch.linalg.svdvals(_unit(null[0][1]) @ _unit(null[1][1]).mT).amax()
-    assert (overlap > 0.999) == (common is not None)
-    again = matched_null(factors, generator=torch.Generator().manual_seed(1), common_start=common)
-    assert all(
-        torch.equal(a, b) for one, other in zip(null, again, strict=True) for a, b in zip(one, other, strict=True)
-    )
-
-
-def test_effective_rank():
-    assert effective_rank(torch.tensor([3.0])) == pytest.approx(1.0)
-    assert effective_rank(torch.ones(7)) == pytest.approx(7.0)
-    assert 1.0 < effective_rank(torch.tensor([1.0, 0.1])) < 1.1
-
-
-def _unit(rows):
-    return rows / rows.norm(dim=1, keepdim=True)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.5, 3.0])  # from a steep spectrum to a flat one
@@ -161,21 +122,6 @@ def test_overlap_is_one_with_itself_and_chance_with_others():
     found = overlaps(stack_factors([*factors, factors[0]], rows="balanced", weighting="equal"))
     assert float(found[0, 4]) == pytest.approx(1.0, abs=1e-5)
     assert float(found[0, 1]) < 0.1
-
-
-def test_chance_is_the_mean_of_held_out_random_adapters(adapters):
-    factors, generator = adapters(8, m=20, n=24), torch.Generator().manual_seed(0)
-    drawn = [
-        held_out_curves(
-            stack_factors(matched_null(factors, generator=generator), rows="balanced", weighting="equal"),
-            n_components=6,
-        )
-        for _ in range(80)
-    ]
-    for part, widths in (("both", (20, 24)), ("inside", (24,)), ("output", (20,))):
-        values = torch.stack([getattr(shares, part).mean(0) for shares in drawn])
-        error = values.std(0) / len(values) ** 0.5
-        assert ((values.mean(0) - chance_curve(6, *widths)).abs() < 4 * error).all()
 
 
 @pytest.mark.parametrize("n_shared", [2, 6, 20, 40])

@@ -6,7 +6,7 @@ import torch
 
 from eigenpeft.linalg.merging import RULES, core_space, merge_cores, merge_updates, with_model_inputs
 from eigenpeft.linalg.rules.ties import elect
-from tests.linalg.merging import oracle
+from tests.linalg.rules import oracle
 
 # Factors of 8 adapters with ranks 2, 3, 5 in turn; the last shapes are smaller than the ranks together.
 SHAPES = [(40, 56), (56, 40), (12, 40), (40, 9)]
@@ -199,72 +199,6 @@ def test_pico_and_svc_go_around_any_rule(method, adapters, dense, close):
 def test_svc_turns_down_what_is_counted_three_times(random_factors, dense, close):
     factors = [random_factors(30, 20, 4, dtype=torch.float64)] * 3
     close(merged(factors, "svc"), dense(factors)[0], 1e-9)
-
-
-def test_scale_auto_gives_the_mean_norm(adapters, dense):
-    factors = adapters()
-    found = merge_updates(factors, method="task_arithmetic", scale="auto")
-    norms = [np.linalg.norm(update) for update in dense(factors)]
-    np.testing.assert_allclose((found.lora_B @ found.lora_A).norm(), np.mean(norms), rtol=1e-9)
-    assert found.scale < 1.0
-
-
-def test_scale_multiplies_the_result(adapters, dense, close):
-    factors = adapters()
-    close(merged(factors, "task_arithmetic", scale=0.3), 0.3 * sum(dense(factors)), 1e-6)
-
-
-@pytest.mark.parametrize("rank", [None, 3])
-def test_measures_are_those_of_whole_matrices(rank, adapters, dense):
-    factors = adapters(dtype=torch.float64)
-    updates, result = dense(factors), merge_updates(factors, scale=0.4, rank=rank)
-    total = (result.lora_B @ result.lora_A).numpy()
-    measures = result.measures
-    np.testing.assert_allclose(
-        measures.distances, [np.linalg.norm(total - update) ** 2 for update in updates], rtol=1e-9
-    )
-    np.testing.assert_allclose(
-        measures.inner_products, [[np.sum(a * b) for b in updates] for a in updates], rtol=1e-9, atol=1e-9
-    )
-    values = np.linalg.svd(0.4 * sum(updates), compute_uv=False)
-    np.testing.assert_allclose(measures.energy, (values**2).sum(), rtol=1e-9)
-    np.testing.assert_allclose(measures.kept, (values[:rank] ** 2).sum(), rtol=1e-9)
-    np.testing.assert_allclose(measures.largest, values[0], rtol=1e-9)
-
-
-def test_over_counting_is_how_often_a_direction_was_counted(random_factors):
-    one = random_factors(30, 20, 4, dtype=torch.float64)
-    np.testing.assert_allclose(merge_updates([one] * 3).measures.over_counting, 3.0, rtol=1e-9)
-    np.testing.assert_allclose(merge_updates([one] * 3, method="mean").measures.over_counting, 1.0, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "average"}, "method='average' is unknown; pass one of 'task_arithmetic', 'mean'"),
-        ({"method": "tsv", "density": 0.5}, "density=0.5 is not an option of method='tsv', which takes no options"),
-        ({"method": "ties", "density": 0.0}, r"density=0.0 must be above 0 and at most 1"),
-        ({"method": "ties", "density": 1.5}, r"density=1.5 must be above 0 and at most 1"),
-        ({"method": "dare", "drop": 1.0}, r"drop=1.0 must be at least 0 and below 1"),
-        ({"method": "dare", "seeds": [1]}, "1 seeds do not fit 8 updates"),
-        ({"method": "iso_cts", "common_share": 2.0}, r"common_share=2.0 must be between 0 and 1"),
-        ({"method": "boosting", "beta": 0.0}, r"beta=0.0 must be above 0 and at most 1"),
-        ({"method": "wudi", "ridge": 0.0}, r"ridge=0.0 must be above 0"),
-        ({"method": "regmean"}, "method='regmean' needs statistics"),
-        ({"method": "regmean", "grams": torch.eye(25).double()[None]}, "statistics of 1 tasks do not fit 8 updates"),
-        ({"method": "compress", "n_components": 0}, "n_components=0 is not a number of components"),
-        ({"method": "compress", "beta": -1.0}, r"beta=-1.0 must be between 0 and 1"),
-        ({"weights": [1.0, 2.0]}, r"weights=\[1.0, 2.0\] do not fit 8 updates"),
-        ({"weights": [float("nan")] * 8}, "pass one finite number for each"),
-        ({"method": "mean", "weights": [0.0] * 8}, "are all 0, so there is no mean"),
-        ({"calibrate": ["svd"]}, r"calibrate=\['svd'\] is unknown"),
-        ({"scale": "best"}, "scale='best' is unknown"),
-        ({"rank": 0}, "rank=0 is not a rank"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message, adapters):
-    with pytest.raises(ValueError, match=message):
-        merge_updates(adapters(), **arguments)
 
 
 def test_unknown_agreement_is_named(unannotated):
