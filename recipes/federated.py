@@ -35,8 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace
 from eigenpeft.combining.federation import load_round, no_steps, round_update, train_steps
-from eigenpeft.federated import AdapterFedAvg, reply, start_from
-from eigenpeft.federated.messages import to_record
+from eigenpeft.federated import AdapterFedAvg, reply, start_from, to_record
 
 
 @dataclass

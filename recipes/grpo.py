@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
 from eigenpeft import AdapterCollection, EigenLoraConfig, LowRankRewardModel, MosLoraConfig, export_lora
-from eigenpeft.trainers.policy_sync import PolicySyncCallback
+from eigenpeft.trainers import PolicySyncCallback
 from eigenpeft.tuners import control_config
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eigenpeft.demo.assets import banking77
+from eigenpeft.demo import banking77
 
 N_TASKS, N_TEST = 4, 64
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"

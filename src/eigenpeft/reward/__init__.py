@@ -3,6 +3,7 @@
 from eigenpeft.reward.artifact.model import LowRankRewardModel, UserPosterior
 from eigenpeft.reward.artifact.users import UserTable
 from eigenpeft.reward.evaluation.evaluate import LoReEvaluation, Share, evaluate_lore
+from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 from eigenpeft.reward.fitting.fitter import LoReFitter
 from eigenpeft.reward.fitting.selection import Candidate
 
@@ -12,6 +13,7 @@ __all__ = [
     "LoReFitter",
     "LowRankRewardModel",
     "Share",
+    "SimulatedUsers",
     "UserPosterior",
     "UserTable",
     "evaluate_lore",

@@ -42,7 +42,7 @@ class SimulatedUsers:
         seed: Seed of everything.
 
     Examples:
-        >>> from eigenpeft.reward.evaluation.simulation import SimulatedUsers
+        >>> from eigenpeft.reward import SimulatedUsers
         >>> users = SimulatedUsers(n_users=3, n_features=8, n_basis=2, seed=0)
         >>> pairs = users.pairs(5, seed=1)
         >>> pairs.chosen.shape, pairs.user_ids[4:6]
