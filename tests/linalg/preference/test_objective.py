@@ -10,6 +10,7 @@ from eigenpeft.linalg.preference.objective import (
     JointPrior,
     bradley_terry_nll,
     column_scales,
+    dirichlet_penalty,
     joint_gradient,
     simplex,
     simplex_logits,
@@ -55,6 +56,15 @@ def test_hand_written_gradient_is_that_of_autograd(n_basis, prior):
     assert found.value == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(found.deviations, for_basis, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(found.user_logits, for_logits, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", [0.7, [0.3, 1.0, 2.5]])
+def test_penalty_is_the_dirichlet_density_in_the_softmax_basis(counts):
+    counts = torch.tensor(counts, dtype=torch.float64)
+    weights = normal(5, 3).softmax(dim=1)
+    density = torch.distributions.Dirichlet(counts.expand(3)).log_prob(weights) + weights.log().sum(dim=1)
+    found = dirichlet_penalty(weights.log(), counts if counts.ndim else float(counts))
+    torch.testing.assert_close(found - found[0], density[0] - density)
 
 
 def test_likelihood_does_not_overflow():
