@@ -193,7 +193,7 @@ def _classifier(name: str, path: Path, base: str, head: Any, n_rows: int) -> Hel
         {
             **tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=_MAX_LENGTH),
             "labels": row["label"],
-        }  # pyright: ignore
+        }
         for row in rows
     ]
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels).eval()

@@ -248,8 +248,9 @@ class LoReFitter:
     def _scales(self) -> list[float]:
         if self.deviation_scale == "auto":
             return list(AUTO_DEVIATION_SCALE)
-        one = isinstance(self.deviation_scale, int | float)
-        return [float(self.deviation_scale)] if one else [float(scale) for scale in self.deviation_scale]  # pyright: ignore
+        if isinstance(self.deviation_scale, int | float):
+            return [float(self.deviation_scale)]
+        return [float(scale) for scale in self.deviation_scale]
 
     def _choose(
         self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, texts: Tensor, prompt_ids: Sequence[Any] | None
