@@ -294,7 +294,7 @@ class EigenLoraConfig(ExplainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """The config of a saved adapter, as PEFT reads it; a local folder is remembered, since its subspace may stand beside it."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
             config.read_from = folder
