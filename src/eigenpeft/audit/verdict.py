@@ -85,7 +85,8 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
         "not shared",
         f"The adapters do not share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, k)}{excess}"
         "There is nothing to recycle by projection; a new task may still train in this subspace, as it may in a random one: "
-        "compare both. To compress just these adapters, use 'hooi' with as many components as they need.",
+        "compare both. To compress just these adapters, build with a share in place of a number: "
+        "`eigenpeft build ADAPTERS -k 0.999 --out SUBSPACE`.",
     )
 
 

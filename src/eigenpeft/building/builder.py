@@ -395,4 +395,6 @@ def build_subspace(
 def _summarise(problems: Sequence[str], *, n_modules: int) -> str:
     shown = "\n".join(f"- {problem}" for problem in problems[:5])
     rest = f"\n- ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return f"{len(problems)} of {n_modules} modules cannot be fitted as asked:\n{shown}{rest}"
+    way = "\nWithout n_components each module gets 32, or all that it has; a share such as 0.999 fits too."
+    out = way if any("exceeds the numerical rank" in problem for problem in problems) else ""
+    return f"{len(problems)} of {n_modules} modules cannot be fitted as asked:\n{shown}{rest}{out}"

@@ -112,6 +112,12 @@ def _show(merged: MergedAdapter, out: Path, *, as_json: bool) -> None:
     if merged.report.grid:
         console.print(grid_table(merged.report))
     console.print(merge_table(merged.report))
+    far = [source.name for source in merged.report.sources if source.weight > 0 and (source.relative_distance or 0) > 1]
+    if far and merged.report.scale != "auto":
+        console.print(
+            f"From {len(far)} of {len(merged.report.sources)} sources the result is farther than the base model is: the multiplier "
+            "matters as much as the method. Try --scale auto, or several with --dataset."
+        )
     beside = f", with {len(merged.heads)} heads in {escape(str(out / 'heads'))}" if merged.heads else ""
     console.print(f"Wrote the plain LoRA adapter {escape(str(out))}{beside}.")
 

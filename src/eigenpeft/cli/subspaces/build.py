@@ -80,7 +80,7 @@ def build(
 ) -> None:
     """Build a principal subspace from LoRA adapters of one base model.
 
-    Example: eigenpeft build adapters/ --n-components 32 --out subspace
+    Example: eigenpeft build adapters/ --out subspace
 
     An interrupted build goes on when the same command is run again. Many processes share the modules among them:
     torchrun --nproc-per-node 2 -m eigenpeft build adapters/ --out subspace
