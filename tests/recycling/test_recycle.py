@@ -126,6 +126,23 @@ def test_a_time_limit_ends_the_rounds_and_the_best_so_far_is_trained(adapters, t
     assert "time limit" in report.text
 
 
+def test_trials_of_an_earlier_run_count_when_the_time_is_up(adapters, tmp_path):
+    some = ["lora_r8", "eigenlora", "random_subspace"]
+    first = recycled(adapters, tmp_path, candidates=some)
+    again = recycled(adapters, tmp_path, candidates=some, time_limit=0.0)
+    assert again.trials == first.trials
+    assert (again.winner, again.learning_rate, again.score) == (first.winner, first.learning_rate, first.score)
+    log = tmp_path / "out" / "trials.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    whole_rounds = [line for line in lines if json.loads(line)["steps"] < first.trials[-1].steps]
+    log.write_text("".join(whole_rounds))  # interrupted before the last round
+    stopped = recycled(adapters, tmp_path, candidates=some, time_limit=0.0)
+    assert stopped.stopped
+    assert len(stopped.trials) == len(whole_rounds)
+    last = [trial for trial in stopped.trials if trial.steps == stopped.trials[-1].steps]
+    assert stopped.score == max(trial.score for trial in last)
+
+
 def test_what_cannot_be_tried_is_named(adapters, tmp_path):
     report = recycled(adapters, tmp_path, n_components=50, candidates=["lora_r8", "eigenlora"])
     assert report.winner == "lora_r8"

@@ -52,18 +52,23 @@ class Search:
         train(model, rows, rate=rate, head_rate=rate if only_head else self.head_rate, steps=steps, **settings)
         return model
 
+    def done(self, candidate: str, sources: Sources, *, rate: float, steps: int) -> Trial | None:
+        """What an earlier run, or this one, found for it."""
+        asked = _asked(candidate, sources, rate=rate, steps=steps)
+        same = (one for one in self.trials if asked == {name: getattr(one, name) for name in asked})
+        return next(same, None)
+
     def trial(self, candidate: str, sources: Sources, *, rate: float, steps: int) -> Trial:
         """Train and judge, or what was found when this was done before."""
-        asked = {"candidate": candidate, "rate": rate, "steps": steps, "scale": _scale_of(candidate, sources)}
-        for done in self.trials:
-            if asked == {name: getattr(done, name) for name in asked}:
-                return done
+        if (done := self.done(candidate, sources, rate=rate, steps=steps)) is not None:
+            return done
         start = time.perf_counter()
         model = self.trained(candidate, sources, rate=rate, steps=steps, rows=self.rows)
         numbers = sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
         )
         score, loss = judge(model, self.held_out, collator=self.collator)
+        asked = _asked(candidate, sources, rate=rate, steps=steps)
         found = Trial(**asked, score=score, loss=loss, numbers=numbers, seconds=time.perf_counter() - start)
         self.trials.append(found)
         with self.log.open("a", encoding="utf-8") as file:
@@ -74,6 +79,11 @@ class Search:
     def late(self) -> bool:
         """Whether the time limit has passed."""
         return time.monotonic() > self.deadline
+
+
+def _asked(candidate: str, sources: Sources, *, rate: float, steps: int) -> dict[str, Any]:
+    """What makes a trial the same as another."""
+    return {"candidate": candidate, "rate": rate, "steps": steps, "scale": _scale_of(candidate, sources)}
 
 
 def _scale_of(candidate: str, sources: Sources) -> float | None:
@@ -88,7 +98,9 @@ def halved(
         found: list[tuple[tuple[str, float], tuple[float, ...]]] = []
         by_entrant: dict[tuple[str, float], Trial] = {}
         for name, rate in entrants:
-            if name in search.refused or (search.late and by_entrant):
+            # What was tried before the time was up counts, also in an earlier run that was interrupted.
+            costs = search.done(name, sources, rate=rate, steps=steps) is None
+            if name in search.refused or (search.late and costs and by_entrant):
                 continue
             try:
                 trial = search.trial(name, sources, rate=rate, steps=steps)
@@ -103,6 +115,8 @@ def halved(
             reasons = "; ".join(f"{name}: {reason}" for name, reason in search.refused.items())
             raise EigenPeftError(f"No candidate could be tried. {reasons}")
         kept = better_half(found)
-        if len(kept) == 1 or search.late or steps >= search.args.max_steps:
+        after = min(2 * steps, search.args.max_steps)
+        tried = all(search.done(name, sources, rate=rate, steps=after) for name, rate in kept)
+        if len(kept) == 1 or (search.late and not tried) or steps >= search.args.max_steps:
             return kept, by_entrant[kept[0]], search.late
-        entrants, steps = kept, min(2 * steps, search.args.max_steps)
+        entrants, steps = kept, after

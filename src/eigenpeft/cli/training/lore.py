@@ -97,11 +97,18 @@ def fit(
     if as_json:
         print_json({"path": str(out), "n_basis": found.n_basis, "n_users": len(found.users), **found.info})
         return
-    if fitter.candidates_:
+    compared = any(len(one.losses) for one in fitter.candidates_)
+    if compared:
         console.print(_candidate_table(fitter))
+    shared = (
+        " One shared head won, the same for all users: personalisation does not pay on these comparisons."
+        if compared
+        else " It is one head for all users, and nothing could be held out that would say whether more pays: there are too few "
+        "comparisons, or all hang together by common texts. Give more, or a number to --n-basis."
+    )
     console.print(
         f"Wrote {escape(str(out))}: {found.n_basis} basis rewards, {len(found.users)} users."
-        + (" One shared head won: personalisation does not pay on these comparisons." if found.n_basis == 1 else "")
+        + (shared if found.n_basis == 1 and size != 1 else "")
         + (
             ""
             if found.info["converged"]
@@ -231,7 +238,10 @@ def _read(
         table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
     missing = {"chosen", "rejected", user_column} - set(table.column_names)
     if missing:
-        raise RewardModelError(f"{str(path)!r} has no column {sorted(missing)}, only {sorted(table.column_names)}.")
+        raise RewardModelError(
+            f"{str(path)!r} has no column {sorted(missing)}, only {sorted(table.column_names)}; name the users' "
+            "column with --user-column."
+        )
     if user is not None:
         rows = [row for row, name in enumerate(table[user_column]) if str(name) == user]
         if not rows:

@@ -62,7 +62,7 @@ def same_texts(chosen: Features, rejected: Features) -> Tensor:
 def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float, generator: torch.Generator) -> Sides:
     """Draw what is held out.
 
-    Whole prompts where they are known; else the groups of comparisons that are connected by common texts, each
+    Whole prompts where they are known and not all one; else the groups of comparisons that are connected by common texts, each
     comparison alone where none is shared. Where one group holds more than a fifth of all, the texts themselves are drawn, a
     comparison is held out where both of its texts are, and one with a text on either side is left out.
 
@@ -73,7 +73,7 @@ def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float,
         generator: Random generator of the draws.
     """
     n = len(texts)
-    if prompt_ids is not None:
+    if prompt_ids is not None and len(set(prompt_ids)) > 1:
         numbers: dict[Any, int] = {}
         units = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompt_ids], dtype=torch.long)
         by: By = "prompts"
