@@ -131,7 +131,7 @@ def test_trials_of_an_earlier_run_count_when_the_time_is_up(adapters, tmp_path):
     first = recycled(adapters, tmp_path, candidates=some)
     again = recycled(adapters, tmp_path, candidates=some, time_limit=0.0)
     assert again.trials == first.trials
-    assert (again.winner, again.learning_rate, again.score) == (first.winner, first.learning_rate, first.score)
+    assert (again.winner, again.rate, again.score) == (first.winner, first.rate, first.score)
     log = tmp_path / "out" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     whole_rounds = [line for line in lines if json.loads(line)["steps"] < first.trials[-1].steps]
