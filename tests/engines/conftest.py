@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from eigenpeft import AdapterCollection, CoefficientStore, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from tests.tuners.conftest import tiny_llama
 from tests.tuners.conftest import tokens as tokens
 
@@ -31,7 +31,7 @@ class Shelf:
             model.save_pretrained(adapters / name, save_embedding_layers=False)
         with AdapterCollection.from_pretrained([adapters / name for name, _ in pairs]) as collection:
             subspace = SubspaceBuilder(3).fit(collection).subspace_
-            CoefficientStore.from_collection(subspace, collection).save_pretrained(self.folder, overwrite=True)
+            AdapterStore.from_collection(subspace, collection).save_pretrained(self.folder, overwrite=True)
         return self
 
 

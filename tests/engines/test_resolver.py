@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from eigenpeft import CoefficientStore, export_lora
+from eigenpeft import AdapterStore, export_lora
 from eigenpeft.engines import AdapterResolver, LoraCache, StoreCatalog
 from eigenpeft.errors import AdapterConfigError, EigenPeftError, UnknownAdapterError
 from tests.tuners.conftest import logits, tiny_llama
@@ -28,7 +28,7 @@ def test_the_folder_computes_what_the_member_does_at_a_rank_that_the_server_allo
     path = resolve(adapters, "shop/bert")
     assert path == resolve(adapters, "bert")
     assert json.loads((path / "adapter_config.json").read_text())["r"] == 8  # of 1, 8, 16, ...
-    export_lora(CoefficientStore.from_pretrained(shelf.folder), tmp_path / "direct", adapter_name="bert")
+    export_lora(AdapterStore.from_pretrained(shelf.folder), tmp_path / "direct", adapter_name="bert")
     served, direct = (PeftModel.from_pretrained(tiny_llama(), folder).eval() for folder in (path, tmp_path / "direct"))
     assert direct.peft_config["default"].r == 3
     torch.testing.assert_close(logits(served, tokens), logits(direct, tokens))
