@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt
 
 setup: $(VENV)/.installed ## Make .venv with everything the other targets need
 
-demo: setup ## Recycle real adapters of related customers for new ones, with controls (about 4 minutes, set-up included)
+demo: setup ## Recycle real adapters of related customers for new ones, with controls (about 5 minutes, set-up included)
 	$(BIN)/eigenpeft demo --out demo-output --overwrite
 
 smollm2: setup ## Write a small language model and four tasks to smollm2/, for docs/language-model.md
