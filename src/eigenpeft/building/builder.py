@@ -14,6 +14,7 @@ from eigenpeft.building.arguments import asked_components, check_arguments
 from eigenpeft.building.choosing import independent_starts
 from eigenpeft.building.findings import diagnose, fewer_components
 from eigenpeft.building.module_fitter import AUTO, ModuleFitter
+from eigenpeft.building.problems import cannot_be_fitted, first_of, memory_does_not_suffice
 from eigenpeft.building.sharing import build_shared_subspace, group_of, refuse_unshared
 from eigenpeft.building.team import Team, module_cost
 from eigenpeft.building.work_folder import FittedModule, Shards
@@ -246,7 +247,7 @@ class SubspaceBuilder:
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:
-            raise SubspaceError(_summarise(problems, n_modules=len(names)))
+            raise cannot_be_fitted(problems, n_modules=len(names))
         self._seen, self.findings_ = seen, (*collection.findings, *diagnosis.findings())
         self.subspace_ = PrincipalSubspace(
             modules,
@@ -346,20 +347,11 @@ class SubspaceBuilder:
                 shards.save(module, result)
         problems, too_large = (team.gather(found, doing="fitting modules") for found in (problems, too_large))
         if too_large and not problems:
-            raise SubspaceError(
-                f"Memory does not suffice to fit the module {too_large[0]!r}, with the factors of "
-                f"{len(collection.members(too_large[0]))} adapters. Pass memory_limit (--memory-limit on the command line), "
-                "such as 500MB, so that they are merged one after another. What was finished is kept in the work folder."
-            )
+            raise memory_does_not_suffice(too_large[0], n_adapters=len(collection.members(too_large[0])))
         if problems:
             if shards is not None and team.is_main:
                 shards.remove()  # of no use: what is wrong must be changed, and then it is another build
-            unreadable = [error for _, error in problems if isinstance(error, CollectionError)]
-            if unreadable:
-                raise CollectionError([line for error in unreadable for line in error.problems])
-            order = {module: i for i, module in enumerate(collection.modules)}
-            lines = [str(line) for _, line in sorted(problems, key=lambda problem: order[problem[0]])]
-            raise SubspaceError(_summarise(lines, n_modules=len(collection.modules)))
+            raise first_of(problems, modules=collection.modules)
         if shards is None:
             return fitted
         return {module: shards.load(module) for module in collection.modules}
@@ -390,11 +382,3 @@ def build_subspace(
         return builder.fit(adapters).subspace_
     with AdapterCollection.from_pretrained(adapters) as collection:
         return builder.fit(collection).subspace_
-
-
-def _summarise(problems: Sequence[str], *, n_modules: int) -> str:
-    shown = "\n".join(f"- {problem}" for problem in problems[:5])
-    rest = f"\n- ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-    way = "\nWithout n_components each module gets 32, or all that it has; a share such as 0.999 fits too."
-    out = way if any("exceeds the numerical rank" in problem for problem in problems) else ""
-    return f"{len(problems)} of {n_modules} modules cannot be fitted as asked:\n{shown}{rest}{out}"
