@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -107,6 +109,17 @@ def train(model, tokens, *, steps=4, lr=0.5):
         optimizer.step()
     model.eval()
     return logits(model, tokens)
+
+
+def trained_by_trainer(make, tokens, folder, *, steps, **resume):
+    """transformers' Trainer on a new model from `make`, with a checkpoint every second step; `resume` is `train`'s."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "report_to": [], "use_cpu": True, "learning_rate": 1e-2}
+    arguments = TrainingArguments(
+        folder, max_steps=steps, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant", **settings
+    )
+    model = make()
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens]).train(**resume)
+    return model.eval()
 
 
 @torch.no_grad()

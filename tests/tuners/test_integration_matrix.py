@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import multiprocessing
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from eigenpeft import (
     AdapterCollection,
@@ -34,7 +34,7 @@ from eigenpeft.tuners import ShardLoraConfig
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from eigenpeft.tuners.layers.shards import ShardFactor
 from eigenpeft.tuners.shardlora.sharing import SHARINGS
-from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train
+from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train, trained_by_trainer
 
 # shards, input, output: the sharings of ShardLoRA
 # offset: "low_rank" from a merge that it cannot hold; paired: "diagonal" on paired directions
@@ -257,27 +257,15 @@ def test_status(trained):  # 23
 
 @pytest.mark.slow
 def test_trainer_resumes(architecture, method, tmp_path, tokens):  # 24
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-
-    def run(steps, **more):
+    def make():
         torch.manual_seed(0)
-        model = get_peft_model(architecture[0](), config(architecture, method, tmp_path))
-        settings = {"save_strategy": "steps", "save_steps": 2, "report_to": [], "use_cpu": True, "learning_rate": 1e-2}
-        arguments = TrainingArguments(
-            tmp_path / "run",
-            max_steps=steps,
-            disable_tqdm=True,
-            logging_strategy="no",
-            lr_scheduler_type="constant",
-            **settings,
-        )
-        Trainer(model, arguments, train_dataset=rows).train(**more)
-        return model
+        return get_peft_model(architecture[0](), config(architecture, method, tmp_path))
 
-    run(2)
-    resumed = run(4, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    whole = run(4)
-    same(resumed, tokens, logits(whole.eval(), tokens))
+    trained_by_trainer(make, tokens, tmp_path / "run", steps=2)
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    resumed = trained_by_trainer(make, tokens, tmp_path / "run", steps=4, resume_from_checkpoint=checkpoint)
+    whole = trained_by_trainer(make, tokens, tmp_path / "run", steps=4)
+    same(resumed, tokens, logits(whole, tokens))
 
 
 def test_injection_without_a_peft_model(architecture, method, tmp_path, tokens):  # 25

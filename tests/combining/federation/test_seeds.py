@@ -139,7 +139,7 @@ def test_arguments_that_do_not_fit_are_refused(fresh):
         round_update(model, name="a", rule="seeds")
     with pytest.raises(AdapterConfigError, match="steps of train_steps go with rule='seeds'"):
         round_update(model, name="a", steps=no_steps(model))
-    with pytest.raises(AdapterConfigError, match="density is no option of rule='seeds'"):
+    with pytest.raises(AdapterConfigError, match="density is not an option of rule='seeds'"):
         average([update(model, no_steps(model))], expected=no_steps(model), rule="seeds", density=0.1)
     before = values(model)
     with pytest.raises(AdapterConfigError, match="The objective is nan at step 0"):

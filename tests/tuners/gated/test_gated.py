@@ -8,13 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder, export_lora
 from eigenpeft.errors import AdapterConfigError, EigenPeftError
 from eigenpeft.linalg.gated import load_balance
 from eigenpeft.tuners.gated import GatedLoraConfig
-from tests.tuners.conftest import logits, random_subspace, tiny_gpt2, tiny_llama, train
+from tests.tuners.conftest import logits, random_subspace, tiny_gpt2, tiny_llama, train, trained_by_trainer
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -132,25 +131,14 @@ def test_cores_from_zero_start_at_the_base_model(make, tokens):
 
 
 def test_the_trainer_resumes(store, tokens, tmp_path):
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    def make():
+        return gated(store, balance=0.1)
 
-    def run(steps, **more):
-        model = gated(store, balance=0.1)
-        settings = {"save_strategy": "steps", "save_steps": 2, "report_to": [], "use_cpu": True, "learning_rate": 1e-2}
-        arguments = TrainingArguments(
-            tmp_path / "run",
-            max_steps=steps,
-            disable_tqdm=True,
-            logging_strategy="no",
-            lr_scheduler_type="constant",
-            **settings,
-        )
-        Trainer(model, arguments, train_dataset=rows).train(**more)
-        return model.eval()
-
-    run(2)
-    resumed = run(4, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    torch.testing.assert_close(logits(resumed, tokens), logits(run(4), tokens), rtol=1e-5, atol=1e-5)
+    trained_by_trainer(make, tokens, tmp_path / "run", steps=2)
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    resumed = trained_by_trainer(make, tokens, tmp_path / "run", steps=4, resume_from_checkpoint=checkpoint)
+    whole = trained_by_trainer(make, tokens, tmp_path / "run", steps=4)
+    torch.testing.assert_close(logits(resumed, tokens), logits(whole, tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_balance_adds_the_gradient_of_its_loss_in_training_alone(store, tokens):

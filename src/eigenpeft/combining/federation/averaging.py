@@ -164,7 +164,7 @@ def average(
     """
     row = find_rule(rule)
     if rule == "seeds" and options:
-        raise AdapterConfigError(f"{', '.join(options)} is no option of rule='seeds', which takes none.")
+        raise AdapterConfigError(f"{', '.join(options)} is not an option of rule='seeds', which takes none.")
     known = {key: tensor for key, tensor in expected.items() if f".{RESIDUE}_" not in key}
     used, left_out = keep_usable(updates, expected=known, equal_ranks=row.equal_ranks, base=base)
     received = sum(update.n_bytes for update in updates)

@@ -17,7 +17,6 @@ from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.tuners.layers.shared_bases import remember
-from eigenpeft.version import __version__
 
 logger = logging.getLogger(__name__)
 # Starts that write A and B from the base model's weights, which lie in no subspace; and layers that the subspace has not.
@@ -138,11 +137,6 @@ class EigenLoraConfig(ExplainedConfig):
         default=None,
         metadata={"help": "Components of each module in the adapter's own file; set by itself when they are embedded."},
     )
-    requires_package: str = field(
-        default="eigenpeft",
-        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
-    )
-    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
         super().__post_init__()

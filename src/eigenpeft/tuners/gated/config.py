@@ -9,7 +9,6 @@ from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
-from eigenpeft.version import __version__
 
 # What needs a matrix of the update, or is defined by LoRA's own factors.
 _NEEDS_FACTORS = (
@@ -85,11 +84,6 @@ class GatedLoraConfig(ExplainedConfig):
     core_sizes: dict[str, Any] | None = field(
         default=None, metadata={"help": "[E, K_out, K_in] of each module; set by itself."}
     )
-    requires_package: str = field(
-        default="eigenpeft",
-        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
-    )
-    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
         super().__post_init__()

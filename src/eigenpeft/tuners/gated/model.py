@@ -102,7 +102,7 @@ class GatedLoraModel(FactorModel):
         """`FactorModel.swap`: components and gated cores in the place of LoRA's factors.
 
         Raises:
-            AdapterConfigError: If the layer is no linear one, or there are no bases for it.
+            AdapterConfigError: If the layer is not linear, or there are no bases for it.
         """
         kind = kind_of(layer)
         if kind.name != "linear":

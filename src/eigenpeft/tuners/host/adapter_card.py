@@ -1,9 +1,12 @@
 """What an adapter's README tells a reader who opens it without this package."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+
+from eigenpeft.version import __version__
 
 HEADING = "## Loading this adapter"
 _NOTE = """{heading}
@@ -29,11 +32,18 @@ _EXPORT = (
 _NO_EXPORT = "No plain LoRA adapter does the same: its update depends on the token."
 
 
+@dataclass
 class ExplainedConfig(LoraConfig):
-    """A configuration that, saved beside an adapter, leaves a README saying how to load it."""
+    """A configuration that, saved beside an adapter, says what to install and leaves a README saying how to load it."""
 
     method_name = "PEFT"
     is_exportable = True
+
+    requires_package: str = field(
+        default="eigenpeft",
+        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
+    )
+    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
         # Users leave the type out, and PEFT's files always have it.

@@ -7,7 +7,6 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
-from eigenpeft.version import __version__
 
 MIXER_STARTS = ("kaiming", "orthogonal", "identity")
 WRITTEN_STARTS = ("orthogonal", "pissa", "olora", "corda", "lora_ga", "loftq", "mica")
@@ -58,11 +57,6 @@ class MosLoraConfig(ExplainedConfig):
             "tells what the mixer's training adds to its start. Linear layers, Conv1D, embeddings, convolutions without groups."
         },
     )
-    requires_package: str = field(
-        default="eigenpeft",
-        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
-    )
-    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,7 +8,6 @@ from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
 from eigenpeft.tuners.shardlora.sharing import SHARINGS
-from eigenpeft.version import __version__
 
 # Variants whose factors are blocks, have a diagonal between them or a magnitude beside them; and starts and layers that are
 # made of one layer's factors alone.
@@ -42,7 +41,7 @@ class ShardLoraConfig(ExplainedConfig):
 
     Raises:
         AdapterConfigError: If a field has a value that the method does not define; when a model is made, if a pool has fewer
-            shards than a layer needs, or a weight's width is no multiple of `shards_per_vector`.
+            shards than a layer needs, or a weight's width is not a multiple of `shards_per_vector`.
 
     Examples:
         >>> from eigenpeft.tuners import ShardLoraConfig
@@ -84,11 +83,6 @@ class ShardLoraConfig(ExplainedConfig):
     seed: int = field(
         default=0, metadata={"help": "Seed of the draw of shards; the adapter's file has what was drawn."}
     )
-    requires_package: str = field(
-        default="eigenpeft",
-        metadata={"help": "Written to adapter_config.json to tell readers what to install: pip install eigenpeft."},
-    )
-    eigenpeft_version: str = field(default=__version__, metadata={"help": "Version that wrote the adapter."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -37,7 +37,7 @@ class ShardLoraModel(FactorModel):
         """`FactorModel.swap`: note the layer, which keeps LoRA's own factors until all layers are known.
 
         Raises:
-            AdapterConfigError: If the layer is no linear one.
+            AdapterConfigError: If the layer is not linear.
         """
         check_layer(layer, module)
         given.append((module, layer))

@@ -23,7 +23,7 @@ Placed = tuple[str, LoraLayer]
 
 
 def check_layer(layer: LoraLayer, module: str) -> None:
-    """Refuse a layer that is no linear one.
+    """Refuse a layer that is not linear.
 
     Args:
         layer: LoRA layer.
@@ -49,7 +49,7 @@ def share_factors(layers: Sequence[Placed], config: ShardLoraConfig, adapter_nam
         adapter_name: The adapter.
 
     Raises:
-        AdapterConfigError: If a pool has fewer shards than a layer needs, or a width is no multiple of `shards_per_vector`.
+        AdapterConfigError: If a pool has fewer shards than a layer needs, or a width is not a multiple of `shards_per_vector`.
     """
     group = group_of(config.share)
     groups: dict[Any, list[Placed]] = {}
