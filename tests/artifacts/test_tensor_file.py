@@ -9,10 +9,10 @@ import random
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from eigenpeft.artifacts import tensor_file
-from eigenpeft.artifacts.tensor_file import DTYPES, TensorFile, read_tensors, write_tensors
+from eigenpeft.artifacts.tensor_file import DTYPES, TensorFile
 from eigenpeft.errors import ArtifactError, DamagedFileError
 
 
@@ -172,22 +172,3 @@ def test_copies_open_the_file_for_themselves(rows):
     assert torch.equal(file.get_tensor("rows")[2], torch.tensor([8.0, 9, 10, 11]))
     error = pickle.loads(pickle.dumps(DamagedFileError("x", "cut")))  # noqa: S301 (our own bytes)
     assert (str(error.path), error.reason) == ("x", "cut")
-
-
-def test_safetensors_reads_what_is_written(tmp_path):
-    base = torch.arange(24.0).reshape(4, 6)
-    tensors = {f"x.{name}": torch.zeros(3, 5).to(dtype) for name, dtype in DTYPES.items()}
-    tensors |= {"turned": base.mT, "part": base[1:, ::2], "one": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    tensors |= {"äöü": torch.tensor([True, False]), "half": base.bfloat16()}
-    write_tensors(tmp_path / "file.safetensors", tensors, metadata={"format": "pt"})
-    found = load_file(tmp_path / "file.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert torch.equal(found[name].to(torch.float64), tensor.to(torch.float64)), name
-    read, texts = read_tensors(tmp_path / "file.safetensors")
-    assert read.keys() == tensors.keys()
-    assert texts == {"format": "pt"}
-    write_tensors(tmp_path / "file.safetensors", {})
-    assert load_file(tmp_path / "file.safetensors") == {}

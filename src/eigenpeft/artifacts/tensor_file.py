@@ -1,9 +1,8 @@
 """A safetensors file whose header is checked before anything is allocated, and whose tensors are read, never mapped."""
 
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,39 +222,6 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with TensorFile(path) as file:
         return {key: file.get_tensor(key) for key in file}, file.metadata
-
-
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file straight from the tensors' memory.
-
-    The same file as `safetensors.torch.save_file` writes, without its checks for tensors that share memory and without copies:
-    an adapter of some hundred small tensors takes a third of the time.
-
-    Args:
-        path: File to write; what is there is lost.
-        tensors: Tensors by name, on any device. Those that share memory are written once each.
-        metadata: Texts to keep beside them.
-
-    Examples:
-        >>> import torch
-        >>> write_tensors("rows.safetensors", {"rows": torch.arange(3.0)}, metadata={"format": "pt"})
-        >>> read_tensors("rows.safetensors")
-        ({'rows': tensor([0., 1., 2.])}, {'format': 'pt'})
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    ordered, end = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])), 0
-    for name, tensor in ordered:  # the widest first, so that every tensor begins at a multiple of its numbers' size
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class TensorSlice:

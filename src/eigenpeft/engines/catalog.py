@@ -174,7 +174,7 @@ def _signature(place: str | Path) -> Signature:
 
 
 def _key(digest: str, contents: Contents) -> str:
-    """Of the member's bytes and bases, and of what the configuration will say."""
+    """Hash of the member's bytes, of the bases and of what the configuration will say."""
     updates, fields, _ = contents
     names = [(each.target, each.keys) for each in updates]
     described = repr((digest, sorted((name, str(value)) for name, value in fields.items()), names))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from eigenpeft import AdapterCollection
-from eigenpeft.cli.app import app
+from eigenpeft.cli import load
 from eigenpeft.errors import CollectionError
 from eigenpeft.tuners import convert_reference_checkpoint
 from tests.factories import tiny_llama
@@ -149,7 +149,7 @@ def test_components_alone_are_no_adapter(tmp_path):
 
 def test_the_command_converts(tmp_path):
     folder, _ = moslora(tmp_path / "theirs")
-    ran = CliRunner().invoke(app, ["convert", str(folder), "--out", str(tmp_path / "lora"), "--json"])
+    ran = CliRunner().invoke(load("convert"), ["convert", str(folder), "--out", str(tmp_path / "lora"), "--json"])
     assert ran.exit_code == 0
     assert json.loads(ran.stdout)["path"] == str(tmp_path / "lora")
     assert AdapterCollection.from_pretrained(tmp_path / "lora").names == ("lora",)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenpeft.artifacts.atomic import atomic_folder
-from eigenpeft.artifacts.tensor_file import write_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -138,13 +138,14 @@ def fill_lora_folder(
         inference_mode=True,
         **settings,
     )
-    tensors = dict(others)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in others.items()}
     for update in updates:
         for key, factor in zip(update.keys, (update.lora_A, update.lora_B), strict=True):
-            tensors[f"{PREFIX}{key}"] = factor
+            tensors[f"{PREFIX}{key}"] = factor.cpu().contiguous().clone()
         if update.bias is not None:
-            tensors[f"{PREFIX}{update.keys[1].removesuffix('weight')}bias"] = update.bias
-    write_tensors(folder / WEIGHTS_NAME, tensors, metadata={"format": "pt"})
+            tensors[f"{PREFIX}{update.keys[1].removesuffix('weight')}bias"] = update.bias.cpu().contiguous().clone()
+    with torch.no_grad():
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 
