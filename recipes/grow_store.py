@@ -29,8 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 import eigenpeft
 from eigenpeft import AdapterStore, EigenLoraConfig
-from eigenpeft.demo import new_customer, related_adapters
-from eigenpeft.demo.assets import base_model
+from eigenpeft.demo import base_model, new_customer, related_adapters
 
 
 @dataclass
