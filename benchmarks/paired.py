@@ -17,6 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 from timing import environment
 
 import eigenpeft
+from eigenpeft.building import build_subspace
 from eigenpeft.demo import shipped_adapters
 from eigenpeft.linalg.bases.fitting import explained_share_curve
 from eigenpeft.linalg.bases.paired import pair_curve
@@ -49,7 +50,7 @@ def full_share(collection, subspace):
 
 def store_row(collection, *, method, k):
     """Bytes on disk and errors of a store of all ten."""
-    subspace = eigenpeft.build_subspace(collection, n_components=k, method=method)
+    subspace = build_subspace(collection, n_components=k, method=method)
     store = eigenpeft.AdapterStore.from_collection(subspace, collection)
     with tempfile.TemporaryDirectory() as folder:
         store.save_pretrained(Path(folder) / "store")
@@ -76,7 +77,7 @@ def main():
     rows = []
     for k in COUNTS:
         built = {
-            method: eigenpeft.build_subspace(collection, n_components=k, method=method)
+            method: build_subspace(collection, n_components=k, method=method)
             for method in ("balanced", "hooi", "paired")
         }
         row = {

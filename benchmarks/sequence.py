@@ -29,7 +29,8 @@ from timing import environment
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from eigenpeft import AdapterCollection, AdapterStore, build_subspace
+from eigenpeft import AdapterCollection, AdapterStore
+from eigenpeft.building import build_subspace
 from eigenpeft.demo.assets import base_model
 from eigenpeft.linalg.merging.continual import add_off_directions, mean_norm_scale
 from eigenpeft.tuners.sequence import OrthogonalSubspaceCallback, SubspaceHistory, collect_inputs, start_outside

@@ -19,13 +19,13 @@ from huggingface_hub.utils import disable_progress_bars
 from timing import environment
 
 import eigenpeft
-from eigenpeft.building import build_shared_subspace
+from eigenpeft.building import build_shared_subspace, build_subspace
 from eigenpeft.demo import shipped_adapters
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace.stores.adapter_files import projected
 
 RESULTS = Path(__file__).parent / "results" / "shared_banks.json"
-BUILDERS = {"own": eigenpeft.build_subspace, "shared": build_shared_subspace}
+BUILDERS = {"own": build_subspace, "shared": build_shared_subspace}
 COUNTS = {"own": (8, 16, 32, 64), "shared": (8, 16, 32, 64, 128, 192)}
 
 

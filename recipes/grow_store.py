@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 import eigenpeft
 from eigenpeft import AdapterStore, EigenLoraConfig
+from eigenpeft.building import build_subspace
 from eigenpeft.demo import base_model, new_customer, related_adapters
 
 
@@ -151,7 +152,7 @@ def main(arguments: Arguments) -> None:
     adapters = arguments.adapters or [str(related_adapters())]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model or base_model())
     with eigenpeft.AdapterCollection.from_pretrained(adapters) as collection:
-        subspace = eigenpeft.build_subspace(collection, n_components=arguments.n_components)
+        subspace = build_subspace(collection, n_components=arguments.n_components)
         store = AdapterStore.from_collection(subspace, collection)
     for name, (rows, test) in tasks_of(arguments).items():
         task = Task(arguments, store, tokenizer, rows, test)

@@ -13,25 +13,17 @@ from eigenpeft.lazy import after_import, lazy_names
 from eigenpeft.version import __version__
 
 if TYPE_CHECKING:
-    from eigenpeft.audit import audit_adapters, nearest_adapters
-    from eigenpeft.building import SubspaceBuilder, build_subspace
+    from eigenpeft.audit import audit_adapters
+    from eigenpeft.building import SubspaceBuilder
     from eigenpeft.collection import AdapterCollection
     from eigenpeft.combining import merge
-    from eigenpeft.indexing import AdapterIndex
     from eigenpeft.reward import LowRankRewardModel
     from eigenpeft.subspace import AdapterStore, PrincipalSubspace
-    from eigenpeft.tuners import (
-        AdapterBank,
-        EigenLoraConfig,
-        MosLoraConfig,
-        export_lora,
-        init_lora_from_subspace,
-    )
+    from eigenpeft.tuners import AdapterBank, EigenLoraConfig, MosLoraConfig, export_lora
 
 __all__ = [
     "AdapterBank",
     "AdapterCollection",
-    "AdapterIndex",
     "AdapterStore",
     "EigenLoraConfig",
     "EigenPeftError",
@@ -41,17 +33,13 @@ __all__ = [
     "SubspaceBuilder",
     "__version__",
     "audit_adapters",
-    "build_subspace",
     "export_lora",
-    "init_lora_from_subspace",
     "merge",
-    "nearest_adapters",
 ]
 
 _PLACES = {
     "AdapterBank": "eigenpeft.tuners",
     "AdapterCollection": "eigenpeft.collection",
-    "AdapterIndex": "eigenpeft.indexing",
     "AdapterStore": "eigenpeft.subspace",
     "EigenLoraConfig": "eigenpeft.tuners",
     "LowRankRewardModel": "eigenpeft.reward",
@@ -59,11 +47,8 @@ _PLACES = {
     "PrincipalSubspace": "eigenpeft.subspace",
     "SubspaceBuilder": "eigenpeft.building",
     "audit_adapters": "eigenpeft.audit",
-    "build_subspace": "eigenpeft.building",
     "export_lora": "eigenpeft.tuners",
-    "init_lora_from_subspace": "eigenpeft.tuners",
     "merge": "eigenpeft.combining",
-    "nearest_adapters": "eigenpeft.audit",
 }
 
 
@@ -77,7 +62,18 @@ def _otherwise(name: str) -> object:
     return _old_names(name)
 
 
-_old_names = moved_names(__name__, {"CoefficientStore": "eigenpeft.AdapterStore", "TaskBank": "eigenpeft.AdapterBank"})
+_old_names = moved_names(
+    __name__,
+    {
+        "AdapterIndex": "eigenpeft.indexing.AdapterIndex",
+        "CoefficientStore": "eigenpeft.AdapterStore",
+        "TaskBank": "eigenpeft.AdapterBank",
+        "build_subspace": "eigenpeft.building.build_subspace",
+        "init_lora_from_subspace": "eigenpeft.tuners.init_lora_from_subspace",
+        "nearest_adapters": "eigenpeft.audit.nearest_adapters",
+    },
+    stacklevel=4,  # past `_otherwise` and the finder of `lazy_names`, to the line that uses the old name
+)
 __getattr__ = lazy_names(__name__, _PLACES, otherwise=_otherwise)
 find_moved_modules()
 after_import("peft", lambda: import_module("eigenpeft.tuners"))

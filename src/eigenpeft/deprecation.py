@@ -82,12 +82,13 @@ MOVED_MODULES = {
 }
 
 
-def moved_names(module: str, new_places: Mapping[str, str]) -> Callable[[str], Any]:
+def moved_names(module: str, new_places: Mapping[str, str], *, stacklevel: int = 2) -> Callable[[str], Any]:
     """A module's `__getattr__` that finds names which have moved or have a new name.
 
     Args:
         module: Name of the module that had the old names.
         new_places: Old name to the dotted place of the object now.
+        stacklevel: How far up the calls the line is that the warning shows; 2 is the caller of the function returned.
 
     Returns:
         The function to assign to `__getattr__`. It warns with `DeprecationWarning` and names the new place.
@@ -109,7 +110,7 @@ def moved_names(module: str, new_places: Mapping[str, str]) -> Callable[[str], A
         warnings.warn(
             f"{module}.{name} is deprecated and goes away in the next minor version; use {new_places[name]}.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
         return getattr(import_module(place), attribute)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, build_subspace
+from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.building import build_subspace
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.bases.fitting import explained_share_curve
 from eigenpeft.linalg.orthogonal import principal_angles

@@ -12,13 +12,12 @@ from eigenpeft import (
     EigenLoraConfig,
     SubspaceBuilder,
     export_lora,
-    init_lora_from_subspace,
     merge,
-    nearest_adapters,
 )
+from eigenpeft.audit import nearest_adapters
 from eigenpeft.combining import choose_scale, init_lora_from_merge
 from eigenpeft.demo.assets import banking77, base_model, shipped_adapters
-from eigenpeft.tuners import init_lora_from_adapter
+from eigenpeft.tuners import init_lora_from_adapter, init_lora_from_subspace
 
 pytestmark = pytest.mark.slow
 N_LABELS, N_MODULES, T = 6, 12, 10

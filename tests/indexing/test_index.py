@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eigenpeft import AdapterIndex
 from eigenpeft.errors import ArtifactError, EigenPeftError
-from eigenpeft.indexing import BaseModelEncoder, build_index
+from eigenpeft.indexing import AdapterIndex, BaseModelEncoder, build_index
 from eigenpeft.indexing.rows import texts_of
 from tests.factories import tiny_bert
 from tests.recipes.tiny import tiny_tokenizer

@@ -100,7 +100,7 @@ library_name: eigenpeft
 From a few rows of a task to the adapter for it. Embeddings by {for_card(encoder)}.
 
 ```python
-from eigenpeft import AdapterIndex  # pip install eigenpeft
+from eigenpeft.indexing import AdapterIndex  # pip install eigenpeft
 
 index = AdapterIndex.from_pretrained("<this repository or its local path>")
 index.query(["a row of the task", "another one"]).text

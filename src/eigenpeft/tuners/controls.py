@@ -56,7 +56,7 @@ def control_config(
         raise AdapterConfigError(
             f"control={control!r} is of a subspace, and core={config.core!r} weighs the adapters in it; compare with "
             "control='lora', with the mean alone (init_weights, untrained), or with the nearest adapter "
-            "(eigenpeft.nearest_adapters)."
+            "(eigenpeft.audit.nearest_adapters)."
         )
     subspace = _used(config)
     if control in ("same_parameters", "lora"):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eigenpeft import AdapterCollection, AdapterStore, build_subspace
+from eigenpeft import AdapterCollection, AdapterStore
+from eigenpeft.building import build_subspace
 from tests.factories import tiny_bert
 from tests.recipes.tiny import tiny_tokenizer
 

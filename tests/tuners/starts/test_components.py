@@ -12,9 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from eigenpeft import PrincipalSubspace, init_lora_from_subspace
+from eigenpeft import PrincipalSubspace
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners import lora_config_from_subspace
+from eigenpeft.tuners import init_lora_from_subspace, lora_config_from_subspace
 from eigenpeft.tuners.layers.kinds import factor_dicts
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train

@@ -32,7 +32,7 @@ def init_lora_from_adapter(
     Args:
         model: Base model, with the new task's head.
         adapters: Collection or store that has the adapter; or folder or Hub id of one.
-        name: Which one, such as the first of `eigenpeft.nearest_adapters`; None where there is only one.
+        name: Which one, such as the first of `eigenpeft.audit.nearest_adapters`; None where there is only one.
         adapter_name: Name of the new adapter.
         **lora: Further fields of `peft.LoraConfig`; r and `lora_alpha` default to the adapter's rank, so that the scaling is 1.
 
