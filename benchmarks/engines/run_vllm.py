@@ -32,7 +32,7 @@ from eigenpeft.subspace import AdapterMember, Core
 from eigenpeft.subspace.cores import CORES
 
 RESULTS = Path(__file__).parents[1] / "results" / "vllm.json"
-PORT, RANK, N_COMPONENTS, N_MEMBERS, N_COMPARED, N_TIMED = 8377, 8, 12, 200, 20, 12
+PORT, RANK, N_COMPONENTS, N_MEMBERS, N_COMPARED, N_TIMED = 8377, 8, 12, 200, 20, 24
 N_TOKENS, N_CACHED = 16, 20
 PROMPT = "Customer: My card has not arrived yet, what should I do?\nIntent:"
 
@@ -141,8 +141,8 @@ def by_transformers(model, tokenizer, folder: Path) -> str:
     return tokenizer.decode(full[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def first_requests(store: AdapterStore, names: list[str], work: Path) -> dict:
-    """Seconds until a member's first token, by the plugin and from a folder that was there, one after the other."""
+def first_requests(store: AdapterStore, names: list[str], work: Path, *, n_tokens: int) -> dict:
+    """Seconds of a member's first request, by the plugin and from a folder that was there, one after the other."""
     seconds = {"plugin": [], "folder": []}
     for i, name in enumerate(names):
         folder = work / "folders" / name
@@ -152,7 +152,7 @@ def first_requests(store: AdapterStore, names: list[str], work: Path) -> dict:
             if way == "folder":
                 status, answer = ask("/v1/load_lora_adapter", {"lora_name": f"folder/{name}", "lora_path": str(folder)})
                 assert status == 200, answer
-            status, text = complete(f"folder/{name}" if way == "folder" else name, n_tokens=1)
+            status, text = complete(f"folder/{name}" if way == "folder" else name, n_tokens=n_tokens)
             seconds[way].append(time.perf_counter() - started)
             assert status == 200, text
     ratios = [ours / theirs for ours, theirs in zip(seconds["plugin"], seconds["folder"], strict=True)]
@@ -199,7 +199,11 @@ def run(arguments: argparse.Namespace, note) -> None:
         assert complete("shop/customer-003", n_tokens=1)[0] == 200
         store.remove("customer-003")
         note("removed", dict(zip(("status", "message"), complete("shop/customer-003"), strict=True)))
-        note("first_request", first_requests(store, list(store.names[10 : 10 + N_TIMED]), work))
+        for n_tokens, first in ((1, 10), (N_TOKENS, 10 + N_TIMED)):
+            timed = list(store.names[first : first + N_TIMED])
+            note(f"first_request_of_{n_tokens}_tokens", first_requests(store, timed, work, n_tokens=n_tokens))
+        if arguments.first_requests:
+            return
         largest, texts, failed, started = 0, {}, {}, time.monotonic()
         compared = store.names[:: N_MEMBERS // N_COMPARED][:N_COMPARED]
         for i, name in enumerate(store.names):
@@ -255,10 +259,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("smollm2/model"))
     parser.add_argument("--work", type=Path, default=Path("engines-work"), help="With adapters/, from zoo.py.")
     parser.add_argument("--vllm-python", default=".vllm/bin/python", help="Python with vLLM and eigenpeft.")
+    parser.add_argument("--first-requests", action="store_true", help="Time first requests only; keeps the other results.")
     arguments = parser.parse_args()
     arguments.model, arguments.work = arguments.model.resolve(), arguments.work.resolve()
     torch.set_num_threads(1)
-    results = {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if arguments.first_requests else {}
 
     def note(name: str, result) -> None:
         results[name] = result
