@@ -259,7 +259,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("smollm2/model"))
     parser.add_argument("--work", type=Path, default=Path("engines-work"), help="With adapters/, from zoo.py.")
     parser.add_argument("--vllm-python", default=".vllm/bin/python", help="Python with vLLM and eigenpeft.")
-    parser.add_argument("--first-requests", action="store_true", help="Time first requests only; keeps the other results.")
+    parser.add_argument(
+        "--first-requests", action="store_true", help="Time first requests only; keeps the other results."
+    )
     arguments = parser.parse_args()
     arguments.model, arguments.work = arguments.model.resolve(), arguments.work.resolve()
     torch.set_num_threads(1)
