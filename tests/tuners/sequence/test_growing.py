@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from eigenpeft.artifacts.tensor_file import TensorFile
 from eigenpeft.demo import related_adapters
 from eigenpeft.demo.assets import banking77, base_model
-from eigenpeft.errors import AdapterConfigError
+from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.tuners.sequence import GrowingClassifier
 
 
@@ -105,3 +107,60 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(AdapterConfigError, match=r"features of shape \(2,\) for 1 rows"):
         odd.add("first", ["a"], ["x"])
     assert growing.classes == ("x",)
+
+
+def embed_by_turning(name, rows):
+    turns = {"first": torch.eye(4), "second": 2 * torch.eye(4).flip(0), "third": torch.eye(4).roll(1, 0)}
+    return torch.stack([torch.eye(4)[row] for row in rows]) @ turns[name]
+
+
+def two_tasks(**settings):
+    growing = GrowingClassifier(embed_by_turning, **settings)
+    growing.add("first", [0, 1], ["cat", "dog"])
+    growing.add("second", [2, 2, 3], ["car", "car", 7])
+    return growing
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight": 0.5, "complete": False}])
+def test_what_was_saved_goes_on_as_it_was(tmp_path, settings):
+    growing = two_tasks(**settings)
+    growing.save(tmp_path / "classes.safetensors")
+    loaded = GrowingClassifier.load(tmp_path / "classes.safetensors", embed_by_turning)
+    assert (loaded.classes, loaded.adapters) == (("cat", "dog", "car", 7), ("first", "second"))
+    assert torch.equal(loaded.logits([0, 1, 2, 3]), growing.logits([0, 1, 2, 3]))
+    for each in (growing, loaded):
+        each.add("third", [3, 0], ["bus", "tram"])
+    assert torch.equal(loaded.logits([0, 1, 2, 3]), growing.logits([0, 1, 2, 3]))
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path):
+    growing, path = two_tasks(), tmp_path / "classes.safetensors"
+    growing.save(path)
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match="overwrite"):
+        two_tasks(weight=0.3).save(path)
+    assert path.read_bytes() == before
+    growing.save(path, overwrite=True)
+    assert path.read_bytes() == before
+    named = GrowingClassifier(embed_by_turning)
+    named.add("first", [0], [(1, 2)])
+    with pytest.raises(ArtifactError, match=r"class \(1, 2\) is a tuple"):
+        named.save(path, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "classes.safetensors"
+    with pytest.raises(ArtifactError, match="Name a file that `save` wrote"):
+        GrowingClassifier.load(path, embed_by_turning)
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(ArtifactError, match="not a growing classifier"):
+        GrowingClassifier.load(path, embed_by_turning)
+    two_tasks().save(path, overwrite=True)
+    with TensorFile(path) as file:
+        metadata = dict(file.metadata)
+    good = load_file(path)
+    for name, value in {"owners": torch.tensor([0, 0, 1, 2]), "prototypes.0": good["prototypes.0"] * torch.inf}.items():
+        save_file(good | {name: value}, path, metadata=metadata)
+        with pytest.raises(ArtifactError, match="does not fit together: 4 classes, 2 adapters"):
+            GrowingClassifier.load(path, embed_by_turning)

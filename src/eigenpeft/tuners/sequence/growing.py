@@ -1,6 +1,7 @@
 """A classifier that gets new classes with every task: prototypes in the spaces of all frozen adapters, no head to train."""
 
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.scores.prototypes import class_means, complete_prototypes, prototype_logits
+from eigenpeft.tuners.sequence.growing_file import GrowingState, read_growing, write_growing
 
 Embed = Callable[[str, Sequence[Any]], Tensor]
 """From an adapter's name and rows to their features (rows, features) with that adapter on."""
@@ -105,6 +107,41 @@ class GrowingClassifier:
             rows: As for `add`.
         """
         return [self.classes[i] for i in self.logits(rows).argmax(dim=1).tolist()]
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write prototypes, names and settings as one safetensors file, whole or not at all.
+
+        The adapters stay where they are, and `embed` is passed again to `load`.
+
+        Args:
+            path: The file.
+            overwrite: Whether a file of that name may be replaced.
+
+        Raises:
+            ArtifactError: If a class's name is neither text nor a whole number, a file is there, or the place cannot be
+                written.
+        """
+        state = GrowingState(
+            self.classes, self.adapters, self._owners, self._prototypes, weight=self.weight, complete=self.complete
+        )
+        write_growing(path, state, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path, embed: Embed) -> "GrowingClassifier":
+        """Read what `save` wrote; it goes on as if it had never been away.
+
+        Args:
+            path: The file.
+            embed: As for the class: the same adapters by the same names.
+
+        Raises:
+            ArtifactError: If the file cannot be read, or holds something else.
+        """
+        state = read_growing(path)
+        loaded = cls(embed, weight=state.weight, complete=state.complete)
+        loaded.classes, loaded.adapters = state.classes, state.adapters
+        loaded._owners, loaded._prototypes = state.owners, state.prototypes
+        return loaded
 
     def _in_new_space(self, number: int, means: Sequence[Tensor]) -> Tensor:
         """Prototypes of an earlier task's classes in the space of the new adapter; zeros if not completed."""
