@@ -1,4 +1,4 @@
-"""Cores weighed anew for every token (CoMoL's form), and how evenly a gate weighs them."""
+"""Cores weighed anew for every token, by a trained gate (CoMoL) or by their own directions (Arrow), and how evenly that is."""
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,56 @@ def gated_core(
         [[2.0, 0.0]]
     """
     weights = torch.softmax(linear(projected, gate), dim=-1)
-    return torch.einsum("...e,eoi,...i->...o", weights, cores, projected), weights
+    return weighed_core(projected, weights, cores), weights
+
+
+def weighed_core(
+    projected: Float[Tensor, "*t k_in"], weights: Float[Tensor, "*t e"], cores: Float[Tensor, "e k_out k_in"]
+) -> Float[Tensor, "*t k_out"]:
+    """`Σ_e g_e M_e z` for every token.
+
+    Args:
+        projected: z.
+        weights: g of every token.
+        cores: The M_e.
+    """
+    return torch.einsum("...e,eoi,...i->...o", weights, cores, projected)
+
+
+def arrow_prototypes(cores: Float[Tensor, "e k_out k_in"]) -> Float[Tensor, "e k_in"]:
+    """The leading right singular vector p_e of every core, on which its update acts most (Arrow, arXiv 2405.11157, section 4).
+
+    On orthonormal bases `p_e V_in` is that of the whole update. The sign is arbitrary, and a core of zeros gets zeros.
+
+    Args:
+        cores: The M_e.
+
+    Examples:
+        >>> arrow_prototypes(torch.diag(torch.tensor([1.0, 3.0]))[None]).abs().tolist()
+        [[0.0, 1.0]]
+    """
+    leading = torch.linalg.svd(cores.double()).Vh[:, 0]
+    return torch.where(cores.flatten(1).any(dim=1)[:, None], leading, 0.0).to(cores.dtype)
+
+
+def arrow_weights(
+    projected: Float[Tensor, "*t k_in"], prototypes: Float[Tensor, "e k_in"], *, top_k: int
+) -> Float[Tensor, "*t e"]:
+    """Softmax of `|p_e · z|` over the `top_k` largest, zero for the others (Arrow, arXiv 2405.11157, section 4).
+
+    Args:
+        projected: z.
+        prototypes: The p_e.
+        top_k: How many cores act on a token; all of them where there are fewer.
+
+    Examples:
+        >>> z = torch.tensor([[2.0, 0.0]])
+        >>> arrow_weights(z, torch.tensor([[-1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), top_k=2).tolist()
+        [[0.5, 0.0, 0.5]]
+    """
+    scores = linear(projected, prototypes).abs()
+    best = scores.topk(min(top_k, len(prototypes)), dim=-1)
+    return torch.zeros_like(scores).scatter(-1, best.indices, torch.softmax(best.values, dim=-1))
 
 
 def load_balance(weights: Float[Tensor, "*t e"]) -> Float[Tensor, ""]:

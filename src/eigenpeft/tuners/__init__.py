@@ -53,7 +53,7 @@ register(
     "GATEDLORA",
     config_cls=GatedLoraConfig,
     model_cls=GatedLoraModel,
-    hotswap_keys=("lora_dropout", "n_cores", "train_cores", "core_sizes"),
+    hotswap_keys=("lora_dropout", "n_cores", "train_cores", "gate", "top_k", "core_sizes"),
 )
 admit_to_mixed_models(OWN_METHODS, tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)

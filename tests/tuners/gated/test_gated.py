@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 
@@ -210,6 +211,10 @@ def test_refusals(store):
         ({"n_cores": 0}, r"n_cores=0 must be a whole number"),
         ({"balance": -1.0}, r"balance=-1.0 must be a finite number"),
         ({"use_dora": True}, r"use_dora=True is not supported"),
+        ({"gate": "router"}, r"gate='router' must be 'trained' or 'arrow'"),
+        ({"top_k": 0}, r"top_k=0 must be a whole number of at least 1"),
+        ({"gate": "arrow"}, r"nothing is trained. Pass train_cores=False"),
+        ({"gate": "arrow", "train_cores": False, "balance": 0.1}, r"balance=0.1: the weights follow from the cores"),
     ):
         with pytest.raises(AdapterConfigError, match=message):
             config(store, **settings)
@@ -221,3 +226,20 @@ def test_refusals(store):
         gated(store, target_modules=["up_proj"])
     with pytest.raises(AdapterConfigError, match="is for linear layers"):
         gated(store, target_modules=["embed_tokens"])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_arrow_has_the_logits_of_pefts_own(store, tokens, tmp_path, monkeypatch, top_k):
+    # PEFT finds the leading direction by 15 steps of power iteration, which is not enough for random adapters.
+    monkeypatch.setattr(ArrowLoraLinearLayer.top_right_singular_vec_from_BA, "__defaults__", (2000, 1e-8))
+    members = [str(store.parent / "adapters" / name) for name in ("one", "two", "three")]
+    theirs = create_arrow_model(tiny_llama(), members, ArrowConfig(top_k=top_k)).eval()
+    model = gated(store, gate="arrow", top_k=top_k, train_cores=False)
+    expected = logits(theirs, tokens)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-5)
+    assert not trained(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    with pytest.raises(AdapterConfigError, match="GATEDLORA"):
+        again.merge_and_unload()

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
@@ -36,7 +36,9 @@ class GatedLoraConfig(ExplainedConfig):
     """Experimental: compose cores anew for every token, `V_outᵀ (Σ_e g_e M_e) V_in x` with `g = softmax(W_g V_in x)` (CoMoL).
 
     The cores M_e start at the members of a store (`sources`), or at zero in a subspace (`subspace`, `n_cores`); the gate is
-    trained, and the cores too unless `train_cores=False`. No scaling multiplies them: `r` and `lora_alpha` have no meaning.
+    trained, and the cores too unless `train_cores=False`. With `gate="arrow"` nothing is trained: a token's weights follow from
+    the members' own leading directions (Arrow, arXiv 2405.11157). No scaling multiplies the cores: `r` and `lora_alpha` have no
+    meaning.
 
     Such an adapter is saved (with its bases, in its own file), loaded, trained, resumed, and used in mixed batches as any other
     of PEFT. It cannot be merged, combined, converted or exported, and no store keeps it, since no matrix has its update; that is
@@ -73,6 +75,16 @@ class GatedLoraConfig(ExplainedConfig):
     train_cores: bool = field(
         default=True, metadata={"help": "Train the cores too; False trains the gate alone, and needs `sources`."}
     )
+    gate: Literal["trained", "arrow"] = field(
+        default="trained",
+        metadata={
+            "help": "What weighs the cores of a token z = V_in x. 'trained': g = softmax(W_g z) (CoMoL). 'arrow': softmax over the "
+            "`top_k` largest |p_e · z|, p_e the leading right singular vector of M_e; nothing is trained."
+        },
+    )
+    top_k: int = field(
+        default=3, metadata={"help": "Cores that act on a token with gate='arrow'; 3 as in PEFT's ArrowConfig."}
+    )
     balance: float = field(
         default=0.0,
         metadata={
@@ -96,6 +108,7 @@ class GatedLoraConfig(ExplainedConfig):
         number = isinstance(self.balance, int | float) and not isinstance(self.balance, bool)
         if not number or not math.isfinite(self.balance) or self.balance < 0:
             raise AdapterConfigError(f"balance={self.balance!r} must be a finite number of at least 0.")
+        self._check_gate()
         if not isinstance(self.core_sizes, dict | None):
             raise AdapterConfigError(f"core_sizes={str(self.core_sizes)[:80]!r} must be None or sizes by module name.")
         if from_file:  # a file's numbers take the place of these, and they could name anything of the reader's
@@ -113,6 +126,17 @@ class GatedLoraConfig(ExplainedConfig):
             if isinstance(given, kind):
                 self._opened = given
                 setattr(self, name, given.origin or "(in memory)")
+
+    def _check_gate(self) -> None:
+        if self.gate not in ("trained", "arrow"):
+            raise AdapterConfigError(f"gate={self.gate!r} must be 'trained' or 'arrow'.")
+        if type(self.top_k) is not int or self.top_k < 1:
+            raise AdapterConfigError(f"top_k={self.top_k!r} must be a whole number of at least 1.")
+        if self.gate == "arrow" and (self.train_cores or self.balance):
+            raise AdapterConfigError(
+                f"gate='arrow' with train_cores={self.train_cores} and balance={self.balance}: the weights follow from the cores, "
+                "and nothing is trained. Pass train_cores=False and leave balance out."
+            )
 
     def opened(self) -> AdapterStore | PrincipalSubspace | None:
         """The store or the subspace; None for an adapter of a file, which has its bases."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.linalg.gated import arrow_prototypes
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.matching import match_modules
 from eigenpeft.tuners.gated.config import GatedLoraConfig
@@ -114,11 +115,17 @@ class GatedLoraModel(FactorModel):
         else:
             inside, outside, cores = _start(config, module, weight_shape(layer), given)
         given.sizes[module] = list(cores.shape)
-        gate = _GATE_START * torch.randn(len(cores), len(inside))
+        is_arrow = config.gate == "arrow"
+        gate = arrow_prototypes(cores) if is_arrow else _GATE_START * torch.randn(len(cores), len(inside))
         inputs, outputs = factor_dicts(layer)
         replace_factor(inputs, adapter_name, ComponentsFactor(inside))
         gated = GatedFactor(
-            outside, gate=gate, cores=cores, train_cores=config.train_cores, balance=float(config.balance)
+            outside,
+            gate=gate,
+            cores=cores,
+            train_cores=config.train_cores,
+            balance=float(config.balance),
+            top_k=config.top_k if is_arrow else None,
         )
         replace_factor(outputs, adapter_name, gated)
 

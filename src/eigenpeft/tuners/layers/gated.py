@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.linalg.gated import gated_core, load_balance
+from eigenpeft.linalg.gated import arrow_weights, gated_core, load_balance, weighed_core
 from eigenpeft.tuners.layers.linear import KeepsPrecision
 
 
@@ -37,28 +37,41 @@ class ComponentsFactor(KeepsPrecision):
 
 
 class GatedFactor(KeepsPrecision):
-    """`V_outᵀ Σ_e g_e M_e z` with `g = softmax(W_g z)` in the place of LoRA's B (CoMoL's form); no matrix does the same.
+    """`V_outᵀ Σ_e g_e M_e z` in the place of LoRA's B, with weights g of every token; no matrix does the same.
+
+    The weights are `softmax(W_g z)` of a trained gate (CoMoL's form), or `arrow_weights` of prototypes, where nothing is trained.
 
     Args:
         components: V_out, (K_out, out_features); the adapter's file contains it.
-        gate: W_g, (E, K_in), trained.
+        gate: W_g, (E, K_in), trained; or the prototypes p_e, frozen, with `top_k`.
         cores: The M_e, (E, K_out, K_in).
         train_cores: Whether they are trained; otherwise they are frozen and saved.
         balance: Weight of the load-balance loss, which is added to the gradient in training.
+        top_k: How many cores act on a token by Arrow's rule; None for the trained gate.
     """
 
     components: Tensor
     cores: Tensor
+    gate: Tensor
 
-    def __init__(self, components: Tensor, *, gate: Tensor, cores: Tensor, train_cores: bool, balance: float):
+    def __init__(
+        self,
+        components: Tensor,
+        *,
+        gate: Tensor,
+        cores: Tensor,
+        train_cores: bool,
+        balance: float = 0.0,
+        top_k: int | None = None,
+    ):
         super().__init__()
         self.register_buffer("components", components)
-        self.gate = nn.Parameter(gate)
-        if train_cores:
-            self.cores = nn.Parameter(cores)
-        else:
-            self.register_buffer("cores", cores)
-        self.balance, self.bias = balance, None
+        for name, tensor, is_trained in (("gate", gate, top_k is None), ("cores", cores, train_cores)):
+            if is_trained:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        self.balance, self.top_k, self.bias = balance, top_k, None
         self.in_features, self.out_features = gate.shape[1], components.shape[1]
 
     @property
@@ -79,7 +92,12 @@ class GatedFactor(KeepsPrecision):
 
     def forward(self, z: Tensor) -> Tensor:
         """The update at z (..., K_in)."""
-        core, weights = gated_core(z, self.gate.to(z.dtype), self.cores.to(z.dtype))
+        gate, cores = self.gate.to(z.dtype), self.cores.to(z.dtype)
+        if self.top_k is None:
+            core, weights = gated_core(z, gate, cores)
+        else:
+            weights = arrow_weights(z, gate, top_k=self.top_k)
+            core = weighed_core(z, weights, cores)
         y = F.linear(core, self.components.to(z.dtype).mT)
         if self.training and self.balance and torch.is_grad_enabled():
             y = _WithLoss.apply(y, self.balance * load_balance(weights.float()))
