@@ -1,0 +1,209 @@
+"""Does `recycle` choose well? Ten new customers, 64 rows each, with related and with unrelated adapters, beside fixed strategies.
+
+Command:   python benchmarks/recycling.py --data DIR --work DIR     (DIR of data holds clinc150/, JSONL)
+           python benchmarks/recycling.py --report [--work DIR]
+Hardware:  CPU, one thread; about 10 CPU seconds per adapter of the two zoos, and two CPU minutes per target.
+Writes:    WORK/zoos, WORK/recycling.jsonl (a line per target and strategy); started again, it goes on where it stopped.
+           --report prints the tables and copies the lines to benchmarks/results/recycling.jsonl.
+
+The targets are the ten clinc150 customers of the study of regimes (benchmarks/regimes/customers.py): seven intents of one
+domain that no adapter has seen. Related: 20 adapters of the target's zoo, four of its own domain. Unrelated: the ten adapters
+that ship with eigenpeft. `recycle` has its defaults and 40 steps; every fixed strategy is one candidate of `recycle` trained on
+all 64 rows for 40 steps by the same code, at the rate that the study chose for it on customers that are no targets; merged
+starts take λ = 1. Same rows, seed and head for all strategies of a target. Cost is in optimizer steps, in trainings of 40
+steps.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "regimes"))
+
+import customers  # noqa: E402
+import torch  # noqa: E402
+import training  # noqa: E402
+import zoos  # noqa: E402
+from compare import interval, shown  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from run import append, environment, quiet, read  # noqa: E402
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments  # noqa: E402
+
+from eigenpeft.recycling import recycle  # noqa: E402
+from eigenpeft.recycling.candidates import Sources  # noqa: E402
+from eigenpeft.recycling.preparing import prepared  # noqa: E402
+from eigenpeft.recycling.search import Search  # noqa: E402
+
+RESULTS = HERE / "results" / "recycling.jsonl"
+N_ROWS, STEPS, SEED, SIZE = 64, 40, 0, 20
+# Rates that the study of regimes chose (docs/regimes.md); the merged LoRA takes that of the LoRA.
+FIXED = {
+    "lora_r8": 3e-3,
+    "same_parameters": 1e-2,
+    "eigenlora": 1e-2,
+    "random_subspace": 1e-2,
+    "nearest_continued": 3e-3,
+    "merged_lora_r8": 3e-3,
+    "merged_eigenlora": 1e-2,
+}
+WITHOUT_ADAPTERS = ("lora_r8",)
+
+
+class Target:
+    """One new task: rows, a base with a head, and what trains on them."""
+
+    def __init__(self, customer: customers.Customer, data: Path):
+        rows = customers.rows_of_target(customer, n_rows=N_ROWS, seed=SEED, data=data)
+        self.name, self.relatives, self.task = customer.name, customer.relatives, training.tokenized(*rows)
+        labels = self.task.labels.tolist()
+        self.rows = [{"input_ids": ids, "labels": label} for ids, label in zip(self.task.ids, labels, strict=True)]
+        self.collator = DataCollatorWithPadding(training.tokenizer())
+
+    def base(self):
+        return training.fresh_base(self.task.n_labels, seed=SEED)
+
+    def args(self, folder: str) -> TrainingArguments:
+        return TrainingArguments(
+            folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=training.BATCH_SIZE,
+            seed=SEED,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+
+    def accuracy(self, model) -> float:
+        return training.accuracy(model.eval(), self.task.test_ids, self.task.test_labels)
+
+
+def searched(target: Target, adapters, folder: Path) -> dict:
+    """`recycle` with its defaults; its accuracy, its winner and its cost in trainings of 40 steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = recycle(
+            adapters,
+            target.base,
+            target.rows,
+            args=target.args(scratch),
+            out_dir=folder,
+            data_collator=target.collator,
+            progress=False,
+        )
+    base = training.fresh_base(target.task.n_labels, seed=SEED)
+    accuracy = target.accuracy(PeftModel.from_pretrained(base, folder / "adapter"))
+    cost = sum(trial.steps for trial in report.trials) / STEPS + 1
+    return {"accuracy": accuracy, "winner": report.winner, "rate": report.rate, "cost": round(cost, 2)}
+
+
+def fixed(target: Target, adapters, name: str) -> dict:
+    """One candidate, trained on all rows at its rate."""
+    with tempfile.TemporaryDirectory() as scratch:
+        search = Search(
+            target.base,
+            target.rows,
+            target.rows,
+            target.args(scratch),
+            target.collator,
+            Trainer,
+            head_rate=3e-2,
+            log=Path(scratch) / "trials.jsonl",
+            deadline=float("inf"),
+        )
+        nearest = nearest_of(target, adapters, search) if name == "nearest_continued" else adapters.names[0]
+        sources = Sources(adapters, 8, 1.0, "SEQ_CLS", SEED, nearest)
+        model = search.trained(name, sources, rate=FIXED[name], steps=STEPS, rows=target.rows)
+    return {"accuracy": target.accuracy(model), "rate": FIXED[name], "cost": 1.0}
+
+
+def nearest_of(target: Target, adapters, search: Search) -> str:
+    """The adapter that `recycle` would continue."""
+    plain = Sources(adapters, 8, 1.0, "SEQ_CLS", SEED, adapters.names[0])
+    return prepared(search, plain, ["nearest_continued"], steps=4).nearest
+
+
+@lru_cache(maxsize=2)
+def zoo(kind: str, relatives: str, work: Path):
+    return zoos.collection(*(("shipped", 10) if kind == "unrelated" else (relatives, SIZE)), 0, work)
+
+
+def fill(data: Path, work: Path, strategies: list[str]) -> None:
+    """Run what is missing."""
+    (work / "zoos").mkdir(parents=True, exist_ok=True)
+    path = work / RESULTS.name
+    done = {(row["target"], row["zoo"], row["strategy"]) for row in read(path)}
+    for customer in (each for each in customers.targets(data) if each.source == "clinc150"):
+        for member in zoos.missing_members(customer.relatives, SIZE, data=data, work=work):
+            zoos.train_member(member, data=data, folder=work / "zoos" / member.name)
+        target = Target(customer, data)
+        for kind in ("related", "unrelated"):
+            for strategy in strategies:
+                place = None if strategy in WITHOUT_ADAPTERS else kind
+                if (target.name, place, strategy) in done:
+                    continue
+                start, adapters = time.process_time(), zoo(kind, customer.relatives, work)
+                if strategy == "recycle":
+                    found = searched(target, adapters, work / "runs" / f"{target.name}-{kind}")
+                else:
+                    found = fixed(target, adapters, strategy)
+                row = {"target": target.name, "zoo": place, "strategy": strategy, **found}
+                row |= {"cpu_seconds": round(time.process_time() - start, 1), "environment": environment()}
+                append(path, row)
+                done.add((target.name, place, strategy))
+                print(target.name, kind, strategy, found, row["cpu_seconds"], flush=True)
+
+
+def report(rows: list[dict]) -> str:
+    """Mean accuracy of every strategy on each kind of zoo, and `recycle` minus each over targets."""
+    lines = []
+    for kind in ("related", "unrelated"):
+        found: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row["zoo"] in (None, kind):
+                found.setdefault(row["strategy"], {})[row["target"]] = row["accuracy"]
+        own = found.get("recycle", {})
+        chosen = [row for row in rows if row["strategy"] == "recycle" and row["zoo"] == kind]
+        if not chosen:
+            continue
+        winners = [row["winner"] for row in chosen]
+        lines += [
+            "",
+            f"{kind}: cost {fmean(row['cost'] for row in chosen):.1f} trainings; winners "
+            + ", ".join(f"{name} {winners.count(name)}" for name in sorted(set(winners))),
+            "",
+            "| strategy | accuracy | recycle minus it, points |",
+            "|---|---|---|",
+        ]
+        for strategy, each in sorted(found.items(), key=lambda pair: -fmean(pair[1].values())):
+            gaps = [own[target] - each[target] for target in own.keys() & each.keys()]
+            mean, error, n = interval(list(each.values()))
+            beside = "" if strategy == "recycle" else shown(gaps)
+            lines.append(f"| {strategy} | {mean:.3f} ± {error:.3f} ({n}) | {beside} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--strategies", nargs="*", default=["recycle", *FIXED], choices=["recycle", *FIXED])
+    parser.add_argument("--report", action="store_true")
+    given = parser.parse_args()
+    if given.report:
+        source = given.work / RESULTS.name if given.work else RESULTS
+        if given.work:
+            RESULTS.write_text(source.read_text())
+        print(report([json.loads(line) for line in source.read_text().splitlines()]))
+        return
+    torch.set_num_threads(1)
+    quiet()
+    fill(given.data, given.work, given.strategies)
+
+
+if __name__ == "__main__":
+    main()
