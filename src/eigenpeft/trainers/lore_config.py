@@ -12,27 +12,30 @@ class LoReConfig(RewardConfig):
     n_basis: int = field(
         default=5,
         metadata={
-            "help": "Rows of the reward basis. The paper (arXiv 2504.14439) sweeps 1 to 50; choose by held-out comparisons."
+            "help": "Rows of the reward basis. The paper (arXiv 2504.14439) sweeps 1 to 50; 5 is chosen here: choose by "
+            "held-out comparisons."
         },
     )
     user_column: str = field(default="user_id", metadata={"help": "Column that names the user of each comparison."})
     user_learning_rate: float = field(
         default=0.05,
         metadata={
-            "help": "Learning rate of the user logits, which have to travel a few units; the rest takes `learning_rate`."
+            "help": "Learning rate of the user logits, which have to travel a few units; the rest takes `learning_rate`. "
+            "0.05 is chosen here."
         },
     )
     concentration: float = field(
         default=1.0,
         metadata={
             "help": "Dirichlet pseudo-counts of each user's weights, spread evenly; keeps users with few comparisons near "
-            "the middle. 0 for none."
+            "the middle. 0 for none; 1 is chosen here."
         },
     )
     strength: float = field(
         default=1.0,
         metadata={
-            "help": "How many comparisons' worth the population's weights weigh for new users of the finished model."
+            "help": "How many comparisons' worth the population's weights weigh for new users of the finished model; "
+            "1 is chosen here, and `eigenpeft.reward.LoReFitter` chooses it by held-out comparisons."
         },
     )
     freeze_backbone: bool = field(

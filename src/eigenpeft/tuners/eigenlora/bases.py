@@ -77,12 +77,13 @@ def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
     """The subspace, or None when the adapter's own file brings the components.
 
     Args:
-        config: Configuration of the adapter; nothing is written into it.
+        config: Configuration of the adapter; into it goes only which bases its sources have, where no others are named.
 
     Raises:
-        AdapterConfigError: If no subspace is named at all.
+        AdapterConfigError: If no subspace is named at all, or the sources of a mixture are no store.
         SubspaceNotFoundError: If it is nowhere.
     """
+    config.open_sources()
     subspace = recall(config.subspace_sha256)
     if subspace is None and config.embedded_n_components is not None:
         return None

@@ -2,9 +2,9 @@
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class EigenLoraConfig(ExplainedConfig):
 
     All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
     scaling `s = lora_alpha / r` (or `/ sqrt(r)` with `use_rslora`) of the cores that have no rank of their own.
+
+    Making one opens nothing: folders and Hub ids are looked up when a model is made.
 
     With `use_bdlora` each block takes its own part of the components and of the coefficients: the update is the
     block-diagonal part of one of the factors, and leaves the subspace, so that no store keeps it.
@@ -65,7 +67,8 @@ class EigenLoraConfig(ExplainedConfig):
     core: Literal["low_rank", "full", "diagonal", "mixture"] = field(
         default="low_rank",
         metadata={
-            "help": "Form of M (K_out, K_in). 'low_rank': C_out C_in with r (K_in + K_out) parameters per module (EigenLoRAx); "
+            "help": "Form of M (K_out, K_in). 'low_rank': C_out C_in with r (K_in + K_out) parameters per module, the default as "
+            "in EigenLoRAx (arXiv 2502.04700); "
             "'full': all K_in K_out entries (LoRA-XS); 'diagonal': K entries (Compress then Serve). These start at ΔW = 0. "
             "'mixture': Σ w_t M_t of the frozen cores of the members of `sources`, with trained weights (LoRA-Soups). 'mixer', the "
             "old name of 'full', is deprecated."
@@ -115,7 +118,8 @@ class EigenLoraConfig(ExplainedConfig):
     weights: Literal["adapter", "module"] = field(
         default="adapter",
         metadata={
-            "help": "Weights of core='mixture': one per source for the whole model, or one per source and module."
+            "help": "Weights of core='mixture': one per source for the whole model, or one per source and module "
+            "(LoRA-Soups' CAT, arXiv 2410.13025)."
         },
     )
     init_weights: Any = field(
@@ -162,15 +166,18 @@ class EigenLoraConfig(ExplainedConfig):
         self._check_start()
         self._take_sources()
         if isinstance(self.subspace, PrincipalSubspace):
-            # Kept beside the fields: they must stay plain values that JSON and `asdict` can take.
-            self._subspace, fingerprint = self.subspace, remember(self.subspace)
-            if self.subspace_sha256 not in (None, fingerprint):
-                raise AdapterConfigError(
-                    f"subspace_sha256={self.subspace_sha256!r} is not the fingerprint {fingerprint!r} of the subspace "
-                    "passed; leave it out or pass the subspace that has it."
-                )
-            self.subspace_sha256, self.subspace_revision = fingerprint, self.subspace.revision
-            self.subspace = self.subspace.origin or self.sources
+            self._name_subspace(self.subspace)
+
+    def _name_subspace(self, subspace: PrincipalSubspace) -> None:
+        """Keep a subspace beside the fields, which must stay plain values that JSON and `asdict` can take, and its name in them."""
+        self._subspace, fingerprint = subspace, remember(subspace)
+        if self.subspace_sha256 not in (None, fingerprint):
+            raise AdapterConfigError(
+                f"subspace_sha256={self.subspace_sha256!r} is not the fingerprint {fingerprint!r} of the subspace "
+                "passed; leave it out or pass the subspace that has it."
+            )
+        self.subspace_sha256, self.subspace_revision = fingerprint, subspace.revision
+        self.subspace = subspace.origin or self.sources
 
     def _check_variants(self) -> None:
         """Refuse variants of LoRA that are defined for the core "low_rank" alone, elsewhere and with a warm start."""
@@ -190,7 +197,9 @@ class EigenLoraConfig(ExplainedConfig):
                 logger.warning("%s in an adapter's file is passed over: the adapter has its numbers.", shown)
             for name in found:
                 setattr(self, name, None)
-        if not isinstance(self.subspace, str | PathLike | PrincipalSubspace | None):
+        if isinstance(self.subspace, os.PathLike):
+            self.subspace = os.fspath(self.subspace)
+        if not isinstance(self.subspace, str | PrincipalSubspace | None):
             raise AdapterConfigError(
                 f"subspace={str(self.subspace)[:80]!r} must be a path, a Hub id or a PrincipalSubspace."
             )
@@ -243,8 +252,8 @@ class EigenLoraConfig(ExplainedConfig):
             self.init_weights = list(weights)
 
     def _take_sources(self) -> None:
-        """Open the sources of a mixture, which bring their bases; nothing of them is read yet."""
-        self.source_store: AdapterStore | None = None
+        """Check that sources belong to the core, and keep an open store beside the fields; `open_sources` opens the others."""
+        self._source_store: AdapterStore | None = None
         mixture = core_kind(self.core).weighs_sources
         given = {"sources": self.sources, "init_weights": self.init_weights, "source_names": self.source_names}
         if not mixture and (extra := [name for name, value in given.items() if value is not None]):
@@ -260,17 +269,41 @@ class EigenLoraConfig(ExplainedConfig):
             logger.info("core='mixture' has no scaling beside its weights: %s is not used.", ", ".join(changed))
         for name, value in scaling.items():
             setattr(self, name, value)
-        if self.sources is None:
-            return
-        store = self.sources if isinstance(self.sources, AdapterStore) else open_adapters(self.sources)
-        if not isinstance(store, AdapterStore):
-            raise AdapterConfigError(
-                f"sources={self.sources!r} are adapters and no store: put them into one with "
-                "AdapterStore.from_collection(subspace, AdapterCollection.from_pretrained(...))."
-            )
-        self.source_store, self.sources = store, store.origin
+        if isinstance(self.sources, AdapterStore):
+            store, self.sources = self.sources, self.sources.origin
+            self._take_store(store)
+        elif isinstance(self.sources, os.PathLike):
+            self.sources = os.fspath(self.sources)
+        elif not isinstance(self.sources, str | None):
+            raise self._no_store()
+
+    def open_sources(self) -> AdapterStore | None:
+        """The store that `sources` names, opened when it is first asked for, as the tuner does when it makes a model.
+
+        Returns:
+            The store, whose bases the adapter has where no others are named; None where there are no sources.
+
+        Raises:
+            AdapterConfigError: If `sources` are adapters and no store.
+            ArtifactError: If the store is damaged.
+        """
+        if self._source_store is None and self.sources is not None:
+            store = open_adapters(self.sources)
+            if not isinstance(store, AdapterStore):
+                raise self._no_store()
+            self._take_store(store)
+        return self._source_store
+
+    def _take_store(self, store: AdapterStore) -> None:
+        self._source_store = store
         if self.subspace is None and self.subspace_sha256 is None:
-            self.subspace = store.subspace
+            self._name_subspace(store.subspace)
+
+    def _no_store(self) -> AdapterConfigError:
+        return AdapterConfigError(
+            f"sources={self.sources!r} are adapters and no store: put them into one with "
+            "AdapterStore.from_collection(subspace, AdapterCollection.from_pretrained(...))."
+        )
 
     @property
     def start_adapters(self) -> Any:
@@ -279,7 +312,7 @@ class EigenLoraConfig(ExplainedConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open stores and collections, which have files."""
-        return self.__dict__ | {"_init_adapters": self.init_adapters, "source_store": None}
+        return self.__dict__ | {"_init_adapters": self.init_adapters, "_source_store": None}
 
     def note_start(self) -> None:
         """Note that an adapter has started: what is saved from now on is a trained adapter's file."""

@@ -58,7 +58,7 @@ def read_mixture(config: EigenLoraConfig, subspace: PrincipalSubspace | None) ->
     Raises:
         AdapterConfigError: If it names no sources, sources of other bases, or weights that do not fit them.
     """
-    store = config.source_store
+    store = config.open_sources()
     names, members = tuple(config.source_names or ()), {}
     if store is not None:
         _check_bases(store, subspace)

@@ -1,6 +1,7 @@
 """Configuration of gated composition, which is experimental."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,7 +71,10 @@ class GatedLoraConfig(ExplainedConfig):
         },
     )
     n_cores: int = field(
-        default=4, metadata={"help": "Cores per module; with `sources` set by itself to the number of members."}
+        default=4,
+        metadata={
+            "help": "Cores per module; with `sources` set by itself to the number of members. 4 is chosen here; it is not tuned."
+        },
     )
     train_cores: bool = field(
         default=True, metadata={"help": "Train the cores too; False trains the gate alone, and needs `sources`."}
@@ -88,7 +92,8 @@ class GatedLoraConfig(ExplainedConfig):
     balance: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the load-balance loss E Σ_e ḡ_e² of each layer and forward pass. Its gradient is added in the "
+            "help": "Weight of the load-balance loss E Σ_e ḡ_e² of each layer and forward pass; 0, chosen here, is without. Its "
+            "gradient is added in the "
             "backward pass, by whatever trainer: the loss that a trainer shows is without it, gradient accumulation counts it "
             "once per forward pass, and float16 loss scaling does not scale it."
         },
@@ -123,7 +128,9 @@ class GatedLoraConfig(ExplainedConfig):
         self._opened: AdapterStore | PrincipalSubspace | None = None
         for name, kind in (("sources", AdapterStore), ("subspace", PrincipalSubspace)):
             given = getattr(self, name)
-            if isinstance(given, kind):
+            if isinstance(given, os.PathLike):
+                setattr(self, name, os.fspath(given))
+            elif isinstance(given, kind):
                 self._opened = given
                 setattr(self, name, given.origin or "(in memory)")
 

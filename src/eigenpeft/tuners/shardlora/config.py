@@ -62,16 +62,21 @@ class ShardLoraConfig(ExplainedConfig):
         default=2,
         metadata={
             "help": "Size of the pools of 'shards': as many trained numbers as LoRA of this rank has. The paper's e; without "
-            "meaning for the others."
+            "meaning for the others. 2 is chosen here, as a LoRA of few numbers; it is not tuned."
         },
     )
     private_rank: int = field(
         default=1,
-        metadata={"help": "Vectors of each layer's own with 'shards', out of `pool_rank` and r."},
+        metadata={
+            "help": "Vectors of each layer's own with 'shards', out of `pool_rank` and r: the paper's shard privatization. 1, the "
+            "least that has any, is chosen here; it is not tuned."
+        },
     )
     shards_per_vector: int = field(
         default=2,
-        metadata={"help": "Shards that make a vector with 'shards', l in the paper; widths must be multiples of it."},
+        metadata={
+            "help": "Shards that make a vector with 'shards', l in the paper, 2 as in its Figure 2; widths must be multiples of it."
+        },
     )
     share: Any = field(
         default="layers",
@@ -81,7 +86,7 @@ class ShardLoraConfig(ExplainedConfig):
         },
     )
     seed: int = field(
-        default=0, metadata={"help": "Seed of the draw of shards; the adapter's file has what was drawn."}
+        default=0, metadata={"help": "Seed of the draw of shards, chosen here; the adapter's file has what was drawn."}
     )
 
     def __post_init__(self):

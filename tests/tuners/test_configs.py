@@ -1,0 +1,105 @@
+"""What every config promises: making one opens nothing, JSON takes all of it, and each number it starts from has its source."""
+
+import builtins
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import pytest
+
+from eigenpeft import AdapterStore, EigenLoraConfig, MosLoraConfig
+from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners import ShardLoraConfig
+from eigenpeft.tuners.gated import GatedLoraConfig
+from tests.tuners.conftest import random_subspace, tiny_llama
+
+CONFIGS = [EigenLoraConfig, MosLoraConfig, ShardLoraConfig, GatedLoraConfig]
+NOWHERE = pathlib.Path("nowhere/at-all")
+# Folders that are not there: whoever looks for one of them while the config is made meets an error.
+SETTINGS = {
+    "subspace": (EigenLoraConfig, {"subspace": NOWHERE, "r": 4, "core": "full", "n_components": 3}),
+    "warm start": (EigenLoraConfig, {"subspace": str(NOWHERE), "init_from": "nowhere", "init_scale": 0.5}),
+    "merged start": (
+        EigenLoraConfig,
+        {
+            "subspace": "nowhere/bases",
+            "init_from": "ties",
+            "init_adapters": [NOWHERE],
+            "init_options": {"density": 0.2},
+        },
+    ),
+    "mixture": (
+        EigenLoraConfig,
+        {"core": "mixture", "sources": NOWHERE, "init_weights": (0.5, 1), "weights": "module"},
+    ),
+    "mosLoRA": (MosLoraConfig, {"r": 3, "init_mixer": "orthogonal", "train_mixer": False}),
+    "shards": (
+        ShardLoraConfig,
+        {"r": 5, "pool_rank": 3, "private_rank": 2, "share": ["*.q_proj", "*.k_proj"], "seed": 7},
+    ),
+    "gated store": (GatedLoraConfig, {"sources": NOWHERE, "train_cores": False, "balance": 0.1}),
+    "gated subspace": (GatedLoraConfig, {"subspace": NOWHERE, "n_cores": 2}),
+}
+
+
+def own_fields(cls):
+    return [field for field in dataclasses.fields(cls) if field.name in cls.__dict__.get("__annotations__", {})]
+
+
+@pytest.mark.parametrize(("cls", "settings"), SETTINGS.values(), ids=SETTINGS)
+def test_making_one_opens_nothing(cls, settings, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError(f"a file was asked for: {args}")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(builtins, "open", refused)
+        for name in ("open", "stat", "lstat", "listdir", "scandir"):
+            patches.setattr(os, name, refused)
+        config = cls(**settings)
+    assert config.peft_type.value in ("EIGENLORA", "MOSLORA", "SHARDLORA", "GATEDLORA")
+
+
+@pytest.mark.parametrize(("cls", "settings"), SETTINGS.values(), ids=SETTINGS)
+def test_it_goes_through_json(cls, settings, tmp_path):
+    config = cls(**settings)
+    values = json.loads(json.dumps(config.to_dict()))
+    again = cls(**{name: value for name, value in values.items() if name != "peft_type"})
+    assert again.to_dict() == config.to_dict()
+    config.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8")) == values
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_file_that_was_saved_is_read_with_the_same_fields(cls, tmp_path):
+    settings = next(settings for kind, settings in SETTINGS.values() if kind is cls)
+    config = cls(**settings)
+    config.save_pretrained(str(tmp_path))
+    found = cls.from_pretrained(str(tmp_path))
+    # What an adapter starts from is not taken from a file: it could name anything of the reader's.
+    changed = {name for name in config.to_dict() if getattr(found, name) != getattr(config, name)}
+    assert changed <= {"inference_mode", "sources", *(("subspace",) if cls is GatedLoraConfig else ())}
+
+
+def test_what_is_in_memory_stays_beside_the_fields():
+    subspace = random_subspace(tiny_llama(), ["q_proj"])
+    for config in (
+        EigenLoraConfig(subspace=subspace),
+        EigenLoraConfig(core="mixture", sources=AdapterStore(subspace)),
+    ):
+        assert config.subspace is None
+        assert config.subspace_sha256 == subspace.fingerprint
+        assert json.loads(json.dumps(config.to_dict()))["subspace_sha256"] == subspace.fingerprint
+
+
+def test_sources_are_a_store_or_its_place():
+    with pytest.raises(AdapterConfigError, match=r"sources=3 are adapters and no store: put them into one with"):
+        EigenLoraConfig(core="mixture", sources=3)
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_number_that_is_a_default_has_its_source(cls):
+    numbers = [field for field in own_fields(cls) if type(field.default) in (int, float)]
+    for field in numbers:
+        assert re.search(r"arXiv|paper|Figure|chosen here", field.metadata["help"]), f"{field.name}={field.default}"
