@@ -5,10 +5,10 @@ Command:   python benchmarks/regimes/index.py --data DIR   (DIR holds a folder o
 Hardware:  CPU, one thread; a minute of CPU time.
 Writes:    benchmarks/results/index.json and a table on stdout.
 
-Tasks: the index has 64 training rows of each, drawn three times; a query is 8 (or 1, 2, 4) of 200 rows of a task's test set, never
-seen. mr, sst2 and subj are cut from the same film reviews, and both tweet tasks from the same tweets. Customers: the
-index has 40 of clinc150 (4 per domain, 6 intents each), 32 rows of each; a query is 8 rows of a customer whose intents no member
-has, and the answer is right where the first name's customer is of the same domain.
+Tasks: the index has 256 training rows of each, drawn three times (and 64 of them, beside it); a query is 8 (or 1, 2, 4) of 200
+rows of a task's test set, never seen. mr, sst2 and subj are cut from the same film reviews, and both tweet tasks from the same
+tweets. Customers: the index has 40 of clinc150 (4 per domain, 6 intents each), 32 rows of each; a query is 8 rows of a customer
+whose intents no member has, and the answer is right where the first name's customer is of the same domain.
 Controls: chance; the same cosines without taking off the mean of all tasks; and, for tasks, the probability that the index gives,
 against how often it was right (Brier score beside that of always saying the share that is right).
 """
@@ -28,7 +28,7 @@ from eigenpeft.indexing import BaseModelEncoder, build_index
 
 RESULTS = Path(__file__).parents[1] / "results" / "index.json"
 TASKS = ("cr", "mpqa", "mr", "mrpc", "sick_entail", "sst2", "subj", "trec6", "tweet_emotion", "tweet_irony")
-SIZES, N_QUERIES, N_DRAWS, INDEXED = (1, 2, 4, 8), 40, 3, 64
+SIZES, N_QUERIES, N_DRAWS, INDEXED, FEWER = (1, 2, 4, 8), 40, 3, 256, 64
 
 
 def rows(data, task, split):
@@ -100,10 +100,10 @@ def shipped(data, encoder):
     train = {task: rows(data, task, "train") for task in TASKS}
     held = {task: rows(data, task, "test") or rows(data, task, "dev") for task in TASKS}
     held = {task: draw.sample(own, min(200, len(own))) for task, own in held.items()}
-    indexes = [
-        build_index({task: draw.sample(own, INDEXED) for task, own in train.items()}, encoder=encoder, progress=False)
-        for _ in range(N_DRAWS)
-    ]
+    drawn = [{task: draw.sample(own, INDEXED) for task, own in train.items()} for _ in range(N_DRAWS)]
+    indexes, smaller = (
+        [build_index(rows, encoder=encoder, max_rows=n, progress=False) for rows in drawn] for n in (INDEXED, FEWER)
+    )
     results, by_task = {}, {}
     for size in SIZES:
         queries, owners = [], []
@@ -115,6 +115,8 @@ def shipped(data, encoder):
         found = [each for part in by_draw for each in part]
         results[f"{size} rows"] = summary(found)
         results[f"{size} rows"]["right_of_each_draw"] = [summary(part)["right"] for part in by_draw]
+        fewer = [each for index in smaller for each in judge(index, encoder, queries)]
+        results[f"{size} rows, {FEWER} in the index"] = summary(fewer)
         if size == 8:
             pairs = list(zip(found, owners * N_DRAWS, strict=True))
             by_task = {task: fmean(float(each[0]) for each, own in pairs if own == task) for task in TASKS}

@@ -31,7 +31,7 @@ def index_command(
     store: Annotated[
         str | None, typer.Option(help="Store whose members the names must be; says which have no rows.")
     ] = None,
-    max_rows: Annotated[int, typer.Option(help="Rows of each task that are embedded and kept.")] = 64,
+    max_rows: Annotated[int, typer.Option(help="Rows of each task that are embedded and kept.")] = 256,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
