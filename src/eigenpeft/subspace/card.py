@@ -128,7 +128,8 @@ def store_card(
         info: Where its subspace comes from.
         rows: One per module.
         fingerprint: SHA-256 of the bases.
-        n_members: How many members it has when the card is written.
+        n_members: How many members it has when the card is written. The title does not count them: a member that is added
+            from Python is written without the card.
         members: Their records; of large stores the first ones, whose licenses count for the whole.
     """
     listed = [
@@ -137,18 +138,25 @@ def store_card(
         for member in members[:_LISTED]
     ]
     more = f"\nand {n_members - len(listed)} more.\n" if n_members > len(listed) else ""
+    rows_of_members = "| member | source | task | license |\n|---|---|---|---|\n" + "\n".join(listed) if listed else ""
     table = f"""## Members
 
-{n_members} adapters when this card was written; `eigenpeft store list` shows those that there are.
+`eigenpeft store list` shows those that there are. When this card was written there {_were(n_members)}
 
-| member | source | task | license |
-|---|---|---|---|
-{chr(10).join(listed)}
+{rows_of_members}
 {more}
 """
     sources = [*info.sources, *members]
-    title = f"Adapter store of {n_members} adapters"
-    return _card(title, "adapter-store", info, rows, load=_LOAD_STORE, sources=sources, end=fingerprint, table=table)
+    return _card(
+        "Adapter store of LoRA adapters in one subspace",
+        "adapter-store",
+        info,
+        rows,
+        load=_LOAD_STORE,
+        sources=sources,
+        end=fingerprint,
+        table=table,
+    )
 
 
 def _card(
@@ -208,6 +216,10 @@ SHA-256 of the tensors' names, shapes and values: `{end}`.
 Principal subspaces of LoRA adapters: EigenLoRAx, arXiv 2502.04700.
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _were(n_members: int) -> str:
+    return f"{'was 1' if n_members == 1 else f'were {n_members}'}:" if n_members else "were none yet."
 
 
 def _number_asked_for(info: SubspaceInfo) -> str:

@@ -49,6 +49,41 @@ def test_a_store_from_the_command_line_alone(run, folder):
     assert AdapterStore.from_pretrained("store").subspace == PrincipalSubspace.from_pretrained("subspace")
 
 
+def test_the_card_says_what_is_there_after_every_change(run, folder):
+    def card():
+        return " ".join(Path("store/README.md").read_text().split())
+
+    run("store", "add", "store", "adapters", "--subspace", "subspace")
+    assert "When this card was written there were 5:" in card()
+    assert "| adapter-4 |" in card()
+    run("store", "rename", "store", "adapter-4", "mine")
+    assert "| mine | adapter-4 |" in card()  # its name now, and its source
+    run("store", "remove", "store", "mine", "adapter-0", "adapter-1", "adapter-2")
+    assert "When this card was written there was 1:" in card()
+    opened = AdapterStore.from_pretrained("store")
+    opened.remove("adapter-3")
+    assert "there was 1:" in card()  # a change from Python writes the member alone, and the title counts nothing
+    assert "# Adapter store of LoRA adapters in one subspace" in card()
+    opened.compact()
+    assert "there were none yet." in card()
+    run("store", "absorb", "store", "adapters/adapter-1")
+    assert "there was 1:" in card()
+
+
+def test_what_was_added_before_a_refusal_is_on_the_card(run, folder):
+    write_adapter(folder / "other", random_factors(modules={"layer.7.query": (12, 20)}))
+    assert run("store", "add", "store", "adapters/adapter-1", "other", "--subspace", "subspace").code == 1
+    assert "| adapter-1 |" in Path("store/README.md").read_text()
+
+
+def test_a_card_that_was_edited_by_hand_stays(run, folder):
+    run("store", "add", "store", "adapters/adapter-1", "--subspace", "subspace")
+    Path("store/README.md").write_text("# Ours\n")
+    told = run("store", "add", "store", "adapters/adapter-2")
+    assert (told.code, Path("store/README.md").read_text()) == (0, "# Ours\n")
+    assert "README.md of store was edited by hand and stays as it is" in told.out
+
+
 def test_absorb_says_what_grew_and_what_was_lost(run, folder):
     run("store", "add", "store", "adapters", "--subspace", "subspace")
     shutil.copytree("store", "bounded")

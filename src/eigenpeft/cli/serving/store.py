@@ -15,6 +15,7 @@ from eigenpeft.report.summaries import absorb_summary, member_summary, store_sum
 from eigenpeft.report.tables import absorb_table, adapter_table
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.moving import move_member
+from eigenpeft.subspace.stores.store_files import renew_card
 
 store_app = typer.Typer(
     help="Stores of many adapters in one subspace: add, absorb, list, remove, rename, compact, rebase.",
@@ -53,12 +54,16 @@ def add(
     if name is not None and len(each) != 1:
         raise EigenPeftError(f"--name {name!r} goes with one adapter, and {len(each)} are named; leave it out.")
     opened = _open_or_make(store, subspace)
-    added = {}
-    for source in each:
-        before = set(opened.names)
-        member = opened.add(source, name=name, replace=replace, allow_different_base_models=allow_different_base_models)
-        own = name or next((other for other in opened.names if other not in before), str(member.record.get("name")))
-        added[own] = member_summary(member)
+    added, options = {}, {"replace": replace, "allow_different_base_models": allow_different_base_models}
+    try:
+        for source in each:
+            before = set(opened.names)
+            member = opened.add(source, name=name, **options)
+            own = name or next((other for other in opened.names if other not in before), str(member.record.get("name")))
+            added[own] = member_summary(member)
+    finally:
+        if added:  # also where a later one was refused
+            _renew_card(opened, store, as_json)
     if as_json:
         print_json({"path": store, "added": added, "n_adapters": len(opened)})
         return
@@ -68,7 +73,7 @@ def add(
 
 @store_app.command("list")
 def list_members(store: Store, as_json: Json = False) -> None:
-    """Show every member: its core, what it keeps besides, and what its projection lost.
+    """Show every member: its core, rank and size, what it keeps besides, and what its projection lost.
 
     Example: eigenpeft store list store
     """
@@ -100,6 +105,7 @@ def remove(
         opened[name]  # so that an unknown name stops before anything is removed
     for name in names:
         opened.remove(name)
+    _renew_card(opened, store, as_json)
     _done({"path": store, "removed": names, "n_adapters": len(opened)}, as_json, f"Removed {len(names)}.")
 
 
@@ -115,7 +121,9 @@ def rename(
     Example: eigenpeft store rename store checkpoint-500 customer-17
     """
     quiet(as_json)
-    AdapterStore.from_pretrained(store).rename(name, new_name)
+    opened = AdapterStore.from_pretrained(store)
+    opened.rename(name, new_name)
+    _renew_card(opened, store, as_json)
     _done({"path": store, "renamed": {name: new_name}}, as_json, f"Renamed {name!r} to {new_name!r}.")
 
 
@@ -205,6 +213,12 @@ def rebase(
         return
     console.print(adapter_table(summary))
     console.print(f"Wrote {escape(str(out))}: {len(moved)} adapters.")
+
+
+def _renew_card(opened: AdapterStore, store: str, as_json: bool) -> None:
+    """The store's README.md says what is there now; one that was edited by hand stays, and that is said."""
+    if not renew_card(Path(store), opened.card()) and not as_json:
+        console.print(f"README.md of {escape(store)} was edited by hand and stays as it is; its members may be others.")
 
 
 def _open_or_make(store: str, subspace: str | None) -> AdapterStore:

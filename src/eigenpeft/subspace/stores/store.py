@@ -28,6 +28,7 @@ from eigenpeft.subspace.stores.store_files import (
     check_bases,
     has_bases,
     open_store,
+    renew_card,
     replace_bases,
     upgrade,
     write_card,
@@ -105,7 +106,7 @@ class AdapterStore(Pushable, AdapterMembers):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> AdapterMember:
-        """Add one adapter. Where the store has a folder, the member is written there and nothing else is.
+        """Add one adapter. Where the store has a folder, the member is written there and nothing else is (nor the card).
 
         Args:
             source: A trained `PeftModel`; the folder or Hub id of an adapter of peft_type EIGENLORA (kept bit for bit, in
@@ -192,7 +193,7 @@ class AdapterStore(Pushable, AdapterMembers):
         return is_changed
 
     def compact(self) -> int:
-        """Join the members' files and drop what was removed; a store of format 1 becomes one of the present format.
+        """Join the members' files, drop what was removed, renew the card; a store of format 1 becomes one of the present one.
 
         A process that is stopped meanwhile leaves the store as it was, or compacted.
 
@@ -212,7 +213,9 @@ class AdapterStore(Pushable, AdapterMembers):
         records = self._writable()
         if isinstance(records, MemoryRecords):
             return 0
-        return records.compact(progress=lambda each: tqdm(each, total=len(records), desc="Joining", unit="adapter"))
+        freed = records.compact(progress=lambda each: tqdm(each, total=len(records), desc="Joining", unit="adapter"))
+        renew_card(records.folder, self.card())
+        return freed
 
     def rebase(self, subspace: PrincipalSubspace, *, save_directory: str | Path | None = None) -> "AdapterStore":
         """All members in other bases: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`; this store stays as it is.
@@ -290,7 +293,8 @@ class AdapterStore(Pushable, AdapterMembers):
             data = moved or dict(self._each())
             data |= {name: projected(collection, name, subspace).to_bytes() for name in collection.names}
             if isinstance(records, RecordLog):
-                self._records = replace_bases(records, subspace, data, card=card_of(subspace, data))
+                card = card_of(subspace, tuple(data), data.__getitem__)
+                self._records = replace_bases(records, subspace, data, card=card)
             else:
                 self._records = MemoryRecords(data)
         self.subspace = subspace
@@ -305,7 +309,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
     def card(self) -> str:
         """Text of the model card, complete without editing."""
-        return card_of(self.subspace, dict(self._each()))
+        return card_of(self.subspace, self.names, self._records.read)
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the store to a folder, whole or not at all; from then on, changes are written there.

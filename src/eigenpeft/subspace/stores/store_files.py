@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -152,19 +152,20 @@ def upgrade(folder: Path, subspace: PrincipalSubspace, records: Iterable[tuple[s
     return RecordLog(folder)
 
 
-def card_of(subspace: PrincipalSubspace, members: Mapping[str, bytes]) -> str:
-    """Text of the model card of a store.
+def card_of(subspace: PrincipalSubspace, names: Sequence[str], read: Callable[[str], bytes]) -> str:
+    """Text of the model card of a store; of a large one the first members alone are read.
 
     Args:
         subspace: Its bases.
-        members: Its members, bytes by name.
+        names: Its members' names.
+        read: Gives a member's bytes by its name.
 
     Raises:
         ArtifactError: If a member's record cannot be read.
     """
-    shown = [record_in(members[name], name=name) for name in list(members)[:_SHOWN_ON_CARD]]
+    shown = [record_in(read(name), name=name) for name in names[:_SHOWN_ON_CARD]]
     return store_card(
-        subspace.info, subspace.rows(), fingerprint=subspace.fingerprint, n_members=len(members), members=shown
+        subspace.info, subspace.rows(), fingerprint=subspace.fingerprint, n_members=len(names), members=shown
     )
 
 
@@ -180,6 +181,24 @@ def write_card(folder: Path, card: str) -> None:
     """
     with one_writer(folder), atomic_update(folder, last=_CARD) as update:
         (update.scratch / _CARD).write_text(card, encoding="utf-8")
+
+
+def renew_card(folder: Path, card: str) -> bool:
+    """Write the model card anew after members came or went, unless somebody has edited it; returns whether it says `card` now.
+
+    Args:
+        folder: Folder of the store.
+        card: Text of README.md.
+
+    Raises:
+        ArtifactError: If it cannot be written.
+    """
+    manifest, there = read_manifest(folder), folder / _CARD
+    ours = () if manifest is None else manifest.files.get(_CARD, ())
+    if there.exists() and file_sha256(there) not in ours:
+        return False
+    write_card(folder, card)
+    return True
 
 
 def _write_whole(
