@@ -59,6 +59,25 @@ def test_store_summary_is_the_mean_and_the_largest(builder, tmp_path):
     assert f"{max(errors):.3g}"[:4] in shown(adapter_table(summary))
 
 
+def test_the_members_of_a_store_fit_eighty_columns_with_rank_size_and_base_model(builder, tmp_path):
+    store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(tmp_path / "adapters"))
+    summary = store_summary(store)
+    core = next(iter(store["adapter-0"].values()))
+    (row,) = {(*one["cores"], *one["ranks"]) for one in summary["adapters"].values()}
+    assert row == ("low_rank", len(core.parts["coefficients_in"]))
+    for name, one in summary["adapters"].items():
+        one["base_model"] = "me/other" if name == "adapter-2" else "me/base"
+    console = Console(width=80, record=True)
+    console.print(adapter_table(summary))
+    text = console.export_text()
+    assert f"{len(store)} adapters of me/base" in text
+    assert "name another base model: adapter-2 (me/other)." in " ".join(text.split())
+    for name, one in summary["adapters"].items():
+        line = next(line for line in text.splitlines() if f" {name} " in line)
+        assert f" {one['bytes'] / 1000:.1f} " in line
+        assert f"{one['mean_error']:.3g}" in line
+
+
 def test_condition():
     assert condition(torch.tensor([4.0, 2.0, 0.5])) == 8.0
     assert condition(torch.zeros(0)) is None

@@ -73,6 +73,8 @@ def member_summary(member: AdapterMember) -> dict[str, Any]:
     """
     return {
         "cores": list(member.kinds),
+        "ranks": sorted(set(member.ranks)),
+        "base_model": member.record.get("base_model"),
         "n_modules": len(member),
         "bytes": member.n_bytes,
         "task_type": member.record.get("task_type"),

@@ -1,6 +1,7 @@
 """Summaries as rich tables for a terminal."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from eigenpeft.report.markup import escape
 
 # More modules than this are shown by kind, one row for all layers.
 MOST_MODULES = 16
+_LISTED = 5  # adapters of other base models that are named
 
 
 def module_table(summary: dict[str, Any], *, every: bool = False) -> Table:
@@ -57,22 +59,35 @@ def _largest(values: Sequence[float | None]) -> str:
 
 
 def adapter_table(summary: dict[str, Any]) -> Table:
-    """One row per adapter: its core, what it keeps besides updates, mean and largest relative ΔW error over its modules.
+    """One row per adapter: core, rank, size, what it keeps besides updates, mean and largest relative ΔW error over its modules.
 
     Args:
         summary: From `store_summary`, or its `adapters` alone.
     """
-    table = Table(title="Adapters, and the relative error of ΔW (Frobenius) over the modules of each")
-    table.add_column("adapter")
-    for title in ("core", "kept besides"):
-        table.add_column(title)
-    for title in ("mean", "largest"):
+    rows = summary["adapters"]
+    bases = Counter(row["base_model"] for row in rows.values() if row["base_model"])
+    base = bases.most_common(1)[0][0] if bases else None
+    others = [f"{name} ({row['base_model']})" for name, row in rows.items() if row["base_model"] not in (base, None)]
+    table = Table(title=f"{len(rows)} adapter{'' if len(rows) == 1 else 's'}{escape(f' of {base}') if base else ''}")
+    table.caption = (
+        "kB: with heads. Errors: relative, of ΔW (Frobenius), over the modules of each; exact: trained in these bases."
+    )
+    if others:
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        table.caption += escape(f" Their configs name another base model: {', '.join(others[:_LISTED])}{more}.")
+    for title in ("adapter", "core"):
+        table.add_column(title, overflow="fold")
+    for title in ("rank", "kB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("kept besides", overflow="fold")
+    for title in ("mean error", "largest"):
         table.add_column(title, justify="right")
-    for name, row in summary["adapters"].items():
+    for name, row in rows.items():
         errors = [_number(row["mean_error"]), _number(row["largest_error"])]
         if row["mean_error"] is None:
             errors = ["exact", "exact"]
-        table.add_row(escape(name), ", ".join(row["cores"]), escape(_kept(row)), *errors)
+        sizes = _range(row["ranks"]) if row["ranks"] else "-", f"{row['bytes'] / 1000:.1f}"
+        table.add_row(escape(name), ", ".join(row["cores"]), *sizes, escape(_kept(row)), *errors)
     return table
 
 

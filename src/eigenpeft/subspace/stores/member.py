@@ -56,6 +56,14 @@ class AdapterMember(Mapping[str, Core]):
         return tuple(dict.fromkeys(core.kind for core in self.cores.values()))
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """Largest rank that the update can have, module by module: r of a factored core, min(K_in, K_out) of another."""
+        return tuple(
+            core.row.sizes(core.parts)[2] if core.row.is_factored else min(core.n_in, core.n_out)
+            for core in self.cores.values()
+        )
+
+    @property
     def n_bytes(self) -> int:
         """Size of cores and kept tensors in bytes."""
         kept = sum(tensor.numel() * tensor.element_size() for tensor in self.kept.values())
