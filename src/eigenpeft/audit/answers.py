@@ -89,13 +89,16 @@ class Reuse:
     """Which adapter is nearest to the new task?
 
     Attributes:
-        answer: "yes" (at least one points downhill), "no", or "not asked" where no rows were given.
+        answer: "yes" (at least one points further downhill than chance), "no", or "not asked" where no rows were given.
         text: The answer in plain words.
         nearest: Names and cosines of the update with the negative gradient, the largest first.
         mean: The same cosine of the mean update; None where no rows were given.
+        chance: Cosine that the best of as many random updates of their sizes exceeds once in 20 draws; None where no rows were
+            given, or in a report of an earlier version.
     """
 
     answer: Literal["yes", "no", "not asked"]
     text: str
     nearest: tuple[tuple[str, float], ...]
     mean: float | None
+    chance: float | None = None

@@ -2,13 +2,15 @@
 
 import codecs
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import (
     Dataset,
     are_progress_bars_disabled,
@@ -26,7 +28,9 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
 )
+from transformers.utils import logging as transformers_logging
 
+from eigenpeft.audit.task.light_head import train_light_head
 from eigenpeft.errors import EigenPeftError
 
 _MAX_LENGTH = 512
@@ -47,6 +51,20 @@ class LoadedTask:
     model: nn.Module
     rows: list[dict[str, Any]]
     collator: Callable[[list[Any]], Any]
+
+
+@contextmanager
+def without_load_reports() -> Iterator[None]:
+    """Transformers says nothing about heads that are new or resized, and draws no bar, while models are loaded as planned."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def open_rows(path: Path) -> Dataset:
@@ -145,19 +163,23 @@ def _reason(error: BaseException) -> str:
     return (text[:200] or type(error).__name__) + ("" if text.endswith(".") else ".")
 
 
-def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
+def load_task(model: str, path: Path, *, n_rows: int, train_head: bool = False, seed: int = 0) -> LoadedTask:
     """A model and the first rows of a task: causal language modelling, or classification where rows have a label.
 
     Args:
-        model: Folder or Hub id; for classification one with a trained head.
+        model: Folder or Hub id; for classification one with a trained head, unless `train_head`.
         path: Rows with `text`, `messages`, or `prompt` and `completion` (text or messages); or `text` and `label`.
         n_rows: Rows to read.
+        train_head: Give a base a new head for the labels, trained lightly on these rows (`train_light_head`).
+        seed: Seed of that head.
 
     Raises:
         EigenPeftError: If the columns are others, or the classifier has no trained head.
     """
     table = open_rows(path)
     columns = set(table.column_names)
+    if train_head:
+        return _with_light_head(model, path, columns, n_rows=n_rows, seed=seed)
     rows: list[Any] = list(islice(iter(table), n_rows))
     tokenizer = AutoTokenizer.from_pretrained(model)
     if {"text", "label"} <= columns:
@@ -165,7 +187,9 @@ def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
         if not any("ForSequenceClassification" in name for name in config.architectures or ()):
             raise EigenPeftError(
                 f"{str(path)!r} has labels, but {model!r} holds {config.architectures}, no trained classifier: gradients "
-                "behind a fresh head are those of a random direction. Train the head first, save it, and pass that folder."
+                "behind a fresh head are those of a random direction. Add --train-head, which trains a head lightly on these rows "
+                "first (the base rests, nothing is saved); or pass a classifier of this task to --model, such as the folder "
+                "that `eigenpeft merge-base ADAPTER --out FOLDER` makes of an adapter and its own head."
             )
         classifier = AutoModelForSequenceClassification.from_pretrained(model)
         return LoadedTask(
@@ -178,6 +202,20 @@ def load_task(model: str, path: Path, *, n_rows: int) -> LoadedTask:
         tokenizer.pad_token = tokenizer.eos_token
     tokenized = [_language(row, tokenizer) for row in rows]
     return LoadedTask(AutoModelForCausalLM.from_pretrained(model), tokenized, DataCollatorForSeq2Seq(tokenizer))
+
+
+def _with_light_head(model: str, path: Path, columns: set[str], *, n_rows: int, seed: int) -> LoadedTask:
+    if not {"text", "label"} <= columns:
+        raise EigenPeftError(
+            f"--train-head is for rows with text and label, and {str(path)!r} has {sorted(columns)}; leave it out."
+        )
+    task = load_new_task(model, path)
+    torch.manual_seed(seed)
+    with without_load_reports():
+        classifier = task.make_model()
+    rows = task.rows[:n_rows]
+    train_light_head(classifier, rows, data_collator=task.collator, seed=seed)
+    return LoadedTask(classifier, rows, task.collator)
 
 
 @dataclass(frozen=True, eq=False)

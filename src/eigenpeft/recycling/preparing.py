@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from eigenpeft.audit.task.light_head import LIGHT_RATE
 from eigenpeft.audit.task.reuse import nearest_adapters
 from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
@@ -14,9 +15,6 @@ from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge
 
 SCALES = (0.5, 1.0, 2.0, 3.0)
-# Learning rate of the head behind which gradients are taken: a head that fits every row leaves a gradient of noise
-# (docs/regimes.md).
-_LIGHT_RATE = 1e-2
 
 
 def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps: int) -> Sources:
@@ -56,7 +54,7 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
     model: Any
     try:
         zero = with_start(sources, scale=0.0)
-        model = search.trained("merged_head", zero, rate=_LIGHT_RATE, steps=steps, rows=search.rows)
+        model = search.trained("merged_head", zero, rate=LIGHT_RATE, steps=steps, rows=search.rows)
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
         model = search.make_model()

@@ -76,6 +76,8 @@ def reuse_table(report: AuditReport) -> Table | None:
     table.add_column("cosine with the negative gradient", justify="right")
     for name, cosine in report.reuse.nearest[:_NEAREST]:
         table.add_row(escape(name), f"{cosine:+.4f}")
+    if report.reuse.chance is not None:
+        table.add_row("best of as many random updates, once in 20 draws", f"{report.reuse.chance:+.4f}")
     return table
 
 

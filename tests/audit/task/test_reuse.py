@@ -1,6 +1,7 @@
 """Downhill cosines against dense gradients in float64; the adapter that was made from the task's own gradient comes first."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 
 from eigenpeft import AdapterCollection
 from eigenpeft.audit.task.gradient import modules_in
-from eigenpeft.audit.task.reuse import downhill, nearest_adapters
+from eigenpeft.audit.task.reuse import downhill, nearest_adapters, reuse_answer
 from eigenpeft.audit.task.task_gradients import gather_tokens
 from eigenpeft.building import SubspaceBuilder
 from eigenpeft.errors import SubspaceError
+from eigenpeft.linalg.scores.nulls import matched_null
 from tests.factories import tiny_bert, write_adapter
 
 NAMES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"]
@@ -63,6 +65,37 @@ def test_the_adapter_that_descends_comes_first(task):
     measured = found(task)
     assert next(iter(measured.adapters)) == "own"
     assert measured.adapters["own"] > 0.5
+
+
+def test_chance_is_what_the_best_of_as_many_random_updates_exceeds_once_in_twenty(task):
+    """Against draws of `matched_null` and dense products in float64."""
+    _, _, gradients, collection = task
+    wide = torch.cat([gradients[name].double().flatten() for name in NAMES])
+    factors = {name: [(read.lora_B, read.lora_A) for read in collection.factors(name)] for name in NAMES}
+    generator, best = torch.Generator().manual_seed(0), []
+    for _ in range(600):
+        drawn = [
+            [b.double() @ a.double() for b, a in matched_null(factors[name], generator=generator)] for name in NAMES
+        ]
+        updates = [torch.cat([update.flatten() for update in each]) for each in zip(*drawn, strict=True)]
+        best.append(max(float(torch.nn.functional.cosine_similarity(-wide, update, dim=0)) for update in updates))
+    above = sum(value > found(task).chance for value in best) / len(best)
+    assert 0.02 <= above <= 0.09  # 0.05 with a standard error of 0.009; adapters of unequal tails make it less
+
+
+def test_the_answer_says_that_none_is_near_with_the_figure_it_is_judged_by(task):
+    near = found(task)
+    said = reuse_answer(near)
+    assert (said.answer, said.chance) == ("yes", near.chance)
+    assert "Start from own" in said.text
+    assert "once in 20 draws" in said.text
+    assert f"the last {min(near.adapters.values()):+.3f}" in said.text
+    far = replace(near, adapters={name: near.chance * 0.9 for name in near.adapters})
+    said = reuse_answer(far)
+    assert said.answer == "no"
+    assert said.text.startswith("No. None of the adapters is near this task")
+    assert f"{near.chance:+.4f} once in 20 draws" in said.text
+    assert reuse_answer(replace(far, adapters=dict.fromkeys(far.adapters, -0.2), chance=0.0)).answer == "no"
 
 
 def test_a_gradient_of_zero_is_refused(task):

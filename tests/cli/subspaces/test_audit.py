@@ -3,7 +3,11 @@
 import json
 
 import pytest
+import torch
+from transformers import BertModel
 
+from eigenpeft.cli.rows import load_new_task, load_task
+from eigenpeft.recycling.training import judge
 from eigenpeft.report import plots
 from tests.factories import make_collection, tiny_bert, tiny_llama
 from tests.recipes.tiny import tiny_tokenizer
@@ -128,11 +132,38 @@ def test_audit_with_a_new_classification_task(run, classifier, tmp_path):
     assert (absent.code, "There is no file or folder" in absent.err) == (1, True)
 
 
+def test_a_base_without_a_head_gets_one_that_is_trained_on_the_rows(run, tmp_path):
+    BertModel(tiny_bert().config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    modules = {f"bert.encoder.layer.{i}.attention.self.value": (16, 16) for i in (0, 1)}
+    adapters = make_collection(tmp_path / "sources", modules=modules, rank=2, n_shared=4, task_type="SEQ_CLS")
+    rows = [{"text": "w1 w2", "label": "yes"}, {"text": "w3 w4 w5", "label": "no"}] * 8
+    data = written(tmp_path / "task.jsonl", rows)
+    start = ("audit", adapters.folder, "-k", 4, "--model", tmp_path / "base", "--dataset", data)
+    refused = run(*start)
+    assert (refused.code, "Add --train-head" in refused.err) == (1, True)
+    shown = run(*start, "--train-head")
+    assert shown.code == 0, shown.err
+    assert "once in 20 draws" in " ".join(shown.out.split())
+    task = load_task(str(tmp_path / "base"), data, n_rows=16, train_head=True)
+    fresh = load_new_task(str(tmp_path / "base"), data)
+    torch.manual_seed(0)
+    losses = [float(judge(each, fresh.rows, collator=fresh.collator)[1]) for each in (fresh.make_model(), task.model)]
+    assert losses[1] < losses[0] - 0.05
+    trained, untouched = task.model.state_dict(), fresh.make_model().state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in untouched.items() if name.startswith("bert."))
+
+
 def test_audit_refuses_a_task_it_cannot_read(run, language_adapters, language_model, tmp_path):
     start = ("audit", language_adapters.folder, "-k", 4, "--model", language_model)
     other = run(*start, "--dataset", written(tmp_path / "a.jsonl", [{"question": "one"}]))
     assert (other.code, "has the columns ['question']" in other.err) == (1, True)
     labelled = run(*start, "--dataset", written(tmp_path / "b.jsonl", [{"text": "one", "label": 1}]))
     assert (labelled.code, "no trained classifier" in labelled.err) == (1, True)
+    assert "Add --train-head" in labelled.err
+    beside = run(*start, "--train-head", "--dataset", written(tmp_path / "c.jsonl", [ROWS["text"]]))
+    assert (beside.code, "--train-head is for rows with text and label" in beside.err) == (1, True)
+    without = run("audit", language_adapters.folder, "-k", 4, "--train-head")
+    assert (without.code, "--train-head goes with --model and --dataset" in without.err) == (1, True)
     alone = run(*start)
     assert (alone.code, "Pass both --model and --dataset" in alone.err) == (1, True)

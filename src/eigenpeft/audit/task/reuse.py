@@ -1,7 +1,9 @@
 """Which adapters are nearest to a new task: whose update points downhill on its loss, before any training."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist, median
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from eigenpeft.audit.task.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product
+from eigenpeft.linalg.scores.nulls import chance_cosine
 from eigenpeft.subspace.matching import match_modules
 
 
@@ -22,10 +25,12 @@ class Downhill:
     Attributes:
         adapters: Adapter to its cosine `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)`, the largest first.
         mean: The same of the mean update of all of them.
+        chance: Cosine that the best of as many random updates of their sizes (`matched_null`) exceeds once in 20 draws.
     """
 
     adapters: dict[str, float]
     mean: float
+    chance: float
 
 
 def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
@@ -40,25 +45,30 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
     Raises:
         SubspaceError: If the gradient or the updates are zero in all modules.
     """
-    inner, squares = dict.fromkeys(collection.names, 0.0), dict.fromkeys(collection.names, 0.0)
-    gradient_square = mean_square = 0.0
+    inner = dict.fromkeys(collection.names, 0.0)
+    gradients: dict[str, float] = {}
+    by_module: dict[str, dict[str, float]] = {name: {} for name in collection.names}
+    mean_square = 0.0
     for module, (deltas, inputs) in tokens.items():
-        gradient_square += float(frobenius_norm(deltas.mT, inputs)) ** 2
+        gradients[module] = float(frobenius_norm(deltas.mT, inputs)) ** 2
         factors: list[tuple[Tensor, Tensor]] = []
         for read in collection.factors(module):
             lora_b, lora_a = read.lora_B.to(torch.float64), read.lora_A.to(torch.float64)
             inner[read.adapter] -= float(inner_product(deltas.mT, inputs, lora_b, lora_a))
-            squares[read.adapter] += float(frobenius_norm(lora_b, lora_a)) ** 2
+            by_module[read.adapter][module] = float(frobenius_norm(lora_b, lora_a)) ** 2
             factors.append((lora_b, lora_a))
         if factors:
             columns, rows = torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
             mean_square += float(frobenius_norm(columns, rows)) ** 2 / len(collection) ** 2
+    squares = {name: sum(own.values()) for name, own in by_module.items()}
+    gradient_square = sum(gradients.values())
     if not gradient_square > 0 or not any(squares.values()):
         raise SubspaceError("The gradient or every update is zero in all modules; there is nothing to compare.")
     length = gradient_square**0.5
     cosines = _cosines(inner, squares, length)
     mean = sum(inner.values()) / len(collection) / (length * mean_square**0.5) if mean_square > 0 else 0.0
-    return Downhill(adapters=dict(sorted(cosines.items(), key=lambda item: -item[1])), mean=mean)
+    ordered = dict(sorted(cosines.items(), key=lambda item: -item[1]))
+    return Downhill(ordered, mean, _chance(collection, gradients, {name: by_module[name] for name in ordered}))
 
 
 def nearest_adapters(
@@ -94,11 +104,24 @@ def nearest_adapters(
     return downhill(adapters, tokens)
 
 
+def _chance(
+    collection: AdapterCollection, gradients: Mapping[str, float], updates: Mapping[str, Mapping[str, float]]
+) -> float:
+    """Cosine that the best of n random updates exceeds once in 20 draws (normal, n of them independent), of the longest tail."""
+    sizes = [math.prod(collection.shapes[module]) for module in gradients]
+    tails = [
+        chance_cosine(list(gradients.values()), [own.get(module, 0.0) for module in gradients], sizes)
+        for own in updates.values()
+    ]
+    return NormalDist().inv_cdf(1 - _ONCE_IN / len(tails)) * max(tails)
+
+
 def _cosines(inner: Mapping[str, float], squares: Mapping[str, float], length: float) -> dict[str, float]:
     return {name: inner[name] / (length * square**0.5) for name, square in squares.items() if square > 0}
 
 
 _NAMED = 3
+_ONCE_IN = 0.05
 
 
 def reuse_answer(found: Downhill | None) -> Reuse:
@@ -116,17 +139,23 @@ def reuse_answer(found: Downhill | None) -> Reuse:
         )
     nearest = tuple(found.adapters.items())
     named = ", ".join(f"{name} ({cosine:+.3f})" for name, cosine in nearest[:_NAMED])
-    if nearest[0][1] <= 0:
+    chance = f"the best of {len(nearest)} random updates of their sizes is above {found.chance:+.4f} once in 20 draws"
+    if nearest[0][1] <= max(found.chance, 0.0):
         return Reuse(
             "no",
-            f"No. No adapter's update points downhill on this task's loss; the nearest are {named}.",
+            f"No. None of the adapters is near this task: by the cosine of the update with the negative gradient the first are "
+            f"{named}, and {chance}. Train a fresh LoRA, or compare starts with `eigenpeft recycle`.",
             nearest,
             found.mean,
+            found.chance,
         )
+    middle, last = median(found.adapters.values()), nearest[-1][1]
     return Reuse(
         "yes",
         f"Start from {nearest[0][0]} if you continue one adapter. Nearest to this task, by the cosine of the update with the "
-        f"negative gradient: {named}; of the mean of all adapters it is {found.mean:+.3f}.",
+        f"negative gradient: {named}; the median of all {len(nearest)} is {middle:+.3f}, the last {last:+.3f}, that of their mean "
+        f"update {found.mean:+.3f}, and {chance}.",
         nearest,
         found.mean,
+        found.chance,
     )

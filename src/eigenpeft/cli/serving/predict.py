@@ -9,11 +9,10 @@ from datasets import Dataset
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from eigenpeft.artifacts.atomic import atomic_file, check_file
 from eigenpeft.cli.app import Json, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import open_rows
+from eigenpeft.cli.rows import open_rows, without_load_reports
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.subspace import AdapterStore
@@ -118,12 +117,8 @@ def _strings(table: Dataset, column: str, path: Path) -> list[str]:
 def _classifier(base: str, store: AdapterStore, members: set[str]) -> Any:
     """The base model with a classifier's head; a head that nobody trained is there only where every member has its own."""
     headless = sorted(name for name in members if name == BASE or not heads_of(name, store[name]))
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a new head is expected where each member has its own
-    try:
+    with without_load_reports():  # a new head is expected where each member has its own
         model, loading = AutoModelForSequenceClassification.from_pretrained(base, output_loading_info=True)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if headless and loading["missing_keys"]:
         raise EigenPeftError(
             f"{', '.join(map(repr, headless[:5]))}{', ...' if len(headless) > 5 else ''} would answer with the head of the base "

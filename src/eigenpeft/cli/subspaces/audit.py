@@ -37,7 +37,7 @@ def audit(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Base model (folder or Hub id) for the gradient of a new task; a trained classifier for labels."
+            help="Base model (folder or Hub id) for the gradient of a new task; for labels a trained classifier, or --train-head."
         ),
     ] = None,
     dataset: Annotated[
@@ -48,6 +48,12 @@ def audit(
         ),
     ] = None,
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
+    train_head: Annotated[
+        bool,
+        typer.Option(
+            "--train-head", help="Give --model a new head for the labels of --dataset, trained lightly on these rows."
+        ),
+    ] = False,
     n_train: Annotated[int, typer.Option(help="Training rows that the new task has, for the second answer.")] = 64,
     exclude: Exclude = None,
     share: Annotated[
@@ -76,7 +82,13 @@ def audit(
     for path in (plot, html):
         if path is not None:
             check_file(path, overwrite=overwrite, inputs=adapters)
-    task = None if model is None or dataset is None else load_task(model, dataset, n_rows=n_rows)
+    if train_head and model is None:
+        raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
+    task = (
+        None
+        if model is None or dataset is None
+        else load_task(model, dataset, n_rows=n_rows, train_head=train_head, seed=seed)
+    )
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
     ) as collection:

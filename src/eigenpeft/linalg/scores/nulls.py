@@ -1,5 +1,6 @@
 """Matched nulls: updates as large and as long as the real ones, in directions that nobody learnt."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -77,6 +78,31 @@ def chance_curve(n_components: int, *widths: int) -> Float[Tensor, "k"]:
     for width in widths:
         curve = curve * (steps / width).clamp(max=1.0)
     return curve
+
+
+def chance_cosine(gradient_squares: Sequence[float], update_squares: Sequence[float], sizes: Sequence[int]) -> float:
+    """Standard deviation of `⟨G, ΔW⟩ / (‖G‖ ‖ΔW‖)` over updates as `matched_null` draws them, all weights together.
+
+    With uniformly random singular vectors `E ⟨G_l, ΔW_l⟩² = ‖G_l‖² ‖ΔW_l‖² / (m_l n_l)` in weight l whatever the singular values,
+    the mean is 0, and weights are independent of each other.
+
+    Args:
+        gradient_squares: ‖G_l‖² of each weight.
+        update_squares: ‖ΔW_l‖² of each weight.
+        sizes: m_l n_l of each weight.
+
+    Returns:
+        0 where either is zero in all weights.
+
+    Example:
+        >>> chance_cosine([1.0, 1.0], [2.0, 2.0], [50, 50])
+        0.1
+    """
+    total = sum(gradient_squares) * sum(update_squares)
+    if not total > 0:
+        return 0.0
+    each = zip(gradient_squares, update_squares, sizes, strict=True)
+    return math.sqrt(sum(gradient * update / size for gradient, update, size in each) / total)
 
 
 def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
