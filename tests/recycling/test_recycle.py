@@ -1,6 +1,8 @@
 """recycle on a small classifier: the result is a plain LoRA with the winner's logits, trials are remembered, and refusals."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from eigenpeft import AdapterCollection
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling import CANDIDATES, RecycleReport, recycle, run
+from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
 from eigenpeft.recycling.result import write_result
 from tests.factories import random_factors, tiny_bert, write_adapter
 
@@ -62,10 +64,10 @@ def test_every_candidate_ends_as_a_plain_lora_with_the_logits_of_the_trained_mod
 ):
     seen, ids = {}, torch.tensor([row["input_ids"] for row in task_rows()])
 
-    def remember(model, folder, *, base_model):
+    def remember(model, folder, *, base_model, card):
         with torch.no_grad():
             seen["logits"] = model.eval()(input_ids=ids).logits
-        write_result(model, folder, base_model=base_model)
+        write_result(model, folder, base_model=base_model, card=card)
 
     monkeypatch.setattr(run, "write_result", remember)
     report = recycled(adapters, tmp_path, candidates=[name])
@@ -91,6 +93,49 @@ def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
     assert report.winner in report.text
     again = RecycleReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
+
+
+def test_it_says_how_much_there_is_to_do_and_how_long_that_takes(adapters, tmp_path):
+    lines, steps = [], []
+
+    def counted(**settings):
+        steps.append(settings["args"].max_steps)
+        return Trainer(**settings)
+
+    names = ["lora_r8", "eigenlora", "merged_head", "nearest_continued"]
+    options = {"candidates": names, "args": arguments(tmp_path, max_steps=32), "trainer": counted, "say": lines.append}
+    report = recycled(adapters, tmp_path, **options)
+    planned, estimate = lines
+    first = steps[0]
+    assert planned.startswith(
+        f"4 candidates: 5 short trainings to prepare, 8 trials of {first} steps, 4 trials of {2 * first}"
+    )
+    assert planned.endswith("and one training of 32 steps on all rows.")
+    assert f"The first trial took {report.trials[0].seconds:.1f} s for {first} steps" in estimate
+    # What is announced is what is done; the merged head at the best multiplier was tried in the preparation already.
+    announced = (
+        5 * first + sum(int(n) * int(each) for n, each in re.findall(r"(\d+) trials of (\d+) steps", planned)) + 32
+    )
+    assert announced - first <= sum(steps) <= announced
+    del lines[:]
+    recycled(adapters, tmp_path, **options)
+    assert lines == [planned]  # nothing is trained again, so that nothing is estimated
+
+
+def test_trials_at_chance_are_not_ranked():
+    trials = tuple(
+        Trial(name, 1e-3, 8, None, score, 0.7, 12, 1.0) for name, score in (("lora_r8", 0.5), ("init", 0.62))
+    )
+    report = RecycleReport("init", 1e-3, 8, 0.62, (0.5, 8), trials, {}, 48, 16, 3.0, False, majority=0.5)
+    assert report.is_at_chance
+    assert report.text.startswith(
+        "None of the 2 trials learnt anything that 16 held-out rows show: they scored 0.500 to 0.620"
+    )
+    assert "the commonest label for every row scores 0.500 ± 0.250" in report.text
+    better = replace(report, trials=(replace(trials[0], score=0.8), trials[1]))
+    assert not better.is_at_chance
+    assert better.text.startswith("Best of 2 candidates: init")
+    assert not replace(report, majority=None).is_at_chance  # losses have no such bound
 
 
 def test_a_second_call_repeats_no_trial(adapters, tmp_path):

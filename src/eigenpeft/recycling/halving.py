@@ -25,6 +25,25 @@ def first_steps(n_entrants: int, *, max_steps: int, budget: float) -> int:
     return max(1, min(max_steps, int(budget * max_steps / (n_entrants * rounds))))
 
 
+def planned_rounds(n_entrants: int, *, steps: int, max_steps: int) -> list[tuple[int, int]]:
+    """Entrants and steps of each round, where none is refused and the time suffices.
+
+    Args:
+        n_entrants: How many start.
+        steps: Steps of the first round.
+        max_steps: Steps of a full training.
+
+    Examples:
+        >>> planned_rounds(6, steps=4, max_steps=100)
+        [(6, 4), (3, 8), (2, 16)]
+    """
+    rounds = [(n_entrants, steps)]
+    while rounds[-1][0] > 2 and rounds[-1][1] < max_steps:
+        n, done = rounds[-1]
+        rounds.append((-(-n // 2), min(2 * done, max_steps)))
+    return rounds
+
+
 def better_half(scores: Sequence[tuple[Entrant, tuple[float, ...]]]) -> list[Entrant]:
     """The entrants of the highest scores, half of them rounded up, best first; of equal ones those named first.
 

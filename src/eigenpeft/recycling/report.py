@@ -48,6 +48,7 @@ class RecycleReport:
         n_held_out: Rows that they were judged on.
         seconds: Seconds of everything.
         stopped: Whether the time limit ended the rounds early.
+        majority: Share of the held-out rows that have the commonest label; None where rows have no whole labels.
     """
 
     winner: str
@@ -61,10 +62,30 @@ class RecycleReport:
     n_held_out: int
     seconds: float
     stopped: bool
+    majority: float | None = None
+
+    @property
+    def is_at_chance(self) -> bool:
+        """Whether no trial did better than the commonest label for every row, by two standard errors of that share."""
+        return self.majority is not None and max(trial.score for trial in self.trials) <= self.majority + self._margin
+
+    @property
+    def _margin(self) -> float:
+        share = self.majority or 0.0
+        return 2 * (share * (1 - share) / self.n_held_out) ** 0.5
 
     @property
     def text(self) -> str:
         """The end in plain words."""
+        if self.is_at_chance:
+            scores, longest = [trial.score for trial in self.trials], max(trial.steps for trial in self.trials)
+            return (
+                f"None of the {len(scores)} trials learnt anything that {self.n_held_out} held-out rows show: they scored "
+                f"{min(scores):.3f} to {max(scores):.3f}, and the commonest label for every row scores {self.majority:.3f} ± "
+                f"{self._margin:.3f}. Which candidate is best is not known from this. Give more rows or more steps "
+                f"(max_steps, --max-steps; the last round had {longest}). {self.winner} was trained on all "
+                f"{self.n_train + self.n_held_out} rows nevertheless."
+            )
         numbers = next(trial.numbers for trial in self.trials if trial.candidate == self.winner)
         beside = "no fresh LoRA r 8 was tried beside it"
         if self.winner == "lora_r8":

@@ -8,16 +8,24 @@ from eigenpeft.tuners.files.export import contents_of_model
 from eigenpeft.tuners.files.lora_files import write_lora
 
 
-def write_result(model: PeftModel, folder: Path, *, base_model: str | None) -> None:
+def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card: str) -> None:
     """Write a plain LoRA: the update of the trained adapter, and the merged start where there is one (their ranks add up).
 
     Args:
         model: The trained model; its head is written too.
         folder: Folder to make.
         base_model: Name that the adapter's config gets.
+        card: Text of README.md; `write_lora` adds its section.
 
     Raises:
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
     updates, fields, others = contents_of_model(model, "default")
-    write_lora(folder, updates, {**fields, "base_model_name_or_path": base_model}, others, overwrite=True)
+    write_lora(
+        folder,
+        updates,
+        {**fields, "base_model_name_or_path": base_model},
+        others,
+        files={"README.md": card.encode()},
+        overwrite=True,
+    )

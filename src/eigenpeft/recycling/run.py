@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, Sources
-from eigenpeft.recycling.halving import first_steps
-from eigenpeft.recycling.preparing import prepared
+from eigenpeft.recycling.halving import first_steps, planned_rounds
+from eigenpeft.recycling.loading import readme
+from eigenpeft.recycling.preparing import SCALES, prepared
 from eigenpeft.recycling.report import RecycleReport, Trial
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.search import Search, halved
@@ -44,6 +46,7 @@ def recycle(
     held_out: float = 0.25,
     time_limit: float | None = None,
     progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RecycleReport:
     """From adapters, a base model and rows of a new task to the best adapter within a budget.
 
@@ -69,6 +72,7 @@ def recycle(
         held_out: Share of the rows that candidates are judged on.
         time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
         progress: Show a progress bar.
+        say: Called with a line before the first trial, how many there are, and one after it, how long all may take.
 
     Returns:
         `RecycleReport`; its `text` says it in words.
@@ -91,17 +95,18 @@ def recycle(
         head_rate,
         out / "trials.jsonl",
         time.monotonic() + (math.inf if time_limit is None else time_limit),
+        say,
         trials=_remembered(out, _trainer_settings(adapters, rows, args) | own),
     )
     plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
     entrants = [(name, rate) for name in candidates for rate in CANDIDATES[name].rates]
     steps = first_steps(len(entrants), max_steps=args.max_steps, budget=BUDGET)
+    search.work = _announce(candidates, len(entrants), steps=steps, max_steps=args.max_steps, say=say)
     sources = prepared(search, plain, candidates, steps=steps)
     bar = tqdm(desc="Recycling", unit="trial", disable=not progress)
     entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
     bar.close()
     model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
-    write_result(model, out / "adapter", base_model=adapters.base_model_name_or_path)
     fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == "lora_r8"]
     report = RecycleReport(
         winner=best.candidate,
@@ -115,10 +120,42 @@ def recycle(
         n_held_out=len(judged_rows),
         seconds=time.perf_counter() - start,
         stopped=stopped,
+        majority=_majority(judged_rows),
     )
+    config, own_name = model.get_base_model().config, adapters.base_model_name_or_path
+    card = readme(
+        base=getattr(config, "name_or_path", "") or own_name or "the-base-model",
+        adapter=str(out / "adapter"),
+        config=config,
+        task_type=task_type,
+        text=report.text,
+    )
+    write_result(model, out / "adapter", base_model=own_name, card=card)
     with atomic_file(out / "report.json", overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _announce(
+    candidates: Sequence[str], n_entrants: int, *, steps: int, max_steps: int, say: Callable[[str], None]
+) -> int:
+    """Say what is going to be trained; returns the steps of all of it."""
+    scales = len(SCALES) if any(CANDIDATES[name].merged for name in candidates) else 0
+    first = scales + ("nearest_continued" in candidates)
+    rounds = planned_rounds(n_entrants, steps=steps, max_steps=max_steps)
+    parts = [f"{first} short trainings to prepare"] if first else []
+    parts += [f"{n} trials of {each} steps" for n, each in rounds]
+    say(f"{len(candidates)} candidates: {', '.join(parts)}, and one training of {max_steps} steps on all rows.")
+    return first * steps + sum(n * each for n, each in rounds) + max_steps
+
+
+def _majority(rows: Any) -> float | None:
+    """Share of the commonest label; None where labels are not single whole numbers."""
+    labels = [rows[i].get("labels", rows[i].get("label")) for i in range(len(rows))]
+    values = [label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label for label in labels]
+    if not all(isinstance(value, int) for value in values):
+        return None
+    return Counter(values).most_common(1)[0][1] / len(values)
 
 
 def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: float) -> None:

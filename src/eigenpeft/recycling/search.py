@@ -33,8 +33,11 @@ class Search:
     head_rate: float
     log: Path
     deadline: float
+    say: Callable[[str], None] = lambda _: None
+    work: int = 0  # steps that are planned, the last training included
     trials: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    has_estimated: bool = False
 
     def model(self, candidate: str, sources: Sources) -> PeftModel:
         """A fresh base, merged if the candidate asks for it, with the candidate's adapter."""
@@ -73,7 +76,20 @@ class Search:
         self.trials.append(found)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found)) + "\n")
+        self._estimate(found)
         return found
+
+    def _estimate(self, first: Trial) -> None:
+        """After the first trial that was trained in this run: how long all may take."""
+        if self.has_estimated:
+            return
+        self.has_estimated = True
+        minutes = first.seconds / first.steps * self.work / 60
+        shown = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+        self.say(
+            f"The first trial took {first.seconds:.1f} s for {first.steps} steps: all of it takes about {shown} at that pace, less "
+            "where an earlier run left trials. A time limit (--time-limit) ends the search early."
+        )
 
     @property
     def late(self) -> bool:

@@ -1,8 +1,12 @@
 """The command recycle: a classifier's new task and a language model's, from rows in a file to a plain LoRA."""
 
 import json
+import logging
+import re
+from contextlib import contextmanager
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
@@ -33,19 +37,55 @@ def classifier(tmp_path):
     return folder, tmp_path / "adapters"
 
 
-def test_a_classifier(run, classifier, tmp_path):
+@contextmanager
+def noted(name):
+    """Records of a library's logger."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_classifier(run, classifier, tmp_path, capsys):
     model, adapters = classifier
     rows = [{"text": f"w{i % 7} w{i % 5}", "label": ["no", "yes"][i % 2]} for i in range(24)]
     data = written(tmp_path / "task.jsonl", rows)
     arguments = ("recycle", adapters, "--model", model, "--dataset", data, "--out", tmp_path / "out", "-k", 2)
     settings = ("--max-steps", 4, "--batch-size", 4, "--candidate", "lora_r8", "--candidate", "merged_head")
-    shown = run(*arguments, *settings)
+    with noted("transformers") as records:
+        shown = run(*arguments, *settings)
     assert shown.code == 0, shown.err
-    assert "Best of 2 candidates" in shown.out
+    assert not records  # a head that is new is no news
+    assert "2 candidates: 4 short trainings to prepare, 4 trials of" in shown.err
+    assert "The first trial took" in shown.err
     report = json.loads(run(*arguments, *settings, "--json").out)
     assert report["n_train"] + report["n_held_out"] == 24
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2, ignore_mismatched_sizes=True)
-    PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    lines = re.search(r"```python\n(.+?)```", (tmp_path / "out" / "adapter" / "README.md").read_text(), re.S)
+    found: dict = {}
+    exec(lines[1], found)
+    with torch.no_grad():
+        expected = adapted(**found["tokenizer"](["a text"], return_tensors="pt")).logits
+    torch.testing.assert_close(found["logits"], expected)
+    assert found["labels"] == ["no", "yes"]
+    assert capsys.readouterr().out.strip() in found["labels"]
+
+
+def test_trials_at_chance_are_said_to_be_that(run, classifier, tmp_path):
+    model, adapters = classifier
+    rows = [{"text": "w1 w2", "label": i % 2} for i in range(16)]  # one text, so that nothing tells the labels apart
+    data = written(tmp_path / "task.jsonl", rows)
+    arguments = ("recycle", adapters, "--model", model, "--dataset", data, "--out", tmp_path / "out", "-k", 2)
+    shown = run(*arguments, "--max-steps", 4, "--candidate", "lora_r8")
+    assert shown.code == 0, shown.err
+    assert "learnt anything that 4 held-out rows show" in " ".join(shown.out.split())
+    assert "Scores on" not in shown.out
 
 
 def test_a_language_model(run, tmp_path):
@@ -72,6 +112,8 @@ def test_a_language_model(run, tmp_path):
     shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen)
     assert shown.code == 0, shown.err
     assert "Not tried: merged_head" in shown.out  # a language model has no new head
+    assert "Scores on 3 held-out rows" in shown.out
+    assert "AutoModelForCausalLM" in (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 

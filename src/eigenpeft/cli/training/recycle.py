@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 from transformers import TrainingArguments
 
-from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
-from eigenpeft.cli.rows import load_new_task
+from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, errors, print_json, quiet
+from eigenpeft.cli.rows import load_new_task, without_load_reports
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.recycling import CANDIDATES, RecycleReport
 from eigenpeft.recycling import recycle as run_recycle
@@ -51,7 +51,7 @@ def recycle_command(
     quiet(as_json)
     task = load_new_task(model, dataset)
     opened = AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models)
-    with opened as collection, tempfile.TemporaryDirectory() as scratch:
+    with opened as collection, tempfile.TemporaryDirectory() as scratch, without_load_reports():
         report = run_recycle(
             collection,
             task.make_model,
@@ -72,15 +72,19 @@ def recycle_command(
             head_rate=head_rate,
             time_limit=time_limit,
             progress=not as_json,
+            say=lambda line: errors.print(escape(line), soft_wrap=True),
         )
     if as_json:
         print_json(report.to_dict())
         return
-    console.print(_table(report))
+    if not report.is_at_chance:  # an order would be read as a finding
+        console.print(_table(report))
     for name, reason in report.refused.items():
         console.print(f"Not tried: {escape(name)}: {escape(reason)}")
     console.print(f"[bold]{escape(report.text)}[/bold]")
-    console.print(f"Wrote {escape(str(out / 'adapter'))}.")
+    console.print(
+        f"Wrote {escape(str(out / 'adapter'))} (its README.md has the lines that load it) and {escape(str(out / 'report.json'))}."
+    )
 
 
 def _table(report: RecycleReport) -> Table:
