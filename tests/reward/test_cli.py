@@ -68,6 +68,9 @@ def test_evaluate_says_whether_it_pays(features, tmp_path):
     shown = " ".join(run("evaluate", features, "--n-basis", 2).stdout.split())
     assert "95 % by bootstrap of users" in shown
     assert found["verdict"][:30] in shown
+    # 30 users, 9 of them new: too few for a verdict, which says so.
+    assert found["verdict"].startswith("Unknown whether personalisation pays on this data: 21 known and 9 new users")
+    assert "users asked" in shown
 
 
 def test_from_text_to_a_users_own_classifier(text):

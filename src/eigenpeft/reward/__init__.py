@@ -2,7 +2,8 @@
 
 from eigenpeft.reward.artifact.model import LowRankRewardModel, UserPosterior
 from eigenpeft.reward.artifact.users import UserTable
-from eigenpeft.reward.evaluation.evaluate import LoReEvaluation, Share, evaluate_lore
+from eigenpeft.reward.evaluation.evaluate import LoReEvaluation, evaluate_lore
+from eigenpeft.reward.evaluation.intervals import Share
 from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 from eigenpeft.reward.fitting.fitter import LoReFitter
 from eigenpeft.reward.fitting.selection import Candidate

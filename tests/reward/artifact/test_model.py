@@ -40,6 +40,17 @@ def test_unknown_users(model, normal):
         model.update_user("eve", chosen=features, rejected=features)
 
 
+def test_the_card_is_readable_and_counts_nobody(model):
+    model.info = {"base_model": "me/base", "n_basis": 3, "deviation_scale": 1.0}
+    card = model.card()
+    assert "run `eigenpeft lore evaluate` before relying on it" in card
+    assert card.count("| n basis |") == 1
+    assert "&#96;" not in card
+    assert "2 users" not in card  # the table of users changes without the card
+    model.info["verdict"] = "Pays `x` | <b>"
+    assert "Pays &#96;x&#96; &#124; &lt;b&gt;" in model.card()  # text of a file stays harmless
+
+
 def test_empty_history_is_the_population_and_history_moves_away(model, normal):
     empty = model.add_user("new", chosen=torch.zeros(0, 4), rejected=torch.zeros(0, 4))
     torch.testing.assert_close(empty.weights, model.population_weights)

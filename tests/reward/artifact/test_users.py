@@ -67,6 +67,10 @@ def test_errors(ids, tmp_path):
     table.put(ids, weights(6), range(6))
     with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users.*add_user"):
         table.weights(["ada", "eve"])
+    with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users of this reward model\. Add"):
+        table.weights(["eve", "ada", "eve"])  # one user in two rows
+    with pytest.raises(UnknownUserError, match=r"\(nor are 2 more of those asked for\)"):
+        table.weights(["eve", "kim", "eve", "lou", "kim"])
     with pytest.raises(UnknownUserError, match="'eve' is not among"):
         table.delete("eve")
     with pytest.raises(RewardModelError, match="'7' is listed more than once"):

@@ -8,11 +8,10 @@ import torch
 import typer
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import feature_column, open_rows
+from eigenpeft.cli.rows import feature_column, open_rows, without_load_reports
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.report.markup import escape
@@ -101,7 +100,8 @@ def fit(
     if compared:
         console.print(_candidate_table(fitter))
     shared = (
-        " One shared head won, the same for all users: personalisation does not pay on these comparisons."
+        f" One shared head won, the same for all users: held-out comparisons of these {len(found.users)} users gave no reason for "
+        "more. `eigenpeft lore evaluate` says how sure that is."
         if compared
         else " It is one head for all users, and nothing could be held out that would say whether more pays: there are too few "
         "comparisons, or all hang together by common texts. Give more, or a number to --n-basis."
@@ -300,12 +300,8 @@ def _is_reward_model(name: str) -> bool:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a new head is expected where an encoder is named
-    try:
+    with without_load_reports():  # a new head is expected where an encoder is named
         backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     return backbone.eval(), AutoTokenizer.from_pretrained(name)
 
 
@@ -327,6 +323,7 @@ def _candidate_table(fitter: LoReFitter) -> Table:
 
 def _accuracy_table(found: LoReEvaluation) -> Table:
     table = Table(title="Comparisons in the right order, mean over users [95 % by bootstrap of users]")
+    asked = (str(share.n_users) for share in next(iter(found.accuracy.values())).values())
     table.add_column("method")
     for quadrant in found.gain:
         table.add_column(quadrant, justify="right")
@@ -338,6 +335,7 @@ def _accuracy_table(found: LoReEvaluation) -> Table:
     ):
         cells = (f"{share.mean:+.3f} \\[{share.low:+.3f}, {share.high:+.3f}]" for share in gains.values())
         table.add_row(name, *cells, style="bold")
+    table.add_row("users asked", *asked)
     return table
 
 

@@ -1,6 +1,5 @@
 """The model card of a low-rank reward model: complete without editing."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,17 +14,18 @@ _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_fea
 _USERS_ARE_IN = """The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that
 file's users with `delete_user` before publishing what is not meant to be public."""
 
+_NOT_EVALUATED = "Not evaluated against its controls; run `eigenpeft lore evaluate` before relying on it."
+
 
 def reward_card(
-    info: Mapping[str, Any], *, n_basis: int, n_features: int, n_users: int, population: list[float], backbone: bool
+    info: Mapping[str, Any], *, n_basis: int, n_features: int, population: list[float], backbone: bool
 ) -> str:
-    """Text of README.md.
+    """Text of README.md. It does not count the users: their table changes without it.
 
     Args:
         info: What the fit recorded: base model, pairs, seed, held-out results.
         n_basis: Rows of the basis.
         n_features: Width of the features.
-        n_users: Users in the table.
         population: Weights of a user without history.
         backbone: Whether the classifier is in the folder.
     """
@@ -38,12 +38,11 @@ def reward_card(
     facts = "".join(
         f"| {for_card(key.replace('_', ' '))} | {for_card(value)} |\n"
         for key, value in info.items()
-        if not isinstance(value, dict | list)
+        if not isinstance(value, dict | list) and key not in ("n_basis", "verdict")
     )
-    told = for_card(
-        info.get("verdict") or "Not evaluated against its controls; run `eigenpeft lore evaluate` before relying on it."
-    )
-    body = f"""# Low-rank reward model: {n_basis} basis rewards, {n_users} users
+    verdict = info.get("verdict")
+    told = for_card(verdict) if verdict else _NOT_EVALUATED
+    body = f"""# Low-rank reward model: {n_basis} basis rewards
 
 The reward of user u is `w_u @ (reward_basis @ features)` with `w_u` on the simplex (LoRe, arXiv 2504.14439). A user without
 history has the population's weights {[round(weight, 3) for weight in population]}.
@@ -68,7 +67,6 @@ model.reward_head()  # (n_features,), the population's; reward_head("a user") is
 |---|---|
 | n basis | {n_basis} |
 | n features | {n_features} |
-| users | {n_users} |
 {facts}
 """
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
@@ -80,6 +78,4 @@ def without_users(card: str) -> str:
     Args:
         card: From `reward_card`; what its reader has changed stays.
     """
-    card = card.replace(_USERS_ARE_IN, "Its users' weights were not published: everybody starts with the population's.")
-    card = re.sub(r"^(# Low-rank reward model: \d+ basis rewards), \d+ users$", r"\1", card, flags=re.M)
-    return re.sub(r"^\| users \| \d+ \|\n", "", card, flags=re.M)
+    return card.replace(_USERS_ARE_IN, "Its users' weights were not published: everybody starts with the population's.")

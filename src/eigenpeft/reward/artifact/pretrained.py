@@ -163,7 +163,6 @@ class RewardModelArtifact(Pushable):
             self.info,
             n_basis=self.n_basis,
             n_features=self.n_features,
-            n_users=len(self.users),
             population=self.population_weights.tolist(),
             backbone=self.backbone is not None,
         )

@@ -108,9 +108,10 @@ class UserTable:
                         result[i] = torch.from_numpy(value[0])
         missing = [i for i, is_there in enumerate(found) if not is_there]
         if missing and default is None:
+            others = len({str(user_ids[i]) for i in missing}) - 1  # a user asked for in many rows is one user
             raise UnknownUserError(
                 f"{user_ids[missing[0]]!r} is not among the {len(self)} users of this reward model"
-                + (f" (nor are {len(missing) - 1} more of those asked for)" if len(missing) > 1 else "")
+                + (f" (nor {'is' if others == 1 else 'are'} {others} more of those asked for)" if others else "")
                 + ". Add the user from a few comparisons (add_user), or ask for the population's reward with "
                 'unknown="population".'
             )

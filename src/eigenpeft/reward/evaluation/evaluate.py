@@ -14,36 +14,15 @@ from eigenpeft.reward.artifact.model import LowRankRewardModel
 from eigenpeft.reward.artifact.pairs import Features, difference_chunks, index_users
 from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.evaluation.controls import choose_scale, user_heads
+from eigenpeft.reward.evaluation.intervals import Bootstrap, Share
 from eigenpeft.reward.evaluation.user_encoder import encoded_heads
+from eigenpeft.reward.evaluation.verdict import verdict
 from eigenpeft.reward.fitting.fitter import LoReFitter
 from eigenpeft.reward.fitting.splitting import draw_sides, same_texts
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
-# With fewer users asked than this, an interval over users says little.
-FEW_USERS = 10
-# A control that is ahead of LoRe by this much is named in the verdict.
-CLEARLY = 0.01
 _PERSONAL = ("head per user", "head per user, from the shared one", "user encoder")
 QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new users, new prompts")
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of comparisons in the right order, or a difference of two, each user counting the same.
-
-    Attributes:
-        mean: Mean over users.
-        low: 2.5 % point of the bootstrap over users.
-        high: 97.5 % point.
-        n_users: Users that were asked.
-        n_pairs: Their comparisons.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n_users: int
-    n_pairs: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +125,7 @@ def evaluate_lore(
     if true_margins is not None:
         margins["oracle"] = true_margins
     masks = dict(zip(QUADRANTS, (parts.train, parts.seen, parts.queries), strict=True))
-    draws = _Bootstrap(rows, len(names), n_bootstrap, seed)
+    draws = Bootstrap(rows, len(names), n_bootstrap, seed)
     accuracy = {
         method: {quadrant: draws.share(values, mask) for quadrant, mask in masks.items()}
         for method, values in margins.items()
@@ -171,7 +150,11 @@ def evaluate_lore(
         n_unused=len(rows) - sum(int(mask.sum()) for mask in parts.masks.values()),
         verdict="",
     )
-    return replace(found, verdict=_verdict(found))
+    known, new = (found.gain[quadrant] for quadrant in QUADRANTS[1:])
+    means = {name: shares[QUADRANTS[1]].mean for name, shares in accuracy.items()}
+    personal = {name: means[name] for name in _PERSONAL if name in means}
+    facts = {"n_basis": found.n_basis, "split": found.split, "n_unused": found.n_unused}
+    return replace(found, verdict=verdict(known, new, **facts, personal=personal, ours=means["LoRe"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,35 +198,6 @@ class _Parts:
         return parts
 
 
-class _Bootstrap:
-    """Shares with intervals: users are drawn with replacement, each user's comparisons stay together."""
-
-    def __init__(self, rows: Tensor, n_users: int, n_draws: int, seed: int):
-        self.rows, self.n_users, self.n_draws = rows, n_users, n_draws
-        self.seed = seed
-
-    def share(self, margins: Tensor, mask: Tensor) -> Share:
-        return self._of(_right(margins), mask)
-
-    def gain(self, margins: Tensor, others: Tensor, mask: Tensor) -> Share:
-        return self._of(_right(margins) - _right(others), mask)
-
-    def _of(self, values: Tensor, mask: Tensor) -> Share:
-        rows = self.rows[mask]
-        counts = torch.bincount(rows, minlength=self.n_users)
-        sums = torch.zeros(self.n_users, dtype=torch.float64).index_add_(0, rows, values[mask].double())
-        of_users = sums[counts > 0] / counts[counts > 0]
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(of_users), (self.n_draws, len(of_users)), generator=generator)
-        means = of_users[drawn].mean(dim=1)
-        low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Share(float(of_users.mean()), low, high, len(of_users), len(rows))
-
-
-def _right(margins: Tensor) -> Tensor:
-    return (margins > 0).double() + 0.5 * (margins == 0).double()
-
-
 def _all_margins(
     differences: Tensor,
     rows: Tensor,
@@ -284,7 +238,7 @@ def _few_shot(
     lore: LowRankRewardModel,
     shared: Tensor,
     shots: Sequence[int],
-    draws: _Bootstrap,
+    draws: Bootstrap,
     seed: int,
 ) -> tuple[dict[str, dict[int, Share]], dict[int, Share]]:
     """Accuracy on the queries of new users by number of comparisons, on the users who have the largest number."""
@@ -313,42 +267,3 @@ def _few_shot(
         curve["shared head"][n] = draws.share(common, asked)
         gain[n] = draws.gain(personal, differences @ lore.reward_head(), asked)
     return curve, gain
-
-
-def _verdict(found: LoReEvaluation) -> str:
-    gain = found.gain
-    seen, new = gain[QUADRANTS[1]], gain[QUADRANTS[2]]
-    gained = " and ".join(
-        f"{100 * share.mean:+.1f} points [{100 * share.low:+.1f}, {100 * share.high:+.1f}] for {who}"
-        for share, who in ((seen, "known users"), (new, "new users"))
-    )
-    unused = f", {found.n_unused:,} comparisons left out, whose texts stand on both sides" if found.n_unused else ""
-    against = (
-        f"on what was held out (by {found.split}{unused}), against the better of two heads for everybody ({gained}; basis of "
-        f"{found.n_basis})"
-    )
-    few = min(seen.n_users, new.n_users)
-    thin = "" if few >= FEW_USERS else f" Only {few} users were asked: the intervals are too narrow to be believed."
-    return f"{_answer(found.n_basis, seen, new)} {against}.{thin}{_better_control(found)}"
-
-
-def _answer(n_basis: int, seen: Share, new: Share) -> str:
-    if n_basis == 1:
-        return "Personalisation does not pay on this data: held-out comparisons chose one shared head,"
-    if seen.low <= 0 and new.low <= 0:
-        return "Personalisation does not pay on this data: no gain outside the interval"
-    if seen.low > 0 and new.low > 0:
-        return "Personalisation pays on this data, for known and for new users,"
-    return f"Personalisation pays on this data for {'known users alone' if seen.low > 0 else 'new users alone'},"
-
-
-def _better_control(found: LoReEvaluation) -> str:
-    """A sentence where another way to personalise is clearly ahead of LoRe for known users."""
-    of_method = {name: shares[QUADRANTS[1]].mean for name, shares in found.accuracy.items() if name in _PERSONAL}
-    if not of_method:
-        return ""
-    best = max(of_method, key=lambda name: of_method[name])
-    ours = found.accuracy["LoRe"][QUADRANTS[1]].mean
-    if of_method[best] < ours + CLEARLY:
-        return ""
-    return f" For known users {best!r} is better than LoRe, {of_method[best]:.3f} against {ours:.3f}."
