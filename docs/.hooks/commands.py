@@ -1,13 +1,19 @@
-"""Fills the page of the commands with every command, its text, its arguments and its options, from the program itself."""
+"""Writes docs/commands.md anew below its mark: every command, its text, its arguments and its options, from the program itself.
+
+python docs/.hooks/commands.py
+"""
 
 import re
+from pathlib import Path
 
-MARK = "<!-- commands -->"
+MARK = "<!-- Written by docs/.hooks/commands.py from here on. -->"
+PAGE = Path(__file__).parents[1] / "commands.md"
 
 
-def on_page_markdown(markdown, **_):
-    """Called by mkdocs for each page."""
-    return markdown.replace(MARK, commands()) if MARK in markdown else markdown
+def page() -> str:
+    """The whole page: what stands before the mark, then a list of the commands, then each with its options."""
+    before, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
+    return f"{before}{MARK}\n\n{commands()}\n"
 
 
 def commands() -> str:
@@ -16,17 +22,26 @@ def commands() -> str:
 
     from eigenpeft.cli import TRL_SCRIPTS, load
 
-    parts = []
     root = typer.main.get_command(load())
-    for name, command in sorted(root.commands.items()):
-        if name not in TRL_SCRIPTS:
-            parts += _command(f"eigenpeft {name}", command)
+    own = {name: command for name, command in sorted(root.commands.items()) if name not in TRL_SCRIPTS}
+    parts = ["\n".join(["| command | what it does |", "|---|---|", *_list(own)])]
+    for name, command in own.items():
+        parts += _command(f"eigenpeft {name}", command)
     scripts = ", ".join(f"`{name}`" for name in TRL_SCRIPTS)
     parts.append(
         f"## eigenpeft {' | '.join(TRL_SCRIPTS)}\n\nTRL's own scripts, {scripts}, with its flags and ours: see [TRL](trl.md) and "
         "`eigenpeft sft --help`."
     )
     return "\n\n".join(parts)
+
+
+def _list(own):
+    """A row per command and per command of a group, in the first sentence of its help."""
+    for name, command in own.items():
+        inner = getattr(command, "commands", None) or {}
+        for word, one in {name: command, **{f"{name} {each}": inner[each] for each in sorted(inner)}}.items():
+            first = (one.help or "").strip().partition("\n")[0]
+            yield f"| [`{word}`](#eigenpeft-{word.replace(' ', '-')}) | {first} |"
 
 
 def _command(name, command):
@@ -59,4 +74,8 @@ def _row(parameter):
 
 def _default(parameter):
     value = parameter.default
-    return "" if value in (None, (), [], False) or callable(value) else f"`{value}`"
+    return "" if value is None or value is False or value in ((), []) or callable(value) else f"`{value}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
