@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
+from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
@@ -103,9 +104,8 @@ def recycle(
     steps = first_steps(len(entrants), max_steps=args.max_steps, budget=BUDGET)
     search.work = _announce(candidates, len(entrants), steps=steps, max_steps=args.max_steps, say=say)
     sources = prepared(search, plain, candidates, steps=steps)
-    bar = tqdm(desc="Recycling", unit="trial", disable=not progress)
-    entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
-    bar.close()
+    with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
+        entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
     model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
     fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == "lora_r8"]
     report = RecycleReport(
@@ -122,18 +122,25 @@ def recycle(
         stopped=stopped,
         majority=_majority(judged_rows),
     )
-    config, own_name = model.get_base_model().config, adapters.base_model_name_or_path
+    _write(model, report, out, task_type=task_type, base_model=adapters.base_model_name_or_path)
+    return report
+
+
+def _write(
+    model: PeftModel, report: RecycleReport, out: Path, *, task_type: str | None, base_model: str | None
+) -> None:
+    """The adapter with its README.md, and the report."""
+    config = model.get_base_model().config
     card = readme(
-        base=getattr(config, "name_or_path", "") or own_name or "the-base-model",
+        base=getattr(config, "name_or_path", "") or base_model or "the-base-model",
         adapter=str(out / "adapter"),
         config=config,
         task_type=task_type,
         text=report.text,
     )
-    write_result(model, out / "adapter", base_model=own_name, card=card)
+    write_result(model, out / "adapter", base_model=base_model, card=card)
     with atomic_file(out / "report.json", overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 def _announce(

@@ -1,7 +1,8 @@
 """Bootstrap intervals that stay honest with few observations: the expanded percentile interval."""
 
 import math
-from statistics import NormalDist
+
+import torch
 
 _LARGE = 1000  # degrees of freedom beyond which Student's t is the normal distribution to three digits
 
@@ -21,7 +22,7 @@ def expanded_tail(n: int, *, tail: float = 0.025) -> float:
         >>> round(expanded_tail(10), 4), round(expanded_tail(10000), 4)
         (0.0085, 0.025)
     """
-    return NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(1 - tail, n - 1))
+    return math.erfc(math.sqrt(n / (n - 1)) * student_quantile(1 - tail, n - 1) / math.sqrt(2)) / 2
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -36,7 +37,7 @@ def student_quantile(probability: float, degrees: int) -> float:
         (12.706, 2.262)
     """
     if degrees > _LARGE:
-        return NormalDist().inv_cdf(probability)
+        return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2

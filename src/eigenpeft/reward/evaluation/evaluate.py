@@ -150,11 +150,21 @@ def evaluate_lore(
         n_unused=len(rows) - sum(int(mask.sum()) for mask in parts.masks.values()),
         verdict="",
     )
+    return replace(found, verdict=_verdict(found))
+
+
+def _verdict(found: LoReEvaluation) -> str:
     known, new = (found.gain[quadrant] for quadrant in QUADRANTS[1:])
-    means = {name: shares[QUADRANTS[1]].mean for name, shares in accuracy.items()}
-    personal = {name: means[name] for name in _PERSONAL if name in means}
-    facts = {"n_basis": found.n_basis, "split": found.split, "n_unused": found.n_unused}
-    return replace(found, verdict=verdict(known, new, **facts, personal=personal, ours=means["LoRe"]))
+    means = {name: shares[QUADRANTS[1]].mean for name, shares in found.accuracy.items()}
+    return verdict(
+        known,
+        new,
+        n_basis=found.n_basis,
+        split=found.split,
+        n_unused=found.n_unused,
+        personal={name: means[name] for name in _PERSONAL if name in means},
+        ours=means["LoRe"],
+    )
 
 
 @dataclass(frozen=True, eq=False)
