@@ -1,6 +1,5 @@
 """The demo from end to end: audit, recycle for new customers beside the controls, store, serve in one batch, export, draw."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from eigenpeft.demo.picture import draw
 from eigenpeft.demo.related import NewCustomer, new_customer, related_adapters
 from eigenpeft.demo.result import Checks, DemoResult, Row
 from eigenpeft.demo.training import Task, Trained, accuracy, fresh_base, load_task, predict, train
+from eigenpeft.demo.trunk import padded
 from eigenpeft.errors import ArtifactError, EigenPeftError
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.tuners import AdapterBank, export_lora
@@ -112,15 +112,12 @@ def _compare(
     """Every method on every customer; and the customers' EigenLoRA models."""
     right: dict[str, np.ndarray] = {}
     rows, ours = [], []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        tqdm(total=len(chosen) * len(tasks), desc="Training", unit="model", disable=not progress) as bar,
-    ):
+    with tqdm(total=len(chosen) * len(tasks), desc="Training", unit="model", disable=not progress) as bar:
         for method in chosen:
             bar.set_postfix_str(method.name)
             results = []
             for task in tasks:
-                results.append(_train(task, method, seed=seed, steps=steps, scratch=scratch))
+                results.append(_train(task, method, seed=seed, steps=steps))
                 bar.update()
             right[method.name] = np.concatenate(
                 [one.logits.argmax(1) == task.test["labels"] for one, task in zip(results, tasks, strict=True)]
@@ -131,7 +128,7 @@ def _compare(
     return tuple(_compared(row, 1.0 * right[OURS] - right[row.method]) for row in rows), ours
 
 
-def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -> Trained:
+def _train(task: Task, method: Method, *, seed: int, steps: int) -> Trained:
     return train(
         task,
         lambda base: method.adapt(base, seed),
@@ -140,7 +137,6 @@ def _train(task: Task, method: Method, *, seed: int, steps: int, scratch: str) -
         batch_size=BATCH_SIZE,
         learning_rate=method.learning_rate,
         head_learning_rate=method.head_rate,
-        scratch=scratch,
     )
 
 
@@ -185,18 +181,19 @@ def _serve(folder: Path, customers: Sequence[NewCustomer], tasks: Sequence[Task]
         fresh_base(tasks[0], seed=seed + 1).eval(),
         AdapterBank.from_store(AdapterStore.from_pretrained(folder)),
     )
-    longest = max(len(task.test) for task in tasks)
-    rows = [(i, number) for number in range(longest) for i, task in enumerate(tasks) if number < len(task.test)]
-    found: list[list[np.ndarray]] = [[] for _ in tasks]
+    ids = [task.test["input_ids"] for task in tasks]
+    rows = sorted(
+        ((i, number) for i, own in enumerate(ids) for number in range(len(own))), key=lambda at: len(ids[at[0]][at[1]])
+    )
+    found: list[dict[int, np.ndarray]] = [{} for _ in tasks]
     with bank.attached(model):
         for start in range(0, len(rows), SERVED_BATCH):
             part = rows[start : start + SERVED_BATCH]
-            batch = tasks[0].collator([tasks[i].test[number] for i, number in part])
             with bank.use([customers[i].name for i, _ in part], logits="list"):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            for (i, _), own in zip(part, logits, strict=True):
-                found[i].append(own.numpy())
-    return [np.stack(each) for each in found]
+                logits = model(**padded([ids[i][number] for i, number in part])).logits
+            for (i, number), own in zip(part, logits, strict=True):
+                found[i][number] = own.numpy()
+    return [np.stack([each[number] for number in range(len(each))]) for each in found]
 
 
 def _export(
