@@ -54,7 +54,8 @@ def add(
     if name is not None and len(each) != 1:
         raise EigenPeftError(f"--name {name!r} goes with one adapter, and {len(each)} are named; leave it out.")
     opened = _open_or_make(store, subspace)
-    added, options = {}, {"replace": replace, "allow_different_base_models": allow_different_base_models}
+    added: dict[str, Any] = {}
+    options: dict[str, Any] = {"replace": replace, "allow_different_base_models": allow_different_base_models}
     try:
         for source in each:
             before = set(opened.names)
