@@ -1,13 +1,17 @@
 """Every Python code block of README and docs runs, page by page, and every docstring example too."""
 
+import dataclasses
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTuner
 
 import eigenpeft
 
@@ -34,6 +38,66 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.failed == 0
+
+
+# Public things whose example is a page of the docs, where it runs: each needs a trained model or data.
+SHOWN_ON_A_PAGE = {
+    "ZerothOrderTrainer": "zeroth-order",
+    "choose_scale": "compose",
+    "evaluate_lore": "lore",
+    "init_lora_from_adapter": "compose",
+    "init_lora_from_merge": "compose",
+    "load_round": "federated",
+    "nearest_adapters": "compose",
+    "round_update": "federated",
+}
+# What no example can run in seconds, and why.
+WITHOUT_EXAMPLE = {
+    "LoReTrainer": "trains a reward model with TRL",
+    "audit_adapters": "takes half a minute; README's first block runs it by its short name, audit",
+    "export_gguf": "needs the package gguf",
+    "load_head": "needs a merge of adapters with heads",
+    "recycle": "trains a dozen models",
+    "sync_adapters": "needs a server",
+}
+
+
+def public_things():
+    """Every class and function that a package lists in `__all__`, once."""
+    found = {}
+    for name in modules_with_doctests():
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()) if hasattr(module, "__path__") else ():
+            thing = getattr(module, public)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                found[f"{thing.__module__}.{thing.__qualname__}"] = thing
+    return found
+
+
+def needs_no_example(thing) -> bool:
+    """Whether nobody calls it: records that functions return, named tuples, and the tuners that `get_peft_model` makes."""
+    if not inspect.isclass(thing):
+        return False
+    is_record = dataclasses.is_dataclass(thing) and not issubclass(thing, LoraConfig)
+    return is_record or issubclass(thing, (tuple, BaseTuner))
+
+
+def test_every_public_thing_has_an_example_that_runs():
+    things = public_things()
+    assert len(things) > 150
+    without = []
+    for name, thing in things.items():
+        examples = doctest.DocTestParser().get_examples(inspect.getdoc(thing) or "")
+        runs = any(doctest.SKIP not in example.options for example in examples)
+        if not runs and not needs_no_example(thing):
+            without.append(name.rpartition(".")[2])
+    assert sorted(without) == sorted([*SHOWN_ON_A_PAGE, *WITHOUT_EXAMPLE])
+
+
+@pytest.mark.parametrize(("name", "page"), SHOWN_ON_A_PAGE.items())
+def test_what_is_shown_on_a_page_is_used_there(name, page):
+    path = next(path for path in PAGES if path.stem == page)
+    assert re.search(rf"\b{name}\b", "\n".join(blocks(path)))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)

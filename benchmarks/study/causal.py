@@ -31,9 +31,10 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from eigenpeft import EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.audit import audit_adapters, same_parameters_lora
+from eigenpeft.audit import audit_adapters
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.subspace import mean_only_subspace, random_subspace
+from eigenpeft.tuners import same_parameters_lora
 
 RESULTS = Path(__file__).parents[1] / "results" / "study" / "causal.jsonl"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eigenpeft import EigenLoraConfig, MosLoraConfig, PrincipalSubspace, SubspaceBuilder
-from eigenpeft.audit import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.subspace import mean_only_subspace, random_subspace, shuffled_subspace
+from eigenpeft.tuners import same_parameters_lora
 
 COEFFICIENT_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -15,6 +15,6 @@ __getattr__ = moved_names(
         "ModuleGradient": "eigenpeft.audit.ModuleGradient",
         "gradient_share": "eigenpeft.audit.gradient_share",
         "nearest_adapter": "eigenpeft.audit.nearest_adapter",
-        "same_parameters_lora": "eigenpeft.audit.same_parameters_lora",
+        "same_parameters_lora": "eigenpeft.tuners.same_parameters_lora",
     },
 )

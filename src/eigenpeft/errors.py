@@ -5,7 +5,16 @@ from pathlib import Path
 
 
 class EigenPeftError(Exception):
-    """Base class of every error that eigenpeft raises about its input; the message is complete by itself."""
+    """Base class of every error that eigenpeft raises about its input; the message is complete by itself.
+
+    Examples:
+        >>> from eigenpeft import EigenLoraConfig
+        >>> try:
+        ...     EigenLoraConfig(subspace="mine", core="none")
+        ... except EigenPeftError as error:
+        ...     print(error)
+        core='none' must be one of 'low_rank', 'full', 'diagonal', 'mixture'.
+    """
 
 
 class CollectionError(EigenPeftError, ValueError):

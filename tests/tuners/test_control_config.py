@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from eigenpeft import AdapterCollection, EigenLoraConfig, SubspaceBuilder
-from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import mean_only_subspace, random_subspace, shuffled_subspace
-from eigenpeft.tuners import control_config
+from eigenpeft import AdapterCollection, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder
+from eigenpeft.errors import AdapterConfigError, SubspaceError
+from eigenpeft.subspace import ModuleSubspace, mean_only_subspace, random_subspace, shuffled_subspace
+from eigenpeft.tuners import control_config, same_parameters_lora
 from eigenpeft.tuners.controls import CONTROLS
 from tests.factories import make_collection, tiny_llama
 
@@ -113,3 +113,28 @@ def test_controls_learn(subspace, adapters):
 def test_what_it_cannot_make(subspace, settings, control, message):
     with pytest.raises(AdapterConfigError, match=message):
         control_config(EigenLoraConfig(subspace=subspace, r=4, **settings), control)
+
+
+@pytest.mark.parametrize(("r", "k"), [(1, 4), (4, 8), (16, 16)])
+@pytest.mark.parametrize("core", ["low_rank", "full"])
+def test_lora_has_as_many_parameters_as_it_can(r, k, core):
+    model = tiny_llama()
+    names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
+    bases = ModuleSubspace(torch.eye(k, 16), torch.eye(k, 16), torch.ones(k), torch.ones(k), torch.ones(k) / k)
+    subspace = PrincipalSubspace(dict.fromkeys(names, bases))
+    budget = 4 * (2 * k * r if core == "low_rank" else k * k)
+    if budget < 32:
+        with pytest.raises(SubspaceError, match="does not pay for"):
+            same_parameters_lora(subspace, r=r, core=core)
+        return
+    config = same_parameters_lora(subspace, r=r, core=core)
+    count = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.requires_grad)
+    assert count <= budget
+    step = 32 if budget < 4 * 32 else 4 * 32  # one more module, or one more rank on all
+    assert count + step > budget
+
+
+def test_unknown_core_is_refused():
+    bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 4), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+    with pytest.raises(SubspaceError, match="core='other'"):
+        same_parameters_lora(PrincipalSubspace({"q": bases}), r=2, core="other")

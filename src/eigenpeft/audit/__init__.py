@@ -5,20 +5,18 @@ The package can be called: `eigenpeft.audit(collection)` is short for `audit_ada
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eigenpeft.audit.adapters.sharing import Sharing, SharingRow
 from eigenpeft.audit.answers import Chance, Compress, CompressRow, Reuse, Train
+from eigenpeft.audit.controls import nearest_adapter
 from eigenpeft.audit.report import AuditReport, Curve, ModuleAudit
 from eigenpeft.audit.run import audit_adapters
 from eigenpeft.audit.task.calibration import Calibration, load_calibration
 from eigenpeft.audit.task.gradient import GradientShare, ModuleGradient, gradient_share
 from eigenpeft.audit.task.reuse import Downhill, downhill, nearest_adapters
 from eigenpeft.audit.task.task_gradients import gather_tokens
-from eigenpeft.lazy import lazy_names
-
-if TYPE_CHECKING:
-    from eigenpeft.audit.controls import nearest_adapter, same_parameters_lora
+from eigenpeft.deprecation import moved_names
 
 __all__ = [
     "AuditReport",
@@ -42,14 +40,7 @@ __all__ = [
     "load_calibration",
     "nearest_adapter",
     "nearest_adapters",
-    "same_parameters_lora",
 ]
-
-_CONTROLS = "eigenpeft.audit.controls"  # needs PEFT, which takes seconds to import
-
-
-def _no_such_name(name: str) -> Any:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _CallablePackage(ModuleType):
@@ -57,7 +48,5 @@ class _CallablePackage(ModuleType):
         return audit_adapters(*args, **options)
 
 
-__getattr__ = lazy_names(
-    __name__, {"nearest_adapter": _CONTROLS, "same_parameters_lora": _CONTROLS}, otherwise=_no_such_name
-)
+__getattr__ = moved_names(__name__, {"same_parameters_lora": "eigenpeft.tuners.same_parameters_lora"})
 sys.modules[__name__].__class__ = _CallablePackage

@@ -375,7 +375,10 @@ def build_subspace(
         SubspaceError: As `SubspaceBuilder.fit`.
 
     Examples:
-        >>> subspace = build_subspace("adapters/", n_components=16)  # doctest: +SKIP
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> subspace = build_subspace([shipped_adapters() / "cr", shipped_adapters() / "mr"], n_components=2)
+        >>> subspace[subspace.modules[0]].components_in.shape
+        torch.Size([2, 384])
     """
     builder = SubspaceBuilder(n_components=n_components, **settings)
     if isinstance(adapters, AdapterCollection):

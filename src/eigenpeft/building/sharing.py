@@ -106,9 +106,11 @@ def build_shared_subspace(
         SubspaceError: If an argument is out of range, or a group has fewer independent directions than `n_components`.
 
     Examples:
-        >>> subspace = build_shared_subspace(collection, n_components=32)  # doctest: +SKIP
-        >>> len(subspace), len(subspace.banks)  # doctest: +SKIP
-        (24, 4)
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> collection = AdapterCollection.from_pretrained([shipped_adapters() / "cr", shipped_adapters() / "mr"])
+        >>> subspace = build_shared_subspace(collection, n_components=2, progress=False)
+        >>> len(subspace), len(subspace.banks)  # a bank for query, one for value
+        (12, 2)
     """
     for name, value, allowed in (("method", method, METHODS), ("weighting", weighting, WEIGHTINGS)):
         if value not in allowed:

@@ -39,6 +39,12 @@ class AdapterCollection:
         shapes: Module name to (out_features, in_features).
         base_model_name_or_path: The base model that (most of) the configs name.
         base_model_revision: The revision of it that (most of) the configs name, None where none does.
+
+    Examples:
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> collection = AdapterCollection.from_pretrained(shipped_adapters())
+        >>> len(collection), len(collection.modules), collection.shapes[collection.modules[0]]
+        (10, 12, (384, 384))
     """
 
     def __init__(self, members: Sequence[OpenAdapter]):

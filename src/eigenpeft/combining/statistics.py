@@ -174,6 +174,11 @@ def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Pat
 
     Raises:
         ArtifactError: If it cannot be written.
+
+    Examples:
+        >>> save_statistics({"mine": InputStatistics("mine", {}, {}, {}, {})}, "statistics")
+        >>> list(load_statistics("statistics"))
+        ['mine']
     """
     config = {
         name: {"counts": dict(one.counts), "layout": dict(one.layout), "sha256": dict(one.sha256)}
@@ -197,6 +202,11 @@ def load_statistics(folder: str | Path) -> dict[str, InputStatistics]:
 
     Raises:
         ArtifactError: If they are missing or damaged.
+
+    Examples:
+        >>> save_statistics({"mine": InputStatistics("mine", {}, {}, {}, {})}, "kept")
+        >>> load_statistics("kept")["mine"].name
+        'mine'
     """
     try:
         config = read_json(Path(folder) / CONFIG_NAME)

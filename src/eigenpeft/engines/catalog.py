@@ -47,6 +47,18 @@ class StoreCatalog:
         EigenPeftError: If no place is given or two stores have the same name.
         SubspaceNotFoundError: If there is no store at a place.
         ArtifactError: If a store is damaged.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> from eigenpeft.subspace import AdapterMember, AdapterStore, Core
+        >>> core = Core("diagonal", {"coefficients_out": torch.ones(2)})
+        >>> store = AdapterStore(PrincipalSubspace({"0": bases}), members={"mine": AdapterMember({"0": core})})
+        >>> store.save_pretrained("customers")
+        >>> catalog = StoreCatalog(["customers"])
+        >>> catalog.names("customers"), catalog.find("mine").member, catalog.find("customers/mine").member
+        (('mine',), 'mine', 'mine')
     """
 
     def __init__(self, places: Sequence[str | Path]):

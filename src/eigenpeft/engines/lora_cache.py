@@ -28,6 +28,11 @@ class LoraCache:
 
     Raises:
         EigenPeftError: If the bound is not positive.
+
+    Examples:
+        >>> cache = LoraCache("cache", max_bytes=1000)
+        >>> cache.n_bytes
+        0
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int, patience: float = 120.0):

@@ -25,8 +25,9 @@ class BaseModelEncoder:
         batch_size: Texts at a time.
 
     Examples:
-        >>> encoder = BaseModelEncoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
-        >>> encoder(["Where is my card?"]).shape  # doctest: +SKIP
+        >>> from eigenpeft.demo import base_model
+        >>> encoder = BaseModelEncoder.from_pretrained(base_model())
+        >>> encoder(["Where is my card?"]).shape
         torch.Size([1, 384])
     """
 

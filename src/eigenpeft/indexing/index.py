@@ -296,6 +296,13 @@ def build_index(
 
     Raises:
         EigenPeftError: As `AdapterIndex.add`.
+
+    Examples:
+        >>> import torch
+        >>> letters = lambda texts: torch.tensor([[text.count(x) for x in "abc"] for text in texts]).float()
+        >>> index = build_index({"ay": ["aab", "aaa"], "bee": ["bbc", "bbb"]}, encoder=letters, progress=False)
+        >>> index.names
+        ('ay', 'bee')
     """
     index = AdapterIndex(encoder, max_rows=max_rows)
     for name, own in tqdm(rows.items(), desc="Indexing", unit="adapter", disable=not progress):

@@ -27,6 +27,13 @@ def project(
 
     Returns:
         `(coefficients_out, coefficients_in)`, in the components' dtype.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(3)
+        >>> out, into = project(torch.ones(3, 1), torch.ones(1, 3), components_out=eye[:2], components_in=eye[:1])
+        >>> out.tolist(), into.tolist()
+        ([[1.0], [1.0]], [[1.0]])
     """
     dtype = components_in.dtype
     return components_out @ lora_B.to(dtype), lora_A.to(dtype) @ components_in.mT
@@ -49,6 +56,13 @@ def reconstruct(
 
     Returns:
         `(lora_B, lora_A)`, ordinary LoRA factors of the same rank.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(3)
+        >>> B, A = reconstruct(torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0]]), components_out=eye[:2], components_in=eye[:1])
+        >>> (B @ A).tolist()
+        [[2.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     return components_out.mT @ coefficients_out, coefficients_in @ components_in
 

@@ -55,6 +55,11 @@ def numerical_rank(singular_values: Float[Tensor, "k"]) -> int:
 
     Returns:
         The rank, 0 if all values are zero.
+
+    Examples:
+        >>> import torch
+        >>> numerical_rank(torch.tensor([1.0, 0.1, 1e-7]))
+        2
     """
     if len(singular_values) == 0:
         return 0
@@ -72,6 +77,11 @@ def full_spectrum(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q"]:
 
     Returns:
         Singular values, descending; float64 if `rows` is, else float32.
+
+    Examples:
+        >>> import torch
+        >>> full_spectrum(torch.tensor([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]])).tolist()
+        [5.0, 1.0]
     """
     eigenvalues = torch.linalg.eigvalsh(_small_gram(rows)).flip(0)
     return eigenvalues.clamp(min=0.0).sqrt().to(torch.promote_types(rows.dtype, torch.float32))
@@ -144,6 +154,11 @@ def leading_components(
 
     Raises:
         ValueError: If `n_components` is less than 1 or `method` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> leading_components(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), n_components=2).singular_values.tolist()
+        [5.0]
     """
     if n_components < 1:
         raise ValueError(f"n_components={n_components} is not a number of components; pass at least 1.")

@@ -58,6 +58,12 @@ def inner_product(
 
     Returns:
         A float64 scalar.
+
+    Examples:
+        >>> import torch
+        >>> column, row = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 0.0]])
+        >>> inner_product(column, row, column, 2 * row).item()
+        90.0
     """
     left = lora_B.to(torch.float64).mT @ other_B.to(torch.float64)
     right = lora_A.to(torch.float64) @ other_A.to(torch.float64).mT
@@ -73,6 +79,11 @@ def factored_svd(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> 
 
     Returns:
         `FactoredSvd` with k = min(r, m, n) triples, zeros included; float64 if a factor is, else float32.
+
+    Examples:
+        >>> import torch
+        >>> factored_svd(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]])).S.round(decimals=4).tolist()
+        [10.0]
     """
     q_out, r_out = torch.linalg.qr(lora_B.to(torch.float64))
     q_in, r_in = torch.linalg.qr(lora_A.to(torch.float64).mT)
@@ -178,6 +189,12 @@ def truncate(
 
     Raises:
         ValueError: If `rank` is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> B, A = truncate(torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 1.0]]), rank=1)
+        >>> (B @ A).round(decimals=4).tolist()
+        [[3.0, 0.0], [0.0, 0.0]]
     """
     if rank < 1:
         raise ValueError(f"rank={rank} is not a rank of LoRA factors; pass at least 1.")
@@ -235,6 +252,12 @@ def projection_residual(
 
     Returns:
         A float64 scalar.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> projection_residual(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]), eye[:1], eye[:1]).item()
+        4.0
     """
     left, right, basis_out, basis_in = (
         tensor.to(torch.float64) for tensor in (lora_B, lora_A, components_out, components_in)

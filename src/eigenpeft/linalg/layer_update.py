@@ -160,6 +160,13 @@ def low_rank_update(
 
     Returns:
         The sum, and what to keep for the backward pass: `x V_inᵀ`, or, with x itself, `x Aᵀ`.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> y, x = torch.zeros(1, 2), torch.tensor([[1.0, 2.0]])
+        >>> low_rank_update(y, x, eye, 3 * eye, eye, eye, route=CHAIN)[0].tolist()
+        [[3.0, 6.0]]
     """
     hidden, kept = input_product(x, components_in, coefficients_in, on_factor=route.input_on_factor)
     product = output_operands(hidden, coefficients_out, components_out, on_factor=route.output_on_factor)
@@ -193,6 +200,15 @@ def low_rank_update_grad(
 
     Returns:
         `(grad_x or None, grad_coefficients_in or None, grad_coefficients_out)`.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> y, x = torch.zeros(1, 2), torch.tensor([[1.0, 2.0]])
+        >>> _, kept = low_rank_update(y, x, eye, 3 * eye, eye, eye, route=CHAIN)
+        >>> grad = torch.tensor([[1.0, 0.0]])
+        >>> low_rank_update_grad(grad, None, kept, eye, 3 * eye, eye, eye, route=CHAIN, needs_x=True)[0].tolist()
+        [[3.0, 0.0]]
     """
     hidden = kept if route.input_on_factor or coefficients_in is None else linear(kept, coefficients_in)
     if route.output_grad_on_factor:
@@ -247,6 +263,21 @@ def low_rank_updates(
 
     Returns:
         The sum.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> x, twice = torch.ones(2, 1, 2), torch.stack([eye, 2 * eye])
+        >>> low_rank_updates(
+        ...     torch.zeros(2, 1, 2),
+        ...     x,
+        ...     torch.tensor([1, 0]),
+        ...     components_in=eye,
+        ...     coefficients_in=twice,
+        ...     coefficients_out=torch.stack([eye, eye]),
+        ...     components_out=eye,
+        ... ).tolist()
+        [[[2.0, 2.0]], [[1.0, 1.0]]]
     """
     (_, length, out_features), (rank, n_components) = y.shape, coefficients_in.shape[1:]
     inside, outside = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)

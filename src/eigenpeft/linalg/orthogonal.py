@@ -43,6 +43,11 @@ def orthonormal_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
 
     Raises:
         ValueError: If there are more rows than columns.
+
+    Examples:
+        >>> import torch
+        >>> orthonormal_rows(torch.tensor([[2.0, 0.0], [1.0, 1.0]])).abs().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     k, n = rows.shape
     if k > n:
@@ -67,6 +72,11 @@ def random_complement(
 
     Raises:
         ValueError: If `n_extra` is negative or the complement has fewer than `n_extra` dimensions.
+
+    Examples:
+        >>> import torch
+        >>> random_complement(torch.eye(3)[:2], n_extra=1, generator=torch.Generator().manual_seed(0)).abs().tolist()
+        [[0.0, 0.0, 1.0]]
     """
     k, n = components.shape
     if not 0 <= n_extra <= n - k:

@@ -7,12 +7,12 @@ from functools import cached_property
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from eigenpeft.audit.controls import same_parameters_lora
 from eigenpeft.building.builder import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining import MergedAdapter, merge
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace, random_subspace
+from eigenpeft.tuners.controls import same_parameters_lora
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.starts.adapters import init_lora_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace

@@ -27,6 +27,13 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
     Returns:
         A subspace whose singular values and explained shares are zero, because nothing was fitted. Modules that share a bank
         share a random one.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> random_subspace(like=PrincipalSubspace({"layer": bases}), seed=0)["layer"].components_in.shape
+        torch.Size([2, 4])
     """
 
     def random_bank(name: str, bank: ModuleSubspace) -> ModuleSubspace:
@@ -56,6 +63,17 @@ def shuffled_subspace(subspace: PrincipalSubspace, *, seed: int = 0) -> Principa
 
     Raises:
         SubspaceError: If a bank is the only one of its shape.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> other = ModuleSubspace(
+        ...     torch.eye(4)[2:], torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2
+        ... )
+        >>> subspace = PrincipalSubspace({"first": bases, "second": other})
+        >>> torch.equal(shuffled_subspace(subspace, seed=0)["first"].components_in, other.components_in)
+        True
     """
     groups: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, bank in subspace.banks.items():
@@ -94,6 +112,12 @@ def mean_only_subspace(
 
     Raises:
         SubspaceError: If the mean has too low a rank in a module, or is zero.
+
+    Examples:
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> collection = AdapterCollection.from_pretrained([shipped_adapters() / "cr", shipped_adapters() / "mr"])
+        >>> mean_only_subspace(collection, n_components=1, progress=False)[collection.modules[0]].components_in.shape
+        torch.Size([1, 384])
     """
     modules = {}
     for module in tqdm(collection.modules, desc="Averaging", unit="module", disable=not progress):

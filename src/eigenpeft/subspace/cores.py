@@ -30,6 +30,10 @@ class CoreKind(ABC):
         is_factored: Whether M is a product of two parts, so that r is a size of its own.
         is_matrix: Whether the output side has two axes; otherwise it is the diagonal of a square M.
         weighs_sources: Whether M is made of the cores of other adapters.
+
+    Examples:
+        >>> CORES["full"].shapes(3, 2, rank=1), CORES["full"].n_parameters(3, 2, 1)
+        ({'coefficients_out': (2, 3)}, 6)
     """
 
     name: ClassVar[str]

@@ -33,6 +33,12 @@ class ModuleSubspace:
             both sides together, adds to the explained share of the adapters' squared ΔW norms; `cumsum` gives the curve.
         paired: Whether the bank was fitted by method "paired": row k of one side belongs to row k of the other, rows have unit
             norm and are not orthogonal, and adapters lie in it by diagonal cores alone, whose shares the above are.
+
+    Examples:
+        >>> import torch
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bases.n_components, bases.in_features, bases.out_features, bases.truncate(1).explained_share
+        (2, 4, 3, 0.5)
     """
 
     components_in: Tensor

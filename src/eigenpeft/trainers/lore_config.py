@@ -7,7 +7,12 @@ from trl.trainer.reward_config import RewardConfig
 
 @dataclass
 class LoReConfig(RewardConfig):
-    """Configuration of `LoReTrainer`; every argument of `trl.RewardConfig` and `transformers.TrainingArguments` works."""
+    """Configuration of `LoReTrainer`; every argument of `trl.RewardConfig` and `transformers.TrainingArguments` works.
+
+    Examples:
+        >>> LoReConfig("out", n_basis=3, use_cpu=True, bf16=False).user_column
+        'user_id'
+    """
 
     n_basis: int = field(
         default=5,

@@ -38,6 +38,13 @@ class ZerothOrderMixin:
 
     Raises:
         AdapterConfigError: If an argument is out of range, or the Trainer's arguments scale or shard gradients.
+
+    Examples:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class ZerothOrderSeq2SeqTrainer(ZerothOrderMixin, Seq2SeqTrainer):
+        ...     pass
+        >>> ZerothOrderSeq2SeqTrainer.__mro__[1].__name__
+        'ZerothOrderMixin'
     """
 
     def __init__(

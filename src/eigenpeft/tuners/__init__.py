@@ -2,7 +2,7 @@
 
 from eigenpeft.collection.formats.settings import OWN_METHODS
 from eigenpeft.deprecation import moved_names
-from eigenpeft.tuners.controls import control_config
+from eigenpeft.tuners.controls import control_config, same_parameters_lora
 from eigenpeft.tuners.eigenlora import EigenLoraConfig, EigenLoraModel
 from eigenpeft.tuners.files.export import export_lora
 from eigenpeft.tuners.files.gguf_files import export_gguf
@@ -78,6 +78,7 @@ __all__ = [
     "init_lora_from_subspace",
     "lora_config_from_adapter",
     "lora_config_from_subspace",
+    "same_parameters_lora",
     "suggested_learning_rate",
 ]
 

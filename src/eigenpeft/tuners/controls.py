@@ -1,14 +1,16 @@
 """The controls of an EigenLoRA run as configs: the same run in everything but what the control takes away."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from eigenpeft.audit.controls import same_parameters_lora
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.errors import AdapterConfigError
+from eigenpeft.errors import AdapterConfigError, SubspaceError
 from eigenpeft.subspace import PrincipalSubspace, mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.eigenlora.bases import subspace_of
@@ -116,3 +118,71 @@ def _plain_lora(config: EigenLoraConfig, control: str, subspace: PrincipalSubspa
         )
     small = same_parameters_lora(subspace, r=config.r, core=config.core)
     return LoraConfig(r=small.r, lora_alpha=small.lora_alpha, target_modules=small.target_modules, **shared)
+
+
+def same_parameters_lora(
+    subspace: PrincipalSubspace,
+    *,
+    r: int,
+    core: str = "low_rank",
+    lora_alpha: int | None = None,
+    place: Literal["last", "spread"] = "last",
+) -> LoraConfig:
+    """A plain LoRA with at most as many trainable parameters as an EigenLoRA on `subspace`, and as near as it gets.
+
+    A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA; it is then put on as many modules as the
+    budget pays for.
+
+    Args:
+        subspace: Gives modules, widths and K.
+        r: The EigenLoRA's rank.
+        core: The EigenLoRA's core: "low_rank" (2 K r per module), "full" (K²) or "diagonal" (K).
+        lora_alpha: `lora_alpha` of the LoRA; default: twice its rank.
+        place: Which modules, where not all can be paid for: the "last" of the network, by the numbers in their names
+            (the better control: docs/study.md), or "spread" evenly.
+
+    Returns:
+        PEFT's `LoraConfig` with `r` and `target_modules` set; add task_type and modules_to_save to it.
+
+    Raises:
+        SubspaceError: If the core is unknown, r is less than 1, or not even one module of rank 1 fits.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft import PrincipalSubspace
+        >>> from eigenpeft.subspace import ModuleSubspace
+        >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> config = same_parameters_lora(PrincipalSubspace({"q": bases, "v": bases}), r=2)  # 2 x 16 parameters
+        >>> config.r, sorted(config.target_modules)
+        (1, ['q', 'v'])
+    """
+    kind = core_kind(core)
+    if place not in ("last", "spread"):
+        raise SubspaceError(f"place={place!r} must be 'last' or 'spread'.")
+    if r < 1:
+        raise SubspaceError(f"r={r} must be at least 1.")
+    budget = sum(kind.n_parameters(len(each.components_in), len(each.components_out), r) for each in subspace.values())
+    cost = {name: bases.in_features + bases.out_features for name, bases in subspace.items()}
+    rank = budget // sum(cost.values())
+    names = list(cost)
+    if rank == 0:
+        rank, names = 1, _affordable({name: cost[name] for name in sorted(cost, key=_by_number)}, budget, place)
+    return LoraConfig(r=rank, lora_alpha=lora_alpha or 2 * rank, target_modules=names)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _affordable(cost: Mapping[str, int], budget: int, place: str) -> list[str]:
+    names = list(cost)
+    for count in range(len(names), 0, -1):
+        spread = torch.linspace(0, len(names) - 1, count).round().int().tolist() if count > 1 else [len(names) - 1]
+        chosen = names[-count:] if place == "last" else [names[i] for i in spread]
+        if sum(cost[name] for name in chosen) <= budget:
+            return chosen
+    raise SubspaceError(
+        f"A budget of {budget} parameters does not pay for a LoRA of rank 1 on a single module, which has "
+        f"{min(cost.values())}; compare with a larger r or K."
+    )

@@ -130,6 +130,11 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
 
     Raises:
         ArtifactError: If it is missing or no calibration.
+
+    Examples:
+        >>> calibration = load_calibration()
+        >>> calibration.n_zoos > 0, calibration.base_models[0]
+        (True, 'all-minilm-l6-v2')
     """
     try:
         data = read_json(path)

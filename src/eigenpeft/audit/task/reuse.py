@@ -44,6 +44,16 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
 
     Raises:
         SubspaceError: If the gradient or the updates are zero in all modules.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> collection = AdapterCollection.from_pretrained([shipped_adapters() / "cr", shipped_adapters() / "mr"])
+        >>> module = collection.modules[0]
+        >>> update = next(iter(collection.each_factors(module)))  # of "cr"
+        >>> gradient_along_it = {module: (-update.lora_B.T.contiguous(), update.lora_A)}
+        >>> next(iter(downhill(collection, gradient_along_it).adapters))
+        'cr'
     """
     inner = dict.fromkeys(collection.names, 0.0)
     gradients: dict[str, float] = {}

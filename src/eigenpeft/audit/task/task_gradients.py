@@ -32,6 +32,13 @@ def gather_tokens(
 
     Raises:
         SubspaceError: If no gradient reaches a target.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> tokens, n_batches = gather_tokens(model, {"0": model[0]}, [torch.ones(5, 3)], loss=lambda m, x: m(x).sum())
+        >>> (tokens["0"][0].T @ tokens["0"][1]).round().tolist(), n_batches
+        ([[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]], 1)
     """
     loss = loss or (lambda model, batch: model(**batch).loss)
     tokens: Tokens = {}

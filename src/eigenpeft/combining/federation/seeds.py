@@ -23,6 +23,10 @@ def no_steps(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         AdapterConfigError: If it has no trained values.
+
+    Examples:
+        >>> len(no_steps(torch.nn.Linear(3, 2)))
+        3
     """
     return _steps(model, [], [])
 
@@ -55,6 +59,13 @@ def train_steps(
 
     Raises:
         AdapterConfigError: If an argument is out of range, or the objective is not finite.
+
+    Examples:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> batches = [{"x": torch.ones(4, 1)}] * 3
+        >>> sent = train_steps(model, batches, learning_rate=0.1, objective=lambda model, batch: model(batch["x"]).square().mean())
+        >>> sorted(tensor.numel() for tensor in sent.values())  # the number of values, three seeds, three steps
+        [1, 3, 3]
     """
     if not (learning_rate > 0 and epsilon > 0 and (pool is None or pool >= 1)):
         raise AdapterConfigError(

@@ -105,6 +105,11 @@ def fit_rank(tensors: Mapping[str, Tensor], *, rank: int, scaling: float, own_sc
         rank: The client's r.
         scaling: Scaling of the averaged adapter.
         own_scaling: The client's.
+
+    Examples:
+        >>> tensors = {"0.lora_A.weight": torch.eye(2, 4), "0.lora_B.weight": torch.eye(3, 2)}
+        >>> {key: tuple(tensor.shape) for key, tensor in fit_rank(tensors, rank=1, scaling=1.0, own_scaling=2.0).items()}
+        {'0.lora_A.weight': (1, 4), '0.lora_B.weight': (3, 1)}
     """
     fitted = dict(tensors)
     for sides in factor_keys(tensors).values():

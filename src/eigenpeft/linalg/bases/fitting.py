@@ -168,6 +168,12 @@ def stack_rows(
 
     Raises:
         ValueError: If an argument is unknown or shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> rows_in, rows_out = stack_rows([(torch.randn(6, 2), torch.randn(2, 5))] * 3, method="balanced")
+        >>> rows_in.shape, rows_out.shape
+        (torch.Size([6, 5]), torch.Size([6, 6]))
     """
     stacks = stack_factors(factors, rows=_row(method).rows, weighting=weighting)
     return stacks.rows_in, stacks.rows_out
@@ -193,6 +199,12 @@ def explained_share_curve(
 
     Raises:
         ValueError: If the weighting is unknown, shapes differ, or all updates are zero.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> explained_share_curve([(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]))], eye, eye)
+        tensor([0.3600, 1.0000])
     """
     stacks = stack_factors(factors, rows="raw", weighting=weighting)
     _check_not_zero(stacks)

@@ -22,6 +22,12 @@ class FactorStream:
     Attributes:
         n_rows: Σ r over the adapters.
         read: Starts reading from the first adapter; may be called again.
+
+    Examples:
+        >>> import torch
+        >>> stream = FactorStream(n_rows=4, read=lambda: iter([(torch.ones(3, 2), torch.ones(2, 5))] * 2))
+        >>> [lora_A.shape for _, lora_A in stream]
+        [torch.Size([2, 5]), torch.Size([2, 5])]
     """
 
     n_rows: int

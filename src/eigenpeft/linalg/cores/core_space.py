@@ -89,6 +89,14 @@ def with_model_inputs(space: CoreSpace) -> CoreSpace:
 
     Args:
         space: From `core_space`.
+
+    Examples:
+        >>> import torch
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> space = core_space([(B, A), (B, 2 * A)])
+        >>> moved = with_model_inputs(space)
+        >>> moved.cores.shape, torch.allclose(moved.components_out.mT @ moved.cores[1], 2 * (B @ A).double(), atol=1e-5)
+        (torch.Size([2, 2, 5]), True)
     """
     if space.components_in is None:
         return space
@@ -113,6 +121,15 @@ def core_factors(
 
     Raises:
         ValueError: If `rank` is less than 1.
+
+    Examples:
+        >>> import torch
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> space = core_space([(B, A), (B, 2 * A)])
+        >>> parts = FactoredSvd(*torch.linalg.svd(space.cores[0], full_matrices=False))
+        >>> lora_B, lora_A = core_factors(parts, space)
+        >>> torch.allclose(lora_B @ lora_A, (B @ A).double(), atol=1e-5)
+        True
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} is not a rank of LoRA factors; pass at least 1.")

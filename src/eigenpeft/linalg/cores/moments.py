@@ -18,6 +18,11 @@ def input_directions(factors: Factors) -> Float[Tensor, "rank n"]:
 
     Args:
         factors: `(lora_B, lora_A)`.
+
+    Examples:
+        >>> import torch
+        >>> input_directions((torch.ones(3, 1), torch.tensor([[0.0, -2.0]]))).abs().tolist()
+        [[0.0, 1.0]]
     """
     svd = factored_svd(factors[0].to(torch.float64), factors[1].to(torch.float64))
     return fix_signs(svd.Vh[: count_present(svd.S, noise=EXACT)])
@@ -34,6 +39,13 @@ def moments_on_axes(
         gram: `Z E[x xᵀ] Zᵀ`.
         directions: Rows of Z, update by update, as `input_directions` gives them.
         components_in: V.
+
+    Examples:
+        >>> import torch
+        >>> eye = torch.eye(2).double()
+        >>> gram = torch.diag(torch.tensor([4.0, 1.0])).double()  # of x along both directions
+        >>> moments_on_axes(gram, [eye[:1], eye[1:]], eye[1:]).round(decimals=6).tolist()
+        [[1.0]]
     """
     q, r = torch.linalg.qr(torch.cat(list(directions)).mT)
     turn = (components_in @ q) @ torch.linalg.pinv(r, rtol=1e-10).mT

@@ -81,6 +81,11 @@ def weighted(
 
     Raises:
         ValueError: If there are more or fewer weights than updates, or one is not finite.
+
+    Examples:
+        >>> import torch
+        >>> weighted(torch.ones(2, 1, 1), [1.0, -0.5]).flatten().tolist()
+        [1.0, -0.5]
     """
     if weights is None:
         return cores

@@ -40,6 +40,13 @@ def measure_merge(
         parts: Singular triplets of the merged update, scaled, before it is cut off.
         cores: The sources without weights, on the same axes.
         rank: Rank it is cut off at; None for no cut.
+
+    Examples:
+        >>> import torch
+        >>> cores = torch.stack([torch.eye(2), torch.eye(2)]).double()
+        >>> parts = FactoredSvd(*torch.linalg.svd(cores.mean(dim=0)))
+        >>> measure_merge(parts, cores, rank=1).distances.tolist()
+        [1.0, 1.0]
     """
     energies = parts.S.square()
     kept = slice(None, rank)

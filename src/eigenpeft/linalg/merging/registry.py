@@ -100,6 +100,10 @@ def find_rule(method: str) -> Rule:
 
     Raises:
         ValueError: If there is none; the message names all.
+
+    Examples:
+        >>> find_rule("ties").title
+        'TIES'
     """
     if method not in RULES:
         raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, RULES))}.")
@@ -116,6 +120,12 @@ def check_options(method: str, *, calibrate: Sequence[str] = (), **options: Any)
 
     Raises:
         ValueError: As `merge_cores`.
+
+    Examples:
+        >>> check_options("ties", density=0.2)
+        >>> check_options("ties", density=2.0)
+        Traceback (most recent call last):
+        ValueError: ...
     """
     number = torch.ones(1, 1, 1, dtype=torch.float64)
     needed = {"grams": number} if "statistics" in find_rule(method).needs else {}

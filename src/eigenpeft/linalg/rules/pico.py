@@ -34,6 +34,11 @@ def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_ou
 
     Returns:
         λ, or 1 where the merged update is zero.
+
+    Examples:
+        >>> import torch
+        >>> norm_scale(2 * torch.eye(2), torch.stack([torch.eye(2), 3 * torch.eye(2)])).item()
+        1.0
     """
     return scale_to_mean(merged.norm(), torch.linalg.vector_norm(cores, dim=(1, 2)))
 

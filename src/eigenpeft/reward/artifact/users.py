@@ -29,6 +29,12 @@ class UserTable:
 
     Args:
         n_basis: Length of a weight vector.
+
+    Examples:
+        >>> users = UserTable(2)
+        >>> users.put(["ann"], torch.tensor([[0.25, 0.75]]), [3])
+        >>> len(users), "ann" in users, users.weights(["ann"]).tolist()
+        (1, True, [[0.25, 0.75]])
     """
 
     def __init__(self, n_basis: int):

@@ -52,6 +52,18 @@ def export_lora(
         AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
             not positive, or is asked of a layer with several experts or groups.
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> from peft import get_peft_model
+        >>> from eigenpeft import EigenLoraConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model = get_peft_model(base, EigenLoraConfig(subspace=PrincipalSubspace({"0": bases}), r=2))
+        >>> export_lora(model, "plain-lora")
+        >>> sorted(path.name for path in Path("plain-lora").glob("adapter*"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
     origin = model_or_store.origin if isinstance(model_or_store, AdapterStore) else None

@@ -37,6 +37,14 @@ def collect_inputs(
 
     Raises:
         AdapterConfigError: If the adapter has no input factors, or there is no batch.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> inputs = collect_inputs(model, [{"input": torch.randn(1, 5, 6)}])
+        >>> {name: tuple(rows.shape) for name, rows in inputs.items()}
+        {'0': (5, 6)}
     """
     names = {name for name, _ in input_factors(model, adapter_name)}
     layers = {path.removeprefix(_PREFIX): layer for path, layer in model.named_modules()}
@@ -97,6 +105,14 @@ def start_outside(
 
     Raises:
         AdapterConfigError: If inputs of a module are missing, or no direction is left in any module.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        >>> inputs = {"0": torch.eye(6)[:2]}
+        >>> start_outside(model, inputs, SubspaceHistory())
+        {'0': 2}
     """
     factors = dict(input_factors(model, adapter_name))
     missing = sorted(factors.keys() - inputs.keys())

@@ -62,6 +62,11 @@ def lora_config_from_adapter(
     Raises:
         AdapterConfigError: If there is no such adapter.
         CollectionError: If its files cannot be read.
+
+    Examples:
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> lora_config_from_adapter(shipped_adapters() / "cr", task_type="SEQ_CLS").peft_type.value
+        'LORA'
     """
     source = open_adapters(adapters)
     if name is None and len(source) == 1:
