@@ -92,7 +92,9 @@ def test_records_are_json_and_tell_no_local_folder(three):
     collection = AdapterCollection.from_pretrained(three.folder)
     adapter = collection["adapter-1"]
     assert (adapter.name, adapter.rank, adapter.lora_alpha, adapter.task_type) == ("adapter-1", 4, 8.0, "CAUSAL_LM")
-    assert (adapter.licence, adapter.revision, adapter.modules) == ("mit", None, tuple(MODULES))
+    with pytest.warns(DeprecationWarning, match=r"licence is deprecated .* use SourceAdapter\.license"):
+        assert adapter.licence == "mit"
+    assert (adapter.license, adapter.revision, adapter.modules) == ("mit", None, tuple(MODULES))
     assert adapter.source == str(three.folder / "adapter-1")
     assert json.loads(json.dumps(asdict(adapter)))["name"] == "adapter-1"
     record = json.loads(json.dumps(adapter.record()))

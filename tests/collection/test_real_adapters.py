@@ -10,7 +10,7 @@ from eigenpeft.collection import AdapterCollection
 def test_shipped_adapters(shipped_adapters_dir):
     collection = AdapterCollection.from_pretrained(shipped_adapters_dir)
     assert collection.names == ("legal", "medical", "sports")
-    assert {adapter.licence for adapter in collection.adapters} == {"mit"}
+    assert {adapter.license for adapter in collection.adapters} == {"mit"}
     assert collection.shapes == {
         "transformer.h.0.attn.c_attn": (2304, 768),
         "transformer.h.0.attn.c_proj": (768, 768),

@@ -60,7 +60,7 @@ def test_pipes_and_devices_are_neither_waited_for_nor_read(folder, name, kind):
     os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
     if name == "README.md":
         with AdapterCollection.from_pretrained(folder) as collection:
-            assert collection["hostile"].licence is None
+            assert collection["hostile"].license is None
         return
     with pytest.raises(CollectionError, match=rf"Adapter 'hostile' .*{name}.*not a regular file"):
         AdapterCollection.from_pretrained(folder)

@@ -120,7 +120,7 @@ def test_equal_embedded_components_are_one_copy(tmp_path, honest):
     model = load(folder)
     model.load_adapter(tmp_path / "copy", "copy")
     layer = model.base_model.model[0]
-    assert layer.lora_A["default"].basis is layer.lora_A["copy"].basis is layer.lora_B["copy"].basis
+    assert layer.lora_A["default"].frozen_bank is layer.lora_A["copy"].frozen_bank is layer.lora_B["copy"].frozen_bank
     assert len(layer.lora_bases) == 1
     model.set_adapter("copy")
     torch.testing.assert_close(model(X), expected)

@@ -84,7 +84,7 @@ def summarise(
     resample = torch.randint(len(names), (_N_BOOTSTRAP, len(names)), generator=generator)
     averages = _Averages(names, tuple(measured.values()), resample)
     held_out, alone = averages.curve("held_out.both"), averages.curve("held_out_alone.both")
-    alone_in = averages.curve("held_out_alone.inside")
+    alone_in = averages.curve("held_out_alone.input")
     n_groups = len(set(groups.values()))
     together = averages.curve("held_out_alone.both", nulls="seed_nulls") if n_groups == 1 else held_out
     strangers = None
@@ -112,7 +112,7 @@ def summarise(
         held_out=held_out,
         held_out_alone=alone,
         held_out_unrelated=strangers,
-        held_out_in=averages.curve("held_out.inside"),
+        held_out_in=averages.curve("held_out.input"),
         held_out_alone_in=alone_in,
         held_out_out=averages.curve("held_out.output"),
         outside={name: 1.0 - float(share) for name, share in zip(names, own, strict=True)},

@@ -1,5 +1,6 @@
 """One source adapter: its record, where its factors lie, and reading them one module at a time."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -46,7 +47,7 @@ class SourceAdapter:
         lora_alpha: The config's alpha; single modules may differ by `alpha_pattern`.
         use_rslora: Whether the scaling is alpha / sqrt(r).
         task_type: PEFT's task type.
-        licence: From the front matter of its README.md.
+        license: From the front matter of its README.md.
         modules: Canonical names of the modules it adapts, in natural order.
         kept_aside: Keys of its tensors that are no part of an update: heads, saved modules, biases, embedding factors.
         weights_path: Its weights file.
@@ -62,12 +63,22 @@ class SourceAdapter:
     lora_alpha: float
     use_rslora: bool
     task_type: str | None
-    licence: str | None
+    license: str | None
     modules: tuple[str, ...]
     kept_aside: tuple[str, ...]
     weights_path: str
     weights_stamp: Stamp | None = None
     base_revision: str | None = None
+
+    @property
+    def licence(self) -> str | None:
+        """The old name of `license`, deprecated."""
+        warnings.warn(
+            "SourceAdapter.licence is deprecated and goes away in the next minor version; use SourceAdapter.license.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.license
 
     @cached_property
     def sha256(self) -> str:
@@ -89,7 +100,6 @@ class SourceAdapter:
         record = asdict(self)
         for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):
             del record[name]
-        record["license"] = record.pop("licence")
         return {
             **record,
             "source": self.source if self.revision else Path(self.weights_path).resolve().parent.name,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from eigenpeft.collection.adapter import FactorLocation, OpenAdapter, SourceAdapter
 from eigenpeft.collection.formats.keys import ParsedKey, natural_order, parse_key
 from eigenpeft.collection.formats.other_tools import format_of_keys
-from eigenpeft.collection.formats.settings import LoraSettings, licence_of, read_settings
+from eigenpeft.collection.formats.settings import LoraSettings, license_of, read_settings
 from eigenpeft.collection.formats.weights import WeightsFile, open_weights
 from eigenpeft.collection.sources import Location
 
@@ -51,7 +51,7 @@ def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenA
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         task_type=settings.task_type,
-        licence=licence_of(location.folder),
+        license=license_of(location.folder),
         modules=tuple(sorted(factors, key=natural_order)),
         kept_aside=tuple(sorted(set(weights.shapes) - used, key=natural_order)),
         weights_path=str(weights.path),

@@ -216,7 +216,7 @@ def _of_model(model: PeftModel, names: Sequence[str] | None) -> LoadedSources:
         config = model.peft_config[name]
         task = getattr(config.task_type, "value", config.task_type)
         task_types.add(None if task is None else str(task))
-        records.append({"name": name, "source": name, "rank": getattr(config, "r", None), "licence": None})
+        records.append({"name": name, "source": name, "rank": getattr(config, "r", None), "license": None})
     if problems:
         raise CollectionError(problems)
     parts = parts_of(

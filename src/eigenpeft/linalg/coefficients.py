@@ -118,11 +118,11 @@ def remainder(
     Returns:
         Two factors, float64, of equal norm; with no columns and rows where the core holds everything.
     """
-    left, right, outside, inside = (
+    left, right, rows_out, rows_in = (
         tensor.to(torch.float64) for tensor in (lora_B, lora_A, coefficients_out, coefficients_in)
     )
-    columns = torch.cat([left, -components_out.to(torch.float64).mT @ outside], dim=1)
-    rows = torch.cat([right, inside @ components_in.to(torch.float64)])
+    columns = torch.cat([left, -components_out.to(torch.float64).mT @ rows_out], dim=1)
+    rows = torch.cat([right, rows_in @ components_in.to(torch.float64)])
     parts = factored_svd(columns, rows)
     floor = noise * frobenius_norm(left, right)
     kept = int(torch.count_nonzero(parts.S.gt(floor)))

@@ -280,14 +280,14 @@ def low_rank_updates(
         [[[2.0, 2.0]], [[1.0, 1.0]]]
     """
     (_, length, out_features), (rank, n_components) = y.shape, coefficients_in.shape[1:]
-    inside, outside = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)
+    gathered_in, gathered_out = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)
     if length * (n_components - rank) > FORM_FACTORS_FROM * rank * n_components:
-        lora_A = (inside.flatten(0, 1) @ components_in).unflatten(0, (-1, rank))
-        lora_B = (outside.mT.flatten(0, 1) @ components_out).unflatten(0, (-1, rank))
+        lora_A = (gathered_in.flatten(0, 1) @ components_in).unflatten(0, (-1, rank))
+        lora_B = (gathered_out.mT.flatten(0, 1) @ components_out).unflatten(0, (-1, rank))
         hidden = x @ lora_A.mT
         return y.baddbmm_(hidden, lora_B) if in_place else torch.baddbmm(y, hidden, lora_B)
     projected = linear(x, components_in)
-    core = projected @ inside.mT @ outside.mT
+    core = projected @ gathered_in.mT @ gathered_out.mT
     product, flat = (core.flatten(0, 1), components_out), y.view(-1, out_features) if in_place else y.flatten(0, 1)
     return (flat.addmm_(*product) if in_place else torch.addmm(flat, *product)).view(y.shape)
 

@@ -130,10 +130,12 @@ def mean_only_subspace(
             torch.cat([lora_B for lora_B, _ in pairs], dim=1) / len(pairs), torch.cat([lora_A for _, lora_A in pairs])
         )
         k = n_components
-        inside, outside = (fix_signs(rows[:k].float()) for rows in (mean.Vh, mean.U.mT))
-        curve = explained_share_curve(pairs, inside, outside)
+        components_in, components_out = (fix_signs(rows[:k].float()) for rows in (mean.Vh, mean.U.mT))
+        curve = explained_share_curve(pairs, components_in, components_out)
         values = mean.S[:k].float()
-        modules[module] = ModuleSubspace(inside, outside, values, values.clone(), added_shares(curve).float())
+        modules[module] = ModuleSubspace(
+            components_in, components_out, values, values.clone(), added_shares(curve).float()
+        )
     info = SubspaceInfo(
         base_model_name_or_path=collection.base_model_name_or_path,
         base_model_revision=collection.base_model_revision,

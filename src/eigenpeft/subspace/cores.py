@@ -184,10 +184,10 @@ class _LowRank(CoreKind):
             left = torch.zeros(shapes["coefficients_in"]) if init is not False else torch.randn(rank, n_in)
             return {"coefficients_in": left, "coefficients_out": scale * torch.randn(n_out, rank)}
         # As LoRA starts A: the rows of A = C_in V_in get the norm that LoRA's rows have, V_in being orthonormal.
-        inside = nn.init.kaiming_uniform_(torch.empty(shapes["coefficients_in"]), a=math.sqrt(5))
+        coefficients_in = nn.init.kaiming_uniform_(torch.empty(shapes["coefficients_in"]), a=math.sqrt(5))
         if init == "gaussian":
-            nn.init.normal_(inside, std=1 / rank)
-        return {"coefficients_in": inside} | super().start(n_in, n_out, rank, init=init)
+            nn.init.normal_(coefficients_in, std=1 / rank)
+        return {"coefficients_in": coefficients_in} | super().start(n_in, n_out, rank, init=init)
 
 
 class _Full(CoreKind):

@@ -21,7 +21,7 @@ class SubspaceInfo:
         n_components: As asked for: a number, a share, "auto", or one of them per module pattern.
         n_pseudo_components: Random directions added to each module.
         seed: Seed of the random directions and of the iterative solver.
-        sources: One record per adapter: name, source, revision, sha256, ranks, alpha, licence, modules.
+        sources: One record per adapter: name, source, revision, sha256, ranks, alpha, license, modules.
         measured_on: Names of the adapters that `explained_variance_ratio` was measured on: all of them after `fit`, the
             added ones alone when a subspace that was loaded from disk is updated.
         fan_in_fan_out: Modules whose base weight is stored transposed (GPT-2's Conv1D).

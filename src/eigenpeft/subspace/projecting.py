@@ -42,7 +42,9 @@ def paired_core(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> tuple[C
         lora_A: (r, in_features).
         bank: Paired directions.
     """
-    outside, inside = bank.components_out, bank.components_in
-    diagonal = pair_coefficients(lora_B, lora_A, components_out=outside, components_in=inside).to(outside.dtype)
-    missed = difference_norm(lora_B, lora_A, outside.mT * diagonal, inside)
+    components_out, components_in = bank.components_out, bank.components_in
+    diagonal = pair_coefficients(lora_B, lora_A, components_out=components_out, components_in=components_in).to(
+        components_out.dtype
+    )
+    missed = difference_norm(lora_B, lora_A, components_out.mT * diagonal, components_in)
     return Core("diagonal", {"coefficients_out": diagonal}), float(missed)

@@ -10,7 +10,7 @@ from eigenpeft.collection.formats.settings import (
     ALTERING_INITIALISATIONS,
     PLAIN_INITIALISATIONS,
     REFUSED_FIELDS,
-    licence_of,
+    license_of,
     read_settings,
 )
 
@@ -120,7 +120,7 @@ def test_config_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "licence"),
+    ("text", "license"),
     [
         ("---\nbase_model: gpt2\nlicense: apache-2.0\n---\n# Card\n", "apache-2.0"),
         ("---\nlicense: 'mit'\n---\n", "mit"),
@@ -129,10 +129,10 @@ def test_config_that_is_no_text(tmp_path):
         ("", None),
     ],
 )
-def test_licence_is_read_from_the_front_matter_alone(tmp_path, text, licence):
+def test_license_is_read_from_the_front_matter_alone(tmp_path, text, license):
     (tmp_path / "README.md").write_text(text)
-    assert licence_of(tmp_path) == licence
+    assert license_of(tmp_path) == license
 
 
-def test_no_readme_no_licence(tmp_path):
-    assert licence_of(tmp_path) is None
+def test_no_readme_no_license(tmp_path):
+    assert license_of(tmp_path) is None

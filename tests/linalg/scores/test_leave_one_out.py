@@ -35,7 +35,7 @@ def test_curves_are_those_of_a_refit(groups, rows):
     curves = held_out_curves(stacks, n_components=7, groups=groups)
     labels = groups or range(len(factors))
     for k in (1, 4, 7):
-        for curve, one_sided in ((curves.both, False), (curves.inside, True)):
+        for curve, one_sided in ((curves.both, False), (curves.input, True)):
             expected = refitted(factors, list(labels), k, one_sided=one_sided)
             torch.testing.assert_close(curve[:, k - 1], expected, rtol=1e-5, atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_the_reduced_problem_of_many_adapters_is_close_to_a_refit(adapters, nois
     stacks = stack_factors(factors, rows="balanced", weighting="equal")
     curves = held_out_curves(stacks, n_components=8)
     assert sum(stacks.sizes) > 8 + 24 + 2 * 5  # the reduced branch
-    for curve, one_sided in ((curves.both, False), (curves.inside, True)):
+    for curve, one_sided in ((curves.both, False), (curves.input, True)):
         expected = refitted(factors, list(range(60)), 8, only=3, one_sided=one_sided)
         torch.testing.assert_close(curve[:3, 7], expected, rtol=0, atol=2e-3)
 
@@ -102,7 +102,7 @@ def test_output_side_is_the_input_side_of_the_transposes():
         held_out_curves(stack_factors(each, rows="balanced", weighting="equal"), n_components=7)
         for each in (factors, turned)
     )
-    torch.testing.assert_close(one.output, other.inside, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.output, other.input, rtol=1e-5, atol=1e-6)
 
 
 def test_hidden_adapters_may_differ_from_the_group(unannotated):

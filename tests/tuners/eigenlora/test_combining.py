@@ -128,7 +128,9 @@ def test_tied_weights_share_what_is_trained(method, tmp_path, tokens):
         config = EigenLoraConfig(subspace=subspace, core=method, **common)
     model = get_peft_model(make(), config)
     bases = [module.components_in for module in model.modules() if hasattr(module, "components_in")]
-    assert all(basis.abs().max() > 0 for basis in bases)  # PEFT zeroes the factors of the tied layer in place
+    assert all(
+        frozen_bank.abs().max() > 0 for frozen_bank in bases
+    )  # PEFT zeroes the factors of the tied layer in place
     expected = train(model, tokens, lr=0.05)
     embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
     torch.testing.assert_close(embedding.get_delta_weight("default"), head.get_delta_weight("default"))

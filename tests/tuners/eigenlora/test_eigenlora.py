@@ -41,14 +41,16 @@ def test_starts_at_the_base_model_and_trains_coefficients_alone(architecture, tm
     model = adapted(architecture, tmp_path, core=core)
     torch.testing.assert_close(logits(model, tokens), base, atol=1e-6, rtol=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    bases_before = {name: layer.lora_A["default"].basis.components_in.clone() for name, layer in factors(model).items()}
+    bases_before = {
+        name: layer.lora_A["default"].frozen_bank.components_in.clone() for name, layer in factors(model).items()
+    }
     assert (train(model, tokens) - base).abs().max() > 1e-3
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved == trainable
     assert all(name.endswith("default.coefficients") for name in trainable)
     for name, layer in factors(model).items():
-        assert torch.equal(layer.lora_A["default"].basis.components_in, bases_before[name])
+        assert torch.equal(layer.lora_A["default"].frozen_bank.components_in, bases_before[name])
 
 
 @pytest.mark.parametrize(("core", "parameters"), [("low_rank", 2 * 12 * 4), ("full", 12 * 12), ("diagonal", 12)])
@@ -80,10 +82,10 @@ def test_update_is_the_formula(architecture, tmp_path, tokens, core, rslora, sca
     model = adapted(architecture, tmp_path, core=core, lora_alpha=10, use_rslora=rslora)
     train(model, tokens)
     for layer in factors(model).values():
-        basis = layer.lora_A["default"].basis
+        frozen_bank = layer.lora_A["default"].frozen_bank
         C_in, C_out = (getattr(layer, side)["default"].coefficients for side in ("lora_A", "lora_B"))
         P = {"low_rank": lambda: C_out @ C_in, "full": lambda: C_out, "diagonal": lambda: torch.diag(C_out)}[core]()  # noqa: B023
-        expected = scaling * basis.components_out.double().T @ P.double() @ basis.components_in.double()
+        expected = scaling * frozen_bank.components_out.double().T @ P.double() @ frozen_bank.components_in.double()
         update = layer.get_delta_weight("default").double()
         update = update.T if getattr(layer, "fan_in_fan_out", False) else update
         torch.testing.assert_close(update, expected, atol=1e-5, rtol=1e-5)
@@ -206,8 +208,8 @@ def test_adapters_share_one_copy_of_each_basis(architecture, tmp_path, tokens):
 
     def storages(model):
         return [
-            {layer.lora_A[name].basis.components_in.untyped_storage().data_ptr() for name in layer.lora_A}
-            | {id(layer.lora_B[name].basis) for name in layer.lora_B}
+            {layer.lora_A[name].frozen_bank.components_in.untyped_storage().data_ptr() for name in layer.lora_A}
+            | {id(layer.lora_B[name].frozen_bank) for name in layer.lora_B}
             for layer in factors(model).values()
         ]
 
@@ -321,7 +323,7 @@ def test_auto_model(tmp_path, tokens):
 
 def test_truncated_subspace(architecture, tmp_path, tokens):
     model = adapted(architecture, tmp_path, n_components=5)
-    assert {len(layer.lora_A["default"].basis.components_in) for layer in factors(model).values()} == {5}
+    assert {len(layer.lora_A["default"].frozen_bank.components_in) for layer in factors(model).values()} == {5}
     expected = train(model, tokens)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(

@@ -82,7 +82,7 @@ def test_the_core_holds_the_leading_triplets_of_the_projection(zoo):
         if isinstance(layer, LoraLayer):
             left, right = factors[name.removeprefix("base_model.model.")]
             inside, outside = layer.lora_A["default"], layer.lora_B["default"]
-            v_out, v_in = outside.basis.components_out.double(), inside.basis.components_in.double()
+            v_out, v_in = outside.frozen_bank.components_out.double(), inside.frozen_bank.components_in.double()
             projected = v_out @ left.double() @ right.double() @ v_in.mT
             u, s, vh = torch.linalg.svd(projected)
             held = layer.scaling["default"] * (outside.coefficients @ inside.coefficients).double()

@@ -91,7 +91,7 @@ def test_blocks_of_eigenlora_are_those_of_the_dense_factors(tokens):
     train(model, tokens)
     for name, side in (("q_proj", "lora_A"), ("v_proj", "lora_B")):
         factor = getattr(layers_of(model)[name], side)["default"]
-        components = factor.basis.components_in if side == "lora_A" else factor.basis.components_out
+        components = factor.frozen_bank.components_in if side == "lora_A" else factor.frozen_bank.components_out
         coefficients = factor.coefficients.detach().double()
         inside = side == "lora_A"
         dense = coefficients @ components.double() if inside else components.double().T @ coefficients

@@ -176,8 +176,8 @@ def settings_of(config: Mapping[str, Any]) -> tuple[LoraSettings | None, list[st
     return (None, problems) if problems else (_settings(config), [])
 
 
-def licence_of(folder: Path) -> str | None:
-    """Licence from the front matter of the adapter's README.md, if it says.
+def license_of(folder: Path) -> str | None:
+    """License from the front matter of the adapter's README.md, if it says.
 
     Args:
         folder: Folder of the adapter.

@@ -131,15 +131,15 @@ def directions_outside(
     return directions + 0.0, found.singular_values[:kept]  # no negative zeros
 
 
-def _curve(stacks: Stacks, inside: tuple[Tensor, Tensor], outside: tuple[Tensor, Tensor]) -> Float[Tensor, " steps"]:
+def _curve(stacks: Stacks, pair_in: tuple[Tensor, Tensor], pair_out: tuple[Tensor, Tensor]) -> Float[Tensor, " steps"]:
     """Share of the stacks' energy that the old components hold with the first 0, 1, ... new ones of both sides."""
-    all_in, all_out = (torch.cat([old.to(torch.float64), new]) for old, new in (inside, outside))
+    all_in, all_out = (torch.cat([old.to(torch.float64), new]) for old, new in (pair_in, pair_out))
     coefficients_in = stacks.rows_in.to(torch.float64) @ all_in.mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out.to(torch.float64) @ all_out.mT)
     energy = torch.zeros(len(all_out), len(all_in), dtype=torch.float64, device=all_in.device)
     for core in cores(stacks, coefficients_in, coefficients_out):
         energy += core.square()
     sums = torch.nn.functional.pad(energy.cumsum(0).cumsum(1), (1, 0, 1, 0))
-    steps = torch.arange(1 + max(len(inside[1]), len(outside[1])), device=all_in.device)
-    rows, columns = (len(old) + steps.clamp(max=len(new)) for old, new in (outside, inside))
+    steps = torch.arange(1 + max(len(pair_in[1]), len(pair_out[1])), device=all_in.device)
+    rows, columns = (len(old) + steps.clamp(max=len(new)) for old, new in (pair_out, pair_in))
     return sums[rows, columns] / stacks.energy

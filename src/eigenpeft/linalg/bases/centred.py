@@ -38,8 +38,8 @@ def centred_components(
     if numerical_rank(torch.stack([largest, mean_value])) == 2:
         direction = mean / torch.linalg.vector_norm(mean)
         # If the mean lies in the span of the leading components, one of them adds nothing to it and the others.
-        outside = 1.0 - (components.to(torch.float64) @ direction.to(torch.float64)).square().cumsum(0)
-        spanned = (outside < 1e-9).nonzero()
+        missed = 1.0 - (components.to(torch.float64) @ direction.to(torch.float64)).square().cumsum(0)
+        spanned = (missed < 1e-9).nonzero()
         independent = torch.ones(rank, dtype=torch.bool, device=rows.device)
         if len(spanned):
             independent[spanned[0]] = False

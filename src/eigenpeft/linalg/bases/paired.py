@@ -41,8 +41,8 @@ def pair_gram(components_out: Float[Tensor, "k m"], components_in: Float[Tensor,
         components_out: P_out.
         components_in: P_in.
     """
-    outside, inside = components_out.to(torch.float64), components_in.to(torch.float64)
-    return (outside @ outside.mT) * (inside @ inside.mT)
+    p_out, p_in = components_out.to(torch.float64), components_in.to(torch.float64)
+    return (p_out @ p_out.mT) * (p_in @ p_in.mT)
 
 
 def pair_coefficients(
@@ -71,9 +71,9 @@ def pair_coefficients(
         >>> pair_coefficients(3 * eye, eye, components_out=eye[:1], components_in=eye[:1]).round(decimals=6).tolist()
         [3.0]
     """
-    outside, inside = components_out.to(torch.float64), components_in.to(torch.float64)
-    products = (outside @ lora_B.to(torch.float64)) * (lora_A.to(torch.float64) @ inside.mT).mT
-    return _solve(pair_gram(outside, inside), products.sum(dim=1)[:, None])[:, 0]
+    p_out, p_in = components_out.to(torch.float64), components_in.to(torch.float64)
+    products = (p_out @ lora_B.to(torch.float64)) * (lora_A.to(torch.float64) @ p_in.mT).mT
+    return _solve(pair_gram(p_out, p_in), products.sum(dim=1)[:, None])[:, 0]
 
 
 def pair_curve(
@@ -89,8 +89,8 @@ def pair_curve(
     Returns:
         The cumulative share, never falling but for the ridge, float64.
     """
-    outside, inside = components_out.to(torch.float64), components_in.to(torch.float64)
-    products, gram = _products(_rows(stacks), inside, outside), pair_gram(outside, inside)
+    p_out, p_in = components_out.to(torch.float64), components_in.to(torch.float64)
+    products, gram = _products(_rows(stacks), p_in, p_out), pair_gram(p_out, p_in)
     losses = [
         _loss(stacks, products[:, :k], gram[:k, :k], _solve(gram[:k, :k], products[:, :k].mT).mT)
         for k in range(1, len(gram) + 1)
@@ -128,8 +128,8 @@ def fit_pairs(
         norms=stacks.norms,
     )
     found = [
-        _alternate(small, _on(axes_in, inside.to(torch.float64)), _on(axes_out, outside.to(torch.float64)), tol=tol)
-        for inside, outside in starts
+        _alternate(small, _on(axes_in, p_in.to(torch.float64)), _on(axes_out, p_out.to(torch.float64)), tol=tol)
+        for p_in, p_out in starts
     ]
     best = min(found, key=lambda pairs: pairs.loss)
     order = best.coefficients.square().sum(dim=0).argsort(descending=True, stable=True)
@@ -171,28 +171,28 @@ def _alternate(
     stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"], *, tol: float
 ) -> Pairs:
     places, middle = _places(stacks), stacks.middle[:, None]
-    inside, outside = _unit(components_in), _unit(components_out)
+    p_in, p_out = _unit(components_in), _unit(components_out)
     best: Pairs | None = None
     last = float("inf")
     for _ in range(_MAX_SWEEPS):
-        on_in = stacks.rows_in @ inside.mT
-        products = _summed(stacks, on_in * middle * (stacks.rows_out @ outside.mT))
-        gram_in, gram_out = inside @ inside.mT, outside @ outside.mT
+        on_in = stacks.rows_in @ p_in.mT
+        products = _summed(stacks, on_in * middle * (stacks.rows_out @ p_out.mT))
+        gram_in, gram_out = p_in @ p_in.mT, p_out @ p_out.mT
         gram = gram_in * gram_out
         coefficients = _solve(gram, products.mT).mT
         loss = _loss(stacks, products, gram, coefficients)
         if best is None or loss < best.loss:
-            best = Pairs(inside, outside, coefficients, loss)
+            best = Pairs(p_in, p_out, coefficients, loss)
         if last - loss <= _PATIENCE * tol * stacks.energy:
             break
         last = loss
 
         weights = on_in * middle * coefficients[places]
-        outside, lengths = _updated(gram_in * (coefficients.mT @ coefficients), weights.mT @ stacks.rows_out, outside)
+        p_out, lengths = _updated(gram_in * (coefficients.mT @ coefficients), weights.mT @ stacks.rows_out, p_out)
         coefficients = coefficients * lengths
-        weights = (stacks.rows_out @ outside.mT) * middle * coefficients[places]
-        gram = (outside @ outside.mT) * (coefficients.mT @ coefficients)
-        inside, _ = _updated(gram, weights.mT @ stacks.rows_in, inside)
+        weights = (stacks.rows_out @ p_out.mT) * middle * coefficients[places]
+        gram = (p_out @ p_out.mT) * (coefficients.mT @ coefficients)
+        p_in, _ = _updated(gram, weights.mT @ stacks.rows_in, p_in)
     assert best is not None
     return best
 

@@ -33,12 +33,12 @@ class HeldOut:
 
     Attributes:
         both: Inside the subspaces of both sides, `‖V_out ΔW V_inᵀ‖²`.
-        inside: With the input side projected alone, `‖ΔW V_inᵀ‖²`: what a common lora_A gives.
+        input: With the input side projected alone, `‖ΔW V_inᵀ‖²`: what a common lora_A gives.
         output: With the output side projected alone, `‖V_out ΔW‖²`: lora_B starts at zero, no seed can make it alike.
     """
 
     both: Float[Tensor, "n_adapters k"]
-    inside: Float[Tensor, "n_adapters k"]
+    input: Float[Tensor, "n_adapters k"]
     output: Float[Tensor, "n_adapters k"]
 
 

@@ -172,9 +172,9 @@ def turned(
             changes[bank] = tuple(one @ other.mT for one, other in pairs)  # pyright: ignore[reportArgumentType]
         rows_in, rows_out = changes[bank]
         cores[module] = moved_core(core, rows_out[:, : core.n_out], rows_in[:, : core.n_in].mT)
-        outside, inside = _padded(core, old)
-        norm = float(frobenius_norm(outside, inside))
-        residual = float(projection_residual(outside, inside, components_out=rows_out, components_in=rows_in))
+        factor_out, factor_in = _padded(core, old)
+        norm = float(frobenius_norm(factor_out, factor_in))
+        residual = float(projection_residual(factor_out, factor_in, components_out=rows_out, components_in=rows_in))
         lost, total = lost + residual**2, total + norm**2
         # By the triangle inequality; the norm of a projection is no larger.
         errors[module] = min(1.0, member.relative_errors.get(module, 0.0) + (residual / norm if norm else 0.0))
@@ -218,10 +218,10 @@ def _counts(bank: ModuleSubspace) -> Shape:
 
 def _padded(core: Core, bank: ModuleSubspace) -> Factors:
     """`(C_out, C_in)` of a core that may use the first components alone, zeros for the others."""
-    outside, inside = core.factors()
+    factor_out, factor_in = core.factors()
     return (
-        pad(outside.float(), (0, 0, 0, bank.n_components_out - len(outside))),
-        pad(inside.float(), (0, bank.n_components_in - inside.shape[1])),
+        pad(factor_out.float(), (0, 0, 0, bank.n_components_out - len(factor_out))),
+        pad(factor_in.float(), (0, bank.n_components_in - factor_in.shape[1])),
     )
 
 

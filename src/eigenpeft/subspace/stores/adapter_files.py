@@ -13,7 +13,7 @@ from torch import Tensor
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection.adapter import SourceAdapter
 from eigenpeft.collection.formats.keys import canonical_module, natural_order
-from eigenpeft.collection.formats.settings import CONFIG_NAME, LoraSettings, licence_of, settings_of
+from eigenpeft.collection.formats.settings import CONFIG_NAME, LoraSettings, license_of, settings_of
 from eigenpeft.collection.formats.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.collection.opening import open_adapter, some
 from eigenpeft.collection.reader import AdapterCollection
@@ -249,7 +249,7 @@ def _record(
         "lora_alpha": settings.lora_alpha,
         "use_rslora": settings.use_rslora,
         "task_type": settings.task_type,
-        "license": licence_of(location.folder),
+        "license": license_of(location.folder),
         "sha256": file_sha256(weights.path),
         "n_modules": n_modules,
         "config": _short_config(config),

@@ -30,8 +30,8 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     """
     old_out, old_in = old.components_out[: core.n_out], old.components_in[: core.n_in]
     dtype = new.components_out.dtype
-    outside, inside = (side.to(dtype) for side in core.factors())
-    lora_B, lora_A = reconstruct(outside, inside, components_out=old_out, components_in=old_in)
+    coefficients_out, coefficients_in = (side.to(dtype) for side in core.factors())
+    lora_B, lora_A = reconstruct(coefficients_out, coefficients_in, components_out=old_out, components_in=old_in)
     norm = float(frobenius_norm(lora_B, lora_A))
     if new.paired:
         paired, residual = paired_core(lora_B, lora_A, new)

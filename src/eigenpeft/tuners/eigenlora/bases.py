@@ -21,11 +21,11 @@ from eigenpeft.tuners.eigenlora.warm_start import WarmStart
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
 from eigenpeft.tuners.layers.linear import InputFactor
 from eigenpeft.tuners.layers.shared_bases import (
-    Basis,
-    attach_basis,
-    attach_empty_basis,
+    FrozenBank,
+    attach_bank,
+    attach_empty_bank,
     drop_unused_bases,
-    fill_basis,
+    fill_bank,
     recall,
     resolve,
 )
@@ -53,7 +53,7 @@ class Injection:
     names: Mapping[str, str]
     placed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, ModuleSubspace] = field(default_factory=dict)
-    shared: dict[Any, Basis] = field(default_factory=dict)
+    shared: dict[Any, FrozenBank] = field(default_factory=dict)
 
     def place(self, name: str, module: str) -> None:
         """Note that a module of the model takes the bases of a module of the subspace.
@@ -162,7 +162,7 @@ def _in_layers(config: EigenLoraConfig, module: str) -> bool:
     return bool(check_target_module_exists(rule, module))
 
 
-def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module: str) -> tuple[str, Basis]:
+def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module: str) -> tuple[str, FrozenBank]:
     """The subspace's name of a module, and the layer's shared copy of its bases.
 
     Args:
@@ -183,7 +183,7 @@ def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, modul
                 f"{sorted(config.embedded_n_components or ())[:3]}."
             )
         pair = _embedded_pair(count, shape, module)
-        return module, attach_empty_basis(layer, shape=shape, n_components=pair, fingerprint=fingerprint)
+        return module, attach_empty_bank(layer, shape=shape, n_components=pair, fingerprint=fingerprint)
     name = given.names.get(module) or subspace.find(module)
     if name is None:
         raise AdapterConfigError(
@@ -203,7 +203,7 @@ def basis_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, modul
         if bank not in given.cut:
             given.cut[bank] = bases.truncate(config.n_components)
         bases = given.cut[bank]
-    return name, attach_basis(layer, bases, fingerprint=fingerprint, shared=given.shared)
+    return name, attach_bank(layer, bases, fingerprint=fingerprint, shared=given.shared)
 
 
 def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
@@ -222,8 +222,8 @@ def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
         )
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer, Basis]]:
-    """(path, layer, basis) of every layer that has EigenLoRA factors of an adapter.
+def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer, FrozenBank]]:
+    """(path, layer, bank) of every layer that has EigenLoRA factors of an adapter.
 
     Args:
         model: Adapted model, of PEFT's class or the base's own.
@@ -233,7 +233,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, L
         if isinstance(layer, LoraLayer):
             factor = dict(factor_dicts(layer)[0].items()).get(adapter_name)
             if isinstance(factor, InputFactor):
-                yield path, layer, factor.basis
+                yield path, layer, factor.frozen_bank
 
 
 def embedded_counts(model: nn.Module, adapter_name: str) -> dict[str, int | list[int]]:
@@ -246,8 +246,8 @@ def embedded_counts(model: nn.Module, adapter_name: str) -> dict[str, int | list
         adapter_name: Adapter.
     """
     counts: dict[str, int | list[int]] = {}
-    for path, layer, basis in adapted_layers(model, adapter_name):
-        n_in, n_out = len(basis.components_in), len(basis.components_out)
+    for path, layer, frozen_bank in adapted_layers(model, adapter_name):
+        n_in, n_out = len(frozen_bank.components_in), len(frozen_bank.components_out)
         counts[weight_name(path, layer)] = n_in if n_in == n_out else [n_in, n_out]
     return counts
 
@@ -260,8 +260,8 @@ def embedded_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         adapter_name: Adapter.
     """
     return {
-        f"{path}.{factor}.components": getattr(basis, side)
-        for path, _, basis in adapted_layers(model, adapter_name)
+        f"{path}.{factor}.components": getattr(frozen_bank, side)
+        for path, _, frozen_bank in adapted_layers(model, adapter_name)
         for factor, side in _EMBEDDED.items()
     }
 
@@ -281,29 +281,29 @@ def fill_embedded(model: nn.Module, adapter_name: str, embedded: Mapping[str, Te
     saved = {path: _saved_components(path, embedded) for path, _, _ in layers}
     missing = [
         f"{path}.{factor}.components"
-        for path, _, basis in layers
+        for path, _, frozen_bank in layers
         for factor, side in _EMBEDDED.items()
-        if side not in saved[path] and (not basis.is_filled or saved[path])
+        if side not in saved[path] and (not frozen_bank.is_filled or saved[path])
     ]
     if missing:
         raise AdapterConfigError(
             f"{len(missing)} tensors of embedded components are missing in the file of adapter {adapter_name!r}, such as "
             f"{missing[0]!r}: it was cut short, or a tool left them out. Get a fresh copy."
         )
-    for path, _, basis in layers:
+    for path, _, frozen_bank in layers:
         for side, tensor in saved[path].items():
-            held = getattr(basis, side)
+            held = getattr(frozen_bank, side)
             if tensor.shape != held.shape or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise AdapterConfigError(
                     f"The file of adapter {adapter_name!r} has {side} of shape {tuple(tensor.shape)} and dtype "
                     f"{tensor.dtype} for {path!r}, where {tuple(held.shape)} finite numbers are expected: it was altered. Get "
                     "a fresh copy."
                 )
-    for path, layer, basis in layers:
+    for path, layer, frozen_bank in layers:
         if saved[path]:
-            filled = fill_basis(layer, basis, **saved[path])
+            filled = fill_bank(layer, frozen_bank, **saved[path])
             for factors in factor_dicts(layer):
-                factors[adapter_name].use_basis(filled)
+                factors[adapter_name].use_bank(filled)
             drop_unused_bases(layer)
 
 

@@ -184,13 +184,13 @@ def combine(
         target_in, target_out = _coefficients(layer, new)
         if target_in is None:
             factors = target_out.new_tensor([weight for weight, _, _ in parts])
-            tensors = [outside.detach() for _, _, outside in parts]
+            tensors = [part_out.detach() for _, _, part_out in parts]
             merge = _ENTRYWISE.get(combination)
             target_out.copy_(merge(tensors, factors, density, **signs) if merge else task_arithmetic(tensors, factors))
             continue
-        inside, outside = _combined(parts, combination, rank=len(target_in))
-        target_in.zero_()[: len(inside)] = inside
-        target_out.zero_()[:, : len(inside)] = outside
+        part_in, part_out = _combined(parts, combination, rank=len(target_in))
+        target_in.zero_()[: len(part_in)] = part_in
+        target_out.zero_()[:, : len(part_in)] = part_out
 
 
 @torch.no_grad()
@@ -247,21 +247,21 @@ def combine_cores(
 
 
 def _parts(layer: LoraLayer, adapter_name: str) -> dict[str, Tensor]:
-    inside, outside = _coefficients(layer, adapter_name)
-    return {"coefficients_out": outside} | ({} if inside is None else {"coefficients_in": inside})
+    part_in, part_out = _coefficients(layer, adapter_name)
+    return {"coefficients_out": part_out} | ({} if part_in is None else {"coefficients_in": part_in})
 
 
 def _combined(parts: Sequence[Any], combination: str, *, rank: int) -> tuple[Tensor, Tensor]:
     if combination == "linear":
         roots = [math.sqrt(abs(weight)) for weight, _, _ in parts]
-        inside = [math.copysign(root, part[0]) * part[1] for root, part in zip(roots, parts, strict=True)]
-        outside = [root * part[2] for root, part in zip(roots, parts, strict=True)]
-        return torch.stack(inside).sum(dim=0), torch.stack(outside).sum(dim=0)
-    inside = torch.cat([weight * inside for weight, inside, _ in parts])
-    outside = torch.cat([outside for _, _, outside in parts], dim=1)
+        part_in = [math.copysign(root, part[0]) * part[1] for root, part in zip(roots, parts, strict=True)]
+        part_out = [root * part[2] for root, part in zip(roots, parts, strict=True)]
+        return torch.stack(part_in).sum(dim=0), torch.stack(part_out).sum(dim=0)
+    part_in = torch.cat([weight * part_in for weight, part_in, _ in parts])
+    part_out = torch.cat([part_out for _, _, part_out in parts], dim=1)
     if combination == "svd":
-        outside, inside = truncate(outside.float(), inside.float(), rank=min(rank, len(inside)))
-    return inside, outside
+        part_out, part_in = truncate(part_out.float(), part_in.float(), rank=min(rank, len(part_in)))
+    return part_in, part_out
 
 
 def _coefficients(layer: LoraLayer, adapter_name: str) -> tuple[Tensor | None, Tensor]:

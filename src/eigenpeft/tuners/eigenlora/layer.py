@@ -37,25 +37,25 @@ class EigenLinear(ExactLinear):
         y = self.base_layer(x, *args)
         dtype, in_place = y.dtype, owns_output(self.base_layer)
         for name in names:
-            inside: Any = self.lora_A[name]
-            outside: Any = self.lora_B[name]
-            x = self._cast_input_dtype(x, outside.coefficients.dtype)
+            factor_in: Any = self.lora_A[name]
+            factor_out: Any = self.lora_B[name]
+            x = self._cast_input_dtype(x, factor_out.coefficients.dtype)
             dropped = self.lora_dropout[name](x)
             y = add_update(
                 y,
                 dropped,
-                components_in=inside.basis.components_in,
-                coefficients_in=inside.coefficients,
-                coefficients_out=outside.coefficients,
-                components_out=outside.basis.components_out,
+                components_in=factor_in.frozen_bank.components_in,
+                coefficients_in=factor_in.coefficients,
+                coefficients_out=factor_out.coefficients,
+                components_out=factor_out.frozen_bank.components_out,
                 scaling=self.scaling[name],
                 in_place=in_place,
             )
-            if inside.offset is not None:
-                rest = nn.functional.linear(dropped.to(y.dtype), inside.offset.to(y.dtype))
-                y = y + self.scaling[name] * nn.functional.linear(rest, outside.offset.to(y.dtype))
-            if outside.bias is not None:
-                y = y + self.scaling[name] * outside.bias.to(y.dtype)
+            if factor_in.offset is not None:
+                rest = nn.functional.linear(dropped.to(y.dtype), factor_in.offset.to(y.dtype))
+                y = y + self.scaling[name] * nn.functional.linear(rest, factor_out.offset.to(y.dtype))
+            if factor_out.bias is not None:
+                y = y + self.scaling[name] * factor_out.bias.to(y.dtype)
         return y.to(dtype)
 
     def _forward_of_shards(self, x: Tensor, names: Sequence[str], *args: Any) -> Tensor:
@@ -63,9 +63,9 @@ class EigenLinear(ExactLinear):
         y = self.base_layer(x, *args)
         dtype = y.dtype
         for name in names:
-            inside, outside = self.lora_A[name], self.lora_B[name]
-            x = self._cast_input_dtype(x, next(_whole(outside).parameters()).dtype)
-            y = y + outside(inside(self.lora_dropout[name](x))) * self.scaling[name]
+            factor_in, factor_out = self.lora_A[name], self.lora_B[name]
+            x = self._cast_input_dtype(x, next(_whole(factor_out).parameters()).dtype)
+            y = y + factor_out(factor_in(self.lora_dropout[name](x))) * self.scaling[name]
         return y.to(dtype)
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
@@ -74,22 +74,22 @@ class EigenLinear(ExactLinear):
         if not names or not self._can_be_stacked(names) or any(value is not None for value in kwargs.values()):
             return super()._mixed_batch_forward(x, *args, adapter_names=list(adapter_names), **kwargs)
         y = self.base_layer(x, *args)
-        inside: Any = [self.lora_A[name] for name in names]
-        outside: Any = [self.lora_B[name] for name in names]
+        factor_in: Any = [self.lora_A[name] for name in names]
+        factor_out: Any = [self.lora_B[name] for name in names]
         rows = {name: row for row, name in enumerate(names)}
-        coefficients_in = pad_sequence([factor.coefficients for factor in inside], batch_first=True)
+        coefficients_in = pad_sequence([factor.coefficients for factor in factor_in], batch_first=True)
         scaling = coefficients_in.new_tensor([float(self.scaling[name]) for name in names])
-        coefficients_out = pad_sequence([factor.coefficients.mT for factor in outside], batch_first=True).mT
+        coefficients_out = pad_sequence([factor.coefficients.mT for factor in factor_out], batch_first=True).mT
         # One more task of zeros, for rows of the base model and of adapters that lack this layer.
         padding = (0, 0, 0, 0, 0, 1)
         sum_ = add_updates(
             y,
             self._cast_input_dtype(x, coefficients_in.dtype),
             tensor([rows.get(name, len(names)) for name in adapter_names], device=x.device),
-            components_in=inside[0].basis.components_in,
+            components_in=factor_in[0].frozen_bank.components_in,
             coefficients_in=nn.functional.pad(coefficients_in, padding),
             coefficients_out=nn.functional.pad(coefficients_out * scaling[:, None, None], padding),
-            components_out=outside[0].basis.components_out,
+            components_out=factor_out[0].frozen_bank.components_out,
             in_place=owns_output(self.base_layer),
         )
         return sum_.to(y.dtype)
@@ -108,7 +108,7 @@ class EigenLinear(ExactLinear):
             not has_dropout
             and self._are_ours(names)
             and all(factor.coefficients is not None and factor.offset is None for factor in factors)
-            and all(factor.basis is factors[0].basis for factor in factors)
+            and all(factor.frozen_bank is factors[0].frozen_bank for factor in factors)
             and not any(self.lora_bias[name] for name in names)
         )
 

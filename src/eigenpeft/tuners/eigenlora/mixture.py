@@ -12,7 +12,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.mixture import MixtureWeights
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Mixture:
     start: Tensor
     shared: MixtureWeights | None
 
-    def of(self, module: str, basis: Basis) -> tuple[MixtureWeights, Tensor]:
+    def of(self, module: str, frozen_bank: FrozenBank) -> tuple[MixtureWeights, Tensor]:
         """Weights and cores (T, K_out, K_in) of one module; zeros for sources that do not adapt it.
 
         Args:
             module: Module of the subspace.
-            basis: The components that the layer uses, the first ones of the subspace's.
+            frozen_bank: The components that the layer uses, the first ones of the subspace's.
         """
-        n_in, n_out = len(basis.components_in), len(basis.components_out)
+        n_in, n_out = len(frozen_bank.components_in), len(frozen_bank.components_out)
         cores = torch.zeros(len(self.names), n_out, n_in)
         for row, name in zip(cores, self.names if self.members else (), strict=False):
             core = self.members[name].cores.get(module)

@@ -14,7 +14,7 @@ from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import match_modules
 from eigenpeft.tuners.eigenlora.bases import (
     Injection,
-    basis_for,
+    bank_for,
     embedded_counts,
     embedded_tensors,
     fill_embedded,
@@ -92,24 +92,24 @@ class EigenLoraModel(FactorModel):
             AdapterConfigError: If the subspace does not fit the layer, another layer has taken its bases, or a warm start is not
                 defined for it.
         """
-        name, basis = basis_for(layer, given, config, module)
+        name, frozen_bank = bank_for(layer, given, config, module)
         given.place(name, module)
         core, scaling = core_kind(config.core), layer.scaling[adapter_name]
         if given.mixture is not None:
             check_one_core(layer, module, what="core='mixture'", instead="use another core")
-            mixture = given.mixture.of(name, basis)
-            place(layer, adapter_name, basis=basis, parts={}, core=core, mixture=mixture)
+            mixture = given.mixture.of(name, frozen_bank)
+            place(layer, adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
             adopt(layer, adapter_name)
             return
-        parts = start(layer, adapter_name, basis=basis, config=config, module=module)
+        parts = start(layer, adapter_name, frozen_bank=frozen_bank, config=config, module=module)
         offset = empty_offset(layer, config, module)
         if given.warm_start is not None and name in given.warm_start.modules:
             _check_warm_start(layer, config, module)
             parts = given.warm_start.parts(name, start=parts, core=core, scaling=scaling)
-            offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, basis=basis)
+            offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, frozen_bank=frozen_bank)
         if offset is not None:
             check_one_core(layer, module, what="init_offset=True", instead="pass init_offset=False")
-        place(layer, adapter_name, basis=basis, parts=parts, core=core, offset=offset)
+        place(layer, adapter_name, frozen_bank=frozen_bank, parts=parts, core=core, offset=offset)
         adopt(layer, adapter_name)
 
     @classmethod

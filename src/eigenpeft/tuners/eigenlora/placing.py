@@ -15,7 +15,7 @@ from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.blocks import n_blocks_of
 from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.mixture import MixtureWeights
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,14 @@ def warn_of_idle_rank(config: EigenLoraConfig, most: int) -> None:
 
 
 def start(
-    layer: LoraLayer, adapter_name: str, *, basis: Basis, config: EigenLoraConfig, module: str
+    layer: LoraLayer, adapter_name: str, *, frozen_bank: FrozenBank, config: EigenLoraConfig, module: str
 ) -> dict[str, Tensor]:
     """The parts of the core that an adapter starts from on a layer.
 
     Args:
         layer: LoRA layer.
         adapter_name: Adapter.
-        basis: Its components there.
+        frozen_bank: Its components there.
         config: Its configuration.
         module: Name of the adapted weight, for messages.
 
@@ -54,7 +54,7 @@ def start(
     """
     core, kind, rank = core_kind(config.core), kind_of(layer), layer.r[adapter_name]
     init: Any = config.init_lora_weights
-    n_in, n_out, n_blocks = len(basis.components_in), len(basis.components_out), kind.n_blocks(layer)
+    n_in, n_out, n_blocks = len(frozen_bank.components_in), len(frozen_bank.components_out), kind.n_blocks(layer)
     if n_blocks == 1 or kind.rank_is_split:
         # Where the output side is not zero, the entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.
         scale = math.sqrt((layer.out_features or 0) / n_out)
@@ -88,7 +88,7 @@ def place(
     layer: LoraLayer,
     adapter_name: str,
     *,
-    basis: Basis,
+    frozen_bank: FrozenBank,
     parts: Parts,
     core: CoreKind,
     mixture: tuple[MixtureWeights, Tensor] | None = None,
@@ -99,7 +99,7 @@ def place(
     Args:
         layer: LoRA layer.
         adapter_name: Adapter.
-        basis: Its components there.
+        frozen_bank: Its components there.
         parts: Parts of its core; a mixture has none.
         core: The kind of core.
         mixture: Weights and cores of a mixture.
@@ -107,10 +107,10 @@ def place(
     """
     inputs, outputs = factor_dicts(layer)
     replaced = inputs[adapter_name], outputs[adapter_name]
-    inside = parts.get("coefficients_in")
-    sides = Sides(basis, inside, parts.get("coefficients_out"), core.is_matrix, mixture, offset)
+    coefficients_in = parts.get("coefficients_in")
+    sides = Sides(frozen_bank, coefficients_in, parts.get("coefficients_out"), core.is_matrix, mixture, offset)
     pair = kind_of(layer).pair(sides, layer, replaced)
-    if inside is None:
+    if coefficients_in is None:
         pair[0].follows = (pair[1],)
     for factors, factor in zip((inputs, outputs), pair, strict=True):
         replace_factor(factors, adapter_name, factor)

@@ -25,7 +25,7 @@ from eigenpeft.subspace.stores.adapter_files import read_adapter
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.merged_start import merged_updates, open_adapters
 from eigenpeft.tuners.files.lora_files import MERGE_REPORT
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class WarmStart:
                 kept,
             )
 
-    def offset(self, module: str, parts: Parts, *, core: CoreKind, scaling: float, basis: Basis) -> Factors | None:
+    def offset(
+        self, module: str, parts: Parts, *, core: CoreKind, scaling: float, frozen_bank: FrozenBank
+    ) -> Factors | None:
         """What the new core of a module does not hold, divided by the new scaling; None where it holds all or that is left out.
 
         Args:
@@ -93,16 +95,16 @@ class WarmStart:
             parts: Parts of the new core, from `parts`.
             core: Its kind.
             scaling: `s` of the new adapter.
-            basis: Its components.
+            frozen_bank: Its components.
         """
-        outside, inside = core.to_factors(parts)
+        coefficients_out, coefficients_in = core.to_factors(parts)
         whole = self.updates[module]
         left, right = remainder(
             *whole,
-            coefficients_out=outside * scaling,
-            coefficients_in=inside,
-            components_out=basis.components_out.cpu(),
-            components_in=basis.components_in.cpu(),
+            coefficients_out=coefficients_out * scaling,
+            coefficients_in=coefficients_in,
+            components_out=frozen_bank.components_out.cpu(),
+            components_in=frozen_bank.components_in.cpu(),
         )
         self.lost[module] = float(frobenius_norm(*whole)) ** 2, float(frobenius_norm(left, right)) ** 2
         if not self.keeps_offset or not len(right):
@@ -137,11 +139,11 @@ class WarmStart:
         if not core.is_factored:
             return fitted
         # What the rank leaves free adds nothing: one side of it is zero, that which a start has at zero (embeddings' A).
-        inside, outside = start["coefficients_in"].clone(), start["coefficients_out"].clone()
-        if inside.any():
-            outside.zero_()
-        inside[:rank], outside[:, :rank] = fitted["coefficients_in"], fitted["coefficients_out"]
-        return {"coefficients_in": inside, "coefficients_out": outside}
+        coefficients_in, coefficients_out = start["coefficients_in"].clone(), start["coefficients_out"].clone()
+        if coefficients_in.any():
+            coefficients_out.zero_()
+        coefficients_in[:rank], coefficients_out[:, :rank] = fitted["coefficients_in"], fitted["coefficients_out"]
+        return {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out}
 
     @torch.no_grad()
     def fill_heads(self, model: nn.Module, adapter_name: str) -> list[str]:
@@ -208,23 +210,23 @@ def _of_updates(
     source: str, updates: Mapping[str, Factors], subspace: PrincipalSubspace, *, keeps_offset: bool
 ) -> WarmStart:
     found = {module: subspace.find(module) for module in updates}
-    inside: dict[str, Factors] = {}
+    covered: dict[str, Factors] = {}
     for module, own in found.items():
-        if own in inside:
+        if own in covered:
             raise AdapterConfigError(f"init_from={source!r}: several adapted modules fit the subspace's one {own!r}.")
         if own is not None:
-            inside[own] = updates[module]
-    if not inside:
+            covered[own] = updates[module]
+    if not covered:
         raise AdapterConfigError(
             f"init_from={source!r}: none of the adapters' {len(updates)} modules, such as {some(list(updates))}, is in the "
             "subspace. Use a subspace of these adapters' base model."
         )
     try:
-        cores = subspace.project({own: (left.float(), right.float()) for own, (left, right) in inside.items()})
+        cores = subspace.project({own: (left.float(), right.float()) for own, (left, right) in covered.items()})
     except (SubspaceError, RuntimeError) as error:
         raise AdapterConfigError(f"init_from={source!r}: {error}") from error
     left_out = tuple(module for module, own in found.items() if own is None)
-    return WarmStart(source, dict(cores), left_out, {}, inside, keeps_offset)
+    return WarmStart(source, dict(cores), left_out, {}, covered, keeps_offset)
 
 
 def _whole(source: str, member: AdapterMember, subspace: PrincipalSubspace, *, scale: float) -> dict[str, Factors]:

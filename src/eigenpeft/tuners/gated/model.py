@@ -111,16 +111,16 @@ class GatedLoraModel(FactorModel):
                 f"GatedLoRA is for linear layers, and {module!r} is of the kind {kind.name!r}; leave it out with exclude_modules."
             )
         if given.subspace is None:
-            inside, outside, cores = _empty(config, module, weight_shape(layer))
+            components_in, components_out, cores = _empty(config, module, weight_shape(layer))
         else:
-            inside, outside, cores = _start(config, module, weight_shape(layer), given)
+            components_in, components_out, cores = _start(config, module, weight_shape(layer), given)
         given.sizes[module] = list(cores.shape)
         is_arrow = config.gate == "arrow"
-        gate = arrow_prototypes(cores) if is_arrow else _GATE_START * torch.randn(len(cores), len(inside))
+        gate = arrow_prototypes(cores) if is_arrow else _GATE_START * torch.randn(len(cores), len(components_in))
         inputs, outputs = factor_dicts(layer)
-        replace_factor(inputs, adapter_name, ComponentsFactor(inside))
+        replace_factor(inputs, adapter_name, ComponentsFactor(components_in))
         gated = GatedFactor(
-            outside,
+            components_out,
             gate=gate,
             cores=cores,
             train_cores=config.train_cores,
@@ -172,13 +172,13 @@ def _start(
             f"{module!r} is targeted, and the subspace has no bases of its shape {shape[0]} x {shape[1]} for it. Leave "
             "target_modules out to adapt exactly the subspace's modules."
         )
-    inside, outside = bases.components_in.clone(), bases.components_out.clone()
-    cores = torch.zeros(len(given.names) or config.n_cores, len(outside), len(inside))
+    components_in, components_out = bases.components_in.clone(), bases.components_out.clone()
+    cores = torch.zeros(len(given.names) or config.n_cores, len(components_out), len(components_in))
     for row, member in zip(cores, given.names, strict=False):
         core = given.store[member].cores.get(name) if given.store is not None else None
         if core is not None:
             row.copy_(core.dense())
-    return inside, outside, cores
+    return components_in, components_out, cores
 
 
 def _check_file(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -48,13 +48,13 @@ def pad_ranks(model: nn.Module, target_rank: int) -> bool:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, Linear | Conv2d)]
     pairs = [(layer, *(factors[name] for factors in factor_dicts(layer))) for layer in layers for name in layer.lora_B]
-    for layer, inside, outside in pairs:
-        _check(layer, inside, outside, target_rank)
-    for layer, inside, outside in pairs:
-        if isinstance(outside, MixedFactor):
-            _pad_mixed(inside, outside, target_rank, n_groups=_n_groups(layer))
-        elif inside.coefficients is not None:
-            _pad(inside, outside, target_rank, n_groups=_n_groups(layer))
+    for layer, factor_in, factor_out in pairs:
+        _check(layer, factor_in, factor_out, target_rank)
+    for layer, factor_in, factor_out in pairs:
+        if isinstance(factor_out, MixedFactor):
+            _pad_mixed(factor_in, factor_out, target_rank, n_groups=_n_groups(layer))
+        elif factor_in.coefficients is not None:
+            _pad(factor_in, factor_out, target_rank, n_groups=_n_groups(layer))
     return True
 
 
@@ -81,22 +81,22 @@ def _n_groups(layer: LoraLayer) -> int:
     return getattr(layer.get_base_layer(), "groups", 1)
 
 
-def _check(layer: LoraLayer, inside: Any, outside: Any, target_rank: int) -> None:
-    is_mixed = isinstance(outside, MixedFactor)
-    is_ours = is_mixed or (isinstance(outside, OutputFactor) and isinstance(inside, InputFactor))
+def _check(layer: LoraLayer, factor_in: Any, factor_out: Any, target_rank: int) -> None:
+    is_mixed = isinstance(factor_out, MixedFactor)
+    is_ours = is_mixed or (isinstance(factor_out, OutputFactor) and isinstance(factor_in, InputFactor))
     has_parts = is_ours and any(isinstance(each, _IN_PARTS) for each in layer.lora_variant.values())
     if not is_ours or has_parts:
         reason = "it has blocks, or a diagonal between its factors" if has_parts else "it is plain LoRA beside ours"
-        if isinstance(outside, ShardFactor):
+        if isinstance(factor_out, ShardFactor):
             reason = "its layers share the vectors of their factors (ShardLoRA)"
         raise AdapterConfigError(
             f"The model's adapters cannot be padded to target_rank={target_rank}: {reason}. Leave target_rank out, and "
             "swap adapters of one rank."
         )
-    if not is_mixed and inside.coefficients is None:
+    if not is_mixed and factor_in.coefficients is None:
         return
     n_groups = _n_groups(layer)
-    rank = len(inside.weight)
+    rank = len(factor_in.weight)
     # Both as PEFT says them of LoRA, for code that knows its words.
     if target_rank % n_groups:
         raise AdapterConfigError(
@@ -111,20 +111,20 @@ def _check(layer: LoraLayer, inside: Any, outside: Any, target_rank: int) -> Non
 
 
 @torch.no_grad()
-def _pad_mixed(inside: Any, outside: Any, target_rank: int, *, n_groups: int) -> None:
-    missing = (target_rank - len(inside.weight)) // n_groups
+def _pad_mixed(factor_in: Any, factor_out: Any, target_rank: int, *, n_groups: int) -> None:
+    missing = (target_rank - len(factor_in.weight)) // n_groups
     if not missing:
         return
-    blocks = inside.weight.unflatten(0, (n_groups, -1))
+    blocks = factor_in.weight.unflatten(0, (n_groups, -1))
     rows = nn.functional.pad(blocks, (0, 0) * (blocks.ndim - 2) + (0, missing)).flatten(0, 1)
-    columns = nn.functional.pad(outside.factor, (0, 0) * (outside.factor.ndim - 2) + (0, missing))
-    _replace(inside, "weight", rows)
-    _replace(outside, "factor", columns)
-    _replace(outside, "mixer", nn.functional.pad(outside.mixer, (0, missing, 0, missing)))
+    columns = nn.functional.pad(factor_out.factor, (0, 0) * (factor_out.factor.ndim - 2) + (0, missing))
+    _replace(factor_in, "weight", rows)
+    _replace(factor_out, "factor", columns)
+    _replace(factor_out, "mixer", nn.functional.pad(factor_out.mixer, (0, missing, 0, missing)))
     for name in ("out_features", "out_channels"):
-        if hasattr(inside, name):
-            setattr(inside, name, target_rank)
-    outside.in_features = outside.mixer.shape[-1]
+        if hasattr(factor_in, name):
+            setattr(factor_in, name, target_rank)
+    factor_out.in_features = factor_out.mixer.shape[-1]
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
@@ -135,13 +135,13 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def _pad(inside: Any, outside: Any, target_rank: int, *, n_groups: int) -> None:
-    old_in, old_out = inside.coefficients, outside.coefficients
+def _pad(factor_in: Any, factor_out: Any, target_rank: int, *, n_groups: int) -> None:
+    old_in, old_out = factor_in.coefficients, factor_out.coefficients
     missing = (target_rank - len(old_in)) // n_groups
     if missing:
         # The inner channels of a convolution lie group by group; C_out has those of one group.
         blocks = nn.functional.pad(old_in.unflatten(0, (n_groups, -1)), (0, 0, 0, missing))
-        inside.coefficients = nn.Parameter(blocks.flatten(0, 1), requires_grad=old_in.requires_grad)
+        factor_in.coefficients = nn.Parameter(blocks.flatten(0, 1), requires_grad=old_in.requires_grad)
         padded = nn.functional.pad(old_out, (0, missing))
-        outside.coefficients = nn.Parameter(padded, requires_grad=old_out.requires_grad)
-        inside.out_features, outside.in_features = target_rank, padded.shape[1]
+        factor_out.coefficients = nn.Parameter(padded, requires_grad=old_out.requires_grad)
+        factor_in.out_features, factor_out.in_features = target_rank, padded.shape[1]

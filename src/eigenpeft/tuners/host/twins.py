@@ -52,6 +52,6 @@ def _copy(new: Any, old: Any) -> None:
     for name, buffer in new.named_buffers(recurse=False):
         if name in theirs and theirs[name].shape == buffer.shape:
             buffer.copy_(theirs[name])
-    basis, other = getattr(new, "basis", None), getattr(old, "basis", None)
-    if basis is not None and other is not None and not basis.is_filled and other.is_filled:
-        new.use_basis(other)
+    frozen_bank, other = getattr(new, "frozen_bank", None), getattr(old, "frozen_bank", None)
+    if frozen_bank is not None and other is not None and not frozen_bank.is_filled and other.is_filled:
+        new.use_bank(other)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 def n_blocks_of(factor: Any) -> int:
@@ -37,27 +37,27 @@ class BlockInputFactor(InputFactor):
     """`A_i = C_i V_in[:, i]` for each block i: the i-th rows of C_in on the i-th part of the components.
 
     Args:
-        basis: Components.
+        frozen_bank: Components.
         coefficients: (r, n_components).
         n_blocks: N.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor, n_blocks: int):
-        super().__init__(basis, coefficients=coefficients)
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor, n_blocks: int):
+        super().__init__(frozen_bank, coefficients=coefficients)
         self._n_blocks = n_blocks
 
     @property
     def weight(self) -> Tensor:
         """(r, in_features), with zeros outside the blocks."""
         coefficients: Any = self.coefficients
-        components = self.basis.components_in.to(coefficients.dtype)
+        components = self.frozen_bank.components_in.to(coefficients.dtype)
         pairs = zip(coefficients.chunk(self._n_blocks), components.chunk(self._n_blocks, dim=1), strict=True)
-        return torch.block_diag(*(inside @ part for inside, part in pairs))
+        return torch.block_diag(*(block @ part for block, part in pairs))
 
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
         coefficients: Any = self.coefficients
-        components = self.basis.components_in.to(x.dtype).unflatten(1, (self._n_blocks, -1))
+        components = self.frozen_bank.components_in.to(x.dtype).unflatten(1, (self._n_blocks, -1))
         coefficients = coefficients.to(x.dtype).unflatten(0, (self._n_blocks, -1))
         inner = torch.einsum("...nd,knd->...nk", x.unflatten(-1, (self._n_blocks, -1)), components)
         return torch.einsum("...nk,nqk->...nq", inner, coefficients).flatten(-2)
@@ -67,27 +67,27 @@ class BlockOutputFactor(OutputFactor):
     """`B_i = V_out[:, i]ᵀ C_i` for each block i: the i-th columns of C_out on the i-th part of the components.
 
     Args:
-        basis: Components.
+        frozen_bank: Components.
         coefficients: (n_components, r).
         n_blocks: N.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor, n_blocks: int):
-        super().__init__(basis, coefficients=coefficients)
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor, n_blocks: int):
+        super().__init__(frozen_bank, coefficients=coefficients)
         self._n_blocks = n_blocks
 
     @property
     def weight(self) -> Tensor:
         """(out_features, r), with zeros outside the blocks."""
-        components = self.basis.components_out.to(self.coefficients.dtype)
+        components = self.frozen_bank.components_out.to(self.coefficients.dtype)
         pairs = zip(
             components.chunk(self._n_blocks, dim=1), self.coefficients.chunk(self._n_blocks, dim=1), strict=True
         )
-        return torch.block_diag(*(part.mT @ outside for part, outside in pairs))
+        return torch.block_diag(*(part.mT @ block for part, block in pairs))
 
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r)."""
-        components = self.basis.components_out.to(h.dtype).unflatten(1, (self._n_blocks, -1))
+        components = self.frozen_bank.components_out.to(h.dtype).unflatten(1, (self._n_blocks, -1))
         coefficients = self.coefficients.to(h.dtype).unflatten(1, (self._n_blocks, -1))
         inner = torch.einsum("...nq,knq->...nk", h.unflatten(-1, (self._n_blocks, -1)), coefficients)
         return torch.einsum("...nk,knd->...nd", inner, components).flatten(-2)
@@ -113,7 +113,7 @@ class MixedBlockFactor(MixedFactor):
         mixer = self.mixer.to(self.factor.dtype)
         if self._has_blocks:
             pairs = zip(self.factor.chunk(len(mixer)), mixer, strict=True)
-            return torch.block_diag(*(outside @ each for outside, each in pairs))
+            return torch.block_diag(*(block @ each for block, each in pairs))
         return torch.einsum("onq,nqp->onp", self.factor.unflatten(1, (len(mixer), -1)), mixer).flatten(1)
 
     def forward(self, h: Tensor) -> Tensor:

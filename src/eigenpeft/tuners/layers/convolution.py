@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 def convolve(x: Tensor, weight: Tensor, *, like: Any, bias: Tensor | None = None) -> Tensor:
@@ -35,16 +35,16 @@ def settings_of(convolution: Any) -> SimpleNamespace:
 
 
 class ConvolutionInputFactor(InputFactor):
-    """`A = C_in V_in` as a convolution to r channels; the basis' rows are kernels (in_channels * prod(kernel),).
+    """`A = C_in V_in` as a convolution to r channels; the bank's rows are kernels (in_channels * prod(kernel),).
 
     Args:
-        basis: Components, flattened kernels on the input side.
+        frozen_bank: Components, flattened kernels on the input side.
         coefficients: (r, n_components), or None for the components themselves.
         replaced: LoRA's own convolution, for its kernel and settings.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor | None, replaced: Any):
-        super().__init__(basis, coefficients=coefficients)
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor | None, replaced: Any):
+        super().__init__(frozen_bank, coefficients=coefficients)
         self._settings = settings_of(replaced)
         self._kernel = tuple(replaced.weight.shape[1:])
 
@@ -63,13 +63,13 @@ class ConvolutionOutputFactor(OutputFactor):
     """`B = V_outᵀ C_out` as a 1x1 convolution; with g groups C_out is (n_components, r / g), as LoRA's B is.
 
     Args:
-        basis: Components.
+        frozen_bank: Components.
         coefficients: (n_components, r / groups), or (n_components,) for a diagonal without groups.
         replaced: LoRA's own convolution, for its settings and its bias.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor, replaced: Any):
-        super().__init__(basis, coefficients=coefficients, bias=replaced.bias)
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor, replaced: Any):
+        super().__init__(frozen_bank, coefficients=coefficients, bias=replaced.bias)
         self._settings = settings_of(replaced)
         self._ones = (1,) * (replaced.weight.ndim - 2)
 

@@ -81,12 +81,12 @@ class EmbeddingInputFactor(ActsAsMatrix, InputFactor):
         """(num_embeddings, r), to look tokens up in; the components themselves, not copied, when there is no C_in."""
         if self.coefficients is not None or self.offset is not None or not self.follows:
             return self.weight.mT
-        return self.basis.components_in.mT.to(self.follows[0].coefficients.dtype)
+        return self.frozen_bank.components_in.mT.to(self.follows[0].coefficients.dtype)
 
     @property
     def device(self) -> torch.device:
         """Device of the components."""
-        return self.basis.components_in.device
+        return self.frozen_bank.components_in.device
 
     @property
     def dtype(self) -> torch.dtype:

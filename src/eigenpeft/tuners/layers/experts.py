@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 class RepeatedInputFactor(InputFactor):
     """`A = V_in` for every expert, (n_experts * n_components, in_features).
 
     Args:
-        basis: Components.
+        frozen_bank: Components.
         n_experts: How many experts share them.
     """
 
-    def __init__(self, basis: Basis, *, n_experts: int):
-        super().__init__(basis, coefficients=None)
+    def __init__(self, frozen_bank: FrozenBank, *, n_experts: int):
+        super().__init__(frozen_bank, coefficients=None)
         self._n_experts = n_experts
         self.out_features *= n_experts
 
@@ -36,18 +36,18 @@ class ExpertDiagonalFactor(OutputFactor):
     """`B = V_outᵀ diag(d_e)` for expert e, (out_features, n_components * n_experts).
 
     Args:
-        basis: Components.
+        frozen_bank: Components.
         coefficients: (n_components, n_experts), one diagonal an expert.
     """
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor):
-        super().__init__(basis, coefficients=coefficients)
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor):
+        super().__init__(frozen_bank, coefficients=coefficients)
         self.in_features = coefficients.numel()
 
     @property
     def weight(self) -> Tensor:
         """(out_features, n_components * n_experts)."""
-        components = self.basis.components_out.to(self.coefficients.dtype)
+        components = self.frozen_bank.components_out.to(self.coefficients.dtype)
         return torch.einsum("ko,ke->oke", components, self.coefficients).flatten(1)
 
 

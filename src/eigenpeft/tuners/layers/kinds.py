@@ -29,24 +29,24 @@ from eigenpeft.tuners.layers.embedding import EmbeddingInputFactor, EmbeddingOut
 from eigenpeft.tuners.layers.experts import ExpertDiagonalFactor, MixedExpertFactor, RepeatedInputFactor
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from eigenpeft.tuners.layers.mixture import EmbeddingMixtureFactor, MixtureFactor, MixtureWeights
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 class Sides(NamedTuple):
     """What EigenLoRA's pair of factors is made of.
 
     Attributes:
-        basis: The components.
-        inside: C_in, or None where A is the components themselves.
-        outside: C_out, or the diagonals; None for a mixture.
+        frozen_bank: The components.
+        coefficients_in: C_in, or None where A is the components themselves.
+        coefficients_out: C_out, or the diagonals; None for a mixture.
         is_matrix: Whether C_out has columns, rather than being diagonals.
         mixture: Weights and frozen cores (T, K_out, K_in) of a mixture.
         offset: `(B (out_features, q), A (q, in_features))` of a frozen update beside the core's.
     """
 
-    basis: Basis
-    inside: Tensor | None
-    outside: Tensor | None
+    frozen_bank: FrozenBank
+    coefficients_in: Tensor | None
+    coefficients_out: Tensor | None
     is_matrix: bool
     mixture: tuple[MixtureWeights, Tensor] | None = None
     offset: Factors | None = None
@@ -60,44 +60,48 @@ class Sides(NamedTuple):
 def _linear_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
     (rows, columns), bias = sides.offsets, getattr(replaced[1], "bias", None)
     n_blocks_in, n_blocks_out = map(n_blocks_of, replaced)
-    if n_blocks_in > 1 and sides.inside is not None:
-        inside = BlockInputFactor(sides.basis, coefficients=sides.inside, n_blocks=n_blocks_in)
+    if n_blocks_in > 1 and sides.coefficients_in is not None:
+        factor_in = BlockInputFactor(sides.frozen_bank, coefficients=sides.coefficients_in, n_blocks=n_blocks_in)
     else:
-        inside = InputFactor(sides.basis, coefficients=sides.inside, offset=rows)
+        factor_in = InputFactor(sides.frozen_bank, coefficients=sides.coefficients_in, offset=rows)
     if n_blocks_out > 1:
-        return inside, BlockOutputFactor(sides.basis, coefficients=_outside(sides), n_blocks=n_blocks_out)
+        return factor_in, BlockOutputFactor(
+            sides.frozen_bank, coefficients=_coefficients_out(sides), n_blocks=n_blocks_out
+        )
     if sides.mixture is not None:
         mixing, cores = sides.mixture
-        return inside, MixtureFactor(sides.basis, mixing=mixing, cores=cores, bias=bias, offset=columns)
-    return inside, OutputFactor(sides.basis, coefficients=_outside(sides), bias=bias, offset=columns)
+        return factor_in, MixtureFactor(sides.frozen_bank, mixing=mixing, cores=cores, bias=bias, offset=columns)
+    return factor_in, OutputFactor(sides.frozen_bank, coefficients=_coefficients_out(sides), bias=bias, offset=columns)
 
 
 def _embedding_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
     rows, columns = sides.offsets
-    inside = EmbeddingInputFactor(sides.basis, coefficients=sides.inside, offset=rows)
+    factor_in = EmbeddingInputFactor(sides.frozen_bank, coefficients=sides.coefficients_in, offset=rows)
     if sides.mixture is not None:
         mixing, cores = sides.mixture
-        return inside, EmbeddingMixtureFactor(sides.basis, mixing=mixing, cores=cores, offset=columns)
-    return inside, EmbeddingOutputFactor(sides.basis, coefficients=_outside(sides), offset=columns)
+        return factor_in, EmbeddingMixtureFactor(sides.frozen_bank, mixing=mixing, cores=cores, offset=columns)
+    return factor_in, EmbeddingOutputFactor(sides.frozen_bank, coefficients=_coefficients_out(sides), offset=columns)
 
 
 def _convolution_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
-    inside = ConvolutionInputFactor(sides.basis, coefficients=sides.inside, replaced=replaced[0])
-    return inside, ConvolutionOutputFactor(sides.basis, coefficients=_outside(sides), replaced=replaced[1])
+    factor_in = ConvolutionInputFactor(sides.frozen_bank, coefficients=sides.coefficients_in, replaced=replaced[0])
+    return factor_in, ConvolutionOutputFactor(
+        sides.frozen_bank, coefficients=_coefficients_out(sides), replaced=replaced[1]
+    )
 
 
 def _expert_pair(sides: Sides, layer: Any, replaced: tuple[Any, Any]) -> tuple[Any, nn.Module]:
     output = OutputFactor if sides.is_matrix else ExpertDiagonalFactor
-    if sides.inside is None:
-        inside = RepeatedInputFactor(sides.basis, n_experts=layer.num_experts)
+    if sides.coefficients_in is None:
+        factor_in = RepeatedInputFactor(sides.frozen_bank, n_experts=layer.num_experts)
     else:
-        inside = InputFactor(sides.basis, coefficients=sides.inside)
-    return inside, output(sides.basis, coefficients=_outside(sides))
+        factor_in = InputFactor(sides.frozen_bank, coefficients=sides.coefficients_in)
+    return factor_in, output(sides.frozen_bank, coefficients=_coefficients_out(sides))
 
 
-def _outside(sides: Sides) -> Tensor:
-    assert sides.outside is not None  # only a mixture has none, and only layers with `has_one_core` get one
-    return sides.outside
+def _coefficients_out(sides: Sides) -> Tensor:
+    assert sides.coefficients_out is not None  # only a mixture has none, and only layers with `has_one_core` get one
+    return sides.coefficients_out
 
 
 @dataclass(frozen=True)

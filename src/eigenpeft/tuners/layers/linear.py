@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eigenpeft.linalg.layer_update import factor_is_cheaper, input_product, output_operands
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 class KeepsPrecision(nn.Module):
@@ -34,41 +34,41 @@ class InputFactor(KeepsPrecision):
     With no coefficients it is `A = V_in` itself, (K, in_features): the input side of a mixer.
 
     Args:
-        basis: Where the components live; not a submodule of this one, so that they move and are counted once.
+        frozen_bank: Where the components live; not a submodule of this one, so that they move and are counted once.
         coefficients: (r, n_components), or None.
         offset: Frozen rows below those of A, (q, in_features): the input side of an update that the components do not hold.
     """
 
     offset: Tensor | None
 
-    def __init__(self, basis: Basis, *, coefficients: Tensor | None, offset: Tensor | None = None):
+    def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor | None, offset: Tensor | None = None):
         super().__init__()
-        self._owned_elsewhere = (basis,)  # in a tuple, so that it is not a submodule: the LoRA layer owns it
+        self._owned_elsewhere = (frozen_bank,)  # in a tuple, so that it is not a submodule: the LoRA layer owns it
         self.coefficients = None if coefficients is None else nn.Parameter(coefficients)
         self.register_buffer("offset", offset)
         self.follows: tuple[Any, ...] = ()  # the output side, whose dtype is the adapter's when there is nothing here
         self.bias = None
-        self.in_features = basis.components_in.shape[1]
-        own = len(basis.components_in) if coefficients is None else len(coefficients)
+        self.in_features = frozen_bank.components_in.shape[1]
+        own = len(frozen_bank.components_in) if coefficients is None else len(coefficients)
         self.out_features = own if offset is None else own + len(offset)
 
     @property
-    def basis(self) -> Basis:
+    def frozen_bank(self) -> FrozenBank:
         """The shared components."""
         return self._owned_elsewhere[0]
 
-    def use_basis(self, basis: Basis) -> None:
+    def use_bank(self, frozen_bank: FrozenBank) -> None:
         """Stand on other components of the same shape, which the LoRA layer owns too.
 
         Args:
-            basis: The components.
+            frozen_bank: The components.
         """
-        self._owned_elsewhere = (basis,)
+        self._owned_elsewhere = (frozen_bank,)
 
     @property
     def weight(self) -> Tensor:
         """(r, in_features), as LoRA's own `lora_A.weight`; (r + q, in_features) with an offset."""
-        components = self.basis.components_in
+        components = self.frozen_bank.components_in
         if self.coefficients is None:
             # A copy, since PEFT writes into weights and the components are everybody's; in the adapter's dtype, as LoRA's.
             own = components.to(self.follows[0].coefficients.dtype if self.follows else components.dtype, copy=True)
@@ -84,7 +84,7 @@ class InputFactor(KeepsPrecision):
         """`A x` for x (..., in_features)."""
         coefficients = None if self.coefficients is None else self.coefficients.to(x.dtype)
         on_factor = coefficients is not None and _factor_is_cheaper(x, coefficients)
-        h = input_product(x, self.basis.components_in.to(x.dtype), coefficients, on_factor=on_factor)[0]
+        h = input_product(x, self.frozen_bank.components_in.to(x.dtype), coefficients, on_factor=on_factor)[0]
         return h if self.offset is None else torch.cat([h, F.linear(x, self.offset.to(x.dtype))], dim=-1)
 
 
@@ -92,7 +92,7 @@ class OutputFactor(KeepsPrecision):
     """`B = V_outᵀ C_out`, (out_features, r): trainable coefficients on frozen components.
 
     Args:
-        basis: Where the components live; not a submodule of this one.
+        frozen_bank: Where the components live; not a submodule of this one.
         coefficients: (n_components, r); or (n_components,), the diagonal of a square matrix.
         bias: (out_features,), trained and added to `B h` (`lora_bias`), or None.
         offset: Frozen columns beside those of B, (out_features, q): the output side of an update that the components do not
@@ -103,7 +103,7 @@ class OutputFactor(KeepsPrecision):
 
     def __init__(
         self,
-        basis: Basis,
+        frozen_bank: FrozenBank,
         *,
         coefficients: Tensor,
         bias: nn.Parameter | None = None,
@@ -111,33 +111,35 @@ class OutputFactor(KeepsPrecision):
     ):
         super().__init__()
         self.coefficients = nn.Parameter(coefficients)
-        self._stand_on(basis, rank=coefficients.shape[-1], bias=bias, offset=offset)
+        self._stand_on(frozen_bank, rank=coefficients.shape[-1], bias=bias, offset=offset)
 
-    def _stand_on(self, basis: Basis, *, rank: int, bias: nn.Parameter | None, offset: Tensor | None) -> None:
-        self._owned_elsewhere = (basis,)
+    def _stand_on(
+        self, frozen_bank: FrozenBank, *, rank: int, bias: nn.Parameter | None, offset: Tensor | None
+    ) -> None:
+        self._owned_elsewhere = (frozen_bank,)
         self.bias = bias
         self.register_buffer("offset", offset)
         self.in_features = rank if offset is None else rank + offset.shape[1]
-        self.out_features = basis.components_out.shape[1]
+        self.out_features = frozen_bank.components_out.shape[1]
 
     @property
-    def basis(self) -> Basis:
+    def frozen_bank(self) -> FrozenBank:
         """The shared components."""
         return self._owned_elsewhere[0]
 
-    def use_basis(self, basis: Basis) -> None:
+    def use_bank(self, frozen_bank: FrozenBank) -> None:
         """Stand on other components of the same shape, which the LoRA layer owns too.
 
         Args:
-            basis: The components.
+            frozen_bank: The components.
         """
-        self._owned_elsewhere = (basis,)
+        self._owned_elsewhere = (frozen_bank,)
 
     @property
     def weight(self) -> Tensor:
         """(out_features, r), as LoRA's own `lora_B.weight`; (out_features, r + q) with an offset."""
         coefficients = self.coefficients
-        components = self.basis.components_out.to(coefficients.dtype)
+        components = self.frozen_bank.components_out.to(coefficients.dtype)
         own = components.mT * coefficients if coefficients.ndim == 1 else components.mT @ coefficients
         return own if self.offset is None else torch.cat([own, self.offset.to(own)], dim=1)
 
@@ -147,7 +149,7 @@ class OutputFactor(KeepsPrecision):
 
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r); with an offset, (..., r + q)."""
-        components = self.basis.components_out.to(h.dtype)
+        components = self.frozen_bank.components_out.to(h.dtype)
         coefficients = self.coefficients.to(h.dtype)
         bias = None if self.bias is None else self.bias.to(h.dtype)
         rest = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eigenpeft.subspace.cores import CORES
 from eigenpeft.tuners.layers.embedding import ActsAsMatrix
 from eigenpeft.tuners.layers.linear import OutputFactor
-from eigenpeft.tuners.layers.shared_bases import Basis
+from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
 
 class MixtureWeights(nn.Module):
@@ -36,7 +36,7 @@ class MixtureFactor(OutputFactor):
     """`B = V_outᵀ (Σ_t w_t M_t)`, (out_features, K_in).
 
     Args:
-        basis: Where the components live; not a submodule of this one.
+        frozen_bank: Where the components live; not a submodule of this one.
         mixing: The weights w.
         cores: The frozen M_t, (T, K_out, K_in).
         bias: As for `OutputFactor`.
@@ -47,7 +47,7 @@ class MixtureFactor(OutputFactor):
 
     def __init__(
         self,
-        basis: Basis,
+        frozen_bank: FrozenBank,
         *,
         mixing: MixtureWeights,
         cores: Tensor,
@@ -57,7 +57,7 @@ class MixtureFactor(OutputFactor):
         nn.Module.__init__(self)  # without the one coefficient tensor of the other cores
         self.mixing = mixing
         self.register_buffer("cores", cores)
-        self._stand_on(basis, rank=cores.shape[-1], bias=bias, offset=offset)
+        self._stand_on(frozen_bank, rank=cores.shape[-1], bias=bias, offset=offset)
 
     @property
     def weights(self) -> nn.Parameter:

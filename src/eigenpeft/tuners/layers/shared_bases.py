@@ -19,7 +19,7 @@ _BASES = "lora_bases"
 _live: WeakValueDictionary[str, PrincipalSubspace] = WeakValueDictionary()
 
 
-class Basis(nn.Module):
+class FrozenBank(nn.Module):
     """The frozen components of one bank, shared by all adapters of a layer, and by the layers, that use them.
 
     Buffers, so that they move with the model and are never trained; not persistent, so that they are not saved with every
@@ -113,9 +113,9 @@ def resolve(
     raise SubspaceNotFoundError(_not_found(path_or_id, sha256, searched))
 
 
-def attach_basis(
-    layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str, shared: dict[Any, Basis] | None = None
-) -> Basis:
+def attach_bank(
+    layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str, shared: dict[Any, FrozenBank] | None = None
+) -> FrozenBank:
     """The layer's one copy of `bases`, made on the base weight's device when it is the first to be asked for.
 
     A copy is shared only where it holds these very components, number by number: the fingerprint that a file states is no
@@ -127,21 +127,21 @@ def attach_basis(
         fingerprint: Fingerprint of the subspace they come from.
         shared: What the layers of one injection share, filled here; None for a bank that no other layer has.
     """
-    for basis in _bases(layer).values():
-        if basis.is_filled and _holds(basis, bases.components_in, bases.components_out):  # pyright: ignore[reportArgumentType]
-            return basis  # pyright: ignore[reportReturnType]
+    for frozen_bank in _bases(layer).values():
+        if frozen_bank.is_filled and _holds(frozen_bank, bases.components_in, bases.components_out):  # pyright: ignore[reportArgumentType]
+            return frozen_bank  # pyright: ignore[reportReturnType]
     device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
     shared = {} if shared is None else shared
     place = id(bases), device
     if place not in shared:
-        shared[place] = Basis(bases.components_in.to(device), bases.components_out.to(device))
+        shared[place] = FrozenBank(bases.components_in.to(device), bases.components_out.to(device))
     return _add(layer, shared[place], fingerprint=fingerprint)
 
 
-def attach_empty_basis(
+def attach_empty_bank(
     layer: LoraLayer, *, shape: tuple[int, int], n_components: tuple[int, int], fingerprint: str
-) -> Basis:
-    """A basis of zeros for embedded components, which the adapter's own file is about to fill; no other adapter gets it.
+) -> FrozenBank:
+    """A bank of zeros for embedded components, which the adapter's own file is about to fill; no other adapter gets it.
 
     Args:
         layer: LoRA layer of the module.
@@ -150,52 +150,52 @@ def attach_empty_basis(
         fingerprint: Fingerprint of the subspace the components were cut from.
     """
     device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
-    inside, outside = (
+    components_in, components_out = (
         torch.zeros(count, width, device=device) for count, width in zip(n_components, reversed(shape), strict=True)
     )
-    return _add(layer, Basis(inside, outside, is_filled=False), fingerprint=fingerprint)
+    return _add(layer, FrozenBank(components_in, components_out, is_filled=False), fingerprint=fingerprint)
 
 
-def fill_basis(layer: LoraLayer, basis: Basis, components_in: Tensor, components_out: Tensor) -> Basis:
-    """The layer's basis that holds components from an adapter's file: this one, one that another adapter has, or a new one.
+def fill_bank(layer: LoraLayer, frozen_bank: FrozenBank, components_in: Tensor, components_out: Tensor) -> FrozenBank:
+    """The layer's bank that holds components from an adapter's file: this one, one that another adapter has, or a new one.
 
     Args:
         layer: LoRA layer of the module.
-        basis: What the adapter has now.
-        components_in: From its file, of the shape of the basis.
+        frozen_bank: What the adapter has now.
+        components_in: From its file, of the shape of the bank.
         components_out: Likewise.
 
     Returns:
-        The basis that the adapter must use from now on. No other adapter's components change.
+        The bank that the adapter must use from now on. No other adapter's components change.
     """
     for other in _bases(layer).values():
         if other.is_filled and _holds(other, components_in, components_out):  # pyright: ignore[reportArgumentType]
             return other  # pyright: ignore[reportReturnType]
-    inside, outside = (
+    components_in, components_out = (
         saved.to(device=held.device, dtype=held.dtype, copy=True)
-        for saved, held in ((components_in, basis.components_in), (components_out, basis.components_out))
+        for saved, held in ((components_in, frozen_bank.components_in), (components_out, frozen_bank.components_out))
     )
-    if basis.is_filled:
-        return _add(layer, Basis(inside, outside), fingerprint="embedded")
-    basis.components_in, basis.components_out, basis.is_filled = inside, outside, True
-    return basis
+    if frozen_bank.is_filled:
+        return _add(layer, FrozenBank(components_in, components_out), fingerprint="embedded")
+    frozen_bank.components_in, frozen_bank.components_out, frozen_bank.is_filled = components_in, components_out, True
+    return frozen_bank
 
 
-def _holds(basis: Basis, components_in: Tensor, components_out: Tensor) -> bool:
-    pairs = ((basis.components_in, components_in), (basis.components_out, components_out))
+def _holds(frozen_bank: FrozenBank, components_in: Tensor, components_out: Tensor) -> bool:
+    pairs = ((frozen_bank.components_in, components_in), (frozen_bank.components_out, components_out))
     return all(
         held.shape == wanted.shape and torch.equal(held, wanted.to(device=held.device, dtype=held.dtype))
         for held, wanted in pairs
     )
 
 
-def _add(layer: LoraLayer, basis: Basis, *, fingerprint: str) -> Basis:
+def _add(layer: LoraLayer, frozen_bank: FrozenBank, *, fingerprint: str) -> FrozenBank:
     bases = _bases(layer)
-    n_in, n_out = len(basis.components_in), len(basis.components_out)
+    n_in, n_out = len(frozen_bank.components_in), len(frozen_bank.components_out)
     stem = f"{fingerprint[:24]}-{n_in}" + (f"-{n_out}" if n_out != n_in else "")
     keys = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    bases[next(key for key in keys if key not in bases)] = basis
-    return basis
+    bases[next(key for key in keys if key not in bases)] = frozen_bank
+    return frozen_bank
 
 
 def drop_unused_bases(layer: LoraLayer) -> None:
@@ -205,9 +205,9 @@ def drop_unused_bases(layer: LoraLayer) -> None:
         layer: LoRA layer.
     """
     places: list[Any] = [layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B]
-    used = {id(getattr(factor, "basis", None)) for factors in places for factor in factors.values()}
+    used = {id(getattr(factor, "frozen_bank", None)) for factors in places for factor in factors.values()}
     bases = _bases(layer)
-    for key in [key for key, basis in bases.items() if id(basis) not in used]:
+    for key in [key for key, frozen_bank in bases.items() if id(frozen_bank) not in used]:
         del bases[key]
 
 

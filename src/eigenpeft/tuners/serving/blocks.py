@@ -141,9 +141,11 @@ class ModuleStacks(nn.Module):
             for stack in stacks:
                 stack[slot].zero_()
         elif len(stacks) == 2:
-            outside, inside = core.row.to_factors(core.parts)
-            stacks[0][slot, : len(inside), : inside.shape[1]] = inside
-            _copy_scaled(stacks[1][slot, : len(outside), : outside.shape[1]], outside, core.scaling)
+            coefficients_out, coefficients_in = core.row.to_factors(core.parts)
+            stacks[0][slot, : len(coefficients_in), : coefficients_in.shape[1]] = coefficients_in
+            _copy_scaled(
+                stacks[1][slot, : len(coefficients_out), : coefficients_out.shape[1]], coefficients_out, core.scaling
+            )
         elif stacks[0].ndim == 3:
             _copy_scaled(stacks[0][slot, : core.n_out, : core.n_in], core.row.to_dense(core.parts), core.scaling)
         else:

@@ -58,7 +58,7 @@ class Room(nn.Module):
             n_members: How many.
             dtype: Data type of the stacks; None keeps theirs.
         """
-        rank = max((inside.shape[1] for inside, _ in coefficients.values()), default=0)
+        rank = max((coefficients_in.shape[1] for coefficients_in, _ in coefficients.values()), default=0)
         block = self._open_block(FACTORS, n_members, rank=rank)
         for module, stacks in coefficients.items():
             padded = [nn.functional.pad(each, (0, 0, 0, 0, 0, 1)) for each in stacks]

@@ -60,10 +60,10 @@ def share_factors(layers: Sequence[Placed], config: ShardLoraConfig, adapter_nam
             _factors(members, side, config, adapter_name, is_output=bool(is_output))
             for is_output, side in enumerate(SHARINGS[config.sharing])
         ]
-        for (_, layer), inside, outside in zip(members, *made, strict=True):
-            for factors, factor in zip(factor_dicts(layer), (inside, outside), strict=True):
+        for (_, layer), factor_in, factor_out in zip(members, *made, strict=True):
+            for factors, factor in zip(factor_dicts(layer), (factor_in, factor_out), strict=True):
                 _put(factors, adapter_name, factor)
-            if not inside.index.is_meta:
+            if not factor_in.index.is_meta:
                 layer._move_adapter_to_device_of_base_layer(adapter_name)
 
 
