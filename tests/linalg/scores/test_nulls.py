@@ -45,7 +45,7 @@ def test_chance_is_the_mean_of_held_out_random_adapters(adapters):
         )
         for _ in range(80)
     ]
-    for part, widths in (("both", (20, 24)), ("inside", (24,)), ("output", (20,))):
+    for part, widths in (("both", (20, 24)), ("input", (24,)), ("output", (20,))):
         values = torch.stack([getattr(shares, part).mean(0) for shares in drawn])
         error = values.std(0) / len(values) ** 0.5
         assert ((values.mean(0) - chance_curve(6, *widths)).abs() < 4 * error).all()
