@@ -1,13 +1,20 @@
 """Seconds and memory of merging eight rank-16 adapters with Mistral-7B's q, k, v, o shapes, beside the same rules on full weights.
 
-Command:  python benchmarks/merging_speed.py --work DIR          (about 5 minutes on two idle cores)
-          python benchmarks/merging_speed.py --work DIR --full   (the rules on whole matrices: hours on one core; see below)
+Command:  python benchmarks/merging_speed.py --work DIR               (about 3 minutes on an idle core)
+          python benchmarks/merging_speed.py --work DIR --threads 2   (the same on two)
+          python benchmarks/merging_speed.py --work DIR --full        (the rules on whole matrices: about 5 minutes on an idle core)
 Writes:   benchmarks/results/merging_speed.json
 
 Random factors, 128 modules, float32 on disk; from the adapters' folders to the merged folder, each rule in a process of its own:
-wall and CPU seconds, and the peak of resident memory, Python and torch included. The rules on full weights run on the four modules
-of one layer, in float32 with the same arithmetic as the definitions, CPU seconds, and are multiplied by 32 layers; a rule whose
-four modules would take too long is measured on k and v and scaled by the measured cost of the singular value decompositions.
+wall and CPU seconds, and the peak of resident memory, Python and torch included. "eigenpeft" has one thread.
+
+The rules on full weights run on the four modules of one layer, in float32 with the same arithmetic as the definitions, CPU seconds
+on one thread, and are multiplied by 32 layers. Their time leaves out forming the updates B A and reading and writing; ours has
+everything in it. "times_slower" compares that, the rule alone, with our CPU seconds on one thread. What is needed besides to have
+an adapter of rank 16 is in "truncation": a randomized singular value decomposition of the merged matrix (torch.svd_lowrank, 24
+directions, two passes), which is much cheaper than torch.linalg.svd; "times_slower_with_truncation" has it in. Iso-C has its
+decomposition already, so that its truncation is free. TSV-M is measured on k and v; on q and o it has ten decompositions (eight
+updates and two of the concatenated vectors) that each cost what the one of Iso-C does there.
 """
 
 import argparse
@@ -41,29 +48,33 @@ def main():
     if arguments.one:
         one(arguments.work, arguments.one)
         return
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else {"eigenpeft": {}, "full": {}}
+    results = json.loads(RESULT.read_text()) if RESULT.exists() else {"eigenpeft": {}, "full": {}, "truncation": {}}
     if arguments.full is not None:
+        results["truncation"] = truncation()
+        print("truncation", results["truncation"], flush=True)
         for method in arguments.full or ("ties", "iso_c", "tsv"):
             results["full"][method] = full(method)
             print(method, results["full"][method], flush=True)
             write(results)
         return
     adapters = make_adapters(arguments.work)
+    own = results.setdefault("eigenpeft" if arguments.threads == 1 else f"eigenpeft, {arguments.threads} threads", {})
     for method in METHODS:
         command = [sys.executable, __file__, "--work", adapters, "--threads", str(arguments.threads), "--one", method]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-        results["eigenpeft"][method] = json.loads(done.stdout.splitlines()[-1])
-        print(method, results["eigenpeft"][method], flush=True)
+        own[method] = json.loads(done.stdout.splitlines()[-1])
+        print(method, own[method], flush=True)
         write(results)
 
 
 def write(results):
     results |= {"command": "python benchmarks/merging_speed.py", "environment": environment()}
+    cut = results.get("truncation", {}).get("cpu_seconds_128_modules", 0.0)
     for method, found in results["full"].items():
         if method in results["eigenpeft"]:
-            found["times_slower"] = round(
-                found["cpu_seconds_128_modules"] / results["eigenpeft"][method]["cpu_seconds"], 1
-            )
+            ours, alone = results["eigenpeft"][method]["cpu_seconds"], found["cpu_seconds_128_modules"]
+            found["times_slower"] = round(alone / ours, 1)
+            found["times_slower_with_truncation"] = round((alone + (0.0 if method == "iso_c" else cut)) / ours, 1)
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -116,26 +127,38 @@ def make_adapters(work):
 
 def full(method):
     """CPU seconds of a rule on whole matrices of one layer, and what that makes for 32 layers."""
-    generator = torch.Generator().manual_seed(0)
-    seconds = {}
-    for name, (m, n) in SHAPES.items():
-        if method == "tsv" and m == 4096:
-            continue
-        if m == 4096 and "q_proj" in seconds:
-            seconds[name] = seconds["q_proj"]  # the same shape
-            continue
-        updates = [
-            torch.randn(m, RANK, generator=generator) @ torch.randn(RANK, n, generator=generator)
-            for _ in range(N_ADAPTERS)
-        ]
-        start = time.process_time()
-        FULL[method](updates)
-        seconds[name] = round(time.process_time() - start, 2)
-        print(method, name, seconds[name], flush=True)
-    if method == "tsv":  # its 4096 x 4096 modules: 8 + 2 decompositions, each as dear as iso_c's one
+    measured = [name for name, shape in SHAPES.items() if not (method == "tsv" and min(shape) == 4096)]
+    found = by_shape(FULL[method], N_ADAPTERS, measured)
+    if method == "tsv":
         known = json.loads(RESULT.read_text())["full"]["iso_c"]["cpu_seconds"]
-        seconds |= {name: round(10 * known[name], 1) for name in ("q_proj", "o_proj")}
-    return {"cpu_seconds": seconds, "cpu_seconds_128_modules": round(N_LAYERS * sum(seconds.values()), 1)}
+        found |= {name: round(10 * known[name], 1) for name in SHAPES if name not in measured}
+    total = round(N_LAYERS * sum(found.values()), 1)
+    extrapolated = [name for name in SHAPES if name not in measured]
+    return {"cpu_seconds": found, "extrapolated": extrapolated, "cpu_seconds_128_modules": total}
+
+
+def truncation():
+    """CPU seconds of cutting whole merged matrices of one layer to rank 16, and what that makes for 32 layers."""
+    found = by_shape(lambda updates: torch.svd_lowrank(updates[0], q=RANK + 8, niter=2), 1, SHAPES)
+    return {"cpu_seconds": found, "cpu_seconds_128_modules": round(N_LAYERS * sum(found.values()), 1)}
+
+
+def by_shape(function, n_updates, names):
+    """CPU seconds of a function of whole updates, for each module; modules of one shape are measured once."""
+    generator, by_shape, seconds = torch.Generator().manual_seed(0), {}, {}
+    for name in names:
+        m, n = SHAPES[name]
+        if (m, n) not in by_shape:
+            updates = [
+                torch.randn(m, RANK, generator=generator) @ torch.randn(RANK, n, generator=generator)
+                for _ in range(n_updates)
+            ]
+            start = time.process_time()
+            function(updates)
+            by_shape[m, n] = round(time.process_time() - start, 2)
+        seconds[name] = by_shape[m, n]
+        print(name, seconds[name], flush=True)
+    return seconds
 
 
 def ties_full(updates, density=0.2):

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,19 @@ class TensorFile:
         Raises:
             DamagedFileError: If there is none, its dtype is not known here, or the file is not what it was.
         """
-        return self._read(key, 0, None)
+        return self.get_tensors(key)[0]
+
+    def get_tensors(self, *keys: str) -> list[Tensor]:
+        """Copies of several tensors, the file opened once for all of them.
+
+        Args:
+            *keys: Their names.
+
+        Raises:
+            DamagedFileError: As `get_tensor`.
+        """
+        with self._opened() as descriptor:
+            return [self._read(key, 0, None, descriptor) for key in keys]
 
     def get_slice(self, key: str) -> "TensorSlice":
         """Rows of one tensor, read when they are asked for: `file.get_slice("rows")[2:5]`.
@@ -150,7 +163,7 @@ class TensorFile:
             raise DamagedFileError(self.path, f"it has no tensor {key!r}")
         return self._places[key]
 
-    def _read(self, key: str, first: int, last: int | None) -> Tensor:
+    def _read(self, key: str, first: int, last: int | None, descriptor: int) -> Tensor:
         """Rows `first` to `last` of a tensor; the whole one, of any number of axes, without `last`."""
         dtype_name, start, size = self._place(key)
         dtype, shape = DTYPES.get(dtype_name), self.shapes[key]
@@ -161,10 +174,14 @@ class TensorFile:
             start, size, shape = start + first * row, (last - first) * row, (last - first, *shape[1:])
         if not size:
             return torch.empty(shape, dtype=dtype)
-        data = self._bytes(key, start, size)
+        data = read_at(descriptor, start, size)
+        if len(data) != size:
+            raise DamagedFileError(self.path, f"{key!r} ends after {len(data)} of {size} bytes")
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
-    def _bytes(self, key: str, start: int, size: int) -> bytearray:
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The open file, which is still the one whose header was read."""
         descriptor = self._descriptor
         try:
             if descriptor is None:
@@ -173,7 +190,7 @@ class TensorFile:
                     self._descriptor = descriptor
             if stamp(descriptor) != self._stamp:
                 raise DamagedFileError(self.path, CHANGED)
-            data = read_at(descriptor, start, size)
+            yield descriptor
         except OSError as error:
             if isinstance(error, DamagedFileError):
                 raise
@@ -181,9 +198,6 @@ class TensorFile:
         finally:
             if descriptor is not None and descriptor != self._descriptor:
                 os.close(descriptor)
-        if len(data) != size:
-            raise DamagedFileError(self.path, f"{key!r} ends after {len(data)} of {size} bytes")
-        return data
 
     def _read_header(self, descriptor: int) -> None:
         start = read_at(descriptor, 0, 8)
@@ -253,7 +267,8 @@ class TensorSlice:
         if not shape:
             raise DamagedFileError(self._file.path, f"{self._key!r} is one number and has no rows")
         first, last, _ = slice(rows.start, rows.stop).indices(shape[0])
-        return self._file._read(self._key, first, max(first, last))
+        with self._file._opened() as descriptor:
+            return self._file._read(self._key, first, max(first, last), descriptor)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class OpenAdapter:
                 to put behind the adapter's name.
         """
         location = self.locations[module]
-        lora_A, lora_B = self.weights.read(location.key_A), self.weights.read(location.key_B)
+        lora_A, lora_B = self.weights.read_many(location.key_A, location.key_B)
         dtype = torch.float64 if torch.float64 in (lora_A.dtype, lora_B.dtype) else torch.float32
         # Folded after the cast: in float16 the product could overflow or round.
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype) * location.scaling

@@ -186,7 +186,8 @@ class AdapterCollection:
         self._check_names([name])
         member = self._members[name]
         try:
-            return {key: member.weights.read(key) for key in member.info.kept_aside}
+            keys = member.info.kept_aside
+            return dict(zip(keys, member.weights.read_many(*keys), strict=True))
         except ValueError as error:
             raise CollectionError([f"Adapter {name!r} {error}."]) from error
 

@@ -13,7 +13,7 @@ from eigenpeft.artifacts.reading import read_json
 from eigenpeft.artifacts.tensor_file import read_tensors
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.collection.formats.settings import CONFIG_NAME
-from eigenpeft.collection.formats.weights import open_weights
+from eigenpeft.collection.formats.weights import WeightsFile, open_weights
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import ArtifactError, CollectionError
 
@@ -54,12 +54,19 @@ def parts_of_files(collection: AdapterCollection) -> OtherParts:
     Raises:
         CollectionError: If an adapter has other trained tensors; the message names them all.
     """
-    files = {adapter.name: open_weights(Path(adapter.weights_path).parent) for adapter in collection.adapters}
+    folders = {adapter.name: Path(adapter.weights_path).parent for adapter in collection.adapters}
+    files: dict[str, WeightsFile] = {}  # those that hold something else
+
+    def read(name: str, key: str) -> Tensor:
+        if name not in files:
+            files[name] = open_weights(folders[name])
+        return files[name].read(key)
+
     try:
         return parts_of(
             {adapter.name: adapter.kept_aside for adapter in collection.adapters},
-            saved={name: _saved_modules(file.path.parent) for name, file in files.items()},
-            read=lambda name, key: files[name].read(key),
+            saved={name: _saved_modules(folder) for name, folder in folders.items()},
+            read=read,
         )
     finally:
         for file in files.values():

@@ -211,10 +211,9 @@ class _Settings:
         needs, extra = find_rule(self.method).needs, {}
         if "seeds" in needs:
             extra["seeds"] = [seeded_generator(self.seed, module, f"dare {name}").initial_seed() for name in updates]
-        if "statistics" in needs and self.statistics is not None and space.components_in is not None:
-            extra["grams"] = torch.stack(
-                [self.statistics[name].on_axes(module, updates, space.components_in) for name in updates]
-            )
+        if "statistics" in needs and self.statistics is not None and space.axes_in is not None:
+            rows = space.axes_in.rows()
+            extra["grams"] = torch.stack([self.statistics[name].on_axes(module, updates, rows) for name in updates])
         if self.method == "compress" and self.rank is not None:
             extra["n_components"] = self.rank
         options = {**extra, **self.typed_options()}
@@ -259,7 +258,7 @@ def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, 
         norm=math.sqrt(totals.kept),
         kept_share=totals.kept / totals.energy if totals.energy else 1.0,
         stable_rank=sum(totals.stable_ranks) / len(totals.stable_ranks) if totals.stable_ranks else 0.0,
-        over_counting=totals.counted / totals.energy if totals.energy else 0.0,
+        over_counting=totals.counted / totals.kept if totals.kept else 0.0,
     )
     return MergedAdapter(
         factors={module: _padded(pair, rank) for module, pair in factors.items()},
@@ -278,6 +277,8 @@ def _padded(factors: Factors, rank: int) -> Factors:
     """The same update at a larger rank: readers that know one rank for a whole adapter exist."""
     lora_B, lora_A = factors
     missing = rank - len(lora_A)
+    if not missing:
+        return factors
     return nn.functional.pad(lora_B, (0, missing)), nn.functional.pad(lora_A, (0, 0, 0, missing))
 
 

@@ -125,7 +125,7 @@ class MergeTotals:
         for name in set(self.names) - set(present):  # there its update is zero
             self.distances[name] = self.distances.get(name, 0.0) + measures.kept
         self.kept, self.energy = self.kept + measures.kept, self.energy + measures.energy
-        self.counted += measures.over_counting * measures.energy
+        self.counted += measures.over_counting * measures.kept
         if measures.largest:
             self.stable_ranks.append(measures.energy / measures.largest**2)
 

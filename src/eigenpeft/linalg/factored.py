@@ -139,9 +139,36 @@ class Balancing:
         singular_values: Singular values of the product, descending.
     """
 
-    out_side: Float[Tensor, "r rank"]
-    in_side: Float[Tensor, "rank r"]
-    singular_values: Float[Tensor, "rank"]
+    out_side: Float[Tensor, "*t r rank"]
+    in_side: Float[Tensor, "*t rank r"]
+    singular_values: Float[Tensor, "*t rank"]
+
+    @classmethod
+    def of_roots(
+        cls, root_out: Float[Tensor, "*t k r"], root_in: Float[Tensor, "*t l r"], *, dtype: torch.dtype | None = None
+    ) -> "Balancing":
+        """From square roots of the Gram matrices, `W_BᵀW_B = BᵀB` and `W_AᵀW_A = A Aᵀ`, of one update or of many.
+
+        Args:
+            root_out: W_B, float64.
+            root_in: W_A, float64.
+            dtype: Leave out what is rounding noise of factors of this dtype, for one update; None keeps all directions.
+        """
+        u, values, vh = torch.linalg.svd(root_out @ root_in.mT, full_matrices=False)
+        rank = values.shape[-1]
+        if dtype is not None:
+            # Factors that cancel (B A = 0, neither of them 0) leave rounding noise, which must not count as rank.
+            floor = torch.finfo(dtype).eps * root_out.norm() * root_in.norm()
+            # Relative to the largest one before the cast: float32 ends at 1e38, and products of factors do not.
+            relative = (values / values[:1].clamp(min=torch.finfo(torch.float64).tiny)).to(dtype)
+            rank = int((values[: numerical_rank(relative)] > floor).sum())
+        kept = values[..., :rank]
+        scale = kept.rsqrt()[..., None]
+        return cls(
+            out_side=root_in.mT @ vh[..., :rank, :].mT * scale.mT,
+            in_side=scale * u[..., :rank].mT @ root_out,
+            singular_values=kept,
+        )
 
 
 def balancing(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> Balancing:
@@ -157,18 +184,7 @@ def balancing(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -> Bal
     dtype = _result_dtype(lora_B, lora_A)
     root_out = _gram_root(lora_B.to(torch.float64), dtype=dtype)
     root_in = _gram_root(lora_A.to(torch.float64).mT, dtype=dtype)
-    u, values, vh = torch.linalg.svd(root_out @ root_in.mT, full_matrices=False)
-    # Factors that cancel (B A = 0, neither of them 0) leave rounding noise, which must not count as rank.
-    floor = torch.finfo(dtype).eps * root_out.norm() * root_in.norm()
-    # Relative to the largest one before the cast: float32 ends at 1e38, and products of factors do not.
-    relative = (values / values[:1].clamp(min=torch.finfo(torch.float64).tiny)).to(dtype)
-    rank = int((values[: numerical_rank(relative)] > floor).sum())
-    scale = values[:rank].rsqrt()
-    return Balancing(
-        out_side=root_in.mT @ vh[:rank].mT * scale,
-        in_side=scale[:, None] * u[:, :rank].mT @ root_out,
-        singular_values=values[:rank],
-    )
+    return Balancing.of_roots(root_out, root_in, dtype=dtype)
 
 
 def truncate(

@@ -48,6 +48,17 @@ class WeightsFile(Protocol):
         """
         ...
 
+    def read_many(self, *keys: str) -> list[Tensor]:
+        """Copies of some tensors in their stored dtype, on the CPU.
+
+        Args:
+            *keys: Their keys in the file.
+
+        Raises:
+            ValueError: If one cannot be read any more.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the file; the next read opens it again."""
         ...
@@ -119,8 +130,19 @@ class SafetensorsFile:
         Raises:
             ValueError: If it cannot be read any more.
         """
+        return self.read_many(key)[0]
+
+    def read_many(self, *keys: str) -> list[Tensor]:
+        """Copies of some tensors in their stored dtype, the file opened once.
+
+        Args:
+            *keys: Their keys in the file.
+
+        Raises:
+            ValueError: If one cannot be read any more.
+        """
         try:
-            return self._file.get_tensor(key)
+            return self._file.get_tensors(*keys)
         except DamagedFileError as error:
             raise ValueError(_unreadable(self.path, error.reason)) from error
 
@@ -160,6 +182,17 @@ class BinFile:
                 raise ValueError(_unreadable(self.path, CHANGED))
             self._old = _load_old(self.path)
         return self._old
+
+    def read_many(self, *keys: str) -> list[Tensor]:
+        """Copies of some tensors in their stored dtype.
+
+        Args:
+            *keys: Their keys in the file.
+
+        Raises:
+            ValueError: If one cannot be read any more.
+        """
+        return [self.read(key) for key in keys]
 
     def read(self, key: str) -> Tensor:
         """A copy of one tensor in its stored dtype.

@@ -5,15 +5,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenpeft.linalg.bases.stacking import Factors
+from eigenpeft.linalg.cores.axes import Axes, generic_direction, gram
 from eigenpeft.linalg.cores.spectral import count_present
-from eigenpeft.linalg.factored import FactoredSvd, factored_svd
-from eigenpeft.linalg.orthogonal import fix_signs
+from eigenpeft.linalg.factored import Balancing, FactoredSvd, factored_svd
 
 # Singular values below this share of the largest are rounding noise of float64, for one update and for a stack of many.
 EXACT = 1e-13
+
+
+# Squared condition numbers up to which a Gram matrix gives axes that are orthonormal to a few times 1e-13.
+_GRAM_LIMIT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,24 @@ class CoreSpace:
     """Updates of one weight as small matrices: `ΔW_t = components_outᵀ cores[t] components_in`, float64.
 
     Attributes:
-        components_out: Orthonormal rows in the output space.
-        components_in: Orthonormal rows in the input space; None where the cores are on the model's own input coordinates.
+        axes_out: Orthonormal rows in the output space.
+        axes_in: Orthonormal rows in the input space; None where the cores are on the model's own input coordinates.
         cores: One matrix per update.
     """
 
-    components_out: Float[Tensor, "k_out m"]
-    components_in: Float[Tensor, "k_in n"] | None
+    axes_out: Axes
+    axes_in: Axes | None
     cores: Float[Tensor, "t k_out k_in"]
+
+    @property
+    def components_out(self) -> Float[Tensor, "k_out m"]:
+        """The axes of the output side, formed anew."""
+        return self.axes_out.rows()
+
+    @property
+    def components_in(self) -> Float[Tensor, "k_in n"] | None:
+        """The axes of the input side, formed anew; None as `axes_in`."""
+        return None if self.axes_in is None else self.axes_in.rows()
 
 
 def core_space(factors: Sequence[Factors]) -> CoreSpace:
@@ -36,7 +50,7 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
 
     Core Space (arXiv 2509.17786) on balanced factors. With `ΔW_t = U_t S_t V_tᵀ`, the axes of the input side are the
     right singular vectors of the stack of all `(S_t / ‖S_t‖)^{1/2} V_tᵀ`, those of the output side the left singular vectors
-    of all `U_t (S_t / ‖S_t‖)^{1/2}`; the entry of largest magnitude of each is positive. The published method takes the raw
+    of all `U_t (S_t / ‖S_t‖)^{1/2}`; `Axes.signed` says which way they point. The published method takes the raw
     factors and forgets lora_alpha: its axes depend on how an update is split into factors, and every rule that works entry by
     entry depends on the axes. These depend on the updates alone: `(B G⁻¹, G A)`, another scale of an update, or another
     order of the updates leaves them where they are. Costs `O((m + n) R² + R³)` with `R = Σ r_t`.
@@ -66,20 +80,13 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
             f"factors of {len(factors)} updates of shapes (out, in) {sorted(shapes)} have no common core space; pass at "
             "least one update, all of one shape."
         )
-    outs, ins, roots = [], [], []
-    for lora_B, lora_A in factors:
-        svd = factored_svd(lora_B.to(torch.float64), lora_A.to(torch.float64))
-        rank = count_present(svd.S, noise=EXACT)
-        outs.append(svd.U[:, :rank].mT)
-        ins.append(svd.Vh[:rank])
-        roots.append(svd.S[:rank])
-    weights = torch.cat([(values / values.norm()).sqrt() if len(values) else values for values in roots])
-    components_out, components_in = (_axes(weights[:, None] * torch.cat(sides)) for sides in (outs, ins))
-    cores = [
-        (components_out @ out.mT * values) @ (inside @ components_in.mT)
-        for out, inside, values in zip(outs, ins, roots, strict=True)
-    ]
-    return CoreSpace(components_out=components_out, components_in=components_in, cores=torch.stack(cores))
+    return _by_grams(factors) or _by_decompositions(factors)
+
+
+def _signed(axes: Sequence[Axes], alongs: Sequence[Tensor], cores: Sequence[Tensor]) -> CoreSpace:
+    """The space whose axes point the same way whatever decomposition they came from."""
+    (out, signs_out), (inside, signs_in) = (side.signed(along) for side, along in zip(axes, alongs, strict=True))
+    return CoreSpace(out, inside, torch.stack(list(cores)) * (signs_out[:, None] * signs_in))
 
 
 def with_model_inputs(space: CoreSpace) -> CoreSpace:
@@ -98,9 +105,9 @@ def with_model_inputs(space: CoreSpace) -> CoreSpace:
         >>> moved.cores.shape, torch.allclose(moved.components_out.mT @ moved.cores[1], 2 * (B @ A).double(), atol=1e-5)
         (torch.Size([2, 2, 5]), True)
     """
-    if space.components_in is None:
+    if space.axes_in is None:
         return space
-    return replace(space, components_in=None, cores=space.cores @ space.components_in)
+    return replace(space, axes_in=None, cores=space.cores @ space.axes_in.rows())
 
 
 def core_factors(
@@ -136,18 +143,99 @@ def core_factors(
     kept = len(parts.S) if rank is None else min(rank, len(parts.S))
     roots = parts.S[:kept].sqrt()
     rows = roots[:, None] * parts.Vh[:kept]
-    if space.components_in is not None:
-        rows = rows @ space.components_in
-    lora_B = rows.new_zeros(space.components_out.shape[1], kept if rank is None else rank)
-    lora_A = rows.new_zeros(lora_B.shape[1], rows.shape[1])
-    lora_B[:, :kept] = space.components_out.mT @ (parts.U[:, :kept] * roots)
-    lora_A[:kept] = rows
+    lora_A = rows if space.axes_in is None else space.axes_in.combined(rows)
+    lora_B = space.axes_out.combined((parts.U[:, :kept] * roots).mT).mT
+    missing = 0 if rank is None else rank - kept
+    if missing:
+        lora_B, lora_A = nn.functional.pad(lora_B, (0, missing)), nn.functional.pad(lora_A, (0, 0, 0, missing))
     return lora_B, lora_A
 
 
-def _axes(rows: Float[Tensor, "p n"]) -> Float[Tensor, "k n"]:
-    """All right singular vectors of a stack, leading first, signs fixed; by QR, because a Gram matrix loses the last ones."""
+def _by_grams(factors: Sequence[Factors]) -> CoreSpace | None:
+    """From Gram matrices of the factors alone, where they are conditioned well enough; None elsewhere.
+
+    With the balanced rows `Z' = T Z` of all updates (T block diagonal) and `T Z Zᵀ Tᵀ = E Λ Eᵀ`, the axes are
+    `Λ^{-1/2} Eᵀ T Z`, and the rows of update t lie on them as `Λ^{1/2} E_tᵀ`.
+    """
+    blocks_out, blocks_in = tuple(lora_B.mT for lora_B, _ in factors), tuple(lora_A for _, lora_A in factors)
+    ranks = [len(lora_A) for lora_A in blocks_in]
+    if min(ranks) == 0 or sum(ranks) > min(blocks_out[0].shape[1], blocks_in[0].shape[1]):
+        return None
+    (gram_out, along_out), (gram_in, along_in) = gram(blocks_out), gram(blocks_in)
+    balanced = _balanced(gram_out, gram_in, ranks)
+    if balanced is None:
+        return None
+    turns_out, turns_in, norms = balanced
+    axes, sides = [], []
+    for whole, turns, blocks in ((gram_out, turns_out, blocks_out), (gram_in, turns_in, blocks_in)):
+        turn = torch.block_diag(*turns)
+        values, rows = _eigen(turn @ whole @ turn.mT)
+        if not _conditioned(values):
+            return None
+        roots = values.sqrt()[:, None]
+        axes.append(Axes(rows @ turn / roots, blocks))
+        sides.append((roots * rows).split(ranks, dim=1))
+    cores = [norm * (out @ inside.mT) for norm, out, inside in zip(norms, *sides, strict=True)]
+    return _signed(axes, (along_out, along_in), cores)
+
+
+def _balanced(gram_out: Tensor, gram_in: Tensor, ranks: Sequence[int]) -> tuple[list[Tensor], ...] | None:
+    """What turns each update's factors into balanced rows of norm 1, on both sides, and ‖ΔW_t‖; None if conditioned badly."""
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    starts = torch.tensor([0, *ranks[:-1]]).cumsum(0)
+    for rank in set(ranks):  # updates of one rank are decomposed together
+        members = [i for i, own in enumerate(ranks) if own == rank]
+        places = (starts[members][:, None] + torch.arange(rank)).to(gram_out.device)
+        (values_out, rows_out), (values_in, rows_in) = (
+            _eigen(whole[places[:, :, None], places[:, None, :]]) for whole in (gram_out, gram_in)
+        )
+        if not (_conditioned(values_out) and _conditioned(values_in)):
+            return None
+        turned = Balancing.of_roots(values_out.sqrt()[..., None] * rows_out, values_in.sqrt()[..., None] * rows_in)
+        norms = turned.singular_values.norm(dim=1)
+        roots = norms.sqrt()[:, None, None]
+        found |= zip(members, zip(turned.out_side.mT / roots, turned.in_side / roots, norms, strict=True), strict=True)
+    sides = zip(*(found[i] for i in range(len(ranks))), strict=True)
+    return tuple(list(side) for side in sides)
+
+
+def _eigen(symmetric: Float[Tensor, "*t k k"]) -> tuple[Float[Tensor, "*t k"], Float[Tensor, "*t k k"]]:
+    """Eigenvalues, largest first, and eigenvectors as rows."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(-1), vectors.mT.flip(-2)
+
+
+def _conditioned(values: Float[Tensor, "*t k"]) -> bool:
+    return bool((values[..., -1] * _GRAM_LIMIT > values[..., 0]).all())
+
+
+def _by_decompositions(factors: Sequence[Factors]) -> CoreSpace:
+    """From QR and singular value decompositions: for factors that depend on each other, nearly or wholly."""
+    # Updates on an orthonormal basis of all lora_B and all lora_A; everything after this is R x R.
+    (basis_out, left), (basis_in, right) = (
+        torch.linalg.qr(torch.cat([side.to(torch.float64) for side in sides], dim=1))
+        for sides in ([lora_B for lora_B, _ in factors], [lora_A.mT for _, lora_A in factors])
+    )
+    ranks = [len(lora_A) for _, lora_A in factors]
+    outs, ins, roots = [], [], []
+    for out, inside in zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True):
+        svd = factored_svd(out, inside.mT)
+        rank = count_present(svd.S, noise=EXACT)
+        outs.append(svd.U[:, :rank].mT)
+        ins.append(svd.Vh[:rank])
+        roots.append(svd.S[:rank])
+    weights = torch.cat([(values / values.norm()).sqrt() if len(values) else values for values in roots])
+    turn_out, turn_in = (_row_axes(weights[:, None] * torch.cat(sides)) for sides in (outs, ins))
+    cores = [
+        (turn_out @ out.mT * values) @ (inside @ turn_in.mT)
+        for out, inside, values in zip(outs, ins, roots, strict=True)
+    ]
+    axes = Axes(turn_out, (basis_out.mT,)), Axes(turn_in, (basis_in.mT,))
+    return _signed(axes, [basis.mT @ generic_direction(len(basis)).to(basis) for basis in (basis_out, basis_in)], cores)
+
+
+def _row_axes(rows: Float[Tensor, "p n"]) -> Float[Tensor, "k n"]:
+    """All right singular vectors of a stack, leading first; by QR, because a Gram matrix loses the last ones."""
     q, r = torch.linalg.qr(rows.mT)
     left, values, _ = torch.linalg.svd(r, full_matrices=False)
-    rank = count_present(values, noise=EXACT)
-    return fix_signs((q @ left[:, :rank]).mT.contiguous())
+    return (q @ left[:, : count_present(values, noise=EXACT)]).mT

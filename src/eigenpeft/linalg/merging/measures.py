@@ -19,8 +19,9 @@ class MergeMeasures:
         energy: ‖ΔW‖² before it is cut off.
         kept: Energy of the leading singular values that the rank keeps.
         largest: Largest singular value of ΔW.
-        over_counting: Mean of SVC's responses over updates and directions, weighted by the directions' energy: 1 where the
-            merged update is along its directions as strong as the updates are, more where they were counted repeatedly.
+        over_counting: Mean of SVC's responses over updates and the directions that the rank keeps, weighted by the directions'
+            energy: 1 where the merged update is along its directions as strong as the updates are, more where they were
+            counted repeatedly.
     """
 
     inner_products: Float[Tensor, "t t"]
@@ -49,16 +50,15 @@ def measure_merge(
         [1.0, 1.0]
     """
     energies = parts.S.square()
-    kept = slice(None, rank)
-    cut = (parts.U[:, kept] * parts.S[kept]) @ parts.Vh[kept]
+    cut = FactoredSvd(parts.U[:, :rank], parts.S[:rank], parts.Vh[:rank])
     rows = cores.flatten(1)
-    counted = response(parts, cores).clamp(min=0.0).mean(dim=0)
-    total = float(energies.sum())
+    counted = response(cut, cores).clamp(min=0.0).mean(dim=0)
+    kept = float(energies[:rank].sum())
     return MergeMeasures(
         inner_products=rows @ rows.mT,
-        distances=(rows - cut.flatten()).square().sum(dim=1),
-        energy=total,
-        kept=float(energies[kept].sum()),
+        distances=(rows - ((cut.U * cut.S) @ cut.Vh).flatten()).square().sum(dim=1),
+        energy=float(energies.sum()),
+        kept=kept,
         largest=float(parts.S[0]) if len(parts.S) else 0.0,
-        over_counting=float((counted * energies).sum()) / total if total else 0.0,
+        over_counting=float((counted * energies[:rank]).sum()) / kept if kept else 0.0,
     )

@@ -42,7 +42,7 @@ def response(parts: FactoredSvd, cores: Float[Tensor, "t k_out k_in"]) -> Float[
         nothing along u_r.
     """
     along = parts.U.mT @ cores
-    energy = along.square().sum(dim=2)
+    energy = torch.linalg.vector_norm(along, dim=2).square()
     overlap = parts.S * (along * parts.Vh).sum(dim=2)
-    there = energy > 1e-14 * cores.square().sum(dim=(1, 2))[:, None]
+    there = energy > 1e-14 * torch.linalg.vector_norm(cores, dim=(1, 2)).square()[:, None]
     return torch.where(there, overlap / energy.where(there, 1.0), 0.0)

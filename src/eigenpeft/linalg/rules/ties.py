@@ -21,9 +21,9 @@ def ties(
 ) -> Float[Tensor, "k_out k_in"]:
     """Merge entry by entry (Yadav et al., "TIES-Merging", arXiv 2306.01708, algorithm 1).
 
-    `P_t` keeps the share `density` of largest entries of `w_t M_t`; `γ = sign(Σ P_t)`; an entry of the result is the mean (or
-    the sum) of the entries of `P_t` whose sign is γ. The paper works on entries of the weights; here they are entries in
-    the core space, whose axes depend on the updates alone.
+    `P_t` keeps the share `density` of largest entries of `w_t M_t` (more where several are as large as the least of them);
+    `γ = sign(Σ P_t)`; an entry of the result is the mean (or the sum) of the entries of `P_t` whose sign is γ. The paper works
+    on entries of the weights; here they are entries in the core space, whose axes depend on the updates alone.
 
     Args:
         cores: Updates on common axes.
@@ -38,10 +38,10 @@ def ties(
         raise ValueError(f"density={density} must be above 0 and at most 1: the share of the entries to keep.")
     updates = weighted(cores, weights)
     kept = max(1, int(density * updates[0].numel()))
-    entries = updates.flatten(1)
-    chosen = entries.abs().topk(kept, dim=1).indices
-    trimmed = torch.zeros_like(entries).scatter(1, chosen, entries.gather(1, chosen))
-    return elect(trimmed.view_as(updates), agreement=agreement)
+    sizes = updates.abs()
+    least = sizes.flatten(1).kthvalue(updates[0].numel() - kept + 1, dim=1).values
+    trimmed = torch.where(sizes >= least[:, None, None], updates, 0.0)
+    return elect(trimmed, agreement=agreement)
 
 
 def elect(trimmed: Float[Tensor, "t k_out k_in"], *, agreement: Agreement = "mean") -> Float[Tensor, "k_out k_in"]:
@@ -56,6 +56,7 @@ def elect(trimmed: Float[Tensor, "t k_out k_in"], *, agreement: Agreement = "mea
     """
     if agreement not in ("mean", "sum"):
         raise ValueError(f"agreement={agreement!r} is unknown; pass 'mean' or 'sum'.")
-    agrees = trimmed * trimmed.sum(dim=0).sign() > 0
-    total = torch.where(agrees, trimmed, 0.0).sum(dim=0)
-    return total / agrees.sum(dim=0).clamp(min=1) if agreement == "mean" else total
+    sign = trimmed.sum(dim=0).sign()
+    votes = (trimmed * sign).clamp_(min=0.0)  # sizes of the entries that agree
+    total = sign * votes.sum(dim=0)
+    return total / votes.sign_().sum(dim=0).clamp(min=1.0) if agreement == "mean" else total
