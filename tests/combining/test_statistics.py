@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining import collect_statistics, load_statistics, merge, save_statistics
 from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.linalg.merging import core_space
@@ -78,6 +79,24 @@ def test_regmean_of_a_model_is_that_of_whole_moments(model, tmp_path):
         expected = torch.from_numpy(oracle.regmean(updates, moments))
         found = lora_B.double() @ lora_A.double()
         assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_merged_adapter_at_work_gives_the_inputs_of_its_own_layers(tmp_path):
+    folder = make_zoo(tmp_path / "zoo")
+    merged = merge(folder, scale=0.7, progress=False)
+    merged.save_pretrained(tmp_path / "merged")
+    statistics = collect_statistics(tiny_llama(), ROWS, folder, merged=merged, progress=False)
+    own = collect_statistics(tiny_llama(), ROWS, folder, progress=False)
+    collection = AdapterCollection.from_pretrained(str(folder))
+    for task, rows in ROWS.items():
+        by_hand = moments_by_hand(tmp_path, "merged", rows)
+        for module, expected in by_hand.items():
+            updates = {read.adapter: (read.lora_B, read.lora_A) for read in collection.factors(module)}
+            axes = core_space(list(updates.values())).components_in
+            found = statistics[task].on_axes(module, updates, axes)
+            torch.testing.assert_close(found, axes @ expected @ axes.mT, atol=1e-5, rtol=1e-4)
+        last = collection.modules[-1]
+        assert not torch.allclose(statistics[task].grams[last], own[task].grams[last], rtol=1e-2)
 
 
 def test_statistics_add_up_over_rows(tmp_path):

@@ -217,7 +217,8 @@ class _Settings:
         if self.method == "compress" and self.rank is not None:
             extra["n_components"] = self.rank
         options = {**extra, **self.typed_options()}
-        return {"method": self.method, "rank": self.rank, "calibrate": self.calibrate, "scale": self.scale, **options}
+        settings = {"method": self.method, "rank": self.rank, "calibrate": self.calibrate, "scale": self.scale}
+        return {**settings, "dtype": torch.float32, **options}
 
 
 def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, *, progress: bool) -> MergedAdapter:
@@ -235,7 +236,7 @@ def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, 
     totals = MergeTotals(sources.names)
     for present, merged in modules.values():
         totals.add(present, merged.measures)
-    factors = {module: (merged.lora_B.float(), merged.lora_A.float()) for module, (_, merged) in modules.items()}
+    factors = {module: (merged.lora_B, merged.lora_A) for module, (_, merged) in modules.items()}
     scales = [merged.scale for _, merged in modules.values()]
     ranks = [merged.rank for _, merged in modules.values()]
     rank = settings.rank or max(1, *ranks)

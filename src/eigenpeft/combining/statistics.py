@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from eigenpeft.artifacts.atomic import atomic_folder
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.artifacts.tensor_file import read_tensors
-from eigenpeft.combining.merged import find_module
+from eigenpeft.combining.merged import MergedAdapter, find_module
 from eigenpeft.combining.sources import Adapters, Sources, open_sources
 from eigenpeft.errors import AdapterConfigError, ArtifactError
 from eigenpeft.linalg.bases.stacking import Factors
@@ -99,6 +99,7 @@ def collect_statistics(
     adapters: Adapters,
     *,
     names: Sequence[str] | None = None,
+    merged: MergedAdapter | None = None,
     progress: bool = True,
 ) -> dict[str, InputStatistics]:
     """Second moments of every adapted module's inputs on each task's own rows, each adapter at work on its rows.
@@ -106,12 +107,17 @@ def collect_statistics(
     For `merge(..., method="regmean", statistics=...)`: the inputs `E_t[x xᵀ]` of RegMean (arXiv 2212.09849) without an n x n
     matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
 
+    With `merged`, the merged adapter is at work on the rows of every task: a layer's inputs are those that the merged layers
+    before it give, as in RegMean++ (arXiv 2508.03121). A layer's inputs depend on earlier layers alone, so that merging and
+    collecting in turns is RegMean++ after as many turns as there are layers; fewer come near it.
+
     Args:
         model: The base model, without adapters; left as it is.
         rows: Batches of inputs by adapter: what `model(**batch)` takes, one or many. Positions that a batch's
             `attention_mask` hides do not count. Labels are not needed.
         adapters: As for `merge`.
         names: As for `merge`.
+        merged: What is at work on the rows; None for each task's own adapter.
         progress: Show a progress bar.
 
     Returns:
@@ -146,7 +152,8 @@ def collect_statistics(
             module: _Counter(torch.cat(list(own.values())), embedding=sources.is_embedding(module))
             for module, own in directions.items()
         }
-        with _at_work(model, sources, name, factors, counters):
+        own = {module: pairs[name] for module, pairs in factors.items() if name in pairs}
+        with _at_work(model, sources, own if merged is None else merged.factors, counters):
             for batch in _batches(rows[name]):
                 for counter in counters.values():
                     counter.mask = batch.get("attention_mask")
@@ -255,19 +262,18 @@ class _Counter:
 def _at_work(
     model: nn.Module,
     sources: Sources,
-    name: str,
-    factors: Mapping[str, Mapping[str, Factors]],
+    updates: Mapping[str, Factors],
     counters: Mapping[str, _Counter],
 ) -> Iterator[None]:
-    """The model in evaluation mode with one adapter's updates and all counters hooked in."""
+    """The model in evaluation mode with updates and all counters hooked in."""
     was_training, modules, hooks = model.training, dict(model.named_modules()), []
     model.eval()
     try:
         for module, counter in counters.items():
             place: Any = find_module(modules, module)
             hooks.append(place.register_forward_pre_hook(counter))
-            if name in factors[module]:
-                add = partial(_add_update, factors[module][name], sources.is_embedding(module))
+            if module in updates:
+                add = partial(_add_update, updates[module], sources.is_embedding(module))
                 hooks.append(place.register_forward_hook(add))
         with torch.no_grad():
             yield

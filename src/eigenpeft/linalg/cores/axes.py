@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Columns that are turned to float64 at a time: small enough to stay in a core's cache.
-_CHUNK = 1024
+# Columns that are turned to float64 at a time, and rows of a Gram matrix that are made at a time, its upper part left out.
+_CHUNK, _STRIPE = 2048, 32
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Axes:
         """The axes themselves."""
         return _combined(self.turn, self.blocks)
 
-    def combined(self, weights: Float[Tensor, "q k"]) -> Float[Tensor, "q n"]:
+    def combined(self, weights: Float[Tensor, "q k"], *, dtype: torch.dtype = torch.float64) -> Float[Tensor, "q n"]:
         """`W V`.
 
         Args:
             weights: W, float64.
+            dtype: Of the result, and of the product with the blocks.
         """
-        return _combined(weights @ self.turn, self.blocks)
+        return _combined((weights @ self.turn).to(dtype), self.blocks)
 
     def signed(self, along: Float[Tensor, "r"]) -> "tuple[Axes, Float[Tensor, 'k']]":
         """The axes turned so that each has a positive inner product with `generic_direction`, and the signs that did it.
@@ -88,9 +89,11 @@ def gram(blocks: Sequence[Float[Tensor, "_r n"]]) -> tuple[Float[Tensor, "r r"],
         columns = part[:, : min(_CHUNK, n - start)]
         for place, block in zip(places, blocks, strict=True):
             columns[place].copy_(block[:, start : start + _CHUNK])
-        products.addmm_(columns, columns.mT)
+        for first in range(0, len(part), _STRIPE):
+            last = first + _STRIPE
+            products[first:last, :last].addmm_(columns[first:last], columns[:last].mT)
         along.addmv_(columns, generic[start : start + _CHUNK])
-    return products, along
+    return products.tril() + products.tril(-1).mT, along
 
 
 def _combined(weights: Tensor, blocks: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,6 @@ from eigenpeft.linalg.factored import Balancing, FactoredSvd, factored_svd
 
 # Singular values below this share of the largest are rounding noise of float64, for one update and for a stack of many.
 EXACT = 1e-13
-
-
 # Squared condition numbers up to which a Gram matrix gives axes that are orthonormal to a few times 1e-13.
 _GRAM_LIMIT = 1000.0
 
@@ -83,12 +81,6 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
     return _by_grams(factors) or _by_decompositions(factors)
 
 
-def _signed(axes: Sequence[Axes], alongs: Sequence[Tensor], cores: Sequence[Tensor]) -> CoreSpace:
-    """The space whose axes point the same way whatever decomposition they came from."""
-    (out, signs_out), (inside, signs_in) = (side.signed(along) for side, along in zip(axes, alongs, strict=True))
-    return CoreSpace(out, inside, torch.stack(list(cores)) * (signs_out[:, None] * signs_in))
-
-
 def with_model_inputs(space: CoreSpace) -> CoreSpace:
     """The same updates on the model's own input coordinates: `ΔW_t = components_outᵀ cores[t]`, cores (T, K_out, n).
 
@@ -111,7 +103,7 @@ def with_model_inputs(space: CoreSpace) -> CoreSpace:
 
 
 def core_factors(
-    parts: FactoredSvd, space: CoreSpace, *, rank: int | None = None
+    parts: FactoredSvd, space: CoreSpace, *, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[Float[Tensor, "m rank"], Float[Tensor, "rank n"]]:
     """A core `M = U S Vᵀ` as LoRA factors of equal norms, `lora_B lora_A = components_outᵀ M components_in`, scaling 1.
 
@@ -122,9 +114,10 @@ def core_factors(
         parts: Singular triplets of the core on the axes of `space`, leading first.
         space: The axes.
         rank: Rank of the factors, filled up with zeros where the core has less; None takes all triplets.
+        dtype: Of the factors; the last product, with the axes, is made in it.
 
     Returns:
-        `(lora_B, lora_A)`, float64.
+        `(lora_B, lora_A)`.
 
     Raises:
         ValueError: If `rank` is less than 1.
@@ -143,12 +136,18 @@ def core_factors(
     kept = len(parts.S) if rank is None else min(rank, len(parts.S))
     roots = parts.S[:kept].sqrt()
     rows = roots[:, None] * parts.Vh[:kept]
-    lora_A = rows if space.axes_in is None else space.axes_in.combined(rows)
-    lora_B = space.axes_out.combined((parts.U[:, :kept] * roots).mT).mT
+    lora_A = rows.to(dtype) if space.axes_in is None else space.axes_in.combined(rows, dtype=dtype)
+    lora_B = space.axes_out.combined((parts.U[:, :kept] * roots).mT, dtype=dtype).mT
     missing = 0 if rank is None else rank - kept
     if missing:
         lora_B, lora_A = nn.functional.pad(lora_B, (0, missing)), nn.functional.pad(lora_A, (0, 0, 0, missing))
     return lora_B, lora_A
+
+
+def _signed(axes: Sequence[Axes], alongs: Sequence[Tensor], cores: Sequence[Tensor]) -> CoreSpace:
+    """The space whose axes point the same way whatever decomposition they came from."""
+    (out, signs_out), (inside, signs_in) = (side.signed(along) for side, along in zip(axes, alongs, strict=True))
+    return CoreSpace(out, inside, torch.stack(list(cores)) * (signs_out[:, None] * signs_in))
 
 
 def _by_grams(factors: Sequence[Factors]) -> CoreSpace | None:

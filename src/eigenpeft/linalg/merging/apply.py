@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class MergedUpdate:
     """One weight's merged update.
 
     Attributes:
-        lora_B: Left factor, float64; the scaling is 1.
+        lora_B: Left factor; the scaling is 1.
         lora_A: Right factor, of equal norm.
         scale: λ that was applied.
         rank: Numerical rank before the cut.
@@ -42,6 +43,7 @@ def merge_updates(
     scale: float | str | None = None,
     rank: int | None = None,
     calibrate: Sequence[str] = (),
+    dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> MergedUpdate:
     """Merge updates of one weight into one LoRA: core space, rule, λ, optimal truncation.
@@ -54,6 +56,7 @@ def merge_updates(
             takes the rule's own.
         rank: Rank of the factors, filled up with zeros where there is less; None loses nothing.
         calibrate: As for `merge_cores`.
+        dtype: Of the factors; everything before the last product is float64.
         **options: As for `merge_cores`.
 
     Returns:
@@ -80,6 +83,6 @@ def merge_updates(
     if isinstance(scale, str):
         scale = float(norm_scale(merged, weighted(space.cores, weights)))
     parts = triplets(scale * merged, noise=EXACT)
-    lora_B, lora_A = core_factors(parts, space, rank=rank)
+    lora_B, lora_A = core_factors(parts, space, rank=rank, dtype=dtype)
     measures = measure_merge(parts, space.cores, rank=rank)
     return MergedUpdate(lora_B, lora_A, scale=scale, rank=len(parts.S), measures=measures)
