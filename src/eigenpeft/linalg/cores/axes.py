@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -104,7 +103,8 @@ def _combined(weights: Tensor, blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _places(blocks: Sequence[Tensor]) -> list[slice]:
-    ends = [0]
+    places: list[slice] = []
     for block in blocks:
-        ends.append(ends[-1] + len(block))
-    return [slice(start, end) for start, end in pairwise(ends)]
+        start = places[-1].stop if places else 0
+        places.append(slice(start, start + len(block)))
+    return places
