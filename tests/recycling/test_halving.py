@@ -1,28 +1,52 @@
-"""Halving: the cost of all rounds stays within the budget, and the better half stays."""
+"""Halving: the cost of all rounds stays within the budget, the better half stays, and leads are of the same rows."""
 
+import math
+
+import numpy as np
 import pytest
 
-from eigenpeft.recycling.halving import better_half, first_steps
+from eigenpeft.recycling.halving import better_half, first_steps, paired_lead, planned_rounds
 
 
-@pytest.mark.parametrize("n_entrants", [1, 2, 3, 7, 16, 19])
+@pytest.mark.parametrize("n_before", [0, 5])
+@pytest.mark.parametrize("has_control", [True, False])
+@pytest.mark.parametrize("n_entrants", [1, 2, 3, 7, 8, 16, 19])
 @pytest.mark.parametrize("max_steps", [40, 100, 1000])
-def test_the_rounds_cost_at_most_the_budget(n_entrants, max_steps):
-    steps, left, cost = first_steps(n_entrants, max_steps=max_steps, budget=3.0), n_entrants, 0
-    while True:
-        cost += left * steps
-        left = -(-left // 2)
-        if left == 1 or steps >= max_steps:
-            break
-        steps = min(2 * steps, max_steps)
-    # Halves are rounded up, and a round has at least one step.
-    assert cost <= 3.0 * max_steps * 1.35 + n_entrants
+def test_the_rounds_cost_at_most_the_budget(n_entrants, max_steps, has_control, n_before):
+    settings = {"max_steps": max_steps, "has_control": has_control}
+    steps = first_steps(n_entrants, budget=3.0, n_before=n_before, **settings)
+    planned = planned_rounds(n_entrants, steps=steps, **settings)
+    cost = n_before * steps + sum(n * each for n, each in planned)
+    assert cost <= 3.0 * max_steps or steps == 1  # a round has at least one step
+    assert planned[0] == (n_entrants, steps)
+    assert all(each <= max_steps for _, each in planned)
+    assert planned[-1][0] <= 2 + (not has_control) or planned[-1][1] == max_steps
 
 
-def test_the_better_half_is_rounded_up_and_in_order():
-    assert better_half([("a", (1.0, 0.0)), ("b", (2.0, -1.0)), ("c", (2.0, 0.0))]) == ["c", "b"]
-    assert better_half([("a", (0.0,))]) == ["a"]
+def test_the_better_half_is_rounded_down_and_in_order():
+    assert better_half([("a", 1.0), ("b", 0.5), ("c", 0.2), ("d", 0.2), ("e", 0.9)]) == ["c", "d"]
+    assert better_half([("a", 0.0)]) == ["a"]
 
 
 def test_a_diverged_entrant_comes_last():
-    assert better_half([("a", (0.1, -float("inf"))), ("b", (0.1, -3.0))]) == ["b"]
+    assert better_half([("a", math.inf), ("b", 3.0)]) == ["b"]
+
+
+def test_a_lead_is_that_of_the_pairs():
+    generator = np.random.default_rng(0)
+    hard = generator.exponential(2.0, 40)  # rows differ far more than the two candidates do
+    ours, theirs = hard + generator.normal(0, 0.1, 40), hard + 0.2 + generator.normal(0, 0.1, 40)
+    mean, error = paired_lead(ours.tolist(), theirs.tolist())
+    gaps = theirs - ours
+    assert mean == pytest.approx(gaps.mean())
+    assert error == pytest.approx(gaps.std(ddof=1) / 40**0.5)
+    assert mean > 5 * error
+    assert paired_lead(theirs.tolist(), ours.tolist())[0] == pytest.approx(-mean)
+
+
+def test_too_few_or_diverged_rows_give_no_certainty():
+    assert paired_lead([0.1], [0.5]) == (pytest.approx(0.4), math.inf)
+    assert paired_lead([0.1, 0.1], [0.5, math.inf])[1] == math.inf
+    assert paired_lead([], []) == (0.0, math.inf)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        paired_lead([0.1], [0.1, 0.2])

@@ -83,16 +83,54 @@ def test_every_candidate_ends_as_a_plain_lora_with_the_logits_of_the_trained_mod
 
 
 def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
-    names = ["lora_r8", "eigenlora", "random_subspace", "same_parameters"]
+    names = ["eigenlora", "random_subspace", "lora_r8", "same_parameters"]
     report = recycled(adapters, tmp_path, candidates=names, args=arguments(tmp_path, max_steps=32))
     rounds = sorted({trial.steps for trial in report.trials})
-    assert [b // a for a, b in zip(rounds, rounds[1:], strict=False)] == [2] * (len(rounds) - 1)
-    counts = [sum(trial.steps == steps for trial in report.trials) for steps in rounds]
-    assert counts == [8, 4, 2][: len(counts)]
+    assert [b // a for a, b in zip(rounds, rounds[1:], strict=False)] == [2, 2]
+    by_round = [[trial for trial in report.trials if trial.steps == steps] for steps in rounds]
+    assert [len(trials) for trials in by_round] == [8, 4, 2]
+    for trials, kept in zip(by_round, by_round[1:], strict=False):
+        assert (trials[0].candidate, trials[0].rate) == ("lora_r8", 3e-3)  # the control, in every round
+        best = sorted(trials[1:], key=lambda trial: trial.loss)[: len(trials[1:]) // 2]
+        assert {(trial.candidate, trial.rate) for trial in best} == {
+            (trial.candidate, trial.rate) for trial in kept[1:]
+        }
+    assert all(len(trial.losses) == report.n_held_out for trial in report.trials)
     assert report.control is not None
+    assert report.control[1] == rounds[-1]
     assert report.winner in report.text
     again = RecycleReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
+
+
+@pytest.mark.parametrize(("rate", "winner"), [(1e-9, "lora_r8"), (0.3, "eigenlora")])
+def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(
+    adapters, tmp_path, monkeypatch, rate, winner
+):
+    rows = [{"input_ids": [3 + i % 2] * 7, "labels": i % 2} for i in range(32)]  # what can be learnt
+    chosen = {"lora_r8": (1e-9,), "eigenlora": (rate,)}
+    for name, rates in chosen.items():
+        monkeypatch.setitem(CANDIDATES, name, replace(CANDIDATES[name], rates=rates))
+    options = {"rows": rows, "candidates": list(chosen), "args": arguments(tmp_path, max_steps=24), "head_rate": 1e-9}
+    report = recycled(adapters, tmp_path, **options)
+    control, rival = report.trials
+    assert (report.winner, report.rival) == (winner, "eigenlora")
+    gaps = torch.tensor(control.losses) - torch.tensor(rival.losses)
+    mean, error = float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5)
+    assert report.lead == (pytest.approx(mean, abs=1e-6), pytest.approx(error, abs=1e-6))
+    assert (mean > error) == (winner == "eigenlora")
+    assert ("ahead of that by" in report.text) == (winner == "eigenlora")
+
+
+def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path):
+    small = recycled(adapters, tmp_path / "small", args=arguments(tmp_path, max_steps=40), budget=1.0)
+    tried = {trial.candidate for trial in small.trials}
+    assert "lora_r8" in tried
+    # The head on the merged start is trained for λ, whether or not it is a candidate of the rounds.
+    assert set(small.skipped) - {"merged_head"} == set(CANDIDATES) - tried
+    assert "random_subspace" in small.skipped
+    assert sum(trial.steps for trial in small.trials) <= 40
+    assert len({trial.rate for trial in small.trials if trial.candidate == "lora_r8"}) == 1
 
 
 def test_it_says_how_much_there_is_to_do_and_how_long_that_takes(adapters, tmp_path):
@@ -185,14 +223,14 @@ def test_trials_of_an_earlier_run_count_when_the_time_is_up(adapters, tmp_path):
     assert stopped.stopped
     assert len(stopped.trials) == len(whole_rounds)
     last = [trial for trial in stopped.trials if trial.steps == stopped.trials[-1].steps]
-    assert stopped.score == max(trial.score for trial in last)
+    assert stopped.winner in {trial.candidate for trial in last}
 
 
 def test_what_cannot_be_tried_is_named(adapters, tmp_path):
     report = recycled(adapters, tmp_path, n_components=50, candidates=["lora_r8", "eigenlora"])
     assert report.winner == "lora_r8"
     assert "eigenlora" in report.refused
-    assert "nothing that was recycled did better" in report.text
+    assert "lora_r8" in report.text
 
 
 @pytest.mark.parametrize(
@@ -201,6 +239,7 @@ def test_what_cannot_be_tried_is_named(adapters, tmp_path):
         ({"candidates": ["best"]}, "must be of lora_r8"),
         ({"candidates": []}, "at least one"),
         ({"held_out": 1.0}, "held_out=1.0 between 0 and 1"),
+        ({"budget": 0.0}, "budget=0.0 must be a positive number of trainings"),
         ({"rows": task_rows(1)}, "1 rows cannot be split"),
     ],
 )

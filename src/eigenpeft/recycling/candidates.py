@@ -18,7 +18,7 @@ from eigenpeft.tuners.starts.adapters import init_lora_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace
 
 COEFFICIENT_RATES = (1e-2, 3e-2)
-LORA_RATES = (1e-3, 3e-3)
+LORA_RATES = (3e-3, 1e-3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Candidate:
 
     Attributes:
         adapt: Makes the trainable model from a fresh base.
-        rates: Learning rates tried.
+        rates: Learning rates tried, the one that was best on other tasks first (docs/regimes.md).
         merged: Whether it starts at the base plus the merged update, which is put into the base's weights.
     """
 
@@ -123,16 +123,20 @@ def _mixture(base: PreTrainedModel, sources: Sources) -> PeftModel:
     return get_peft_model(base, EigenLoraConfig(core="mixture", sources=sources.store, task_type=sources.task_type))
 
 
+CONTROL = "lora_r8"
+"""What every other candidate is judged against."""
+
+# In the order of what was seen on related adapters (docs/recycle.md): the first ones are tried where the budget is small.
 CANDIDATES: dict[str, Candidate] = {
-    "lora_r8": Candidate(_plain(8), LORA_RATES),
-    "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
-    "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
-    "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENT_RATES),
-    "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
-    "init": Candidate(_init, LORA_RATES),
-    "nearest_continued": Candidate(_nearest, LORA_RATES),
-    "mixture": Candidate(_mixture, (3e-2, 3e-1)),
-    "merged_head": Candidate(_head, (1e-1, 3e-1), merged=True),
+    CONTROL: Candidate(_plain(8), LORA_RATES),
     "merged_lora_r8": Candidate(_plain(8), LORA_RATES, merged=True),
     "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
+    "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
+    "nearest_continued": Candidate(_nearest, LORA_RATES),
+    "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
+    "merged_head": Candidate(_head, (3e-1, 1e-1), merged=True),
+    "init": Candidate(_init, LORA_RATES),
+    "mixture": Candidate(_mixture, (3e-2, 3e-1)),
+    "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
+    "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENT_RATES),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,17 +37,17 @@ def with_start(sources: Sources, *, scale: float | None = None, nearest: str | N
     return replace(sources, scale=place, nearest=nearest or sources.nearest)
 
 
-def _start_score(search: Search, sources: Sources, *, steps: int) -> tuple[float, float]:
-    """Score and minus loss of the merged start; a new head, if the task has one, is trained on it first."""
+def _start_score(search: Search, sources: Sources, *, steps: int) -> float:
+    """Minus the loss of the merged start; a new head, if the task has one, is trained on it first."""
     try:
         trial = search.trial("merged_head", sources, rate=CANDIDATES["merged_head"].rates[0], steps=steps)
-        return trial.score, -trial.loss
+        return -trial.loss
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
         base = search.make_model()
         merged_start(base, sources.merged)
-        score, loss = judge(base, search.held_out, collator=search.collator)
-        return score, -loss
+        _, losses = judge(base, search.held_out, collator=search.collator)
+        return -fmean(losses)
 
 
 def _nearest(search: Search, sources: Sources, *, steps: int) -> str:

@@ -20,6 +20,7 @@ class Trial:
         loss: On the held-out rows.
         numbers: Trained values beside the head.
         seconds: Seconds of training and judging.
+        losses: Of each held-out row of a classifier, of each batch of 8 rows for anything else.
     """
 
     candidate: str
@@ -30,6 +31,10 @@ class Trial:
     loss: float
     numbers: int
     seconds: float
+    losses: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "losses", tuple(self.losses))  # JSON has lists
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class RecycleReport:
         rate: Its learning rate.
         steps: Its steps.
         score: Its score in the last round it was judged in.
-        control: The best score of a fresh LoRA r 8 with as many steps, and the steps; None where none was tried.
+        control: Score of the fresh LoRA r 8 in its last round, and the steps; None where none was tried.
         trials: All of them, in order.
         refused: Candidates that could not be tried, and why.
         n_train: Rows that trials were trained on.
@@ -49,6 +54,9 @@ class RecycleReport:
         seconds: Seconds of everything.
         stopped: Whether the time limit ended the rounds early.
         majority: Share of the held-out rows that have the commonest label; None where rows have no whole labels.
+        rival: The best candidate beside the fresh LoRA in the last round; None where there was no such pair.
+        lead: By how much the rival's loss was below the fresh LoRA's on the same rows, and the standard error of that.
+        skipped: Candidates that the budget did not reach.
     """
 
     winner: str
@@ -63,6 +71,9 @@ class RecycleReport:
     seconds: float
     stopped: bool
     majority: float | None = None
+    rival: str | None = None
+    lead: tuple[float, float] | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def is_at_chance(self) -> bool:
@@ -77,6 +88,7 @@ class RecycleReport:
     @property
     def text(self) -> str:
         """The end in plain words."""
+        early = " The time limit ended the search early." if self.stopped else ""
         if self.is_at_chance:
             scores, longest = [trial.score for trial in self.trials], max(trial.steps for trial in self.trials)
             return (
@@ -84,15 +96,17 @@ class RecycleReport:
                 f"{min(scores):.3f} to {max(scores):.3f}, and the commonest label for every row scores {self.majority:.3f} ± "
                 f"{self._margin:.3f}. Which candidate is best is not known from this. Give more rows or more steps "
                 f"(max_steps, --max-steps; the last round had {longest}). {self.winner} was trained on all "
-                f"{self.n_train + self.n_held_out} rows nevertheless."
+                f"{self.n_train + self.n_held_out} rows nevertheless.{early}"
             )
         numbers = next(trial.numbers for trial in self.trials if trial.candidate == self.winner)
         beside = "no fresh LoRA r 8 was tried beside it"
+        lead = "" if self.lead is None else f"by {self.lead[0]:.3f} ± {self.lead[1]:.3f} of the loss on the same rows"
         if self.winner == "lora_r8":
-            beside = "that is a fresh LoRA: nothing that was recycled did better here"
+            beside = "that is a fresh LoRA: nothing that was recycled did better here by more than chance"
+            beside += "" if self.rival is None else f" ({self.rival} was ahead {lead})" if lead else ""
         elif self.control is not None:
             beside = f"a fresh LoRA r 8 had {self.control[0]:.3f} after {self.control[1]} steps"
-        early = " The time limit ended the search early." if self.stopped else ""
+            beside += f", and it was ahead of that {lead}" if lead else ""
         return (
             f"Best of {len({trial.candidate for trial in self.trials})} candidates: {self.winner} at the learning rate "
             f"{self.rate:g}, with {numbers:,} trained values beside the head. On {self.n_held_out} held-out rows it scored "
@@ -116,6 +130,8 @@ class RecycleReport:
         try:
             control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
             trials = tuple(Trial(**trial) for trial in data["trials"])
-            return cls(**{**data, "control": control, "trials": trials})
+            lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
+            skipped = tuple(data.get("skipped", ()))
+            return cls(**{**data, "control": control, "trials": trials, "lead": lead, "skipped": skipped})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error

@@ -19,7 +19,7 @@ from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, Sources
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
 from eigenpeft.recycling.halving import first_steps, planned_rounds
 from eigenpeft.recycling.loading import readme
 from eigenpeft.recycling.preparing import SCALES, prepared
@@ -27,8 +27,8 @@ from eigenpeft.recycling.report import RecycleReport, Trial
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.search import Search, halved
 
-# Of the rounds together, in trainings of `max_steps`; the last training on all rows is one more.
-BUDGET = 3.0
+# A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried.
+_LEAST_SHARE = 0.1
 
 
 def recycle(
@@ -45,6 +45,7 @@ def recycle(
     n_components: int = 8,
     head_rate: float = 3e-2,
     held_out: float = 0.25,
+    budget: float = 3.0,
     time_limit: float | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
@@ -53,9 +54,9 @@ def recycle(
 
     Candidates are fresh LoRAs, EigenLoRA in the adapters' subspace, a random subspace, a merged start (the base plus λ times
     the adapters' mean update; then the head alone, LoRA or EigenLoRA), LoRA started at the principal components, and the
-    nearest adapter continued; each with two learning rates. They are judged on held-out rows by successive halving (the better
-    half gets twice the steps), and the winner is trained on all rows. All rounds together cost at most three trainings of
-    `args.max_steps` steps. "A fresh LoRA was best" is a result.
+    nearest adapter continued. They are judged by their loss on held-out rows in rounds (the better half gets twice the steps),
+    with a fresh LoRA r 8 as the control in every round; one of them wins only if it is ahead of the control by more than the
+    standard error on the same rows. The winner is trained on all rows. "A fresh LoRA was best" is a result.
 
     Args:
         adapters: Adapters of the base model; at least two.
@@ -66,11 +67,14 @@ def recycle(
             arguments, it goes on where it stopped.
         data_collator: Makes a batch; default: `transformers.default_data_collator`.
         trainer: `Trainer`, a subclass, or a function that makes one.
-        candidates: Keys of `CANDIDATES`.
+        candidates: Keys of `CANDIDATES`, those first that should be tried where the budget does not reach all. Second learning
+            rates come after all first ones.
         task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM" or another.
         n_components: K of the subspace.
         head_rate: Peak learning rate of a new head beside an adapter.
         held_out: Share of the rows that candidates are judged on.
+        budget: Cost of everything before the last training, in trainings of `args.max_steps` steps. As many candidates are tried as
+            get a tenth of these steps in the first round.
         time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
         progress: Show a progress bar.
         say: Called with a line before the first trial, how many there are, and one after it, how long all may take.
@@ -83,7 +87,7 @@ def recycle(
             trials of other arguments.
     """
     start, out = time.perf_counter(), Path(out_dir)
-    _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out)
+    _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     own = {"held_out": held_out, "n_components": n_components, "head_rate": head_rate}
     search = Search(
@@ -100,27 +104,31 @@ def recycle(
         trials=_remembered(out, _trainer_settings(adapters, rows, args) | own),
     )
     plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
-    entrants = [(name, rate) for name in candidates for rate in CANDIDATES[name].rates]
-    steps = first_steps(len(entrants), max_steps=args.max_steps, budget=BUDGET)
-    search.work = _announce(candidates, len(entrants), steps=steps, max_steps=args.max_steps, say=say)
-    sources = prepared(search, plain, candidates, steps=steps)
+    entrants, steps = _entrants(candidates, max_steps=args.max_steps, budget=budget)
+    tried = list(dict.fromkeys(name for name, _ in entrants))
+    search.work = _announce(entrants, steps=steps, max_steps=args.max_steps, say=say)
+    sources = prepared(search, plain, tried, steps=steps)
     with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
-        entrants, best, stopped = halved(search, sources, entrants, steps=steps, bar=bar)
+        decision = halved(search, sources, entrants, steps=steps, bar=bar)
+    best = decision.winner
     model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
-    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == "lora_r8"]
+    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == CONTROL]
     report = RecycleReport(
         winner=best.candidate,
         rate=best.rate,
         steps=args.max_steps,
         score=best.score,
-        control=max(fresh, key=lambda pair: (pair[1], pair[0])) if fresh else None,
+        control=max(fresh, key=lambda pair: pair[1]) if fresh else None,
         trials=tuple(search.trials),
         refused=search.refused,
         n_train=len(train_rows),
         n_held_out=len(judged_rows),
         seconds=time.perf_counter() - start,
-        stopped=stopped,
+        stopped=decision.stopped,
         majority=_majority(judged_rows),
+        rival=None if decision.rival is None else decision.rival.candidate,
+        lead=decision.lead,
+        skipped=tuple(name for name in candidates if name not in tried),
     )
     _write(model, report, out, task_type=task_type, base_model=adapters.base_model_name_or_path)
     return report
@@ -143,13 +151,36 @@ def _write(
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
-def _announce(
-    candidates: Sequence[str], n_entrants: int, *, steps: int, max_steps: int, say: Callable[[str], None]
-) -> int:
+def _entrants(candidates: Sequence[str], *, max_steps: int, budget: float) -> tuple[list[tuple[str, float]], int]:
+    """As many candidates with their rates as the budget reaches, the control first, and the steps of their first round."""
+    ordered = sorted(candidates, key=lambda name: name != CONTROL)
+    most = max(len(CANDIDATES[name].rates) for name in ordered)
+    every = [
+        (name, CANDIDATES[name].rates[i]) for i in range(most) for name in ordered if i < len(CANDIDATES[name].rates)
+    ]
+    while True:
+        steps = first_steps(
+            len(every),
+            max_steps=max_steps,
+            budget=budget,
+            has_control=every[0][0] == CONTROL,
+            n_before=_n_before([name for name, _ in every]),
+        )
+        if steps >= int(_LEAST_SHARE * max_steps) or len(every) <= 2:
+            return every, steps
+        every.pop()
+
+
+def _n_before(names: Sequence[str]) -> int:
+    """Short trainings before the rounds: one for each λ, and one to find the nearest adapter."""
+    return len(SCALES) * any(CANDIDATES[name].merged for name in names) + ("nearest_continued" in names)
+
+
+def _announce(entrants: Sequence[tuple[str, float]], *, steps: int, max_steps: int, say: Callable[[str], None]) -> int:
     """Say what is going to be trained; returns the steps of all of it."""
-    scales = len(SCALES) if any(CANDIDATES[name].merged for name in candidates) else 0
-    first = scales + ("nearest_continued" in candidates)
-    rounds = planned_rounds(n_entrants, steps=steps, max_steps=max_steps)
+    candidates = list(dict.fromkeys(name for name, _ in entrants))
+    first, has_control = _n_before(candidates), entrants[0][0] == CONTROL
+    rounds = planned_rounds(len(entrants), steps=steps, max_steps=max_steps, has_control=has_control)
     parts = [f"{first} short trainings to prepare"] if first else []
     parts += [f"{n} trials of {each} steps" for n, each in rounds]
     say(f"{len(candidates)} candidates: {', '.join(parts)}, and one training of {max_steps} steps on all rows.")
@@ -165,7 +196,7 @@ def _majority(rows: Any) -> float | None:
     return Counter(values).most_common(1)[0][1] / len(values)
 
 
-def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: float) -> None:
+def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: float, budget: float) -> None:
     if not candidates or any(name not in CANDIDATES for name in candidates):
         raise EigenPeftError(f"candidates={list(candidates)} must be of {', '.join(CANDIDATES)}, at least one.")
     if max_steps < 1 or not 0 < held_out < 1:
@@ -173,6 +204,8 @@ def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: flo
             f"max_steps={max_steps} of args must be at least 1 (epochs are not counted here) and held_out={held_out} between "
             "0 and 1."
         )
+    if not 0 < budget < math.inf:
+        raise EigenPeftError(f"budget={budget} must be a positive number of trainings of max_steps={max_steps} steps.")
 
 
 def _trainer_settings(adapters: AdapterCollection, rows: Any, args: TrainingArguments) -> dict[str, Any]:

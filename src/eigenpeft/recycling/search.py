@@ -1,11 +1,12 @@
-"""The trials of one run: each candidate trained and judged once, remembered on disk, and halved in rounds."""
+"""The trials of one run: each candidate trained and judged once, remembered on disk, and halved in rounds beside the control."""
 
 import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, Sources
-from eigenpeft.recycling.halving import better_half
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.halving import better_half, paired_lead
 from eigenpeft.recycling.report import Trial
 from eigenpeft.recycling.training import judge, train
 
@@ -70,9 +71,10 @@ class Search:
         numbers = sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
         )
-        score, loss = judge(model, self.held_out, collator=self.collator)
+        score, losses = judge(model, self.held_out, collator=self.collator)
         asked = _asked(candidate, sources, rate=rate, steps=steps)
-        found = Trial(**asked, score=score, loss=loss, numbers=numbers, seconds=time.perf_counter() - start)
+        measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "numbers": numbers}
+        found = Trial(**asked, **measured, seconds=time.perf_counter() - start)
         self.trials.append(found)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found)) + "\n")
@@ -106,33 +108,71 @@ def _scale_of(candidate: str, sources: Sources) -> float | None:
     return sources.scale if CANDIDATES[candidate].merged else None
 
 
-def halved(
-    search: Search, sources: Sources, entrants: list[tuple[str, float]], *, steps: int, bar: tqdm
-) -> tuple[list[tuple[str, float]], Trial, bool]:
-    """Rounds until one entrant is left or time is up; what is left, the best trial of the last round, whether time was up."""
+Entrant = tuple[str, float]
+
+
+class Decision(NamedTuple):
+    """How the rounds ended.
+
+    Attributes:
+        winner: The trial of the candidate that is trained on all rows.
+        rival: The best trial beside the control's, as long as that; None without such a pair.
+        lead: By how much the rival's loss was below the control's, and its standard error; None without a pair.
+        stopped: Whether time was up.
+    """
+
+    winner: Trial
+    rival: Trial | None
+    lead: tuple[float, float] | None
+    stopped: bool
+
+
+def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: int, bar: tqdm) -> Decision:
+    """Rounds until one rival is left beside the control, or time is up; then the better of the two.
+
+    The control is the first entrant of that name; it is trained in every round. A rival wins if its loss on the held-out rows is
+    below the control's by more than the standard error of the paired differences, and its score is not lower.
+    """
+    control = next((entrant for entrant in entrants if entrant[0] == CONTROL), None)
     while True:
-        found: list[tuple[tuple[str, float], tuple[float, ...]]] = []
-        by_entrant: dict[tuple[str, float], Trial] = {}
-        for name, rate in entrants:
-            # What was tried before the time was up counts, also in an earlier run that was interrupted.
-            costs = search.done(name, sources, rate=rate, steps=steps) is None
-            if name in search.refused or (search.late and costs and by_entrant):
-                continue
-            try:
-                trial = search.trial(name, sources, rate=rate, steps=steps)
-            except EigenPeftError as error:
-                search.refused[name] = str(error)
-                continue
-            by_entrant[name, rate] = trial
-            found.append(((name, rate), (trial.score, -trial.loss)))
-            bar.update()
-            bar.set_postfix_str(f"{steps} steps, {name}: {trial.score:.3f}")
-        if not found:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in search.refused.items())
-            raise EigenPeftError(f"No candidate could be tried. {reasons}")
-        kept = better_half(found)
+        found = _round(search, sources, entrants, steps=steps, bar=bar)
+        rivals = [(entrant, trial.loss) for entrant, trial in found.items() if entrant != control]
+        beside = [control] if control in found else []
+        kept = better_half(rivals) if rivals else []
         after = min(2 * steps, search.args.max_steps)
-        tried = all(search.done(name, sources, rate=rate, steps=after) for name, rate in kept)
-        if len(kept) == 1 or (search.late and not tried) or steps >= search.args.max_steps:
-            return kept, by_entrant[kept[0]], search.late
-        entrants, steps = kept, after
+        ended = len(rivals) <= 1 or (len(kept) == 1 and not beside)
+        next_round = [*beside, *kept]
+        tried = all(search.done(name, sources, rate=rate, steps=after) for name, rate in next_round)
+        if ended or (search.late and not tried) or steps >= search.args.max_steps:
+            return _decided([found[each] for each in kept], [found[each] for each in beside], stopped=search.late)
+        entrants, steps = next_round, after
+
+
+def _round(search: Search, sources: Sources, entrants: list[Entrant], *, steps: int, bar: tqdm) -> dict[Entrant, Trial]:
+    """The trials of one round, without what was refused or came too late."""
+    found: dict[Entrant, Trial] = {}
+    for name, rate in entrants:
+        # What was tried before the time was up counts, also in an earlier run that was interrupted.
+        costs = search.done(name, sources, rate=rate, steps=steps) is None
+        if name in search.refused or (search.late and costs and found):
+            continue
+        try:
+            trial = found[name, rate] = search.trial(name, sources, rate=rate, steps=steps)
+        except EigenPeftError as error:
+            search.refused[name] = str(error)
+            continue
+        bar.update()
+        bar.set_postfix_str(f"{steps} steps, {name}: {trial.score:.3f}")
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in search.refused.items())
+        raise EigenPeftError(f"No candidate could be tried. {reasons}")
+    return found
+
+
+def _decided(rivals: list[Trial], control: list[Trial], *, stopped: bool) -> Decision:
+    if not (rivals and control):
+        return Decision((rivals + control)[0], None, None, stopped)
+    rival, beside = rivals[0], control[0]
+    mean, error = paired_lead(rival.losses, beside.losses)
+    is_ahead = mean > error and rival.score >= beside.score
+    return Decision(rival if is_ahead else beside, rival, (mean, error), stopped)

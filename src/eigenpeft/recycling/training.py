@@ -4,6 +4,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from eigenpeft.errors import EigenPeftError
 
-_BATCH = 32
+_BATCH = 8
 
 
 def train(
@@ -63,33 +64,37 @@ def train(
 
 
 @torch.no_grad()
-def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[float, float]:
-    """Score and loss on rows: accuracy where one row of logits per example meets whole labels, minus the loss otherwise.
+def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[float, list[float]]:
+    """Score and losses on rows: accuracy where one row of logits per example meets whole labels, minus the loss otherwise.
 
     Args:
         model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
         rows: With labels.
         collator: Makes batches of rows.
 
+    Returns:
+        The score, and the loss of each row for a classifier, of each batch of 8 rows for anything else. A run that diverged has
+        infinite losses, which is the worst result and no error.
+
     Raises:
         EigenPeftError: If the model gives no loss.
     """
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    right = seen = 0
-    loss, classifies = 0.0, True
+    right, losses, classifies = 0, [], True
     for batch in DataLoader(rows, batch_size=_BATCH, collate_fn=collator):
         batch = {name: value.to(device) for name, value in batch.items()}
         found = model(**batch)
         if found.loss is None:
             raise EigenPeftError(f"The model gives no loss for rows with {', '.join(batch)}; rows need labels.")
-        labels = batch["labels"]
-        size = len(labels)
-        loss, seen = loss + float(found.loss) * size, seen + size
-        classifies = classifies and found.logits.ndim == 2 and found.logits.shape[1] > 1 and labels.ndim == 1
-        right += int((found.logits.argmax(1) == labels).sum()) if classifies and not labels.is_floating_point() else 0
-        classifies = classifies and not labels.is_floating_point()
+        labels, logits = batch["labels"], found.logits
+        of_rows = logits.ndim == 2 and logits.shape[1] > 1 and labels.ndim == 1 and not labels.is_floating_point()
+        classifies = classifies and of_rows
+        if of_rows:
+            right += int((logits.argmax(1) == labels).sum())
+            losses += nn.functional.cross_entropy(logits.float(), labels, reduction="none").tolist()
+        else:
+            losses.append(float(found.loss))
     model.train(was)
-    loss /= max(seen, 1)
-    loss = loss if math.isfinite(loss) else math.inf  # a diverged run is the worst one, not an error
-    return (right / max(seen, 1) if classifies else -loss), loss
+    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return (right / max(len(losses), 1) if classifies else -fmean(losses)), losses

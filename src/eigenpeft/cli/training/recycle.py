@@ -36,6 +36,10 @@ def recycle_command(
         list[str] | None,
         typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
     ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(help="Cost of the search in trainings of --max-steps; more reaches more candidates and rates."),
+    ] = 3.0,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -43,8 +47,9 @@ def recycle_command(
 ) -> None:
     """Try what adapters can give to a new task beside fresh LoRAs, and train the best on all rows.
 
-    Candidates are judged on a held-out quarter of the rows by successive halving, at a cost of about three trainings. The result is
-    a plain LoRA in OUT/adapter. Started again with the same arguments, it goes on where it stopped.
+    Candidates are judged on a held-out quarter of the rows in rounds, beside a fresh LoRA, at a cost of about three trainings. One
+    wins only if it is ahead of the fresh LoRA by more than chance. The result is a plain LoRA in OUT/adapter. Started again with the
+    same arguments, it goes on where it stopped.
 
     Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
     """
@@ -70,6 +75,7 @@ def recycle_command(
             task_type=task.task_type,
             n_components=n_components,
             head_rate=head_rate,
+            budget=budget,
             time_limit=time_limit,
             progress=not as_json,
             say=lambda line: errors.print(escape(line), soft_wrap=True),
@@ -79,6 +85,8 @@ def recycle_command(
         return
     if not report.is_at_chance:  # an order would be read as a finding
         console.print(_table(report))
+    if report.skipped:
+        console.print(f"Not reached within the budget (--budget): {', '.join(report.skipped)}")
     for name, reason in report.refused.items():
         console.print(f"Not tried: {escape(name)}: {escape(reason)}")
     console.print(f"[bold]{escape(report.text)}[/bold]")
