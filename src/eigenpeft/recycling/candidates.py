@@ -130,13 +130,13 @@ CONTROL = "lora_r8"
 CANDIDATES: dict[str, Candidate] = {
     CONTROL: Candidate(_plain(8), LORA_RATES),
     "merged_lora_r8": Candidate(_plain(8), LORA_RATES, merged=True),
-    "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
     "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
-    "nearest_continued": Candidate(_nearest, LORA_RATES),
+    "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
     "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
-    "merged_head": Candidate(_head, (3e-1, 1e-1), merged=True),
-    "init": Candidate(_init, LORA_RATES),
+    "nearest_continued": Candidate(_nearest, LORA_RATES),
     "mixture": Candidate(_mixture, (3e-2, 3e-1)),
+    "init": Candidate(_init, LORA_RATES),
+    "merged_head": Candidate(_head, (3e-1, 1e-1), merged=True),
     "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
     "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENT_RATES),
 }

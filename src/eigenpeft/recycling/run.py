@@ -28,7 +28,7 @@ from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.search import Search, halved
 
 # A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried.
-_LEAST_SHARE = 0.1
+_LEAST_SHARE = 0.2
 
 
 def recycle(
@@ -74,7 +74,7 @@ def recycle(
         head_rate: Peak learning rate of a new head beside an adapter.
         held_out: Share of the rows that candidates are judged on.
         budget: Cost of everything before the last training, in trainings of `args.max_steps` steps. As many candidates are tried as
-            get a tenth of these steps in the first round.
+            get a fifth of these steps in the first round.
         time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
         progress: Show a progress bar.
         say: Called with a line before the first trial, how many there are, and one after it, how long all may take.
