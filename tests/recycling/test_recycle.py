@@ -84,7 +84,7 @@ def test_every_candidate_ends_as_a_plain_lora_with_the_logits_of_the_trained_mod
 
 def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
     names = ["eigenlora", "random_subspace", "lora_r8", "same_parameters"]
-    report = recycled(adapters, tmp_path, candidates=names, args=arguments(tmp_path, max_steps=32))
+    report = recycled(adapters, tmp_path, candidates=names, args=arguments(tmp_path, max_steps=32), budget=6.0)
     rounds = sorted({trial.steps for trial in report.trials})
     assert [b // a for a, b in zip(rounds, rounds[1:], strict=False)] == [2, 2]
     by_round = [[trial for trial in report.trials if trial.steps == steps] for steps in rounds]
@@ -141,7 +141,8 @@ def test_it_says_how_much_there_is_to_do_and_how_long_that_takes(adapters, tmp_p
         return Trainer(**settings)
 
     names = ["lora_r8", "eigenlora", "merged_head", "nearest_continued"]
-    options = {"candidates": names, "args": arguments(tmp_path, max_steps=32), "trainer": counted, "say": lines.append}
+    options = {"candidates": names, "args": arguments(tmp_path, max_steps=32), "budget": 6.0}
+    options |= {"trainer": counted, "say": lines.append}
     report = recycled(adapters, tmp_path, **options)
     planned, estimate = lines
     first = steps[0]
