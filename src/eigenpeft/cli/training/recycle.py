@@ -48,8 +48,8 @@ def recycle_command(
     """Try what adapters can give to a new task beside fresh LoRAs, and train the best on all rows.
 
     Candidates are judged on a held-out quarter of the rows in rounds, beside a fresh LoRA, at a cost of about three trainings. One
-    wins only if it is ahead of the fresh LoRA by more than chance. The result is a plain LoRA in OUT/adapter. Started again with the
-    same arguments, it goes on where it stopped.
+    wins only if it is ahead of the fresh LoRA by more than chance. The result is a plain LoRA in OUT/adapter. Started again with
+    the same arguments, it goes on where it stopped.
 
     Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
     """
