@@ -20,15 +20,12 @@ from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
-from eigenpeft.recycling.halving import first_steps, planned_rounds
 from eigenpeft.recycling.loading import readme
-from eigenpeft.recycling.preparing import SCALES, prepared
+from eigenpeft.recycling.planning import announce, entrants_within
+from eigenpeft.recycling.preparing import prepared
 from eigenpeft.recycling.report import RecycleReport, Trial
 from eigenpeft.recycling.result import write_result
-from eigenpeft.recycling.search import Search, halved
-
-# A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried.
-_LEAST_SHARE = 0.2
+from eigenpeft.recycling.search import Decision, Search, halved
 
 
 def recycle(
@@ -104,34 +101,41 @@ def recycle(
         trials=_remembered(out, _trainer_settings(adapters, rows, args) | own),
     )
     plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
-    entrants, steps = _entrants(candidates, max_steps=args.max_steps, budget=budget)
+    entrants, steps = entrants_within(candidates, max_steps=args.max_steps, budget=budget)
     tried = list(dict.fromkeys(name for name, _ in entrants))
-    search.work = _announce(entrants, steps=steps, max_steps=args.max_steps, say=say)
+    search.work = announce(entrants, steps=steps, max_steps=args.max_steps, say=say)
     sources = prepared(search, plain, tried, steps=steps)
     with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
         decision = halved(search, sources, entrants, steps=steps, bar=bar)
     best = decision.winner
     model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
-    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == CONTROL]
     report = RecycleReport(
-        winner=best.candidate,
-        rate=best.rate,
+        **_outcome(decision, search),
         steps=args.max_steps,
-        score=best.score,
-        control=max(fresh, key=lambda pair: pair[1]) if fresh else None,
-        trials=tuple(search.trials),
-        refused=search.refused,
         n_train=len(train_rows),
         n_held_out=len(judged_rows),
         seconds=time.perf_counter() - start,
-        stopped=decision.stopped,
         majority=_majority(judged_rows),
-        rival=None if decision.rival is None else decision.rival.candidate,
-        lead=decision.lead,
         skipped=tuple(name for name in candidates if name not in tried),
     )
     _write(model, report, out, task_type=task_type, base_model=adapters.base_model_name_or_path)
     return report
+
+
+def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
+    """What the report has of the rounds."""
+    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == CONTROL]
+    return {
+        "winner": decision.winner.candidate,
+        "rate": decision.winner.rate,
+        "score": decision.winner.score,
+        "control": max(fresh, key=lambda pair: pair[1]) if fresh else None,
+        "rival": None if decision.rival is None else decision.rival.candidate,
+        "lead": decision.lead,
+        "stopped": decision.stopped,
+        "trials": tuple(search.trials),
+        "refused": search.refused,
+    }
 
 
 def _write(
@@ -149,42 +153,6 @@ def _write(
     write_result(model, out / "adapter", base_model=base_model, card=card)
     with atomic_file(out / "report.json", overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _entrants(candidates: Sequence[str], *, max_steps: int, budget: float) -> tuple[list[tuple[str, float]], int]:
-    """As many candidates with their rates as the budget reaches, the control first, and the steps of their first round."""
-    ordered = sorted(candidates, key=lambda name: name != CONTROL)
-    most = max(len(CANDIDATES[name].rates) for name in ordered)
-    every = [
-        (name, CANDIDATES[name].rates[i]) for i in range(most) for name in ordered if i < len(CANDIDATES[name].rates)
-    ]
-    while True:
-        steps = first_steps(
-            len(every),
-            max_steps=max_steps,
-            budget=budget,
-            has_control=every[0][0] == CONTROL,
-            n_before=_n_before([name for name, _ in every]),
-        )
-        if steps >= int(_LEAST_SHARE * max_steps) or len(every) <= 2:
-            return every, steps
-        every.pop()
-
-
-def _n_before(names: Sequence[str]) -> int:
-    """Short trainings before the rounds: one for each λ, and one to find the nearest adapter."""
-    return len(SCALES) * any(CANDIDATES[name].merged for name in names) + ("nearest_continued" in names)
-
-
-def _announce(entrants: Sequence[tuple[str, float]], *, steps: int, max_steps: int, say: Callable[[str], None]) -> int:
-    """Say what is going to be trained; returns the steps of all of it."""
-    candidates = list(dict.fromkeys(name for name, _ in entrants))
-    first, has_control = _n_before(candidates), entrants[0][0] == CONTROL
-    rounds = planned_rounds(len(entrants), steps=steps, max_steps=max_steps, has_control=has_control)
-    parts = [f"{first} short trainings to prepare"] if first else []
-    parts += [f"{n} trials of {each} steps" for n, each in rounds]
-    say(f"{len(candidates)} candidates: {', '.join(parts)}, and one training of {max_steps} steps on all rows.")
-    return first * steps + sum(n * each for n, each in rounds) + max_steps
 
 
 def _majority(rows: Any) -> float | None:

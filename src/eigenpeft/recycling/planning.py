@@ -1,0 +1,59 @@
+"""Before anything is trained: which candidates the budget reaches, with how many steps, and a line that says so."""
+
+from collections.abc import Callable, Sequence
+
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL
+from eigenpeft.recycling.halving import first_steps, planned_rounds
+from eigenpeft.recycling.preparing import SCALES
+
+# A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried.
+_LEAST_SHARE = 0.2
+
+
+def entrants_within(candidates: Sequence[str], *, max_steps: int, budget: float) -> tuple[list[tuple[str, float]], int]:
+    """As many candidates with their rates as the budget reaches, the control first, and the steps of their first round.
+
+    Args:
+        candidates: Keys of `CANDIDATES`, in the order in which they are tried where the budget is small.
+        max_steps: Steps of a full training.
+        budget: Cost of everything before the last training, in full trainings.
+    """
+    ordered = sorted(candidates, key=lambda name: name != CONTROL)
+    most = max(len(CANDIDATES[name].rates) for name in ordered)
+    every = [
+        (name, CANDIDATES[name].rates[i]) for i in range(most) for name in ordered if i < len(CANDIDATES[name].rates)
+    ]
+    while True:
+        steps = first_steps(
+            len(every),
+            max_steps=max_steps,
+            budget=budget,
+            has_control=every[0][0] == CONTROL,
+            n_before=_n_before([name for name, _ in every]),
+        )
+        if steps >= int(_LEAST_SHARE * max_steps) or len(every) <= 2:
+            return every, steps
+        every.pop()
+
+
+def _n_before(names: Sequence[str]) -> int:
+    """Short trainings before the rounds: one for each λ, and one to find the nearest adapter."""
+    return len(SCALES) * any(CANDIDATES[name].merged for name in names) + ("nearest_continued" in names)
+
+
+def announce(entrants: Sequence[tuple[str, float]], *, steps: int, max_steps: int, say: Callable[[str], None]) -> int:
+    """Say what is going to be trained; returns the steps of all of it.
+
+    Args:
+        entrants: Candidates with their rates, the control first.
+        steps: Steps of the first round.
+        max_steps: Steps of a full training.
+        say: Called with the line.
+    """
+    candidates = list(dict.fromkeys(name for name, _ in entrants))
+    first, has_control = _n_before(candidates), entrants[0][0] == CONTROL
+    rounds = planned_rounds(len(entrants), steps=steps, max_steps=max_steps, has_control=has_control)
+    parts = [f"{first} short trainings to prepare"] if first else []
+    parts += [f"{n} trials of {each} steps" for n, each in rounds]
+    say(f"{len(candidates)} candidates: {', '.join(parts)}, and one training of {max_steps} steps on all rows.")
+    return first * steps + sum(n * each for n, each in rounds) + max_steps
