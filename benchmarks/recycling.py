@@ -19,7 +19,8 @@ import json
 import sys
 import tempfile
 import time
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
 
@@ -52,7 +53,21 @@ FIXED = {
     "merged_lora_r8": 3e-3,
     "merged_eigenlora": 1e-2,
 }
+# The control of the merged start: random factors, module by module of the mean update's norm and rank.
+RANDOM_MEAN = "lora_r8 on a random update of that norm"
 WITHOUT_ADAPTERS = ("lora_r8",)
+
+
+class RandomMean(Sources):
+    """Sources whose mean update has no direction of the adapters."""
+
+    @cached_property
+    def merged(self):
+        mean, generator, factors = super().merged, torch.Generator().manual_seed(self.seed), {}
+        for module, (left, right) in mean.factors.items():
+            b, a = (torch.randn(each.shape, generator=generator) for each in (left, right))
+            factors[module] = (b * ((left @ right).norm() / (b @ a).norm()), a)
+        return replace(mean, factors=factors)
 
 
 class Target:
@@ -116,9 +131,11 @@ def fixed(target: Target, adapters, name: str) -> dict:
             deadline=float("inf"),
         )
         nearest = nearest_of(target, adapters, search) if name == "nearest_continued" else adapters.names[0]
-        sources = Sources(adapters, 8, 1.0, "SEQ_CLS", SEED, nearest)
-        model = search.trained(name, sources, rate=FIXED[name], steps=STEPS, rows=target.rows)
-    return {"accuracy": target.accuracy(model), "rate": FIXED[name], "cost": 1.0}
+        is_random = name == RANDOM_MEAN
+        sources = (RandomMean if is_random else Sources)(adapters, 8, 1.0, "SEQ_CLS", SEED, nearest)
+        candidate = "merged_lora_r8" if is_random else name
+        model = search.trained(candidate, sources, rate=FIXED[candidate], steps=STEPS, rows=target.rows)
+    return {"accuracy": target.accuracy(model), "rate": FIXED[candidate], "cost": 1.0}
 
 
 def nearest_of(target: Target, adapters, search: Search) -> str:
@@ -191,7 +208,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--strategies", nargs="*", default=["recycle", *FIXED], choices=["recycle", *FIXED])
+    strategies = ["recycle", *FIXED, RANDOM_MEAN]
+    parser.add_argument("--strategies", nargs="*", default=strategies, choices=strategies)
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     if given.report:
