@@ -20,7 +20,7 @@ def expanded_tail(n: int, *, tail: float = 0.025) -> float:
 
     Example:
         >>> round(expanded_tail(10), 4), round(expanded_tail(10000), 4)
-        (0.0085, 0.025)
+        (0.0086, 0.025)
     """
     return math.erfc(math.sqrt(n / (n - 1)) * student_quantile(1 - tail, n - 1) / math.sqrt(2)) / 2
 

@@ -87,7 +87,10 @@ class GatedLoraConfig(ExplainedConfig):
         },
     )
     top_k: int = field(
-        default=3, metadata={"help": "Cores that act on a token with gate='arrow'; 3 as in PEFT's ArrowConfig."}
+        default=3,
+        metadata={
+            "help": "Cores that act on a token with gate='arrow' (arXiv 2405.11157); 3 as in PEFT's ArrowConfig."
+        },
     )
     balance: float = field(
         default=0.0,
