@@ -20,7 +20,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Recycle sixteen related adapters for three new customers, beside the controls (3 to 5 minutes on 2 cores).
+    """Recycle sixteen related adapters for three new customers, beside the controls (2 to 4 minutes on 2 cores).
 
     Example: eigenpeft demo --out demo-output
     """
