@@ -13,7 +13,8 @@ from eigenpeft import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
 from eigenpeft.recycling.result import write_result
-from tests.factories import random_factors, tiny_bert, write_adapter
+from eigenpeft.recycling.training import judge
+from tests.factories import random_factors, tiny_bert, tiny_llama, write_adapter
 
 NAMES = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
 
@@ -161,6 +162,27 @@ def test_it_says_how_much_there_is_to_do_and_how_long_that_takes(adapters, tmp_p
     assert lines == [planned]  # nothing is trained again, so that nothing is estimated
 
 
+@torch.no_grad()
+def test_a_language_model_is_judged_row_by_row():
+    model = tiny_llama().eval()
+    ids = torch.randint(3, 64, (5, 9), generator=torch.Generator().manual_seed(1))
+    rows = [
+        {"input_ids": row[:length], "labels": row[:length]} for row, length in zip(ids, (9, 3, 5, 7, 4), strict=True)
+    ]
+
+    def collator(chosen):
+        longest = max(len(row["labels"]) for row in chosen)
+        labels = torch.full((len(chosen), longest), -100)
+        for one, row in zip(labels, chosen, strict=True):
+            one[: len(row["labels"])] = row["labels"]
+        return {"input_ids": labels.clamp(min=0), "labels": labels}
+
+    score, losses = judge(model, rows, collator=collator)
+    expected = [float(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss) for row in rows]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert score == pytest.approx(-sum(expected) / 5, rel=1e-5)
+
+
 def test_trials_at_chance_are_not_ranked():
     trials = tuple(
         Trial(name, 1e-3, 8, None, score, 0.7, 12, 1.0) for name, score in (("lora_r8", 0.5), ("init", 0.62))
@@ -198,6 +220,13 @@ def test_a_second_call_repeats_no_trial(adapters, tmp_path):
     log = tmp_path / "out" / "trials.jsonl"
     log.write_text(log.read_text() + '{"candidate": "lora_r8", "rate')  # of a run that was killed
     assert recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"]).trials == first.trials
+    whole = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    older = [{key: value for key, value in trial.items() if key != "losses"} for trial in whole]
+    log.write_text("".join(json.dumps(trial) + "\n" for trial in older))  # of a version that kept no losses
+    again = recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"])
+    assert [replace(trial, seconds=0.0) for trial in again.trials] == [
+        replace(trial, seconds=0.0) for trial in first.trials
+    ]
     log.write_text('{"candidate": 3}\n')
     with pytest.raises(EigenPeftError, match="cannot be read"):
         recycled(adapters, tmp_path, candidates=["lora_r8"])

@@ -20,7 +20,7 @@ class Trial:
         loss: On the held-out rows.
         numbers: Trained values beside the head.
         seconds: Seconds of training and judging.
-        losses: Of each held-out row of a classifier, of each batch of 8 rows for anything else.
+        losses: Of each held-out row.
     """
 
     candidate: str

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from eigenpeft.errors import EigenPeftError
 
-_BATCH = 8
+_BATCH = 32
 
 
 def train(
@@ -73,17 +72,17 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
         collator: Makes batches of rows.
 
     Returns:
-        The score, and the loss of each row for a classifier, of each batch of 8 rows for anything else. A run that diverged has
-        infinite losses, which is the worst result and no error.
+        The score, and the loss of each row. A run that diverged has infinite losses, which is the worst result and no error.
 
     Raises:
         EigenPeftError: If the model gives no loss.
     """
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    right, losses, classifies = 0, [], True
-    for batch in DataLoader(rows, batch_size=_BATCH, collate_fn=collator):
-        batch = {name: value.to(device) for name, value in batch.items()}
+    right, losses, classifies, size = 0, [], True, _BATCH
+    while len(losses) < len(rows):
+        chosen = [rows[i] for i in range(len(losses), min(len(losses) + size, len(rows)))]
+        batch = {name: value.to(device) for name, value in collator(chosen).items()}
         found = model(**batch)
         if found.loss is None:
             raise EigenPeftError(f"The model gives no loss for rows with {', '.join(batch)}; rows need labels.")
@@ -93,8 +92,10 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
         if of_rows:
             right += int((logits.argmax(1) == labels).sum())
             losses += nn.functional.cross_entropy(logits.float(), labels, reduction="none").tolist()
-        else:
+        elif len(chosen) == 1:
             losses.append(float(found.loss))
+        else:  # a batch's loss is not that of its rows
+            size = 1
     model.train(was)
     losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
     return (right / max(len(losses), 1) if classifies else -fmean(losses)), losses
