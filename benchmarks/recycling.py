@@ -113,7 +113,7 @@ def searched(target: Target, adapters, folder: Path) -> dict:
     base = training.fresh_base(target.task.n_labels, seed=SEED)
     accuracy = target.accuracy(PeftModel.from_pretrained(base, folder / "adapter"))
     cost = sum(trial.steps for trial in report.trials) / STEPS + 1
-    return {"accuracy": accuracy, "winner": report.winner, "rate": report.rate, "cost": round(cost, 2)}
+    return {"accuracy": accuracy, "winner": report.winner, "rate": report.learning_rate, "cost": round(cost, 2)}
 
 
 def fixed(target: Target, adapters, name: str) -> dict:
@@ -126,7 +126,7 @@ def fixed(target: Target, adapters, name: str) -> dict:
             target.args(scratch),
             target.collator,
             Trainer,
-            head_rate=3e-2,
+            head_learning_rate=3e-2,
             log=Path(scratch) / "trials.jsonl",
             deadline=float("inf"),
         )
@@ -134,7 +134,7 @@ def fixed(target: Target, adapters, name: str) -> dict:
         is_random = name == RANDOM_MEAN
         sources = (RandomMean if is_random else Sources)(adapters, 8, 1.0, "SEQ_CLS", SEED, nearest)
         candidate = "merged_lora_r8" if is_random else name
-        model = search.trained(candidate, sources, rate=FIXED[candidate], steps=STEPS, rows=target.rows)
+        model = search.trained(candidate, sources, learning_rate=FIXED[candidate], steps=STEPS, rows=target.rows)
     return {"accuracy": target.accuracy(model), "rate": FIXED[candidate], "cost": 1.0}
 
 

@@ -33,7 +33,7 @@ from eigenpeft import AdapterCollection, AdapterStore
 from eigenpeft.building import build_subspace
 from eigenpeft.demo.assets import base_model
 from eigenpeft.linalg.merging.continual import add_off_directions, mean_norm_scale
-from eigenpeft.tuners.sequence import OrthogonalSubspaceCallback, SubspaceHistory, collect_inputs, start_outside
+from eigenpeft.tuners.sequence import OrthogonalSubspaceCallback, SubspaceHistory, collect_inputs, init_lora_from_inputs
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("sst2", "trec6", "subj", "mpqa", "cr", "mr", "tweet_emotion", "tweet_irony", "mrpc", "sick_entail")
@@ -140,7 +140,7 @@ def run(method, tasks, *, steps, seed):
         if method == "inflora":
             batches = [dict(task.batch(task.train[start : start + 32])[0]) for start in range(0, 128, 32)]
             inputs = collect_inputs(model, batches, n_rows=1024)
-            start_outside(model, inputs, history)
+            init_lora_from_inputs(model, inputs, history)
         train(model, heads[-1], task, steps=steps, seed=seed * 100 + number, callback=callback)
         if method in ("penalty", "projection"):
             history.add(model)

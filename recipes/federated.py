@@ -4,7 +4,7 @@
 # ///
 """Train one classifier with many clients that keep their rows: cores in one frozen subspace, or plain LoRAs, with Flower.
 
-Papers:    FedAvg 1602.05629; Fed-SB 2502.15436 (frozen factors, an r x r core averaged); FLoRA 2409.05976, FedEx-LoRA 2410.09432,
+Paper:     FedAvg 1602.05629; Fed-SB 2502.15436 (frozen factors, an r x r core averaged); FLoRA 2409.05976, FedEx-LoRA 2410.09432,
            FedSA-LoRA 2410.01463 and FFA-LoRA 2403.12313 for LoRA; Just One Byte 2306.10015 and FedKSeed 2312.06353 for seeds.
 Command:   python recipes/federated.py --config recipes/federated.yaml --subspace DIR_OR_HUB_ID
 Hardware:  2 CPU cores are enough for the YAML's encoder of 22M parameters; Flower's simulation starts a process per core.

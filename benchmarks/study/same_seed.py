@@ -48,7 +48,7 @@ def audited(name: str, zoo: AdapterCollection) -> dict:
     """What the audit says of a zoo, and the components that "auto" takes for a module, in the mean (None: refuses)."""
     report = audit_adapters(zoo, n_components=max(PLACES), progress=False)
     curves = {"explained": report.explained, "held_out": report.held_out, "held_out_alone": report.held_out_alone}
-    curves |= {"held_out_alone_in": report.held_out_alone_in, "held_out_out": report.held_out_out}
+    curves |= {"held_out_alone_in": report.held_out_alone_input, "held_out_out": report.held_out_output}
     shares = {
         f"{kind}_{source}": {str(k): round(float(getattr(curve, source)[k - 1]), 4) for k in PLACES}
         for kind, curve in curves.items()

@@ -25,7 +25,7 @@ def test_a_planted_subspace_is_found_with_its_dimension(tmp_path, seed):
     assert report.n_components in (5, 6, 7)
     assert report.held_out.real[5] > 0.9
     assert report.held_out.null[5] < 0.1
-    assert max(report.outside.values()) < 0.15
+    assert max(report.unshared.values()) < 0.15
     for module in report.modules.values():
         assert module.effective_rank_in < module.null_effective_rank_in
 
@@ -96,7 +96,7 @@ def test_missing_modules_and_mixed_ranks(tmp_path):
     report = audited(made.folder, n_components=12)
     assert report.modules["layer.0.query"].n_adapters == 5
     assert report.modules["layer.1.query"].n_adapters == 4
-    assert set(report.outside) == {*made.names, "half"}
+    assert set(report.unshared) == {*made.names, "half"}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_random_adapters_are_no_clusters(tmp_path):
     report = audited(tmp_path, n_components=8)
     assert len(report.clusters) == 6
     assert report.cluster_gain is None
-    assert report.held_out_out.real[7] == pytest.approx(8 / 60, abs=0.04)
+    assert report.held_out_output.real[7] == pytest.approx(8 / 60, abs=0.04)
 
 
 def runs(folder, *, n_runs, seed, likeness=0.6):

@@ -20,6 +20,14 @@ def test_a_report_comes_back_equal(report):
     assert AuditReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
+def test_a_report_from_before_the_first_release_can_be_read(report):
+    data = json.loads(json.dumps(report.to_dict()))
+    for old, new in (("outside", "unshared"), ("held_out_in", "held_out_input"), ("held_out_out", "held_out_output")):
+        data[old] = data.pop(new)
+    data["held_out_alone_in"] = data.pop("held_out_alone_input")
+    assert AuditReport.from_dict(data) == report
+
+
 DAMAGES = {
     "curve of text": (lambda r: r["held_out"].update(real=["x"] * 4), r"held_out\.real\[0\] is 'x', not float"),
     "verdict": (lambda r: r.update(verdict=5), "verdict is 5"),
@@ -30,7 +38,7 @@ DAMAGES = {
     ),
     "adapters as a number": (lambda r: r.update(adapters=7), "adapters is 7"),
     "modules as a list": (lambda r: r.update(modules=[1]), "is damaged"),
-    "outside of text": (lambda r: r.update(outside={"a": "b"}), r"outside\['a'\] is 'b', not float"),
+    "unshared of text": (lambda r: r.update(unshared={"a": "b"}), r"unshared\['a'\] is 'b', not float"),
 }
 
 

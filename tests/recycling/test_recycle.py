@@ -91,10 +91,10 @@ def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
     by_round = [[trial for trial in report.trials if trial.steps == steps] for steps in rounds]
     assert [len(trials) for trials in by_round] == [8, 4, 2]
     for trials, kept in zip(by_round, by_round[1:], strict=False):
-        assert (trials[0].candidate, trials[0].rate) == ("lora_r8", 3e-3)  # the control, in every round
+        assert (trials[0].candidate, trials[0].learning_rate) == ("lora_r8", 3e-3)  # the control, in every round
         best = sorted(trials[1:], key=lambda trial: trial.loss)[: len(trials[1:]) // 2]
-        assert {(trial.candidate, trial.rate) for trial in best} == {
-            (trial.candidate, trial.rate) for trial in kept[1:]
+        assert {(trial.candidate, trial.learning_rate) for trial in best} == {
+            (trial.candidate, trial.learning_rate) for trial in kept[1:]
         }
     assert all(len(trial.losses) == report.n_held_out for trial in report.trials)
     assert report.control is not None
@@ -111,8 +111,13 @@ def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(
     rows = [{"input_ids": [3 + i % 2] * 7, "labels": i % 2} for i in range(32)]  # what can be learnt
     chosen = {"lora_r8": (1e-9,), "eigenlora": (rate,)}
     for name, rates in chosen.items():
-        monkeypatch.setitem(CANDIDATES, name, replace(CANDIDATES[name], rates=rates))
-    options = {"rows": rows, "candidates": list(chosen), "args": arguments(tmp_path, max_steps=24), "head_rate": 1e-9}
+        monkeypatch.setitem(CANDIDATES, name, replace(CANDIDATES[name], learning_rates=rates))
+    options = {
+        "rows": rows,
+        "candidates": list(chosen),
+        "args": arguments(tmp_path, max_steps=24),
+        "head_learning_rate": 1e-9,
+    }
     report = recycled(adapters, tmp_path, **options)
     control, rival = report.trials
     assert (report.winner, report.rival) == (winner, "eigenlora")
@@ -131,7 +136,7 @@ def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path)
     assert set(small.skipped) - {"merged_head"} == set(CANDIDATES) - tried
     assert "random_subspace" in small.skipped
     assert sum(trial.steps for trial in small.trials) <= 40
-    assert len({trial.rate for trial in small.trials if trial.candidate == "lora_r8"}) == 1
+    assert len({trial.learning_rate for trial in small.trials if trial.candidate == "lora_r8"}) == 1
 
 
 def test_it_says_how_much_there_is_to_do_and_how_long_that_takes(adapters, tmp_path):
@@ -244,7 +249,7 @@ def test_trials_of_an_earlier_run_count_when_the_time_is_up(adapters, tmp_path):
     first = recycled(adapters, tmp_path, candidates=some)
     again = recycled(adapters, tmp_path, candidates=some, time_limit=0.0)
     assert again.trials == first.trials
-    assert (again.winner, again.rate, again.score) == (first.winner, first.rate, first.score)
+    assert (again.winner, again.learning_rate, again.score) == (first.winner, first.learning_rate, first.score)
     log = tmp_path / "out" / "trials.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     whole_rounds = [line for line in lines if json.loads(line)["steps"] < first.trials[-1].steps]

@@ -58,6 +58,15 @@ class ModuleAudit:
     held_out: Curve
 
 
+# Names of fields before 0.1.0, in reports that were saved then.
+_OLD_NAMES = {
+    "outside": "unshared",
+    "held_out_in": "held_out_input",
+    "held_out_out": "held_out_output",
+    "held_out_alone_in": "held_out_alone_input",
+}
+
+
 @dataclass(frozen=True)
 class AuditReport:
     """The whole collection: three answers, and the measures behind them.
@@ -81,10 +90,10 @@ class AuditReport:
         held_out_unrelated: As `held_out`, each adapter left out with every adapter related to it too (cosine of ΔW above
             0.2), mean over those that have at least two strangers. None where no two are related but by their group, or
             where fewer than half of the adapters have two strangers.
-        held_out_in: As `held_out`, with the input side alone projected.
-        held_out_alone_in: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
-        held_out_out: As `held_out`, with the output side alone projected.
-        outside: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
+        held_out_input: As `held_out`, with the input side alone projected.
+        held_out_alone_input: As `held_out_alone`, with the input side alone projected: what a common lora_A gives.
+        held_out_output: As `held_out`, with the output side alone projected.
+        unshared: Adapter to the share of its update that the others' subspace of `n_components` does not hold.
         similarity: Mean cosine of ΔW of every pair, (n, n).
         modules: Module name to its audit.
         findings: What was noticed about single adapters and pairs.
@@ -108,10 +117,10 @@ class AuditReport:
     held_out: Curve
     held_out_alone: Curve
     held_out_unrelated: Curve | None
-    held_out_in: Curve
-    held_out_alone_in: Curve
-    held_out_out: Curve
-    outside: dict[str, float]
+    held_out_input: Curve
+    held_out_alone_input: Curve
+    held_out_output: Curve
+    unshared: dict[str, float]
     similarity: tuple[tuple[float, ...], ...]
     modules: dict[str, ModuleAudit]
     findings: tuple[Finding, ...]
@@ -143,6 +152,8 @@ class AuditReport:
         Raises:
             ArtifactError: If fields are missing or of another kind, as in reports of other versions.
         """
+        if isinstance(data, Mapping):
+            data = {_OLD_NAMES.get(name, name): value for name, value in data.items()}
         known = {field.name for field in fields(cls)}
         required = {field.name for field in fields(cls) if field.default is MISSING}
         missing = sorted(required - set(data)) if isinstance(data, Mapping) else sorted(required)

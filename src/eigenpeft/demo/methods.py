@@ -28,13 +28,13 @@ class Method:
         name: What the table calls it.
         learning_rate: Learning rate of the adapter. The rates were chosen on customers that are neither here nor among the adapters
             (`benchmarks/regimes`, stage "tune").
-        head_rate: Learning rate of the head. One that learns as fast as it does alone leaves an adapter nothing to do.
+        head_learning_rate: Learning rate of the head. One that learns as fast as it does alone leaves an adapter nothing to do.
         adapt: Makes the trainable model from the base and a seed.
     """
 
     name: str
     learning_rate: float
-    head_rate: float
+    head_learning_rate: float
     adapt: Callable[[PreTrainedModel, int], nn.Module]
 
 

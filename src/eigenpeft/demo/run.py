@@ -136,7 +136,7 @@ def _train(task: Task, method: Method, *, seed: int, steps: int) -> Trained:
         steps=steps,
         batch_size=BATCH_SIZE,
         learning_rate=method.learning_rate,
-        head_learning_rate=method.head_rate,
+        head_learning_rate=method.head_learning_rate,
     )
 
 

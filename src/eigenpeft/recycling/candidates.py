@@ -73,12 +73,12 @@ class Candidate:
 
     Attributes:
         adapt: Makes the trainable model from a fresh base.
-        rates: Learning rates tried, the one that was best on other tasks first (docs/regimes.md).
+        learning_rates: Learning rates tried, the one that was best on other tasks first (docs/regimes.md).
         merged: Whether it starts at the base plus the merged update, which is put into the base's weights.
     """
 
     adapt: Callable[[PreTrainedModel, Sources], PeftModel]
-    rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]
     merged: bool = False
 
 

@@ -19,9 +19,12 @@ def entrants_within(candidates: Sequence[str], *, max_steps: int, budget: float)
         budget: Cost of everything before the last training, in full trainings.
     """
     ordered = sorted(candidates, key=lambda name: name != CONTROL)
-    most = max(len(CANDIDATES[name].rates) for name in ordered)
+    most = max(len(CANDIDATES[name].learning_rates) for name in ordered)
     every = [
-        (name, CANDIDATES[name].rates[i]) for i in range(most) for name in ordered if i < len(CANDIDATES[name].rates)
+        (name, CANDIDATES[name].learning_rates[i])
+        for i in range(most)
+        for name in ordered
+        if i < len(CANDIDATES[name].learning_rates)
     ]
     while True:
         steps = first_steps(

@@ -40,7 +40,9 @@ def with_start(sources: Sources, *, scale: float | None = None, nearest: str | N
 def _start_score(search: Search, sources: Sources, *, steps: int) -> float:
     """Minus the loss of the merged start; a new head, if the task has one, is trained on it first."""
     try:
-        trial = search.trial("merged_head", sources, rate=CANDIDATES["merged_head"].rates[0], steps=steps)
+        trial = search.trial(
+            "merged_head", sources, learning_rate=CANDIDATES["merged_head"].learning_rates[0], steps=steps
+        )
         return -trial.loss
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
@@ -55,7 +57,7 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
     model: Any
     try:
         zero = with_start(sources, scale=0.0)
-        model = search.trained("merged_head", zero, rate=LIGHT_RATE, steps=steps, rows=search.rows)
+        model = search.trained("merged_head", zero, learning_rate=LIGHT_RATE, steps=steps, rows=search.rows)
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
         model = search.make_model()

@@ -7,13 +7,18 @@ from typing import Any
 from eigenpeft.errors import ArtifactError
 
 
+def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by their names of today: `learning_rate` was `rate` before 0.1.0."""
+    return {"learning_rate" if name == "rate" else name: value for name, value in data.items()}
+
+
 @dataclass(frozen=True)
 class Trial:
     """One training of one candidate, judged on held-out rows.
 
     Attributes:
         candidate: Name, a key of `CANDIDATES`.
-        rate: Learning rate of the adapter.
+        learning_rate: Learning rate of the adapter.
         steps: Optimizer steps.
         scale: λ of a merged start; None where there is none.
         score: Accuracy of a classifier; minus the loss of everything else. Higher is better.
@@ -24,7 +29,7 @@ class Trial:
     """
 
     candidate: str
-    rate: float
+    learning_rate: float
     steps: int
     scale: float | None
     score: float
@@ -36,6 +41,18 @@ class Trial:
     def __post_init__(self):
         object.__setattr__(self, "losses", tuple(self.losses))  # JSON has lists
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Trial":
+        """The trial that `dataclasses.asdict` gave, also after JSON.
+
+        Args:
+            data: One line of `trials.jsonl`, or an entry of a report's `trials`.
+
+        Raises:
+            TypeError: If fields are missing or unknown.
+        """
+        return cls(**_renamed(data))
+
 
 @dataclass(frozen=True)
 class RecycleReport:
@@ -43,7 +60,7 @@ class RecycleReport:
 
     Attributes:
         winner: Name of the candidate that was trained on all rows.
-        rate: Its learning rate.
+        learning_rate: Its learning rate.
         steps: Its steps.
         score: Its score in the last round it was judged in.
         control: Score of the fresh LoRA r 8 in its last round, and the steps; None where none was tried.
@@ -60,7 +77,7 @@ class RecycleReport:
     """
 
     winner: str
-    rate: float
+    learning_rate: float
     steps: int
     score: float
     control: tuple[float, int] | None
@@ -109,8 +126,8 @@ class RecycleReport:
             beside += f", and it was ahead of that {lead}" if lead else ""
         return (
             f"Best of {len({trial.candidate for trial in self.trials})} candidates: {self.winner} at the learning rate "
-            f"{self.rate:g}, with {numbers:,} trained values beside the head. On {self.n_held_out} held-out rows it scored "
-            f"{self.score:.3f}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
+            f"{self.learning_rate:g}, with {numbers:,} trained values beside the head. On {self.n_held_out} held-out rows "
+            f"it scored {self.score:.3f}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,9 +146,9 @@ class RecycleReport:
         """
         try:
             control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
-            trials = tuple(Trial(**trial) for trial in data["trials"])
+            trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
             skipped = tuple(data.get("skipped", ()))
-            return cls(**{**data, "control": control, "trials": trials, "lead": lead, "skipped": skipped})
+            return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, "skipped": skipped})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error

@@ -40,7 +40,7 @@ def recycle(
     candidates: Sequence[str] = tuple(CANDIDATES),
     task_type: str | None = "SEQ_CLS",
     n_components: int = 8,
-    head_rate: float = 3e-2,
+    head_learning_rate: float = 3e-2,
     held_out: float = 0.25,
     budget: float = 3.0,
     time_limit: float | None = None,
@@ -68,7 +68,7 @@ def recycle(
             rates come after all first ones.
         task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM" or another.
         n_components: K of the subspace.
-        head_rate: Peak learning rate of a new head beside an adapter.
+        head_learning_rate: Peak learning rate of a new head beside an adapter.
         held_out: Share of the rows that candidates are judged on.
         budget: Cost of everything before the last training, in trainings of `args.max_steps` steps. As many candidates are tried as
             get a fifth of these steps in the first round.
@@ -86,7 +86,7 @@ def recycle(
     start, out = time.perf_counter(), Path(out_dir)
     _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
-    own = {"held_out": held_out, "n_components": n_components, "head_rate": head_rate}
+    own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}
     search = Search(
         make_model,
         train_rows,
@@ -94,7 +94,7 @@ def recycle(
         args,
         data_collator or default_data_collator,
         trainer,
-        head_rate,
+        head_learning_rate,
         out / "trials.jsonl",
         time.monotonic() + (math.inf if time_limit is None else time_limit),
         say,
@@ -108,7 +108,7 @@ def recycle(
     with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
         decision = halved(search, sources, entrants, steps=steps, bar=bar)
     best = decision.winner
-    model = search.trained(best.candidate, sources, rate=best.rate, steps=args.max_steps, rows=rows)
+    model = search.trained(best.candidate, sources, learning_rate=best.learning_rate, steps=args.max_steps, rows=rows)
     report = RecycleReport(
         **_outcome(decision, search),
         steps=args.max_steps,
@@ -127,7 +127,7 @@ def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
     fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == CONTROL]
     return {
         "winner": decision.winner.candidate,
-        "rate": decision.winner.rate,
+        "learning_rate": decision.winner.learning_rate,
         "score": decision.winner.score,
         "control": max(fresh, key=lambda pair: pair[1]) if fresh else None,
         "rival": None if decision.rival is None else decision.rival.candidate,
@@ -220,9 +220,11 @@ def _remembered(out: Path, settings: dict[str, Any]) -> list[Trial]:
             scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     try:
         known = read_json(path)
+        if isinstance(known, dict) and "head_rate" in known:  # its name before 0.1.0
+            known["head_learning_rate"] = known.pop("head_rate")
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         # A run that was stopped may have left a part of its last line.
-        trials = [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
+        trials = [Trial.from_dict(json.loads(line)) for line in lines if line.endswith("\n")]
         trials = [
             trial for trial in trials if trial.losses
         ]  # older versions did not keep them; those are trained again

@@ -31,7 +31,7 @@ class Search:
     args: TrainingArguments
     collator: Callable[[list[Any]], Any]
     trainer: Callable[..., Trainer]
-    head_rate: float
+    head_learning_rate: float
     log: Path
     deadline: float
     say: Callable[[str], None] = lambda _: None
@@ -48,31 +48,38 @@ class Search:
             merged_start(base, sources.merged)
         return CANDIDATES[candidate].adapt(base, sources)
 
-    def trained(self, candidate: str, sources: Sources, *, rate: float, steps: int, rows: Any) -> PeftModel:
+    def trained(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int, rows: Any) -> PeftModel:
         """A candidate trained for a number of steps; where nothing but a head is trained, the rate is the head's."""
         model = self.model(candidate, sources)
         settings = {"args": self.args, "collator": self.collator, "trainer": self.trainer}
         only_head = not any(p.requires_grad and "modules_to_save" not in name for name, p in model.named_parameters())
-        train(model, rows, rate=rate, head_rate=rate if only_head else self.head_rate, steps=steps, **settings)
+        train(
+            model,
+            rows,
+            learning_rate=learning_rate,
+            head_learning_rate=learning_rate if only_head else self.head_learning_rate,
+            steps=steps,
+            **settings,
+        )
         return model
 
-    def done(self, candidate: str, sources: Sources, *, rate: float, steps: int) -> Trial | None:
+    def done(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial | None:
         """What an earlier run, or this one, found for it."""
-        asked = _asked(candidate, sources, rate=rate, steps=steps)
+        asked = _asked(candidate, sources, learning_rate=learning_rate, steps=steps)
         same = (one for one in self.trials if asked == {name: getattr(one, name) for name in asked})
         return next(same, None)
 
-    def trial(self, candidate: str, sources: Sources, *, rate: float, steps: int) -> Trial:
+    def trial(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial:
         """Train and judge, or what was found when this was done before."""
-        if (done := self.done(candidate, sources, rate=rate, steps=steps)) is not None:
+        if (done := self.done(candidate, sources, learning_rate=learning_rate, steps=steps)) is not None:
             return done
         start = time.perf_counter()
-        model = self.trained(candidate, sources, rate=rate, steps=steps, rows=self.rows)
+        model = self.trained(candidate, sources, learning_rate=learning_rate, steps=steps, rows=self.rows)
         numbers = sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
         )
         score, losses = judge(model, self.held_out, collator=self.collator)
-        asked = _asked(candidate, sources, rate=rate, steps=steps)
+        asked = _asked(candidate, sources, learning_rate=learning_rate, steps=steps)
         measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "numbers": numbers}
         found = Trial(**asked, **measured, seconds=time.perf_counter() - start)
         self.trials.append(found)
@@ -99,9 +106,14 @@ class Search:
         return time.monotonic() > self.deadline
 
 
-def _asked(candidate: str, sources: Sources, *, rate: float, steps: int) -> dict[str, Any]:
+def _asked(candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> dict[str, Any]:
     """What makes a trial the same as another."""
-    return {"candidate": candidate, "rate": rate, "steps": steps, "scale": _scale_of(candidate, sources)}
+    return {
+        "candidate": candidate,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "scale": _scale_of(candidate, sources),
+    }
 
 
 def _scale_of(candidate: str, sources: Sources) -> float | None:
@@ -142,7 +154,9 @@ def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
         after = min(2 * steps, search.args.max_steps)
         ended = len(rivals) <= 1 or (len(kept) == 1 and not beside)
         next_round = [*beside, *kept]
-        tried = all(search.done(name, sources, rate=rate, steps=after) for name, rate in next_round)
+        tried = all(
+            search.done(name, sources, learning_rate=learning_rate, steps=after) for name, learning_rate in next_round
+        )
         if ended or (search.late and not tried) or steps >= search.args.max_steps:
             return _decided([found[each] for each in kept], [found[each] for each in beside], stopped=search.late)
         entrants, steps = next_round, after
@@ -151,13 +165,13 @@ def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
 def _round(search: Search, sources: Sources, entrants: list[Entrant], *, steps: int, bar: tqdm) -> dict[Entrant, Trial]:
     """The trials of one round, without what was refused or came too late."""
     found: dict[Entrant, Trial] = {}
-    for name, rate in entrants:
+    for name, learning_rate in entrants:
         # What was tried before the time was up counts, also in an earlier run that was interrupted.
-        costs = search.done(name, sources, rate=rate, steps=steps) is None
+        costs = search.done(name, sources, learning_rate=learning_rate, steps=steps) is None
         if name in search.refused or (search.late and costs and found):
             continue
         try:
-            trial = found[name, rate] = search.trial(name, sources, rate=rate, steps=steps)
+            trial = found[name, learning_rate] = search.trial(name, sources, learning_rate=learning_rate, steps=steps)
         except EigenPeftError as error:
             search.refused[name] = str(error)
             continue

@@ -23,8 +23,8 @@ def train(
     rows: Any,
     *,
     args: TrainingArguments,
-    rate: float,
-    head_rate: float,
+    learning_rate: float,
+    head_learning_rate: float,
     steps: int,
     collator: Callable[[list[Any]], Any] | None,
     trainer: Callable[..., Trainer],
@@ -35,15 +35,15 @@ def train(
         model: With its adapter.
         rows: As the trainer takes them.
         args: What steps, rates, output folder and saving do not replace.
-        rate: Peak learning rate of the adapter.
-        head_rate: Learning rate of `modules_to_save`, which is a new task's head.
+        learning_rate: Peak learning rate of the adapter.
+        head_learning_rate: Learning rate of `modules_to_save`, which is a new task's head.
         steps: Optimizer steps, a tenth of them for warm-up.
         collator: Makes batches of rows.
         trainer: `Trainer`, a subclass or a function that makes one.
     """
     head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
     adapter = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
-    groups = [{"params": head, "lr": head_rate}, {"params": adapter, "lr": rate}]
+    groups = [{"params": head, "lr": head_learning_rate}, {"params": adapter, "lr": learning_rate}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=args.weight_decay)
     with tempfile.TemporaryDirectory() as scratch:
         own = copy.copy(args)

@@ -66,9 +66,9 @@ def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False
         f"({module.null_effective_rank_out:.1f})</td><td>{module.held_out.real[k]:.3f} ({module.held_out.null[k]:.3f})</td></tr>"
         for name, module in report.modules.items()
     )
-    outside = "".join(
+    unshared = "".join(
         f"<tr><td>{escape(name)}</td><td>{share:.3f}</td></tr>"
-        for name, share in sorted(report.outside.items(), key=lambda item: -item[1])
+        for name, share in sorted(report.unshared.items(), key=lambda item: -item[1])
     )
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit of {len(report.adapters)} adapters</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}}img{{max-width:100%}}
@@ -81,7 +81,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 {held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
 {_gradient(report)}{_sharing(report)}
-<h2>Outside what the others span</h2><table><tr><th>adapter</th><th>share</th></tr>{outside}</table>
+<h2>What the others do not share</h2><table><tr><th>adapter</th><th>unshared part of ‖ΔW‖²</th></tr>{unshared}</table>
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
 <th>effective rank in</th><th>effective rank out</th><th>held-out share</th></tr>{rows}</table></html>
 """

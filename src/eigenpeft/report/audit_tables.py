@@ -108,16 +108,16 @@ def share_table(report: AuditReport) -> Table:
     return table
 
 
-def outside_table(report: AuditReport) -> Table:
+def unshared_table(report: AuditReport) -> Table:
     """How much of each adapter the others do not hold, farthest first.
 
     Args:
         report: From `audit`.
     """
-    table = Table(title=f"Outside what the others span, K = {report.n_components}")
+    table = Table(title=f"What the others do not share, K = {report.n_components}")
     table.add_column("adapter")
-    table.add_column("share of ‖ΔW‖² outside", justify="right")
-    for name, share in sorted(report.outside.items(), key=lambda item: -item[1]):
+    table.add_column("unshared part of ‖ΔW‖²", justify="right")
+    for name, share in sorted(report.unshared.items(), key=lambda item: -item[1]):
         table.add_row(escape(name), f"{share:.3f}")
     return table
 

@@ -18,9 +18,9 @@ def dense_updates(factors, weighting):
     return [update / np.linalg.norm(update) if weighting == "equal" else update for update in updates]
 
 
-def dense_loss(updates, outside, inside):
+def dense_loss(updates, rows_out, rows_in):
     """Least squares on the flattened rank-one matrices, without a Gram matrix."""
-    atoms = np.stack([np.outer(left, right).ravel() for left, right in zip(outside, inside, strict=True)], axis=1)
+    atoms = np.stack([np.outer(left, right).ravel() for left, right in zip(rows_out, rows_in, strict=True)], axis=1)
     losses = []
     for update in updates:
         found = np.linalg.lstsq(atoms, update.ravel(), rcond=None)[0]
@@ -28,17 +28,17 @@ def dense_loss(updates, outside, inside):
     return sum(losses)
 
 
-def dense_alternation(updates, inside, outside, *, sweeps):
+def dense_alternation(updates, rows_in, rows_out, *, sweeps):
     """The equations on whole matrices, by least squares on the unfolded tensor."""
     tensor = np.stack(updates)
     for _ in range(sweeps):
-        kron = np.stack([np.outer(a, b).ravel() for a, b in zip(outside, inside, strict=True)], axis=1)
+        kron = np.stack([np.outer(a, b).ravel() for a, b in zip(rows_out, rows_in, strict=True)], axis=1)
         weights = np.linalg.lstsq(kron, tensor.reshape(len(tensor), -1).T, rcond=None)[0].T
-        kron = np.stack([np.outer(w, b).ravel() for w, b in zip(weights.T, inside, strict=True)], axis=1)
-        outside = np.linalg.lstsq(kron, tensor.transpose(0, 2, 1).reshape(-1, tensor.shape[1]), rcond=None)[0]
-        kron = np.stack([np.outer(w, a).ravel() for w, a in zip(weights.T, outside, strict=True)], axis=1)
-        inside = np.linalg.lstsq(kron, tensor.reshape(-1, tensor.shape[2]), rcond=None)[0]
-    return inside, outside
+        kron = np.stack([np.outer(w, b).ravel() for w, b in zip(weights.T, rows_in, strict=True)], axis=1)
+        rows_out = np.linalg.lstsq(kron, tensor.transpose(0, 2, 1).reshape(-1, tensor.shape[1]), rcond=None)[0]
+        kron = np.stack([np.outer(w, a).ravel() for w, a in zip(weights.T, rows_out, strict=True)], axis=1)
+        rows_in = np.linalg.lstsq(kron, tensor.reshape(-1, tensor.shape[2]), rcond=None)[0]
+    return rows_in, rows_out
 
 
 def unit_rows(k, n, seed, dtype=torch.float64):
@@ -49,20 +49,20 @@ def unit_rows(k, n, seed, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_coefficients_are_those_of_the_nearest_sum_of_pairs(dtype, random_factors):
     lora_B, lora_A = random_factors(20, 30, 4, dtype=dtype)
-    outside, inside = unit_rows(6, 20, 0), unit_rows(6, 30, 1)
-    found = pair_coefficients(lora_B, lora_A, components_out=outside, components_in=inside)
-    atoms = np.stack([np.outer(a, b).ravel() for a, b in zip(outside.numpy(), inside.numpy(), strict=True)], axis=1)
+    rows_out, rows_in = unit_rows(6, 20, 0), unit_rows(6, 30, 1)
+    found = pair_coefficients(lora_B, lora_A, components_out=rows_out, components_in=rows_in)
+    atoms = np.stack([np.outer(a, b).ravel() for a, b in zip(rows_out.numpy(), rows_in.numpy(), strict=True)], axis=1)
     update = lora_B.double().numpy() @ lora_A.double().numpy()
     expected = np.linalg.lstsq(atoms, update.ravel(), rcond=None)[0]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(pair_gram(outside, inside).numpy(), atoms.T @ atoms, atol=1e-12)
+    np.testing.assert_allclose(pair_gram(rows_out, rows_in).numpy(), atoms.T @ atoms, atol=1e-12)
 
 
 def test_on_orthonormal_rows_the_coefficients_are_the_diagonal_of_the_core(random_factors):
     lora_B, lora_A = random_factors(20, 30, 4, dtype=torch.float64)
-    outside, inside = orthonormal_rows(unit_rows(5, 20, 0)), orthonormal_rows(unit_rows(5, 30, 1))
-    found = pair_coefficients(lora_B, lora_A, components_out=outside, components_in=inside)
-    torch.testing.assert_close(found, (outside @ lora_B @ lora_A @ inside.mT).diagonal(), rtol=1e-7, atol=1e-9)
+    rows_out, rows_in = orthonormal_rows(unit_rows(5, 20, 0)), orthonormal_rows(unit_rows(5, 30, 1))
+    found = pair_coefficients(lora_B, lora_A, components_out=rows_out, components_in=rows_in)
+    torch.testing.assert_close(found, (rows_out @ lora_B @ lora_A @ rows_in.mT).diagonal(), rtol=1e-7, atol=1e-9)
 
 
 @WEIGHTINGS
@@ -72,10 +72,10 @@ def test_shares_are_those_of_dense_least_squares_for_every_prefix(weighting, siz
     fitted = fit_bases(factors, n_components=6, method="paired", weighting=weighting)
     updates = dense_updates(factors, weighting)
     energy = sum(np.sum(update**2) for update in updates)
-    outside, inside = fitted.components_out.double().numpy(), fitted.components_in.double().numpy()
-    np.testing.assert_allclose(np.linalg.norm(outside, axis=1), 1.0, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(inside, axis=1), 1.0, atol=1e-6)
-    expected = [1 - dense_loss(updates, outside[:k], inside[:k]) / energy for k in range(1, 7)]
+    rows_out, rows_in = fitted.components_out.double().numpy(), fitted.components_in.double().numpy()
+    np.testing.assert_allclose(np.linalg.norm(rows_out, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(rows_in, axis=1), 1.0, atol=1e-6)
+    expected = [1 - dense_loss(updates, rows_out[:k], rows_in[:k]) / energy for k in range(1, 7)]
     np.testing.assert_allclose(fitted.explained_variance_ratio.double().cumsum(0).numpy(), expected, atol=2e-6)
     assert bool((fitted.singular_values_in.diff() <= 0).all())
 
@@ -89,8 +89,8 @@ def test_the_result_is_a_fixed_point_of_the_dense_alternation(seed, adapters):
     updates = dense_updates(factors, "equal")
     found = dense_loss(updates, pairs.components_out.numpy(), pairs.components_in.numpy())
     assert found == pytest.approx(pairs.loss, abs=1e-6)
-    inside, outside = dense_alternation(updates, pairs.components_in.numpy(), pairs.components_out.numpy(), sweeps=3)
-    assert dense_loss(updates, outside, inside) == pytest.approx(found, abs=2e-5)
+    rows_in, rows_out = dense_alternation(updates, pairs.components_in.numpy(), pairs.components_out.numpy(), sweeps=3)
+    assert dense_loss(updates, rows_out, rows_in) == pytest.approx(found, abs=2e-5)
 
 
 def test_a_few_sweeps_are_those_of_the_dense_alternation(adapters, monkeypatch):
@@ -102,8 +102,8 @@ def test_a_few_sweeps_are_those_of_the_dense_alternation(adapters, monkeypatch):
     start = [each / each.norm(dim=1, keepdim=True) for each in start]
     pairs = fit_pairs(stacks, [tuple(start)], tol=1e-12)
     updates = dense_updates(factors, "equal")
-    inside, outside = dense_alternation(updates, start[0].numpy(), start[1].numpy(), sweeps=3)
-    assert pairs.loss == pytest.approx(dense_loss(updates, outside, inside), rel=1e-4)
+    rows_in, rows_out = dense_alternation(updates, start[0].numpy(), start[1].numpy(), sweeps=3)
+    assert pairs.loss == pytest.approx(dense_loss(updates, rows_out, rows_in), rel=1e-4)
     before = dense_loss(updates, start[1].numpy(), start[0].numpy())
     assert pairs.loss < before - 0.1
 
@@ -112,12 +112,12 @@ def test_a_few_sweeps_are_those_of_the_dense_alternation(adapters, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_updates_made_of_pairs_are_found_exactly(weighting, seed):
     """Five atoms, not orthogonal, seven tasks with dense weights: K numbers a task hold all of it, K² bases no more."""
-    inside, outside = unit_rows(5, 30, seed), unit_rows(5, 24, seed + 50)
+    rows_in, rows_out = unit_rows(5, 30, seed), unit_rows(5, 24, seed + 50)
     weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    factors = [(outside.mT * row, inside) for row in weights]
+    factors = [(rows_out.mT * row, rows_in) for row in weights]
     fitted = fit_bases(factors, n_components=5, method="paired", weighting=weighting)
     assert float(fitted.explained_variance_ratio.sum()) > 1 - 1e-5
-    overlaps = (fitted.components_in.double() @ inside.mT).abs() * (fitted.components_out.double() @ outside.mT).abs()
+    overlaps = (fitted.components_in.double() @ rows_in.mT).abs() * (fitted.components_out.double() @ rows_out.mT).abs()
     assert float(overlaps.amax(dim=1).min()) > 1 - 1e-3
     balanced = fit_bases(factors, n_components=5, method="balanced", weighting=weighting)
     stacks = stack_factors(factors, rows="moments", weighting=weighting)

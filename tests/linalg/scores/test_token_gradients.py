@@ -22,5 +22,5 @@ def test_own_directions_are_the_optimum():
     deltas, inputs = (torch.randn(20, n, generator=generator, dtype=torch.float64) for n in (12, 15))
     u, _, vh = torch.linalg.svd(deltas.mT @ inputs)
     split = split_energy(deltas, inputs, components_out=u.mT[:3], components_in=vh[:3])
-    torch.testing.assert_close(split.inside, split.best)
+    torch.testing.assert_close(split.in_subspace, split.best)
     assert split.diagonal == pytest.approx(float(split.best[-1]))

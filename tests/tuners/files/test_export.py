@@ -189,7 +189,7 @@ def test_padding_and_folding_leave_the_update(dtype):
         return each.scaling * torch.einsum("ore,eri->eoi", b, a)
 
     generator = torch.Generator().manual_seed(0)
-    given = [update("parameter", 3, 2, 2.0), update("module", 1, 3, 2.0), update("inside", 1, 1, 0.3)]
+    given = [update("parameter", 3, 2, 2.0), update("module", 1, 3, 2.0), update("nested", 1, 1, 0.3)]
     padded = with_one_rank_and_alpha(given)
     assert {(each.rank, each.scaling) for each in padded} == {(3, 2.0)}
     for before, after in zip(given, padded, strict=True):

@@ -131,18 +131,19 @@ def share_of_tokens(
     """
     controls = [random_subspace(like=subspace, seed=seed) for seed in seeds]
     splits = {name: _split(pair, subspace, name) for name, pair in tokens.items()}
-    random = {name: [_split(pair, control, name).inside for control in controls] for name, pair in tokens.items()}
+    random = {name: [_split(pair, control, name).in_subspace for control in controls] for name, pair in tokens.items()}
     total = sum(split.total for split in splits.values())
     if not total > 0:
         raise SubspaceError(f"The gradient is {total} in all {len(tokens)} modules; the loss does not depend on them.")
-    inside, best = (_summed([getattr(split, side) for split in splits.values()]) / total for side in ("inside", "best"))
+    held = _summed([split.in_subspace for split in splits.values()]) / total
+    best = _summed([split.best for split in splits.values()]) / total
     by_seed = [_summed([curves[i] for curves in random.values()]) / total for i in range(len(controls))]
     return GradientShare(
-        share=float(inside[-1]),
+        share=float(held[-1]),
         diagonal=sum(split.diagonal for split in splits.values()) / total,
         optimum=float(best[-1]),
         random=tuple(float(curve[-1]) for curve in by_seed),
-        curve=tuple(inside.tolist()),
+        curve=tuple(held.tolist()),
         random_curve=_mean(by_seed),
         optimum_curve=tuple(best.tolist()),
         n_batches=n_batches,
@@ -155,11 +156,11 @@ def _module(name: str, split: EnergySplit, random: Sequence[Tensor]) -> ModuleGr
     return ModuleGradient(
         module=name,
         energy=split.total,
-        share=float(split.inside[-1]) / total,
+        share=float(split.in_subspace[-1]) / total,
         diagonal=split.diagonal / total,
         optimum=float(split.best[-1]) / total,
         random=tuple(float(curve[-1]) / total for curve in random),
-        curve=tuple((split.inside / total).tolist()),
+        curve=tuple((split.in_subspace / total).tolist()),
         random_curve=_mean([curve / total for curve in random]),
         optimum_curve=tuple((split.best / total).tolist()),
     )

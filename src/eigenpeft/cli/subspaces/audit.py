@@ -23,7 +23,7 @@ from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
-from eigenpeft.report.audit_tables import answers_text, gradient_table, outside_table, share_table, sharing_table
+from eigenpeft.report.audit_tables import answers_text, gradient_table, share_table, sharing_table, unshared_table
 from eigenpeft.report.markup import escape
 from eigenpeft.report.tables import findings_text
 
@@ -120,7 +120,7 @@ def audit(
 
 def _show(report: AuditReport) -> None:
     console.print(share_table(report))
-    console.print(outside_table(report))
+    console.print(unshared_table(report))
     if report.gradient is not None:
         console.print(gradient_table(report.gradient))
     if report.sharing is not None:

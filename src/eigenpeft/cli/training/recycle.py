@@ -31,7 +31,9 @@ def recycle_command(
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
-    head_rate: Annotated[float, typer.Option(help="Peak learning rate of a new head beside an adapter.")] = 3e-2,
+    head_learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of a new head beside an adapter.")
+    ] = 3e-2,
     candidate: Annotated[
         list[str] | None,
         typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
@@ -74,7 +76,7 @@ def recycle_command(
             candidates=candidate or tuple(CANDIDATES),
             task_type=task.task_type,
             n_components=n_components,
-            head_rate=head_rate,
+            head_learning_rate=head_learning_rate,
             budget=budget,
             time_limit=time_limit,
             progress=not as_json,
@@ -101,8 +103,14 @@ def _table(report: RecycleReport) -> Table:
     rounds = sorted({trial.steps for trial in report.trials})
     for title in ("candidate", "rate", "trained values", *(f"{steps} steps" for steps in rounds), "seconds"):
         table.add_column(title, justify="left" if title == "candidate" else "right")
-    for name, rate, scale in dict.fromkeys((trial.candidate, trial.rate, trial.scale) for trial in report.trials):
-        own = [trial for trial in report.trials if (trial.candidate, trial.rate, trial.scale) == (name, rate, scale)]
+    for name, rate, scale in dict.fromkeys(
+        (trial.candidate, trial.learning_rate, trial.scale) for trial in report.trials
+    ):
+        own = [
+            trial
+            for trial in report.trials
+            if (trial.candidate, trial.learning_rate, trial.scale) == (name, rate, scale)
+        ]
         by_steps = {trial.steps: f"{trial.score:.3f}" for trial in own}
         shown = name if scale is None else f"{name}, λ = {scale:g}"
         scores = (by_steps.get(steps, "") for steps in rounds)

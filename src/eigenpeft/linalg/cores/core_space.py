@@ -146,8 +146,8 @@ def core_factors(
 
 def _signed(axes: Sequence[Axes], alongs: Sequence[Tensor], cores: Sequence[Tensor]) -> CoreSpace:
     """The space whose axes point the same way whatever decomposition they came from."""
-    (out, signs_out), (inside, signs_in) = (side.signed(along) for side, along in zip(axes, alongs, strict=True))
-    return CoreSpace(out, inside, torch.stack(list(cores)) * (signs_out[:, None] * signs_in))
+    (axes_out, signs_out), (axes_in, signs_in) = (side.signed(along) for side, along in zip(axes, alongs, strict=True))
+    return CoreSpace(axes_out, axes_in, torch.stack(list(cores)) * (signs_out[:, None] * signs_in))
 
 
 def _by_grams(factors: Sequence[Factors]) -> CoreSpace | None:
@@ -174,7 +174,7 @@ def _by_grams(factors: Sequence[Factors]) -> CoreSpace | None:
         roots = values.sqrt()[:, None]
         axes.append(Axes(rows @ turn / roots, blocks))
         sides.append((roots * rows).split(ranks, dim=1))
-    cores = [norm * (out @ inside.mT) for norm, out, inside in zip(norms, *sides, strict=True)]
+    cores = [norm * (rows_out @ rows_in.mT) for norm, rows_out, rows_in in zip(norms, *sides, strict=True)]
     return _signed(axes, (along_out, along_in), cores)
 
 
@@ -217,8 +217,8 @@ def _by_decompositions(factors: Sequence[Factors]) -> CoreSpace:
     )
     ranks = [len(lora_A) for _, lora_A in factors]
     outs, ins, roots = [], [], []
-    for out, inside in zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True):
-        svd = factored_svd(out, inside.mT)
+    for block_out, block_in in zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True):
+        svd = factored_svd(block_out, block_in.mT)
         rank = count_present(svd.S, noise=EXACT)
         outs.append(svd.U[:, :rank].mT)
         ins.append(svd.Vh[:rank])
@@ -226,8 +226,8 @@ def _by_decompositions(factors: Sequence[Factors]) -> CoreSpace:
     weights = torch.cat([(values / values.norm()).sqrt() if len(values) else values for values in roots])
     turn_out, turn_in = (_row_axes(weights[:, None] * torch.cat(sides)) for sides in (outs, ins))
     cores = [
-        (turn_out @ out.mT * values) @ (inside @ turn_in.mT)
-        for out, inside, values in zip(outs, ins, roots, strict=True)
+        (turn_out @ rows_out.mT * values) @ (rows_in @ turn_in.mT)
+        for rows_out, rows_in, values in zip(outs, ins, roots, strict=True)
     ]
     axes = Axes(turn_out, (basis_out.mT,)), Axes(turn_in, (basis_in.mT,))
     return _signed(axes, [basis.mT @ generic_direction(len(basis)).to(basis) for basis in (basis_out, basis_in)], cores)

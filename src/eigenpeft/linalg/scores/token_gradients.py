@@ -17,13 +17,13 @@ class EnergySplit:
 
     Attributes:
         total: `‖G‖²`.
-        inside: Entry K - 1 is `‖V_out G V_inᵀ‖²` for the first K components of both sides.
+        in_subspace: Entry K - 1 is `‖V_out G V_inᵀ‖²` for the first K components of both sides.
         diagonal: `Σ_k (v_out,k G v_in,kᵀ)²`, what coefficients on matching components alone can reach.
         best: Entry K - 1 is the most that any K components of each side hold: the K largest squared singular values.
     """
 
     total: float
-    inside: Float[Tensor, "k"]
+    in_subspace: Float[Tensor, "k"]
     diagonal: float
     best: Float[Tensor, "k"]
 
@@ -72,8 +72,8 @@ def split_energy(
         inputs: X.
         components_out: Orthonormal rows in the output space.
         components_in: Orthonormal rows in the input space.
-        paired: Whether the rows are paired directions, of unit norm and not orthogonal; `inside` is then of their spans, and
-            `diagonal` of the span of the rank-one matrices `p_out,k p_in,kᵀ`.
+        paired: Whether the rows are paired directions, of unit norm and not orthogonal; `in_subspace` is then of their spans,
+            and `diagonal` of the span of the rank-one matrices `p_out,k p_in,kᵀ`.
 
     Returns:
         `EnergySplit`.
@@ -84,7 +84,7 @@ def split_energy(
         ...     torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]),
         ...     components_out=torch.eye(2)[:1], components_in=torch.eye(2)[:1],
         ... )
-        >>> split.total, split.inside.tolist()
+        >>> split.total, split.in_subspace.tolist()
         (25.0, [9.0])
     """
     pairs = _pair_energy(deltas, inputs, components_out, components_in) if paired else None
@@ -92,13 +92,13 @@ def split_energy(
         components_out, components_in = _axes(components_out), _axes(components_in)
     core = (deltas @ components_out.to(deltas).mT).mT @ (inputs @ components_in.to(inputs).mT)
     values = factored_svd(deltas.mT, inputs).S.square()
-    inside = leading_energies(core.square())
+    in_subspace = leading_energies(core.square())
     # A core has no more singular values than its smaller side.
     best = values.cumsum(0)[: min(core.shape)]
-    best = torch.cat([best, best[-1:].expand(len(inside) - len(best))])
+    best = torch.cat([best, best[-1:].expand(len(in_subspace) - len(best))])
     return EnergySplit(
         total=float(values.sum()),
-        inside=inside,
+        in_subspace=in_subspace,
         diagonal=float(core.diagonal().square().sum()) if pairs is None else pairs,
         best=best,
     )

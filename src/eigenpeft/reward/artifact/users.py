@@ -273,8 +273,8 @@ class UserTable:
         fits = np.array([len(key) <= width for key in keys], dtype=bool)
         wanted = np.array([key if fit else b"" for key, fit in zip(keys, fits, strict=True)], dtype=self._ids.dtype)
         rows = np.searchsorted(self._ids, wanted)
-        inside = rows < len(self._ids)
-        found = fits & inside
+        in_range = rows < len(self._ids)
+        found = fits & in_range
         found[found] = self._ids[rows[found]] == wanted[found]
         return rows, found
 

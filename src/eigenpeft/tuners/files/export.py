@@ -150,7 +150,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _update(path: str, layer: Any, name: str) -> LoraUpdate:
     lora_A, lora_B = (dense_weight(factors[name]).detach() for factors in factor_dicts(layer))
     kind = kind_of(layer)
-    target = "parameter" if kind.is_parameter else "inside" if path.endswith(_INSIDE_ATTENTION) else "module"
+    target = "parameter" if kind.is_parameter else "nested" if path.endswith(_INSIDE_ATTENTION) else "module"
     keys = lora_keys(path, is_embedding=kind.name == "embedding")
     bias = getattr(factor_dicts(layer)[1][name], "bias", None)
     return LoraUpdate(

@@ -42,7 +42,7 @@ class LoraUpdate:
         scaling: s.
         target: The base model's name of the weight, as LoRA's configuration takes it.
         keys: Keys of A and B in the adapter's file, without the prefix.
-        kind: "module", "parameter", or "inside" for what LoRA adapts along with the module around it.
+        kind: "module", "parameter", or "nested" for what LoRA adapts along with the module around it.
         n_blocks: Experts of a parameter, or groups of a convolution.
         bias: (out_features,) that the scaling multiplies with B A x, or None (`lora_bias`).
     """
@@ -52,7 +52,7 @@ class LoraUpdate:
     scaling: float
     target: str
     keys: tuple[str, str]
-    kind: Literal["module", "parameter", "inside"] = "module"
+    kind: Literal["module", "parameter", "nested"] = "module"
     n_blocks: int = 1
     bias: Tensor | None = None
 
