@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 
@@ -54,4 +54,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser(Arguments).parse_args_and_config())
+    main(*TrlParser(Arguments).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import AdapterCollection, EigenLoraConfig, PrincipalSubspace
 from eigenpeft.tuners import control_config
@@ -106,7 +106,7 @@ def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments,
     )
     if method != "eigenlora":
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-        config = control_config(config, method, adapters=adapters, seed=seed)
+        config = control_config(config, method, adapters=adapters, seed=seed)  # pyright: ignore[reportArgumentType] (it checks)
     return get_peft_model(model, config)
 
 
@@ -159,7 +159,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
                 train_dataset=dataset["train"],
                 eval_dataset=dataset["test"],
                 data_collator=DataCollatorWithPadding(tokenizer),
-                compute_metrics=lambda output: {"score": metric(output.predictions.argmax(-1), output.label_ids)},
+                compute_metrics=lambda output: {"score": metric(np.argmax(output.predictions, -1), output.label_ids)},
             )
             trainer.train()
             scores.append(trainer.evaluate()["eval_score"])
@@ -170,4 +170,4 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, TrainingArguments)).parse_args_and_config())
+    main(*TrlParser((Arguments, TrainingArguments)).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -13,14 +13,14 @@ Expected:  the mean divergence (KL) from the adapter's own next-token distributi
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from datasets import load_dataset
 from peft import PeftModel
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DistillationConfig, DistillationTrainer, TrlParser
+from trl import DistillationConfig, DistillationTrainer, TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import EigenLoraConfig
 
@@ -70,7 +70,7 @@ def main(arguments: Arguments, training: DistillationConfig) -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    student, prompts = trainer.model.eval(), rows["prompt"][: arguments.n_measured]
+    student, prompts = cast(PeftModel, trainer.model).eval(), rows["prompt"][: arguments.n_measured]
     with student.disable_adapter():
         print(f"divergence of the base model: {divergence(student, teacher, tokenizer, prompts):.4f}")
     print(f"divergence after projection: {divergence(student, teacher, tokenizer, prompts):.4f}")
@@ -84,4 +84,4 @@ def main(arguments: Arguments, training: DistillationConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, DistillationConfig)).parse_args_and_config())
+    main(*TrlParser((Arguments, DistillationConfig)).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

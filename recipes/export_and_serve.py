@@ -13,11 +13,12 @@ Expected:  the largest difference between the logits of the adapter and of the e
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import export_lora
 from eigenpeft.errors import AdapterConfigError
@@ -62,7 +63,7 @@ def main(arguments: Arguments) -> None:
     llama = write_gguf(model, arguments)
     plain = PeftModel.from_pretrained(base(), f"{arguments.out}/lora").eval()  # plain PEFT: eigenpeft is not needed
     print(f"largest logit difference of the export: {(plain(**tokens).logits - wanted).abs().max():.1e}")
-    config = plain.peft_config["default"]
+    config = cast(LoraConfig, plain.peft_config["default"])
     if arguments.merge:
         plain.merge_and_unload().save_pretrained(f"{arguments.out}/merged")
         AutoTokenizer.from_pretrained(arguments.model).save_pretrained(f"{arguments.out}/merged")
@@ -71,4 +72,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser(Arguments).parse_args_and_config())
+    main(*TrlParser(Arguments).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -22,14 +22,15 @@ With --rule seeds clients train by forward passes and send 12 bytes per step; it
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from datasets import load_dataset
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.simulation import run_simulation
+from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports] (an extra)
+from flwr.serverapp import ServerApp  # pyright: ignore[reportMissingImports] (an extra)
+from flwr.simulation import run_simulation  # pyright: ignore[reportMissingImports] (an extra)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
@@ -102,8 +103,10 @@ class Work:
         if arguments.adapter == "lora":
             config = LoraConfig(target_modules=["query", "value"], **options)
         else:
+            if arguments.subspace is None:
+                raise SystemExit(f"--adapter {arguments.adapter} needs --subspace, a folder or Hub id.")
             subspace = PrincipalSubspace.from_pretrained(arguments.subspace)
-            config = EigenLoraConfig(subspace=subspace, core=arguments.adapter, **options)
+            config = EigenLoraConfig(subspace=subspace, core=arguments.adapter, **options)  # pyright: ignore[reportArgumentType] (it checks)
         model = get_peft_model(base, config)
         for name, parameter in model.named_parameters():
             if arguments.rule == "ffa" and "lora_A" in name:
@@ -194,8 +197,8 @@ def server_app(arguments: Arguments) -> ServerApp:
             min_train_nodes=arguments.n_clients,
             min_available_nodes=arguments.n_clients,
         )
-        adapted = [module.get_base_layer().weight for module in model.modules() if hasattr(module, "get_base_layer")]
-        lora = sum(4 * arguments.r * sum(weight.shape) for weight in adapted) / 1e3
+        adapted: list[Any] = [module for module in model.modules() if hasattr(module, "get_base_layer")]
+        lora = sum(4 * arguments.r * sum(layer.get_base_layer().weight.shape) for layer in adapted) / 1e3
 
         def evaluate(number, arrays):
             if number == 0 or not strategy.rounds:
@@ -234,4 +237,4 @@ if __name__ == "__main__":
             + words[:place]
             + words[place + 2 :]
         )
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses(words))
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses(words))  # pyright: ignore[reportArgumentType] (any dataclass fits)

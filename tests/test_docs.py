@@ -54,7 +54,6 @@ SHOWN_ON_A_PAGE = {
 # What no example can run in seconds, and why.
 WITHOUT_EXAMPLE = {
     "LoReTrainer": "trains a reward model with TRL",
-    "audit_adapters": "takes half a minute; README's first block runs it by its short name, audit",
     "export_gguf": "needs the package gguf",
     "load_head": "needs a merge of adapters with heads",
     "recycle": "trains a dozen models",

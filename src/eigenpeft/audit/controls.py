@@ -12,6 +12,8 @@ from eigenpeft.linalg.factored import frobenius_norm, inner_product
 def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
     """The source adapter most like a given one: what copying would do without any subspace.
 
+    Likeness is the cosine `⟨ΔW, ΔW_t⟩ / (‖ΔW‖ ‖ΔW_t‖)`, sums over all modules.
+
     Args:
         collection: Where to look.
         factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.

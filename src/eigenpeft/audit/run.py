@@ -80,6 +80,18 @@ def audit_adapters(
         SubspaceError: If an argument is out of range, fewer than three adapters change anything, or the model has none of
             their modules.
         CollectionError: If a tensor cannot be read or is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> for name in ("legal", "medical", "sports"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
+        >>> collection = AdapterCollection.from_pretrained("adapters")
+        >>> report = audit_adapters(collection, n_components=2, n_nulls=1, progress=False)
+        >>> sorted(report.unshared)
+        ['legal', 'medical', 'sports']
     """
     sizes = {"n_components": n_components, "n_nulls": n_nulls, "n_rows": n_rows, "n_train": n_train}
     _check(model, dataset, sizes, share)

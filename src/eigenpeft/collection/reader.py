@@ -178,7 +178,7 @@ class AdapterCollection:
             name: Name of the adapter.
 
         Returns:
-            Tensors in their stored dtype, by key of the adapter's file.
+            Tensors in their stored dtype and shape (a head's weight is (n_labels, hidden_size)), by key of the adapter's file.
 
         Raises:
             CollectionError: If the name is unknown, or a tensor cannot be read any more.

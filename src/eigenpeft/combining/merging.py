@@ -41,10 +41,14 @@ def merge(
 ) -> MergedAdapter:
     """Merge LoRA adapters of one base model into one plain LoRA of one rank and one alpha.
 
-    Works on the updates `ΔW_t = s_t B_t A_t` themselves: ranks, alphas, rsLoRA and adapted modules may differ, and how an
-    update is split into factors does not matter. For every module the updates go into their core space (lossless, K x K
-    instead of m x n), a published rule merges the cores, and the result is cut off optimally at `rank`. Heads are kept
-    apart, one per task; biases and trained tokens are refused by name.
+    `ΔW = λ rule(w_1 ΔW_1, ..., w_T ΔW_T)`, cut off at `rank`; with "task_arithmetic" (arXiv 2212.04089, section 2) the
+    rule is the sum. `RULES[method].paper` names the paper of every other rule, whose function in `eigenpeft.linalg.rules`
+    has its equation.
+
+    Works on the updates `ΔW_t = s_t B_t A_t` (out_features, in_features) themselves: ranks, alphas, rsLoRA and adapted
+    modules may differ, and how an update is split into factors does not matter. For every module the updates go into
+    their core space (lossless, K x K instead of m x n), a published rule merges the cores, and the result is cut off
+    optimally at `rank`. Heads are kept apart, one per task; biases and trained tokens are refused by name.
 
     Args:
         adapters: Folders of adapters, folders of such folders and Hub ids, one or many; an `AdapterCollection`; a store, whose
@@ -78,9 +82,16 @@ def merge(
         AdapterConfigError: If an argument is unknown or out of range, or weights or statistics do not fit.
 
     Examples:
-        >>> import eigenpeft
-        >>> merged = eigenpeft.merge("adapters", method="tsv", rank=16)  # doctest: +SKIP
-        >>> merged.save_pretrained("merged")  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> for name in ("legal", "sports"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
+        >>> merged = merge("adapters", method="tsv", rank=3, progress=False)
+        >>> merged.save_pretrained("merged")
+        >>> merged.rank, sorted(path.name for path in Path("merged").glob("adapter*"))
+        (3, ['adapter_config.json', 'adapter_model.safetensors'])
     """
     settings = _Settings(method, scale, rank, tuple(calibrate), dict(options), seed, statistics, work_dir)
     settings.check(score=score)

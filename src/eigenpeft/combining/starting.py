@@ -56,8 +56,9 @@ def init_lora_from_merge(
 ) -> PeftModel:
     """A plain LoRA trained on top of base plus a merge; `eigenpeft.export_lora` writes one LoRA that contains both.
 
-    The merge goes into the model's weights (`merged_start`): `save_pretrained` holds what was trained on top of it alone, and
-    goes on from there only on a model that was made the same way.
+    The model computes `(W + λ ΔW_merged + (lora_alpha / r) B A) x`, with lora_B (out_features, r) zero and lora_A (r,
+    in_features) random at the start. The merge goes into the model's weights (`merged_start`): `save_pretrained` holds
+    what was trained on top of it alone, and goes on from there only on a model that was made the same way.
 
     Args:
         model: Base model, unquantised, without adapters; its weights are changed in place.
@@ -95,6 +96,9 @@ def merged_start(
     options: Mapping[str, Any] | None = None,
 ) -> MergedAdapter:
     """Put λ times a merge into a base model's weights, to train any PEFT method on top; exports of its adapters contain it.
+
+    `W := W + λ rule(ΔW_1, ..., ΔW_T)`, all (out_features, in_features); with the rules "task_arithmetic" and "mean" that is task
+    arithmetic's (arXiv 2212.04089, section 2) `W + λ Σ ΔW_t` and `W + λ Σ ΔW_t / T`.
 
     Args:
         model: Base model, unquantised, without adapters; its weights are changed in place.
@@ -167,7 +171,9 @@ def choose_scale(
     metric: str = "accuracy",
     options: Mapping[str, Any] | None = None,
 ) -> float:
-    """The multiplier λ with which a merge does best on held-out rows.
+    """The multiplier λ with which a merge does best on held-out rows: the best score of `W + λ ΔW_merged` over the grid.
+
+    Task arithmetic (arXiv 2212.04089, section 2) chooses its λ in this way.
 
     Args:
         model: Base model with a head that knows the task (a head trained on the base, or a language model's own); it is left as

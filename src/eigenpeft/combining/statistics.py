@@ -32,7 +32,8 @@ Batches = Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]
 class InputStatistics:
     """Sums over the inputs x of one task, on the input directions Z of all adapters that it was collected for.
 
-    Statistics of the same adapters add up: over rows, over machines.
+    They are what RegMean (arXiv 2212.09849) keeps of a task, `Σ x xᵀ`, restricted to Z (R, in_features), R the sum of
+    the adapters' ranks. Statistics of the same adapters add up: over rows, over machines.
 
     Attributes:
         name: Adapter whose task the rows are of.

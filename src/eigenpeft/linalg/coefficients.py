@@ -48,6 +48,8 @@ def reconstruct(
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """Factors from coefficients: `B = V_outᵀ C_out`, `A = C_in V_in`; the inverse of `project` on the subspace.
 
+    EigenLoRAx (arXiv 2502.04700, section 3) reconstructs a task's factors so.
+
     Args:
         coefficients_out: Coefficients of the left factor.
         coefficients_in: Coefficients of the right factor.

@@ -12,8 +12,10 @@ from eigenpeft.subspace.cores import CORES, CoreKind, Parts, core_kind
 class Core:
     """An adapter's place in the bases of one module: `ΔW ≈ V_outᵀ M V_in` with `M = scaling · M(parts)`.
 
-    The parts are kept as they were trained, and the scaling beside them, so that an adapter comes out as it went in, bit
-    for bit. `factors` and `dense` have the scaling in them.
+    V_out is (K_out, out_features), V_in (K_in, in_features) and M (K_out, K_in); with the core "low_rank" `M = C_out
+    C_in`, which are the coefficients of EigenLoRAx (arXiv 2502.04700, section 3). The parts are kept as they were
+    trained, and the scaling beside them, so that an adapter comes out as it went in, bit for bit. `factors` and `dense`
+    have the scaling in them.
 
     Attributes:
         kind: Name of a row of `CORES`.

@@ -143,7 +143,7 @@ class ModuleSubspace:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The bank's tensors by field name."""
+        """The bank's tensors by field name, in the shapes of the attributes."""
         return {name: getattr(self, name) for name in TENSOR_FIELDS}
 
     def _shares(self, n_in: int, n_out: int) -> Tensor:

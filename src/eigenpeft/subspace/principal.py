@@ -135,7 +135,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors as `{"<bank>.<field>": tensor}`, the layout of the file."""
+        """All tensors as `{"<bank>.<field>": tensor}`, the layout of the file, in the shapes that `ModuleSubspace` says."""
         return {
             f"{bank}.{name}": tensor for bank, bases in self.banks.items() for name, tensor in bases.tensors().items()
         }

@@ -130,8 +130,9 @@ def same_parameters_lora(
 ) -> LoraConfig:
     """A plain LoRA with at most as many trainable parameters as an EigenLoRA on `subspace`, and as near as it gets.
 
-    A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA; it is then put on as many modules as the
-    budget pays for.
+    Both are counted: `r_LoRA Σ (in_features + out_features)` over the LoRA's modules is at most the sum over the
+    subspace's modules of what the core has. A LoRA of rank 1 often has more parameters on one weight than an EigenLoRA;
+    it is then put on as many modules as the budget pays for.
 
     Args:
         subspace: Gives modules, widths and K.

@@ -80,8 +80,9 @@ def gradient_share(
     """The share of the gradient of each adapted weight that lies inside a subspace.
 
     For one weight `G = Σ_t δ_t x_tᵀ` over the tokens of all batches, x the input and δ the gradient by the output. G is
-    what the first step of full fine-tuning would follow; the first steps of a subspace see only `V_out G V_inᵀ`. G is
-    kept as token factors. The subspace is worth having only where its share is above that of the random ones.
+    what the first step of full fine-tuning would follow; the first steps of a subspace see only `V_out G V_inᵀ`. The share
+    is `Σ ‖V_out G V_inᵀ‖² / Σ ‖G‖²` over the modules (a measure of eigenpeft's own; docs/audit.md). G (out_features,
+    in_features) is kept as token factors. The subspace is worth having only where its share is above that of the random ones.
 
     A new head matters: gradients behind an untrained head are those of a random direction. Train the head first.
 

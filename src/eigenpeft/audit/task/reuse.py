@@ -36,7 +36,8 @@ class Downhill:
 def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
     """The cosine between each adapter's update and the negative gradient, `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)` with `G = ΔᵀX`.
 
-    To first order, a small step along ΔW lowers the loss by that much of what a step of its length along -G would.
+    From `L(W + ε ΔW) = L(W) + ε ⟨G, ΔW⟩ + O(ε²)`: to first order, a small step along ΔW lowers the loss by that much of what a
+    step of its length along -G would. Δ is (tokens, out_features), X (tokens, in_features), ΔW (out_features, in_features).
 
     Args:
         collection: Trained adapters.
@@ -86,8 +87,9 @@ def nearest_adapters(
 ) -> Downhill:
     """Which adapters a new task could go on from: those whose update points furthest downhill on its rows.
 
-    One backward pass per batch, no training. The model needs the task's head; behind a new one the gradient says nothing until
-    it has been trained a little on the base, and one that fits every row leaves a gradient of noise.
+    They are in the order of `downhill`, the cosine `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)`. One backward pass per batch, no training. The
+    model needs the task's head; behind a new one the gradient says nothing until it has been trained a little on the
+    base, and one that fits every row leaves a gradient of noise.
 
     Args:
         adapters: Trained adapters of the base.

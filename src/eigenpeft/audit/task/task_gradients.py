@@ -19,7 +19,8 @@ def gather_tokens(
 ) -> tuple[Tokens, int]:
     """Gather the gradient `G = ΔᵀX` of every target's weight over all batches, as its two factors.
 
-    X (tokens, in_features) is the target's input and Δ (tokens, out_features) the gradient by its output, one row per token.
+    X (tokens, in_features) is the target's input and Δ (tokens, out_features) the gradient by its output, one row per token
+    (backpropagation: `∂L/∂W = Σ_t δ_t x_tᵀ`); G is (out_features, in_features), in units of loss per unit of weight.
 
     Args:
         model: Base model with the task's head. It is left as it was; dropout is off.

@@ -64,7 +64,8 @@ class Averaged:
     """What a server has after a round.
 
     Attributes:
-        tensors: The averaged adapter, by the clients' keys, in float32; with `residue` keys under the rule "fedex".
+        tensors: The averaged adapter, by the clients' keys and in the server's shapes, in float32; with `residue` keys
+            under the rule "fedex".
         used: Name of each client that counted to its weight p_i.
         left_out: Name of each of the others to the reason.
         residue: Module to the share of the averaged update's norm that the truncation to the server's rank lost.
@@ -136,8 +137,10 @@ def average(
 ) -> Averaged:
     """Average one round's updates, `p_i = n_i / Σ n`; clients whose update cannot be used are left out and named.
 
-    Factors are pairs of LoRA, or the two parts of a core "low_rank", whose dense core is then averaged. Cores of one part
-    ("full", "diagonal"), heads and biases are averaged number by number, which is exact for them.
+    The rule "exact" gives `ΔW = Σ_i p_i s_i B_i A_i` (out_features, in_features), FedAvg's mean (arXiv 1602.05629,
+    algorithm 1) of the updates themselves; `AVERAGING` names the papers of the others. Factors are pairs of LoRA, or the
+    two parts of a core "low_rank", whose dense core is then averaged. Cores of one part ("full", "diagonal"), heads and
+    biases are averaged number by number, which is exact for them.
 
     Args:
         updates: Updates of the clients that answered.

@@ -67,7 +67,7 @@ def load_round(
 
     Args:
         model: A `PeftModel`; its adapter may have another rank or scaling than the server's.
-        tensors: `Averaged.tensors`, or what the first round starts from.
+        tensors: `Averaged.tensors`, or what the first round starts from: by PEFT's keys, in the server's shapes.
         scaling: Scaling of the server's adapter; None if it is the client's own.
         adapter_name: Which adapter.
 

@@ -43,7 +43,9 @@ def train_steps(
 ) -> dict[str, Tensor]:
     """Train a client's values by forward passes alone, one step per batch, and return what it sends.
 
-    Each step draws a seed, looks along its direction z (`projected_gradient`) and moves by `-η g z`. Dropout is off meanwhile.
+    Each step draws a seed, looks along its direction z (`projected_gradient`: `g = (L(θ + ε z) - L(θ - ε z)) / 2ε`) and
+    moves by `-η g z`: FedKSeed (arXiv 2312.06353) on MeZO's steps (arXiv 2305.17333, algorithm 1). Dropout is off
+    meanwhile.
 
     Args:
         model: The client's model, at the server's values (`load_round`); its trained values are moved.
@@ -55,7 +57,7 @@ def train_steps(
         objective: As for `ZerothOrderTrainer`; None takes the model's loss.
 
     Returns:
-        Seeds (int64) and `η g` (float32), 12 bytes per step, and the number of trained values.
+        Seeds (steps,) int64 and `η g` (steps,) float32, 12 bytes per step, and the number of trained values (1,).
 
     Raises:
         AdapterConfigError: If an argument is out of range, or the objective is not finite.

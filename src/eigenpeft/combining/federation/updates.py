@@ -22,7 +22,8 @@ class ClientUpdate:
 
     Attributes:
         name: What messages call the client.
-        tensors: By the keys of PEFT's adapter state dict.
+        tensors: By the keys of PEFT's adapter state dict, in its shapes: lora_A (r, in_features), lora_B (out_features, r),
+            parts of cores as `CORES` has them.
         n_examples: Rows it trained on, its weight in the mean.
         scaling: `lora_alpha / r` (or `/ sqrt(r)`) of its adapter.
         base: What it was trained on: a name, or a fingerprint; None where the client does not say.

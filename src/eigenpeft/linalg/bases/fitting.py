@@ -117,6 +117,10 @@ def fit_bases(
 ) -> FittedBases:
     """Fit the two bases of one weight to the factors of its adapters.
 
+    V_out (K, m) and V_in (K, n), orthonormal rows, are to make `Σ_i ω_i² ‖ΔW_i - V_outᵀV_out ΔW_i V_inᵀV_in‖²` small: the
+    objective of JD-Full in "Compress then Serve" (arXiv 2407.00066), which "hooi" minimises. "eigenlorax" is algorithm 1
+    of EigenLoRAx (arXiv 2502.04700), "paired" JD-Diag.
+
     Args:
         factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each adapter, the scaling folded into lora_B; ranks may differ.
             Adapters whose update is zero are left out. A `FactorStream` reads them as they are needed ("hooi": 3 times).
@@ -187,6 +191,9 @@ def explained_share_curve(
     weighting: Weighting = "equal",
 ) -> Float[Tensor, "k"]:
     """Share of `Σ ω²‖ΔW‖²` that the first 1, 2, ..., K components of both sides explain.
+
+    Entry K - 1 is `Σ_i ω_i² ‖V_out ΔW_i V_inᵀ‖² / Σ_i ω_i² ‖ΔW_i‖²` with the first K rows of V_out and V_in: a share of 1, as
+    scikit-learn's `explained_variance_ratio_`, summed.
 
     Args:
         factors: As for `fit_bases`.

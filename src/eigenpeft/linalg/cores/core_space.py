@@ -84,7 +84,8 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
 def with_model_inputs(space: CoreSpace) -> CoreSpace:
     """The same updates on the model's own input coordinates: `ΔW_t = components_outᵀ cores[t]`, cores (T, K_out, n).
 
-    For rules that are defined on the entries of input vectors (KnOTS); as large as T lora_A factors of rank K_out.
+    For rules that are defined on the entries of input vectors (KnOTS, arXiv 2410.19735); as large as T lora_A factors of
+    rank K_out.
 
     Args:
         space: From `core_space`.

@@ -142,6 +142,9 @@ def merge_cores(
 ) -> Float[Tensor, "k_out k_in"]:
     """Merge updates on common axes by any rule, with Pico before it or SVC after it where asked for.
 
+    `M = after(rule(before(w_1 M_1), ..., before(w_T M_T)))`. Each rule is one function whose docstring has its equation;
+    `RULES[method].paper` and `CALIBRATIONS` name the papers.
+
     Args:
         cores: Updates on common axes: of `core_space`, or the cores of a store's members on one module. For a rule with
             `model_inputs`, those of `with_model_inputs`.

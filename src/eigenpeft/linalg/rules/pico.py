@@ -26,7 +26,7 @@ def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
 
 
 def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, ""]:
-    """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's rescaling): as strong as one update, without data.
+    """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's rescaling, arXiv 2604.16826): as strong as one update.
 
     Args:
         merged: Result of a rule.

@@ -33,11 +33,12 @@ def export_lora(
 ) -> None:
     """Write one adapter as a plain LoRA folder: `A = C_in V_in`, `B = V_outᵀ C_out` (or `B M` for MoSLoRA).
 
-    Exact at the adapter's own rank (the number of components for the cores "full", "diagonal" and "mixture"), to which comes
-    that of the merge that the adapter started at (`init_from`, `eigenpeft.combining.merged_start`). No matrix of the
-    size of a weight is formed. What else was trained is written too: heads, biases (`bias`, `lora_bias`) and tokens
-    (`trainable_token_indices`). Linear layers, embeddings, convolutions, attention and parameters (`target_parameters`) are
-    all written as LoRA keeps them.
+    lora_A is (r, in_features) and lora_B (out_features, r); see EigenLoRAx, arXiv 2502.04700, section 3, and MoSLoRA,
+    arXiv 2406.11909, equation 3. Exact at the adapter's own rank (the number of components for the cores "full",
+    "diagonal" and "mixture"), to which comes that of the merge that the adapter started at (`init_from`,
+    `eigenpeft.combining.merged_start`). No matrix of the size of a weight is formed. What else was trained is written
+    too: heads, biases (`bias`, `lora_bias`) and tokens (`trainable_token_indices`). Linear layers, embeddings,
+    convolutions, attention and parameters (`target_parameters`) are all written as LoRA keeps them.
 
     Args:
         model_or_store: A PEFT model with the adapter, also one that torch.compile, DistributedDataParallel or accelerate has

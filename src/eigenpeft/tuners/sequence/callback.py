@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 class OrthogonalSubspaceCallback(TrainerCallback):
     """Keep A off the span of a history, in any of transformers' or TRL's trainers.
 
-    The update of the new task then does nothing to inputs in that span, so that earlier tasks, whose adapters stay in the model
-    frozen or merged, are disturbed less.
+    A (r, in_features) becomes `A (I - VᵀV)`, V (k, in_features) the history's orthonormal rows. The update of the new
+    task then does nothing to inputs in that span, so that earlier tasks, whose adapters stay in the model frozen or
+    merged, are disturbed less.
 
     Args:
         history: History of the tasks before; not changed here. Add the task when it has been trained: `history.add(model)`.
-        mode: "project" (default): A starts, and stays after every step, orthogonal to the history, and so do the gradients
-            that the optimizer sees. "penalty": O-LoRA's, `weight · Σ |A_s Aᵀ|` is added to the loss by its gradient.
+        mode: "project" (default): A starts, and stays after every step, orthogonal to the history, and so do the
+            gradients that the optimizer sees. "penalty": O-LoRA's (arXiv 2310.14152, eq. 7), `weight · Σ_s Σ_ij |(A_s
+            Aᵀ)_ij|` is added to the loss by its gradient.
         weight: Weight of the penalty; O-LoRA's paper has 0.5.
         adapter_name: Adapter that is trained.
 

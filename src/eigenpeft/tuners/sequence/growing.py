@@ -23,8 +23,9 @@ class GrowingClassifier:
     are like it. Nothing is trained, and no adapter changes, so that old classes are lost to new ones alone.
 
     Args:
-        embed: Features of rows with an adapter on, such as the mean of the last layer over the tokens; a model with
-            `set_adapter`, or an `AdapterBank` with `use`, makes it (docs/sequence.md).
+        embed: Takes an adapter's name and rows; gives their features (rows, n_features) with it on, such as the mean of
+            the last layer over the tokens; a model with `set_adapter`, or an `AdapterBank` with `use`, makes it
+            (docs/sequence.md).
         weight: Weight of the spaces of other adapters than a class's own; the paper has 0.1.
         complete: Whether to complete prototypes; False leaves a class out of spaces that came later (a control).
 

@@ -67,7 +67,7 @@ class SubspaceHistory:
         """Remember the directions that a task's inputs have, so many that a share of their energy is held.
 
         Args:
-            inputs: Module to rows, as `collect_inputs` gives them.
+            inputs: Module to rows (rows, in_features), as `collect_inputs` gives them.
             share: In (0, 1]; `size` bounds it.
         """
         for module, rows in inputs.items():

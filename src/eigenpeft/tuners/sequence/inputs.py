@@ -91,12 +91,13 @@ def init_lora_from_inputs(
 ) -> dict[str, int]:
     """InfLoRA's start: A spans the leading directions of the task's inputs outside the history, and is frozen.
 
-    Then `ΔW x = 0` for every x in the history, whatever B becomes. Afterwards remember the task with
-    `history.add_inputs(inputs)`.
+    `A = top_r(X (I - MᵀM))` (InfLoRA, arXiv 2404.00228, section 3.3) with the inputs X (rows, in_features) and the
+    history's orthonormal rows M (k, in_features). Then `ΔW x = 0` for every x in the history, whatever B becomes.
+    Afterwards remember the task with `history.add_inputs(inputs)`.
 
     Args:
         model: Model with a fresh LoRA adapter.
-        inputs: Inputs of the new task, as `collect_inputs` gives them.
+        inputs: Module to inputs of the new task, (rows, in_features), as `collect_inputs` gives them.
         history: Inputs of earlier tasks.
         adapter_name: The adapter.
 

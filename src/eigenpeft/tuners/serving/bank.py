@@ -27,6 +27,10 @@ from eigenpeft.tuners.serving.room import Entry, Room
 class AdapterBank(nn.Module):
     """Serves the members of a store on one base model, mixed within a batch, each row with its member's head.
 
+    Row i of a batch, whose member has the core M_i, gets `y_i = W x_i + V_outᵀ M_i V_in x_i`: EigenLoRAx's layer (arXiv
+    2502.04700, equation 4) with a core per row, batched as Punica (arXiv 2310.18547) batches LoRAs. x_i
+    (in_features,) and y_i (out_features,) are those of one token.
+
     Memory: one copy of the components and, per member and module, `2 r K` numbers for the core "low_rank", K² for "full"
     and K for "diagonal". A row's member is an index into the stacked cores, so that a batch of 64 members costs one gather
     and a few batched products in each module, not a loop. Members come and go while other threads serve: a batch sees the
