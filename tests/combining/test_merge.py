@@ -11,6 +11,7 @@ from torch import nn
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.combining import load_head, merge
+from eigenpeft.combining.recipe import read_recipe
 from eigenpeft.errors import AdapterConfigError, ArtifactError, CollectionError, SubspaceError
 from eigenpeft.linalg.merging import RULES, merge_updates
 from tests.factories import MODULES, make_collection, random_factors, tiny_bert, tiny_gpt2, tiny_llama, write_adapter
@@ -401,6 +402,11 @@ BAD_ARGUMENTS = {
     "unknown calibration": ({"calibrate": ["svd"]}, AdapterConfigError, r"calibrate=\['svd'\] is unknown"),
     "unknown adapter": ({"names": ["nobody"]}, CollectionError, "'nobody' is not in the collection"),
     "mean of nothing": ({"method": "mean", "weights": [0.0] * 5}, AdapterConfigError, "are all 0, so there is no mean"),
+    "mean of nothing in one module": (  # "half" has the queries alone
+        {"method": "mean", "weights": {"adapter-0": 0.0, "adapter-1": 0.0, "adapter-2": 0.0, "half": 1.0, "rs": 0.0}},
+        AdapterConfigError,
+        r"^Cannot merge '[\w.]*value': .*are all 0, so there is no mean",
+    ),
 }
 
 
@@ -511,3 +517,11 @@ def test_a_work_folder_needs_adapters_on_disk(tmp_path):
     with pytest.raises(AdapterConfigError, match="work_dir is for adapters on disk"):
         merge(trained_bert(0), work_dir=tmp_path / "work", progress=False)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("options", ["[density]", "0.2", "density"])
+def test_options_of_a_recipe_are_names_and_values(tmp_path, options):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"adapters: [first, second]\nmethod: ties\noptions: {options}\n")
+    with pytest.raises(AdapterConfigError, match=r"recipe.yaml' has options=.*; write names and values"):
+        read_recipe(path)

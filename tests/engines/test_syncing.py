@@ -17,6 +17,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, prefix):
         super().__init__(("127.0.0.1", 0), Handler)
         self.prefix, self.adapters, self.refuses, self.log = prefix, {}, set(), []
+        self.is_ill = False  # answers 503 where it lists its models
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -24,7 +25,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         paths = {f"{self.server.prefix}/load_lora_adapter": {}} if self.server.prefix is not None else {}
         models = [{"id": "base", "root": "base"}, *({"id": n, "root": p} for n, p in self.server.adapters.items())]
-        self.answer(200, {"/openapi.json": {"paths": paths}, "/v1/models": {"data": models}}[self.path])
+        if self.server.is_ill and self.path == "/v1/models":
+            return self.answer(503, {"error": {"message": "out of memory"}})
+        return self.answer(200, {"/openapi.json": {"paths": paths}, "/v1/models": {"data": models}}[self.path])
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -120,3 +123,9 @@ def test_servers_that_cannot_be_told(shelf, tmp_path):
     with pytest.raises(EigenPeftError, match="server='localhost' must be an address such as"):
         sync_adapters("localhost", store=shelf.folder, folder=tmp_path / "loras")
     assert not (tmp_path / "loras").exists()
+
+
+def test_a_server_that_lists_nothing_is_named_with_its_answer(server, shelf, tmp_path):
+    server.is_ill = True
+    with pytest.raises(EigenPeftError, match=f"{server.url}/v1/models answered 503: .*out of memory"):
+        sync_adapters(server.url, store=shelf.folder, folder=tmp_path / "loras")

@@ -103,3 +103,11 @@ def test_every_number_that_is_a_default_has_its_source(cls):
     numbers = [field for field in own_fields(cls) if type(field.default) in (int, float)]
     for field in numbers:
         assert re.search(r"arXiv|paper|Figure|chosen here", field.metadata["help"]), f"{field.name}={field.default}"
+
+
+def test_a_fingerprint_is_64_hexadecimal_digits():
+    for value in ("x", "0" * 63, 7):
+        with pytest.raises(
+            AdapterConfigError, match=f"subspace_sha256='{value}' must be 64 hexadecimal digits, or None"
+        ):
+            EigenLoraConfig(subspace="anywhere", subspace_sha256=value)

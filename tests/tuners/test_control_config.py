@@ -138,3 +138,8 @@ def test_unknown_core_is_refused():
     bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 4), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
     with pytest.raises(SubspaceError, match="core='other'"):
         same_parameters_lora(PrincipalSubspace({"q": bases}), r=2, core="other")
+
+
+def test_a_lora_of_as_many_parameters_lies_last_or_spread(subspace):
+    with pytest.raises(SubspaceError, match="place='first' must be 'last' or 'spread'"):
+        same_parameters_lora(subspace, r=2, place="first")

@@ -136,3 +136,9 @@ def test_killed_at_random_moments_every_earlier_record_is_intact(log, tmp_path):
     opened.compact()
     assert done > 0
     assert len(list((tmp_path / "members").iterdir())) == 1  # nothing of the killed ones is left
+
+
+def test_a_name_that_is_taken_stays_with_its_record(log):
+    with pytest.raises(ArtifactError, match="'b' is in .* already; choose another name"):
+        log.rename("a", "b")
+    assert [log.read(name) for name in ("a", "b")] == [b"first", b"second" * 100]

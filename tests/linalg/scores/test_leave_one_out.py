@@ -147,3 +147,10 @@ def test_choice_finds_a_planted_number(n_shared, noise):
 
 def test_choice_where_nothing_is_gained():
     assert choose_n_components(torch.full((4,), 0.1), chance=torch.full((4,), 0.2)) == 1
+
+
+def test_groups_are_one_label_per_adapter():
+    stacks = stack_factors(factors_of(), rows="balanced", weighting="equal")
+    count = len(stacks.sizes)
+    with pytest.raises(ValueError, match=rf"groups has 2 labels for {count} adapters; pass one each"):
+        held_out_curves(stacks, n_components=2, groups=("a", "b"))

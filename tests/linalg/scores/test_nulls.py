@@ -54,3 +54,9 @@ def test_chance_is_the_mean_of_held_out_random_adapters(adapters):
 def test_wrong_numbers_of_labels_are_refused():
     with pytest.raises(ValueError, match="1 labels for 5 adapters"):
         matched_null(factors_of(), generator=torch.Generator(), common_start=["a"])
+
+
+def test_common_starts_are_one_label_per_adapter():
+    factors = factors_of()
+    with pytest.raises(ValueError, match=rf"common_start has 1 labels for {len(factors)} adapters; pass one each"):
+        matched_null(factors, generator=torch.Generator().manual_seed(1), common_start=("a",))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, BertModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModel, BertModel, PreTrainedTokenizerFast
 
 from eigenpeft.errors import RewardModelError
 from eigenpeft.reward import LoReFitter
@@ -141,3 +143,9 @@ def test_a_cache_of_something_else_is_refused(backbone, tokenizer, preferences, 
         embed_preferences(nobody, backbone, tokenizer, cache_dir=tmp_path / "other")
     with pytest.raises(RewardModelError, match=r"no column \['user_id'\]"):
         embed_preferences(preferences.remove_columns("user_id"), backbone, tokenizer, cache_dir=tmp_path)
+
+
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused(backbone):
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(RewardModelError, match="has neither a padding token nor an end token; set its pad_token"):
+        embed_texts(backbone, bare, TEXTS)

@@ -375,3 +375,12 @@ def test_untrained_adapters_are_reproduced_exactly(store, tmp_path):
     with AdapterCollection.from_pretrained(tmp_path / "untrained") as collection:
         projected = AdapterStore.from_collection(store.subspace, collection)
     assert {error for row in projected.relative_errors.values() for error in row.values()} == {0.0}
+
+
+def test_a_folder_of_several_adapters_is_not_one_member(tmp_path):
+    made = make_collection(tmp_path, n_adapters=3)
+    store = AdapterStore(SubspaceBuilder(4).fit(AdapterCollection.from_pretrained(made.folder)).subspace_)
+    with pytest.raises(
+        SubspaceError, match=r"holds 3 adapters, .*; add them one by one, or use AdapterStore.from_coll"
+    ):
+        store.add(made.folder)

@@ -235,3 +235,14 @@ def test_rules_on_cores_refuse_what_has_no_common_core():
     )
     with pytest.raises(AdapterConfigError, match="these differ in core or subspace"):
         model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "merged2", combination_type="iso_c")
+
+
+def test_no_rule_merges_biases_of_lora():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    config = EigenLoraConfig(subspace=random_subspace(base, ("0",), n_components=4), core="full", r=4, lora_bias=True)
+    model = get_peft_model(base, config)
+    model.add_adapter("second", config)
+    with pytest.raises(
+        AdapterConfigError, match="'tsv': no rule merges the biases of lora_bias=True; combine with 'lin"
+    ):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv")

@@ -237,7 +237,7 @@ def test_a_file_cannot_make_its_reader_start_from_anything(zoo, tmp_path, caplog
         ({"init_from": "regmean", "init_adapters": "x"}, r"needs statistics of each task's inputs: merge"),
         (
             {"init_from": "ties", "init_adapters": "x", "init_options": {"p": 1}},
-            r"p=1 is not an option of method='ties'",
+            r"init_from='ties' with init_options=\{'p': 1\}: p=1 is not an option of method='ties'",
         ),
         ({"init_from": "folder", "init_options": {"density": 0.1}}, r"are options of a merging rule"),
         ({"init_from": "folder", "init_scale": "auto"}, r"init_scale='auto' multiplies what init_from='folder' names"),

@@ -329,3 +329,26 @@ def test_peft_models_are_served_by_their_base_names(trained):
     bank = AdapterBank.from_store(store, names=["full"])
     with bank.attached(model), bank.use(["full"] * 4), torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, logits["full"], atol=1e-6, rtol=0)
+
+
+def test_a_head_that_returns_no_tensor_is_refused_by_name():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Model(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.body, self.classifier = nn.Linear(4, 4), head(4, 3)
+
+        def forward(self, x):
+            return self.classifier(self.body(x))
+
+    subspace = random_subspace(Model(nn.Linear), ("body",), n_components=3)
+    config = EigenLoraConfig(subspace=subspace, r=2, modules_to_save=["classifier"])
+    store, model = AdapterStore(subspace), Model(Pair)
+    store.add(get_peft_model(Model(nn.Linear), config), name="a")
+    bank = AdapterBank.from_store(store)
+    message = "The head 'classifier' returns a tuple, and only tensors can be served"
+    with bank.attached(model), bank.use(["a"]), pytest.raises(SubspaceError, match=message):
+        model(torch.ones(1, 4))
