@@ -142,6 +142,8 @@ def test_what_cannot_be_published_is_named(tmp_path):
     (tmp_path / "subspace" / "README.md").unlink()
     with pytest.raises(ArtifactError, match="save the subspace again"):
         prepare(tmp_path / "subspace", repo_id="me/bases")
+    with pytest.raises(ArtifactError, match="holds no reward model; leave out with_users"):
+        prepare(tmp_path / "subspace", repo_id="me/bases", with_users=True)
 
 
 def test_the_card_embeds_an_audit(tmp_path, hub):

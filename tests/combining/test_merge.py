@@ -370,6 +370,11 @@ BAD_ARGUMENTS = {
         AdapterConfigError,
         r"density=1.2 must be above 0 and at most 1",
     ),
+    "option of another kind": (
+        {"method": "ties", "density": "0.5"},
+        AdapterConfigError,
+        "density='0.5' must be a number, such as 0.2",
+    ),
     "another rule's option": (
         {"method": "tsv", "density": 0.2},
         AdapterConfigError,

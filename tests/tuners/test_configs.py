@@ -111,3 +111,8 @@ def test_a_fingerprint_is_64_hexadecimal_digits():
             AdapterConfigError, match=f"subspace_sha256='{value}' must be 64 hexadecimal digits, or None"
         ):
             EigenLoraConfig(subspace="anywhere", subspace_sha256=value)
+
+
+def test_a_subspace_is_named_or_given():
+    with pytest.raises(AdapterConfigError, match="subspace='3' must be a path, a Hub id or a PrincipalSubspace"):
+        EigenLoraConfig(subspace=3)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save, save_file
 
 import eigenpeft
 import eigenpeft.subspace
 import eigenpeft.subspace.stores.store
-from eigenpeft import AdapterCollection, AdapterStore, PrincipalSubspace, SubspaceBuilder, export_lora
+from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, PrincipalSubspace, SubspaceBuilder, export_lora
 from eigenpeft.errors import ArtifactError, CollectionError, SubspaceError, SubspaceNotFoundError
 from eigenpeft.subspace import AdapterMember, Core
 from tests.factories import MODULES, make_collection, random_factors, write_adapter
@@ -384,3 +385,13 @@ def test_a_folder_of_several_adapters_is_not_one_member(tmp_path):
         SubspaceError, match=r"holds 3 adapters, .*; add them one by one, or use AdapterStore.from_coll"
     ):
         store.add(made.folder)
+
+
+def test_a_file_without_coefficients_is_not_a_member(tmp_path):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    bases = eigenpeft.subspace.ModuleSubspace(torch.eye(3, 8), torch.eye(3, 6), *[torch.ones(3)] * 2, torch.ones(3) / 3)
+    subspace = PrincipalSubspace({"0": bases})
+    get_peft_model(base, EigenLoraConfig(subspace=subspace, r=2)).save_pretrained(tmp_path / "mine")
+    save_file({"base_model.model.head.weight": torch.ones(2, 6)}, tmp_path / "mine" / "adapter_model.safetensors")
+    with pytest.raises(SubspaceError, match="'mine' has no coefficients in its file; save it again"):
+        AdapterStore(subspace).add(tmp_path / "mine")

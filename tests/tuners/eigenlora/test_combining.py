@@ -246,3 +246,13 @@ def test_no_rule_merges_biases_of_lora():
         AdapterConfigError, match="'tsv': no rule merges the biases of lora_bias=True; combine with 'lin"
     ):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv")
+
+
+def test_adapters_whose_biases_of_lora_differ_are_not_combined():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    shared = {"subspace": random_subspace(base, ("0",), n_components=4), "core": "full", "r": 4}
+    model = get_peft_model(base, EigenLoraConfig(**shared, lora_bias=True))
+    model.add_adapter("second", EigenLoraConfig(**shared))
+    message = r"their lora_bias differ \('default' has True, 'second' has None\)\. Combine adapters that agree"
+    with pytest.raises(AdapterConfigError, match=message):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type="linear")
