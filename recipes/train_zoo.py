@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def load_split(task: dict, split: str, data: Path) -> Dataset:
         if "text_a" in rows.column_names:
             rows = rows.rename_columns({"text_a": "text", "text_b": "text_pair"})
     return rows.select_columns([name for name in ("text", "text_pair", "label") if name in rows.column_names])
+
+
+def record_of(name: str, task: dict, splits: dict[str, Dataset], settings: dict) -> dict:
+    """What is known of a task and its settings, without results."""
+    counts = list(Counter(splits["dev"]["label"]).values())
+    return {
+        "task": name,
+        "source": task["source"],
+        "seed": task["seed"],
+        "majority": round(max(counts) / sum(counts), 4),
+        "n_train": len(splits["train"]),
+        "n_dev": len(splits["dev"]),
+        **{key: settings[key] for key in ("steps", "batch_size", "learning_rate", "max_length", "bf16")},
+    }
 
 
 def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, out: Path, same_start: bool) -> dict:
@@ -119,19 +134,8 @@ def train_task(name: str, task: dict, settings: dict, *, base: str, data: Path, 
     )
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
-    counts = np.bincount([labels.index(label) for label in splits["dev"]["label"]])
-    record = {
-        "task": name,
-        "source": task["source"],
-        "seed": task["seed"],
-        "accuracy": round(accuracy, 4),
-        "majority": round(float(counts.max() / counts.sum()), 4),
-        "n_train": len(splits["train"]),
-        "n_dev": len(splits["dev"]),
-        "seconds": round(time.perf_counter() - start, 1),
-        **{key: settings[key] for key in ("steps", "batch_size", "learning_rate", "max_length", "bf16")},
-        **lora,
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    record = {**record_of(name, task, splits, settings), "accuracy": round(accuracy, 4), "seconds": seconds, **lora}
     for config in model.peft_config.values():
         config.base_model_name_or_path = settings["base_model"]  # what readers can find, not where it lay here
     model.save_pretrained(str(out / name))

@@ -12,7 +12,7 @@ def audit_section(report: AuditReport) -> str:
     """Markdown: the three answers, shares beside chance, the figure by its name beside the card, what was noticed.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     held_out, explained = report.held_out, report.explained
     most = len(held_out.real)

@@ -20,7 +20,7 @@ def plot_audit(report: AuditReport, path: str | Path, *, overwrite: bool = False
     """Draw the three answers, the held-out share with its null and by layer, and the adapters' similarity.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
         path: PNG file to write.
         overwrite: Whether to replace a file of that name.
 
@@ -35,7 +35,7 @@ def audit_png(report: AuditReport) -> bytes:
     """The figure of `plot_audit` as the bytes of a PNG file.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
@@ -49,7 +49,7 @@ def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False
     """Write the three answers, the figure and the numbers as one HTML file that needs nothing else.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
         path: HTML file to write, whole or not at all.
         overwrite: Whether to replace a file of that name.
 

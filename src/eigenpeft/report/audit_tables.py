@@ -15,7 +15,7 @@ def answers_text(report: AuditReport) -> Group:
     """The three answers, question by question, each with its table where there is one.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     parts: list[RenderableType] = []
     tables = (compress_table(report), train_table(report), reuse_table(report))
@@ -28,7 +28,7 @@ def compress_table(report: AuditReport) -> Table:
     """Error against numbers per adapter.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     table = Table()
     table.add_column("core")
@@ -45,7 +45,7 @@ def train_table(report: AuditReport) -> Table:
     """The probability of each event, beside how often it happened in the calibration.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     table = Table()
     table.add_column(f"event, {report.train.n_rows} training rows")
@@ -67,7 +67,7 @@ def reuse_table(report: AuditReport) -> Table | None:
     """The nearest adapters; None where no rows of a task were given.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     if not report.reuse.nearest:
         return None
@@ -85,7 +85,7 @@ def share_table(report: AuditReport) -> Table:
     """Explained and held-out shares for several K, each beside its null.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     table = Table(title=f"Share of ‖ΔW‖², mean over {len(report.modules)} modules, {len(report.adapters)} adapters")
     table.add_column("K", justify="right")
@@ -112,7 +112,7 @@ def unshared_table(report: AuditReport) -> Table:
     """How much of each adapter the others do not hold, farthest first.
 
     Args:
-        report: From `audit`.
+        report: From `audit_adapters`.
     """
     table = Table(title=f"What the others do not share, K = {report.n_components}")
     table.add_column("adapter")
