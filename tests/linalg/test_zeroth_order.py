@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.zeroth_order import direction, projected_gradient, replay
+from eigenpeft.linalg.zeroth_order import direction, directions, projected_gradient, replay, slope_along
 
 
 def quadratic(values):
@@ -41,6 +41,42 @@ def test_the_mean_over_directions_is_the_gradient():
     found, expected = torch.cat(total), torch.cat(exact(values))
     assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.99
     assert float(found.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
+
+
+def mean_over(values, moved, epsilon=1e-4):
+    slopes = [slope_along(quadratic, values, z, epsilon=epsilon)[0] for z in moved]
+    return torch.cat([sum(g * z[i] for g, z in zip(slopes, moved, strict=True)) / len(moved) for i in range(2)])
+
+
+def test_as_many_right_angles_as_values_give_the_gradient_itself():
+    values = start()
+    for n in (5, 10):
+        found = mean_over(values, directions(values, seed=2, n=n))
+        assert torch.allclose(found, torch.cat(exact(values)), rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_right_angles_vary_less_than_independent_directions():
+    values, expected = start(), torch.cat(exact(start()))
+    errors = {"right angles": 0.0, "independent": 0.0}
+    for seed in range(200):
+        errors["right angles"] += float(
+            (mean_over(values, directions(values, seed=seed, n=3)) - expected).square().sum()
+        )
+        moved = [direction(values, seed=1000 + 3 * seed + i) for i in range(3)]
+        errors["independent"] += float((mean_over(values, moved) - expected).square().sum())
+    assert errors["right angles"] < 0.5 * errors["independent"]  # (d - n) / n against (d + 1) / n: 2/3 and 2
+
+
+def test_right_angles_are_their_seeds_and_of_every_direction_alike():
+    values = [torch.zeros(3), torch.zeros(2, 2, dtype=torch.float64)]
+    one, again, other = (directions(values, seed=seed, n=4) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for x, y in zip(one, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(one[0][0], other[0][0])
+    assert [part.dtype for part in one[0]] == [torch.float32, torch.float64]
+    drawn = [directions(values, seed=seed, n=1)[0] for seed in range(4000)]
+    rows = torch.stack([torch.cat([part.double().flatten() for part in z]) for z in drawn])
+    assert torch.allclose(rows.T @ rows / len(rows), torch.eye(7, dtype=torch.float64), atol=0.08)
+    assert float(rows.mean(dim=0).abs().max()) < 0.08
 
 
 def test_a_direction_is_its_seeds_and_standard_normal():

@@ -51,7 +51,7 @@ def test_many_directions_give_the_gradient_that_backward_gives(tmp_path):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)  # 16 numbers
     trainer = ZerothOrderTrainer(
-        model=model, args=arguments(tmp_path), train_dataset=rows, n_directions=200, epsilon=1e-2
+        model=model, args=arguments(tmp_path), train_dataset=rows, n_directions=16, epsilon=0.3
     )
     trainer.current_gradient_accumulation_steps = 1
     before = trained(model)
@@ -62,8 +62,8 @@ def test_many_directions_give_the_gradient_that_backward_gives(tmp_path):
     model.zero_grad()
     model.eval()(**batch).loss.backward()
     exact = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    assert float(torch.cosine_similarity(found, exact, dim=0)) > 0.9
-    assert float(found @ exact / (exact @ exact)) == pytest.approx(1.0, abs=0.3)
+    assert float(torch.cosine_similarity(found, exact, dim=0)) > 0.999
+    assert float(found @ exact / (exact @ exact)) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
@@ -110,7 +110,7 @@ def test_accumulated_parts_are_those_of_a_whole_batch(tmp_path):
     for parts, size in ((1, 16), (2, 8)):
         model, rows = adapted(), task(16)
         trainer = ZerothOrderTrainer(model=model, args=arguments(tmp_path), train_dataset=rows)
-        trainer._seed = lambda number: 7
+        trainer._seed = lambda: 7
         trainer.current_gradient_accumulation_steps = parts
         for part in range(parts):
             chosen = rows[part * size : (part + 1) * size]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.linalg.zeroth_order import direction, projected_gradient
+from eigenpeft.linalg.zeroth_order import direction, directions, slope_along
 
 _logger = logging.getLogger(__name__)
 # Noise grows with the number of trained values; beyond so many the first steps are noise alone.
@@ -32,7 +32,8 @@ class ZerothOrderMixin:
     Args:
         *args: The Trainer's own.
         epsilon: ε, the step to each side.
-        n_directions: Directions per step, whose estimates are averaged; each costs two forward passes.
+        n_directions: Directions per step, at right angles to one another, whose estimates are averaged; each costs two forward
+            passes. As many as there are trained values give the gradient itself, up to O(ε²).
         objective: What is made small, as a function of the model and a batch on its device; None takes the Trainer's loss.
         **kwargs: The Trainer's own.
 
@@ -106,16 +107,15 @@ class ZerothOrderMixin:
             return self._loss(model, batch, num_items_in_batch)
 
         try:
-            for number in range(self.n_directions):
-                seed = self._seed(number)
-                slope, loss = projected_gradient(objective, values, epsilon=self.epsilon, seed=seed)
+            for moved in self._directions(values):
+                slope, loss = slope_along(objective, values, moved, epsilon=self.epsilon)
                 if not math.isfinite(slope):
                     raise AdapterConfigError(
                         f"The objective is {loss} at step {trainer.state.global_step}: no direction can be told from it. Lower the "
                         "learning rate or epsilon."
                     )
                 losses.append(loss)
-                for parameter, z in zip(self._parameters, direction(values, seed=seed), strict=True):
+                for parameter, z in zip(self._parameters, moved, strict=True):
                     step = slope * share * z
                     parameter.grad = step if parameter.grad is None else parameter.grad + step
         finally:
@@ -143,12 +143,17 @@ class ZerothOrderMixin:
             )
         return 1.0 if known and self.objective is None else 1.0 / trainer.current_gradient_accumulation_steps
 
-    def _seed(self, number: int) -> int:
-        """A seed for each direction of each part of each step, the same when a stopped run goes on."""
+    def _directions(self, values: Sequence[Tensor]) -> Sequence[Sequence[Tensor]]:
+        if self.n_directions == 1:
+            return [direction(values, seed=self._seed())]
+        return directions(values, seed=self._seed(), n=self.n_directions)
+
+    def _seed(self) -> int:
+        """A seed for each part of each step, the same when a stopped run goes on."""
         trainer: Any = self
         if trainer.state.global_step != self._at:
             self._at, self._part = trainer.state.global_step, 0
-        return hash((trainer.args.seed, self._at, self._part, number)) % 2**63
+        return hash((trainer.args.seed, self._at, self._part, 0)) % 2**63
 
     def _set(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
