@@ -136,8 +136,8 @@ def make_collection(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    inside = {name: torch.linalg.qr(normal(n_in, n_shared))[0].mT for name, (_, n_in) in modules.items()}
-    outside = {name: torch.linalg.qr(normal(n_out, n_shared))[0].mT for name, (n_out, _) in modules.items()}
+    in_side = {name: torch.linalg.qr(normal(n_in, n_shared))[0].mT for name, (_, n_in) in modules.items()}
+    out_side = {name: torch.linalg.qr(normal(n_out, n_shared))[0].mT for name, (n_out, _) in modules.items()}
     ranks = (rank,) if isinstance(rank, int) else rank
     alphas = lora_alpha if isinstance(lora_alpha, tuple) else (lora_alpha,)
     updates: dict[str, dict[str, Tensor]] = {}
@@ -145,13 +145,13 @@ def make_collection(
         name, r, alpha = f"adapter-{i}", ranks[i % len(ranks)], alphas[i % len(alphas)]
         factors = {}
         for module, (n_out, n_in) in modules.items():
-            lora_A = normal(r, n_shared) @ inside[module] + noise * normal(r, n_in)
-            lora_B = outside[module].mT @ normal(n_shared, r) + noise * normal(n_out, r)
+            lora_A = normal(r, n_shared) @ in_side[module] + noise * normal(r, n_in)
+            lora_B = out_side[module].mT @ normal(n_shared, r) + noise * normal(n_out, r)
             factors[module] = (lora_B.float(), lora_A.float())
         scaling = alpha / (r**0.5 if config.get("use_rslora") else r)
         updates[name] = {module: scaling * (B.double() @ A.double()) for module, (B, A) in factors.items()}
         write_adapter(folder / name, factors, r=r, lora_alpha=alpha, **config)
-    return MadeCollection(folder, updates, inside, outside)
+    return MadeCollection(folder, updates, in_side, out_side)
 
 
 def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:

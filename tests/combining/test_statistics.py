@@ -72,9 +72,9 @@ def test_regmean_of_a_model_is_that_of_whole_moments(model, tmp_path):
         updates = [
             (one.factors[module][0].double() @ one.factors[module][1].double()).numpy() for one in singles.values()
         ]
-        inside = oracle.axes(updates)[1]
+        in_side = oracle.axes(updates)[1]
         # Whole moments restricted to the row spaces, outside of which no update acts.
-        keep = inside.T @ inside
+        keep = in_side.T @ in_side
         moments = [keep @ own[module].numpy() @ keep for own in by_hand.values()]
         expected = torch.from_numpy(oracle.regmean(updates, moments))
         found = lora_B.double() @ lora_A.double()

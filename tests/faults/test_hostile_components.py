@@ -31,8 +31,8 @@ def subspace(seed):
     torch.manual_seed(seed)
     modules = {}
     for name, widths in WIDTHS.items():
-        outside, inside = (torch.linalg.qr(torch.randn(width, K)).Q.mT.contiguous() for width in widths)
-        modules[name] = ModuleSubspace(inside, outside, torch.ones(K), torch.ones(K), torch.full((K,), 1 / K))
+        out_side, in_side = (torch.linalg.qr(torch.randn(width, K)).Q.mT.contiguous() for width in widths)
+        modules[name] = ModuleSubspace(in_side, out_side, torch.ones(K), torch.ones(K), torch.full((K,), 1 / K))
     return PrincipalSubspace(modules)
 
 

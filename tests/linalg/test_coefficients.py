@@ -63,19 +63,19 @@ def test_a_moved_core_is_the_projection_on_the_new_bases(grown):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_remainder_is_what_a_core_does_not_hold(rank, bases, random_factors, as_numpy):
     lora_B, lora_A = random_factors(18, 25, 4)
-    outside, inside = (
+    out_side, in_side = (
         side[..., :rank] if i == 0 else side[:rank] for i, side in enumerate(project(lora_B, lora_A, **bases))
     )
-    parts = remainder(lora_B, lora_A, coefficients_out=outside, coefficients_in=inside, **bases)
+    parts = remainder(lora_B, lora_A, coefficients_out=out_side, coefficients_in=in_side, **bases)
     left, right = map(as_numpy, parts)
     out, into = (as_numpy(bases[side]) for side in ("components_out", "components_in"))
-    expected = as_numpy(lora_B) @ as_numpy(lora_A) - out.T @ as_numpy(outside) @ as_numpy(inside) @ into
+    expected = as_numpy(lora_B) @ as_numpy(lora_A) - out.T @ as_numpy(out_side) @ as_numpy(in_side) @ into
     torch.testing.assert_close(torch.from_numpy(left @ right), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
     assert left.shape[1] == torch.linalg.matrix_rank(torch.from_numpy(expected), rtol=1e-6) <= 4 + rank
 
 
 def test_nothing_remains_of_what_the_components_hold(bases):
-    inside, outside = torch.randn(2, 7), torch.randn(5, 2)
-    lora_B, lora_A = reconstruct(outside, inside, **bases)
-    left, right = remainder(lora_B, lora_A, coefficients_out=outside, coefficients_in=inside, **bases)
+    in_side, out_side = torch.randn(2, 7), torch.randn(5, 2)
+    lora_B, lora_A = reconstruct(out_side, in_side, **bases)
+    left, right = remainder(lora_B, lora_A, coefficients_out=out_side, coefficients_in=in_side, **bases)
     assert (left.shape, right.shape) == ((18, 0), (0, 25))

@@ -34,8 +34,8 @@ def problem(core="low_rank", *, tokens=7, n=9, m=11, k=5, r=3, dtype=torch.float
 def dense_weight(components_in, coefficients_in, coefficients_out, components_out):
     """ΔW (m, n), formed as the equation is written."""
     left = torch.diag(coefficients_out) if coefficients_out.ndim == 1 else coefficients_out
-    inside = components_in if coefficients_in is None else coefficients_in @ components_in
-    return torch.einsum("km,kr,rn->mn", components_out, left, inside)
+    in_side = components_in if coefficients_in is None else coefficients_in @ components_in
+    return torch.einsum("km,kr,rn->mn", components_out, left, in_side)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
@@ -133,11 +133,11 @@ def test_a_batch_of_many_tasks_is_the_loop(length, in_place):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     y, x = normal(5, length, 11), normal(5, length, 9)
-    components_in, components_out, inside, outside = normal(5, 9), normal(5, 11), normal(4, 3, 5), normal(4, 5, 3)
+    components_in, components_out, in_side, out_side = normal(5, 9), normal(5, 11), normal(4, 3, 5), normal(4, 5, 3)
     tasks = torch.tensor([2, 0, 2, 3, 1])
     expected = torch.stack(
         [
-            y[i] + x[i] @ dense_weight(components_in, inside[task], outside[task], components_out).mT
+            y[i] + x[i] @ dense_weight(components_in, in_side[task], out_side[task], components_out).mT
             for i, task in enumerate(tasks)
         ]
     )
@@ -146,8 +146,8 @@ def test_a_batch_of_many_tasks_is_the_loop(length, in_place):
         x,
         tasks,
         components_in=components_in,
-        coefficients_in=inside,
-        coefficients_out=outside,
+        coefficients_in=in_side,
+        coefficients_out=out_side,
         components_out=components_out,
         in_place=in_place,
     )
@@ -163,13 +163,13 @@ def test_cores_of_several_forms_in_one_batch(in_place):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     y, projected, components_out = normal(5, 3, 11), normal(5, 3, 4), normal(6, 11)
-    inside, outside, full = normal(2, 2, 4), normal(2, 6, 2), normal(1, 6, 4)
+    in_side, out_side, full = normal(2, 2, 4), normal(2, 6, 2), normal(1, 6, 4)
     rows = torch.tensor([3, 0]), torch.tensor([4])
     expected = y.clone()
     for place, row in enumerate(rows[0].tolist()):
-        expected[row] += projected[row] @ (components_out.mT @ outside[place] @ inside[place]).mT
+        expected[row] += projected[row] @ (components_out.mT @ out_side[place] @ in_side[place]).mT
     expected[4] += projected[4] @ (components_out.mT @ full[0]).mT
-    groups = [(rows[0], (inside, outside)), (rows[1], (full,))]
+    groups = [(rows[0], (in_side, out_side)), (rows[1], (full,))]
     got = core_updates(y.clone(), projected, groups, components_out=components_out, in_place=in_place)
     torch.testing.assert_close(got, expected)
     diagonal, square = normal(5, 4), normal(4, 11)

@@ -13,7 +13,7 @@ MIN_WIDTH = 16
 MAX_KEPT_RATIO = 4
 """Up to this K / r the components of the input are kept for the backward pass, never the input itself."""
 FORM_FACTORS_FROM = 1.75
-"""Factors of each task are formed from this multiple of the sequence length at which the multiply-adds are equal."""
+"""Factors of each member are formed from this multiple of the sequence length at which the multiply-adds are equal."""
 
 
 class Route(NamedTuple):
@@ -237,7 +237,7 @@ def low_rank_update_grad(
 def low_rank_updates(
     y: Float[Tensor, "b s m"],
     x: Float[Tensor, "b s n"],
-    tasks: Int[Tensor, " b"],
+    members: Int[Tensor, " b"],
     *,
     components_in: Float[Tensor, "k_in n"],
     coefficients_in: Float[Tensor, "u r k_in"],
@@ -254,10 +254,10 @@ def low_rank_updates(
     Args:
         y: What is updated, S tokens per sequence.
         x: Input.
-        tasks: Row of the coefficients that each sequence takes.
+        members: Row of the coefficients that each sequence takes.
         components_in: V_in.
-        coefficients_in: C_in of each task.
-        coefficients_out: C_out of each task, any scaling included.
+        coefficients_in: C_in of each member.
+        coefficients_out: C_out of each member, any scaling included.
         components_out: V_out.
         in_place: Write the sum over y, which must be contiguous.
 
@@ -280,7 +280,7 @@ def low_rank_updates(
         [[[2.0, 2.0]], [[1.0, 1.0]]]
     """
     (_, length, out_features), (rank, n_components) = y.shape, coefficients_in.shape[1:]
-    gathered_in, gathered_out = coefficients_in[tasks], coefficients_out[tasks]  # (b, r, k), (b, k, r)
+    gathered_in, gathered_out = coefficients_in[members], coefficients_out[members]  # (b, r, k), (b, k, r)
     if length * (n_components - rank) > FORM_FACTORS_FROM * rank * n_components:
         lora_A = (gathered_in.flatten(0, 1) @ components_in).unflatten(0, (-1, rank))
         lora_B = (gathered_out.mT.flatten(0, 1) @ components_out).unflatten(0, (-1, rank))

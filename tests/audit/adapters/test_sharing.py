@@ -31,10 +31,10 @@ def in_one_subspace(folder, *, n_adapters=6, rank=3, n_shared=5):
     for i in range(n_adapters):
         factors = {}
         for module in LAYERS:
-            out, inside = spans[module.rpartition(".")[2]]
+            out, in_side = spans[module.rpartition(".")[2]]
             factors[module] = (
                 out @ torch.randn(n_shared, rank, generator=generator),
-                torch.randn(rank, n_shared, generator=generator) @ inside.T,
+                torch.randn(rank, n_shared, generator=generator) @ in_side.T,
             )
         write_adapter(folder / f"a{i}", factors)
     return folder

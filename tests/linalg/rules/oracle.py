@@ -67,9 +67,9 @@ def trim(entries, density):
 
 
 def ties(updates, density=0.2):
-    out, inside = axes(updates)
-    entries = np.stack([out @ update @ inside.T for update in updates])
-    return out.T @ elect(trim(entries, density)) @ inside
+    out, in_side = axes(updates)
+    entries = np.stack([out @ update @ in_side.T for update in updates])
+    return out.T @ elect(trim(entries, density)) @ in_side
 
 
 def knots(updates, density=0.2):
@@ -144,8 +144,8 @@ def wudi(updates, ridge=1e-3):
 
 def regmean(updates, moments, ridge=1e-4):
     """Without shrinking; `moments` (T, n, n) are those of inputs within the span of the row spaces."""
-    inside = axes(updates)[1]
-    rho = ridge * np.trace(inside @ sum(moments) @ inside.T) / len(inside)
+    in_side = axes(updates)[1]
+    rho = ridge * np.trace(in_side @ sum(moments) @ in_side.T) / len(in_side)
     goal = sum(update @ moment for update, moment in zip(updates, moments, strict=True)) + rho * mean(updates)
     return goal @ np.linalg.inv(sum(moments) + rho * np.eye(updates[0].shape[1]))
 

@@ -71,9 +71,9 @@ def test_regmean_reproduces_what_agrees_on_the_rows(adapters, dense, close):
     k = len(space.components_in)
     halves = torch.diag_embed(torch.stack([torch.arange(k) < k // 2, torch.arange(k) >= k // 2]).double())
     found = merged(factors, "regmean", grams=halves, ridge=1e-12)
-    inside = space.components_in.numpy()
+    in_side = space.components_in.numpy()
     expected = sum(
-        update @ inside.T @ half.numpy() @ inside for update, half in zip(dense(factors), halves, strict=True)
+        update @ in_side.T @ half.numpy() @ in_side for update, half in zip(dense(factors), halves, strict=True)
     )
     close(found, expected, 1e-6)
 
@@ -210,11 +210,11 @@ def test_unknown_agreement_is_named(unannotated):
 def test_rounding_apart_of_a_common_subspace_is_no_room_for_more_directions(method, close):
     # Adapters exported from one subspace: their row spaces are the same up to float32, and the core space has twice the axes.
     generator = torch.Generator().manual_seed(0)
-    out, inside = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in (30, 40))
+    out, in_side = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in (30, 40))
     cores = torch.randn(3, 6, 6, generator=generator).double()
-    exact = [(out @ core, inside.mT) for core in cores]
+    exact = [(out @ core, in_side.mT) for core in cores]
     rounded = [
-        ((out @ turn).float(), (turn.mT @ core @ inside.mT).float()) for core, turn in zip(cores, turns(), strict=True)
+        ((out @ turn).float(), (turn.mT @ core @ in_side.mT).float()) for core, turn in zip(cores, turns(), strict=True)
     ]
     assert core_space(rounded).cores.shape[1] > 6
     close(merged(rounded, method), merged(exact, method).numpy(), 1e-4)

@@ -59,9 +59,9 @@ def test_truncated_coordinates_are_close():
     shared_in, shared_out = (torch.linalg.qr(torch.randn(320, 10, generator=generator))[0] for _ in "io")
 
     def one():
-        inside, outside = (0.03 * torch.randn(320, 4, generator=generator) for _ in "io")
+        in_side, out_side = (0.03 * torch.randn(320, 4, generator=generator) for _ in "io")
         left, right = (torch.randn(10, 4, generator=generator) for _ in "io")
-        return shared_out @ left + outside, (shared_in @ right + inside).mT
+        return shared_out @ left + out_side, (shared_in @ right + in_side).mT
 
     factors = [one() for _ in range(80)]
     stacks = stack_factors(factors, rows="balanced", weighting="equal")
@@ -132,11 +132,11 @@ def test_choice_finds_a_planted_number(n_shared, noise):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    inside, outside = normal(n_shared, 256) / 16, normal(256, n_shared) / 16
+    in_side, out_side = normal(n_shared, 256) / 16, normal(256, n_shared) / 16
     factors = [
         (
-            outside @ normal(n_shared, 8) + noise * normal(256, 8) / 4,
-            normal(8, n_shared) @ inside + noise * normal(8, 256) / 4,
+            out_side @ normal(n_shared, 8) + noise * normal(256, 8) / 4,
+            normal(8, n_shared) @ in_side + noise * normal(8, 256) / 4,
         )
         for _ in range(30)
     ]

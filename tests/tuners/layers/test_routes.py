@@ -70,8 +70,8 @@ def test_gradcheck_of_every_route(route, monkeypatch):
     for leaf in leaves:
         leaf.requires_grad_()
 
-    def update(y, x, inside, outside):
-        return add_update(y, x, coefficients_in=inside, coefficients_out=outside, scaling=0.5, **fixed)
+    def update(y, x, in_side, out_side):
+        return add_update(y, x, coefficients_in=in_side, coefficients_out=out_side, scaling=0.5, **fixed)
 
     assert torch.autograd.gradcheck(update, leaves)
 
@@ -82,7 +82,7 @@ def test_gradcheck_of_cores_without_a_rank(core):
     leaves = [torch.randn(4, 11).double(), torch.randn(4, 9).double(), fixed.pop("coefficients_out")]
     for leaf in leaves:
         leaf.requires_grad_()
-    assert torch.autograd.gradcheck(lambda y, x, outside: add_update(y, x, coefficients_out=outside, **fixed), leaves)
+    assert torch.autograd.gradcheck(lambda y, x, out_side: add_update(y, x, coefficients_out=out_side, **fixed), leaves)
 
 
 def test_second_derivatives_are_refused_and_not_wrong():
@@ -206,15 +206,15 @@ def test_distributed_data_parallel(tokens, tmp_path):
 
 def test_per_example_gradients_of_torch_func(no_shape_checks):
     fixed = matrices(dtype=torch.float32)
-    inside, outside = fixed.pop("coefficients_in"), fixed.pop("coefficients_out")
+    in_side, out_side = fixed.pop("coefficients_in"), fixed.pop("coefficients_out")
     x = torch.randn(6, 4, 9)
 
-    def loss(outside, x):
-        y = add_update(torch.zeros(4, 11), x, coefficients_in=inside, coefficients_out=outside, **fixed)
+    def loss(out_side, x):
+        y = add_update(torch.zeros(4, 11), x, coefficients_in=in_side, coefficients_out=out_side, **fixed)
         return y.square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(outside, x)
-    expected = torch.stack([torch.func.grad(loss)(outside, row) for row in x])
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(out_side, x)
+    expected = torch.stack([torch.func.grad(loss)(out_side, row) for row in x])
     torch.testing.assert_close(each, expected)
 
 

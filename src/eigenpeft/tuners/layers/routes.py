@@ -69,7 +69,7 @@ def add_update(
 def add_updates(
     y: Tensor,
     x: Tensor,
-    tasks: Tensor,
+    members: Tensor,
     *,
     components_in: Tensor,
     coefficients_in: Tensor,
@@ -77,15 +77,15 @@ def add_updates(
     components_out: Tensor,
     in_place: bool = False,
 ) -> Tensor:
-    """`add_update` for a batch whose sequences belong to different tasks.
+    """`add_update` for a batch whose sequences belong to different members.
 
     Args:
         y: Output of the base layer, (batch, ..., out_features).
         x: Its input, (batch, ..., in_features).
-        tasks: (batch,), row of the coefficients that each sequence takes.
+        members: (batch,), row of the coefficients that each sequence takes.
         components_in: V_in, (n_components, in_features).
-        coefficients_in: C_in of each task, (n_tasks, r, n_components).
-        coefficients_out: C_out of each task, (n_tasks, n_components, r), scaling included.
+        coefficients_in: C_in of each member, (n_members, r, n_components).
+        coefficients_out: C_out of each member, (n_members, n_components, r), scaling included.
         components_out: V_out, (n_components, out_features).
         in_place: Without gradients, write over y, which nothing else may be using (`owns_output`).
 
@@ -97,7 +97,7 @@ def add_updates(
     return low_rank_updates(
         wide_y,
         wide_x,
-        tasks,
+        members,
         components_in=components_in.to(dtype),
         coefficients_in=coefficients_in.to(dtype),
         coefficients_out=coefficients_out.to(dtype),
