@@ -37,13 +37,13 @@ class Decomposition:
     """
 
     components: Float[Tensor, "k n"]
-    singular_values: Float[Tensor, "k"]
+    singular_values: Float[Tensor, " k"]
     total_energy: float
     n_iterations: int
     relative_residual: float
 
 
-def numerical_rank(singular_values: Float[Tensor, "k"]) -> int:
+def numerical_rank(singular_values: Float[Tensor, " k"]) -> int:
     """How many singular values are not rounding noise: those above 1e-5 of the largest in float32, 1e-7 in float64.
 
     float32 rounding leaves about 1e-7 √n of the largest value in every direction, which 1e-5 clears up to
@@ -67,7 +67,7 @@ def numerical_rank(singular_values: Float[Tensor, "k"]) -> int:
     return int((singular_values > limit * singular_values[0]).sum())
 
 
-def full_spectrum(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q"]:
+def full_spectrum(rows: Float[Tensor, "p n"]) -> Float[Tensor, " q"]:
     """All q = min(p, n) singular values of a stack, from the eigenvalues of the smaller Gram matrix in float64.
 
     Costs one product of the stack with itself and q³ operations; values below 1e-8 of the largest are rounding noise.
@@ -236,7 +236,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
 
 def _finish(
     rows: Float[Tensor, "p n"],
-    eigenvalues: Float[Tensor, "k"],
+    eigenvalues: Float[Tensor, " k"],
     vectors: Float[Tensor, "k q"],
     *,
     total_energy: float,

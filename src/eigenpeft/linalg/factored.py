@@ -20,7 +20,7 @@ class FactoredSvd:
     """
 
     U: Float[Tensor, "m k"]
-    S: Float[Tensor, "k"]
+    S: Float[Tensor, " k"]
     Vh: Float[Tensor, "k n"]
 
 

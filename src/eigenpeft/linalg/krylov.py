@@ -29,7 +29,7 @@ class RitzPairs:
     """
 
     vectors: Float[Tensor, "b d"]
-    values: Float[Tensor, "b"]
+    values: Float[Tensor, " b"]
     basis: Float[Tensor, "size d"]
     n_passes: int
     promised_gain: float
@@ -118,7 +118,7 @@ def _orthonormalise(rows: Float[Tensor, "b d"], *, least: float = 0.0) -> Float[
 
 
 def _promised_gain(
-    values: Float[Tensor, "size"],
+    values: Float[Tensor, " size"],
     last_rows: Float[Tensor, "c size"],
     residual: Float[Tensor, "c d"],
     block_trace: Float[Tensor, ""],

@@ -90,7 +90,7 @@ def random_complement(
     return extra.to(torch.promote_types(components.dtype, torch.float32))
 
 
-def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[Tensor, "angles"]:
+def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[Tensor, " angles"]:
     """Angles between the spans of two sets of rows, smallest first.
 
     The cosines are the singular values of `Q_a Q_bᵀ`, the sines those of `Q_b - Q_b Q_aᵀ Q_a`. A cosine cannot tell

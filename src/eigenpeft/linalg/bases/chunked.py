@@ -105,7 +105,7 @@ def _explained(
     components_out: Float[Tensor, "k m"],
     *,
     weighting: Weighting,
-) -> Float[Tensor, "k"]:
+) -> Float[Tensor, " k"]:
     """`explained_share_curve` over chunks: the mean of theirs, weighted by their energies."""
     total, energy = torch.zeros(len(components_in), dtype=torch.float64, device=components_in.device), 0.0
     for factors in chunks():

@@ -99,9 +99,9 @@ class FittedBases:
 
     components_in: Float[Tensor, "k n"]
     components_out: Float[Tensor, "k m"]
-    singular_values_in: Float[Tensor, "k"]
-    singular_values_out: Float[Tensor, "k"]
-    explained_variance_ratio: Float[Tensor, "k"]
+    singular_values_in: Float[Tensor, " k"]
+    singular_values_out: Float[Tensor, " k"]
+    explained_variance_ratio: Float[Tensor, " k"]
     norms: tuple[float, ...]
     paired: bool = False
 
@@ -189,7 +189,7 @@ def explained_share_curve(
     components_out: Float[Tensor, "k m"],
     *,
     weighting: Weighting = "equal",
-) -> Float[Tensor, "k"]:
+) -> Float[Tensor, " k"]:
     """Share of `Σ ω²‖ΔW‖²` that the first 1, 2, ..., K components of both sides explain.
 
     Entry K - 1 is `Σ_i ω_i² ‖V_out ΔW_i V_inᵀ‖² / Σ_i ω_i² ‖ΔW_i‖²` with the first K rows of V_out and V_in: a share of 1, as

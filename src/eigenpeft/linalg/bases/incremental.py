@@ -24,13 +24,13 @@ class Merged:
     """
 
     components: Float[Tensor, "k n"]
-    singular_values: Float[Tensor, "k"]
+    singular_values: Float[Tensor, " k"]
     discarded_energy: float
 
 
 def merge_components(
     components: Float[Tensor, "k_old n"],
-    singular_values: Float[Tensor, "k_old"],
+    singular_values: Float[Tensor, " k_old"],
     rows: Float[Tensor, "p n"],
     *,
     n_components: int,
@@ -85,7 +85,7 @@ class Sketch:
     """
 
     components: Float[Tensor, "k n"]
-    singular_values: Float[Tensor, "k"]
+    singular_values: Float[Tensor, " k"]
     total_energy: float
     discarded_energy: float
     discarded_peak: float

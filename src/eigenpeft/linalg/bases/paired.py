@@ -51,7 +51,7 @@ def pair_coefficients(
     *,
     components_out: Float[Tensor, "k m"],
     components_in: Float[Tensor, "k n"],
-) -> Float[Tensor, "k"]:
+) -> Float[Tensor, " k"]:
     """The d of the nearest `P_outᵀ diag(d) P_in` to `B A` (JD-Diag of "Compress then Serve", arXiv 2407.00066).
 
     `d = ((P_outP_outᵀ) ∘ (P_inP_inᵀ))⁻¹ diag(P_out B A P_inᵀ)`; on orthonormal rows the diagonal itself.
@@ -78,7 +78,7 @@ def pair_coefficients(
 
 def pair_curve(
     stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
-) -> Float[Tensor, "k"]:
+) -> Float[Tensor, " k"]:
     """Share of the stacks' energy that the first 1, 2, ..., K pairs hold, each with coefficients of its own.
 
     Args:
@@ -199,7 +199,7 @@ def _alternate(
 
 def _updated(
     gram: Float[Tensor, "k k"], moments: Float[Tensor, "k n"], old: Float[Tensor, "k n"]
-) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k"]]:
+) -> tuple[Float[Tensor, "k n"], Float[Tensor, " k"]]:
     """New rows of unit norm and their lengths; a row that nothing uses stays what it was."""
     rows = _solve(gram, moments)
     lengths = rows.norm(dim=1)

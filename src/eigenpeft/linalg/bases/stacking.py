@@ -61,7 +61,7 @@ class Stacks:
 
     rows_in: Float[Tensor, "p n"]
     rows_out: Float[Tensor, "p m"]
-    middle: Float[Tensor, "p"]
+    middle: Float[Tensor, " p"]
     sizes: tuple[int, ...]
     energy: float
     norms: tuple[float, ...]
@@ -147,7 +147,7 @@ def cores(
 
 def share_curve(
     stacks: Stacks, components_in: Float[Tensor, "k_in n"], components_out: Float[Tensor, "k_out m"]
-) -> Float[Tensor, "k"]:
+) -> Float[Tensor, " k"]:
     """Share of the stacks' energy that the first 1, 2, ..., max(K_in, K_out) components of both sides explain.
 
     Args:
@@ -182,7 +182,7 @@ def _write_balanced(
     lora_A: Float[Tensor, "r n"],
     rows_in: Float[Tensor, "r n"],
     rows_out: Float[Tensor, "r m"],
-    middle: Float[Tensor, "r"],
+    middle: Float[Tensor, " r"],
     *,
     unit_norm: bool,
     moments: bool,
@@ -205,7 +205,7 @@ def _write_raw(
     lora_A: Float[Tensor, "r n"],
     rows_in: Float[Tensor, "r n"],
     rows_out: Float[Tensor, "r m"],
-    middle: Float[Tensor, "r"],
+    middle: Float[Tensor, " r"],
     *,
     unit_norm: bool,
     moments: bool,

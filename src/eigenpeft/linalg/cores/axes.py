@@ -53,7 +53,7 @@ class Axes:
         """
         return _combined((weights @ self.turn).to(dtype), self.blocks)
 
-    def signed(self, along: Float[Tensor, "r"]) -> "tuple[Axes, Float[Tensor, 'k']]":
+    def signed(self, along: Float[Tensor, " r"]) -> "tuple[Axes, Float[Tensor, ' k']]":
         """The axes turned so that each has a positive inner product with `generic_direction`, and the signs that did it.
 
         Args:
@@ -63,7 +63,7 @@ class Axes:
         return Axes(signs[:, None] * self.turn, self.blocks), signs
 
 
-def generic_direction(n: int) -> Float[Tensor, "n"]:
+def generic_direction(n: int) -> Float[Tensor, " n"]:
     """`g_j = cos(√2 j²)`: a fixed vector that no structure of a weight is orthogonal to, to give axes a sign.
 
     An axis's largest entry would need the axis itself, and the sum of the entries is zero where an output goes into a LayerNorm.
@@ -74,7 +74,7 @@ def generic_direction(n: int) -> Float[Tensor, "n"]:
     return torch.arange(1, n + 1, dtype=torch.float64).square().mul_(2**0.5).cos_()
 
 
-def gram(blocks: Sequence[Float[Tensor, "_r n"]]) -> tuple[Float[Tensor, "r r"], Float[Tensor, "r"]]:
+def gram(blocks: Sequence[Float[Tensor, "_r n"]]) -> tuple[Float[Tensor, "r r"], Float[Tensor, " r"]]:
     """`Z Zᵀ` and `Z g` of the rows of all blocks one below the other, g the `generic_direction`, in float64.
 
     Args:

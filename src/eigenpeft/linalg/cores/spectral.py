@@ -30,7 +30,7 @@ def triplets(core: Float[Tensor, "a b"], *, most: int | None = None, noise: floa
     return FactoredSvd(U=left[:, :kept], S=values[:kept], Vh=right[:kept])
 
 
-def count_present(values: Float[Tensor, "k"], *, noise: float) -> int:
+def count_present(values: Float[Tensor, " k"], *, noise: float) -> int:
     """How many singular values are above a share of the largest.
 
     Args:
@@ -71,7 +71,7 @@ def polar(columns: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:
 
 
 def weighted(
-    cores: Float[Tensor, "t k_out k_in"], weights: Float[Tensor, "t"] | Sequence[float] | None
+    cores: Float[Tensor, "t k_out k_in"], weights: Float[Tensor, " t"] | Sequence[float] | None
 ) -> Float[Tensor, "t k_out k_in"]:
     """`w_t M_t`: a weight scales the update itself, in every rule; a negative one turns it around.
 

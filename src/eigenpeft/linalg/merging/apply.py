@@ -39,7 +39,7 @@ def merge_updates(
     updates: Sequence[Factors] | CoreSpace,
     *,
     method: str = "task_arithmetic",
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     scale: float | str | None = None,
     rank: int | None = None,
     calibrate: Sequence[str] = (),

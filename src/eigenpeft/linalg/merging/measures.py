@@ -25,7 +25,7 @@ class MergeMeasures:
     """
 
     inner_products: Float[Tensor, "t t"]
-    distances: Float[Tensor, "t"]
+    distances: Float[Tensor, " t"]
     energy: float
     kept: float
     largest: float

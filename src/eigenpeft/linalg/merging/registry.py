@@ -136,7 +136,7 @@ def merge_cores(
     cores: Float[Tensor, "t k_out k_in"],
     *,
     method: str,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     calibrate: Sequence[str] = (),
     **options: Any,
 ) -> Float[Tensor, "k_out k_in"]:

@@ -25,7 +25,7 @@ class Calibration:
 
 
 def calibration(
-    margins: Float[Tensor, "n"], asked: Bool[Tensor, "n"] | None = None, *, n_bins: int = 10
+    margins: Float[Tensor, " n"], asked: Bool[Tensor, " n"] | None = None, *, n_bins: int = 10
 ) -> Calibration:
     """Reliability of the Bradley-Terry probabilities `σ(margin)`, and their expected calibration error.
 

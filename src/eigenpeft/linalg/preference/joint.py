@@ -16,15 +16,15 @@ class JointFit:
     """Where the joint fit ended.
 
     Attributes:
-        deviations: (n_basis, d), what each basis row adds to the reference head.
-        user_logits: (n_users, n_basis).
+        deviations: What each basis row adds to the reference head.
+        user_logits: Logits of the user weights.
         value: Negative log posterior there.
         n_evaluations: Passes over the pairs.
         converged: Whether it stopped by itself rather than at `max_iter`.
     """
 
-    deviations: Tensor
-    user_logits: Tensor
+    deviations: Float[Tensor, "n_basis d"]
+    user_logits: Float[Tensor, "n_users n_basis"]
     value: float
     n_evaluations: int
     converged: bool
@@ -32,11 +32,11 @@ class JointFit:
 
 def fit_joint(
     differences: Float[Tensor, "n d"],
-    users: Int[Tensor, "n"],
+    users: Int[Tensor, " n"],
     *,
     n_users: int,
     n_basis: int,
-    offsets: Float[Tensor, "n"],
+    offsets: Float[Tensor, " n"],
     prior: JointPrior,
     generator: Generator,
     max_iter: int = 100,
@@ -117,10 +117,10 @@ def _spread(
     shared: Float[Tensor, "1 d"],
     *,
     differences: Float[Tensor, "n d"],
-    users: Int[Tensor, "n"],
+    users: Int[Tensor, " n"],
     n_users: int,
     n_basis: int,
-    offsets: Float[Tensor, "n"],
+    offsets: Float[Tensor, " n"],
     prior: JointPrior,
     generator: Generator,
 ) -> tuple[Float[Tensor, "n_basis d"], Float[Tensor, "n_users n_basis"]]:
@@ -147,8 +147,8 @@ def _minimise(
     user_logits: Float[Tensor, "n_users n_basis"],
     *,
     differences: Float[Tensor, "n d"],
-    users: Int[Tensor, "n"],
-    offsets: Float[Tensor, "n"],
+    users: Int[Tensor, " n"],
+    offsets: Float[Tensor, " n"],
     prior: JointPrior,
     max_iter: int,
     tolerance: float,
@@ -206,8 +206,8 @@ def _preconditioner(
     user_logits: Float[Tensor, "n_users n_basis"],
     *,
     differences: Float[Tensor, "n d"],
-    users: Int[Tensor, "n"],
-    offsets: Float[Tensor, "n"],
+    users: Int[Tensor, " n"],
+    offsets: Float[Tensor, " n"],
     prior: JointPrior,
 ) -> tuple[Float[Tensor, "n_basis d"], Float[Tensor, "n_users n_basis"]]:
     """One over the root of the objective's diagonal curvature at the start (columns and weights taken apart)."""

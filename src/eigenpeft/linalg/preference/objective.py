@@ -14,13 +14,13 @@ class JointGradient:
 
     Attributes:
         value: The objective.
-        deviations: (n_basis, d), gradient with respect to the basis.
-        user_logits: (n_users, n_basis), gradient with respect to the logits of the user weights.
+        deviations: Gradient with respect to the basis.
+        user_logits: Gradient with respect to the logits of the user weights.
     """
 
     value: float
-    deviations: Tensor
-    user_logits: Tensor
+    deviations: Float[Tensor, "n_basis d"]
+    user_logits: Float[Tensor, "n_users n_basis"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def simplex_pullback(weights: Float[Tensor, "*n b"], gradient: Float[Tensor, "*n
     return weights * (gradient - (weights * gradient).sum(dim=-1, keepdim=True))
 
 
-def column_scales(features: Float[Tensor, "n d"]) -> Float[Tensor, "d"]:
+def column_scales(features: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     """Root mean square of each column; one for a column of zeros, which then stays as it is.
 
     Args:
@@ -125,8 +125,8 @@ def joint_gradient(
     user_logits: Float[Tensor, "n_users n_basis"],
     *,
     differences: Float[Tensor, "n d"],
-    users: Int[Tensor, "n"],
-    offsets: Float[Tensor, "n"],
+    users: Int[Tensor, " n"],
+    offsets: Float[Tensor, " n"],
     prior: JointPrior,
 ) -> JointGradient:
     """Negative log posterior of basis and user weights together, and its gradient written out by hand.

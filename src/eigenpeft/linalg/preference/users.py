@@ -14,15 +14,15 @@ class PaddedPairs:
     """Pairs in one rectangular block, a row per user.
 
     Attributes:
-        margins: (n_users, n_pairs, n_basis), zeros where there is no pair.
-        present: (n_users, n_pairs), whether there is one.
+        margins: Margins of each basis row, zeros where there is no pair.
+        present: Whether there is a pair.
     """
 
-    margins: Tensor
-    present: Tensor
+    margins: Float[Tensor, "n_users n_pairs n_basis"]
+    present: Bool[Tensor, "n_users n_pairs"]
 
 
-def pad_by_user(basis_margins: Float[Tensor, "n n_basis"], users: Int[Tensor, "n"], *, n_users: int) -> PaddedPairs:
+def pad_by_user(basis_margins: Float[Tensor, "n n_basis"], users: Int[Tensor, " n"], *, n_users: int) -> PaddedPairs:
     """Gather the pairs of each user into one row, keeping their order.
 
     Args:
@@ -46,7 +46,7 @@ def fit_user_weights(
     margins: Float[Tensor, "n_users n_pairs n_basis"],
     present: Bool[Tensor, "n_users n_pairs"],
     *,
-    concentration: Float[Tensor, "n_basis"],
+    concentration: Float[Tensor, " n_basis"],
     max_iter: int = 100,
     tolerance: float = 1e-9,
 ) -> Float[Tensor, "n_users n_basis"]:
@@ -87,10 +87,10 @@ def fit_user_weights(
 
 def fit_all_user_weights(
     basis_margins: Float[Tensor, "n n_basis"],
-    users: Int[Tensor, "n"],
+    users: Int[Tensor, " n"],
     *,
     n_users: int,
-    concentration: Float[Tensor, "n_basis"],
+    concentration: Float[Tensor, " n_basis"],
     block_numbers: int = 4_000_000,
 ) -> Float[Tensor, "n_users n_basis"]:
     """`fit_user_weights` of any number of users: in blocks of bounded memory, histories of like size together.
@@ -132,7 +132,7 @@ def laplace_covariance(
     margins: Float[Tensor, "n_users n_pairs n_basis"],
     present: Bool[Tensor, "n_users n_pairs"],
     *,
-    concentration: Float[Tensor, "n_basis"],
+    concentration: Float[Tensor, " n_basis"],
 ) -> Float[Tensor, "n_users n_basis n_basis"]:
     """Covariance of each user's weights: the inverse curvature at the minimum, within the plane of sum one.
 
@@ -154,11 +154,11 @@ def laplace_covariance(
 
 
 def next_pair(
-    weights: Float[Tensor, "n_basis"],
+    weights: Float[Tensor, " n_basis"],
     covariance: Float[Tensor, "n_basis n_basis"],
     *,
     candidates: Float[Tensor, "n n_basis"],
-) -> Int[Tensor, "n"]:
+) -> Int[Tensor, " n"]:
     """Candidate comparisons, the one that would teach most about this user first.
 
     The gain of an answer to pair z is `½ log(1 + p (1 - p) zᵀ Σ z)`, p the present guess: how much the volume of the

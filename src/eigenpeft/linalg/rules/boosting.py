@@ -12,7 +12,7 @@ from eigenpeft.linalg.cores.spectral import triplets, weighted
 def boosting(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     beta: float = 0.01,
 ) -> Float[Tensor, "k_out k_in"]:
     """`Σ w_t M_t = U S Vᵀ`; `σ_i := max(σ_i, σ_k)`, k the first index with `Σ_{i≤k} σ_i ≥ β Σσ` (arXiv 2506.16506).

@@ -16,7 +16,7 @@ _TOL = 1e-10
 def compress_then_merge(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     n_components: int = 16,
     beta: float = 0.25,
 ) -> Float[Tensor, "k_out k_in"]:

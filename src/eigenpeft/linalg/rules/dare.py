@@ -13,7 +13,7 @@ from eigenpeft.linalg.rules.ties import Agreement, elect
 def dare(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     drop: float = 0.5,
     seeds: Sequence[int] | None = None,
 ) -> Float[Tensor, "k_out k_in"]:
@@ -34,7 +34,7 @@ def dare(
 def dare_ties(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     drop: float = 0.5,
     seeds: Sequence[int] | None = None,
     agreement: Agreement = "mean",

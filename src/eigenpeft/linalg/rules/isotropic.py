@@ -10,7 +10,7 @@ from eigenpeft.linalg.cores.spectral import common_ranks, polar, triplets, weigh
 
 
 def iso_c(
-    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, "t"] | Sequence[float] | None = None
+    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
     """`Σ w_t M_t = U S Vᵀ`; the result is `mean(S) U Vᵀ` (Marczak et al., arXiv 2502.04959).
 
@@ -28,7 +28,7 @@ def iso_c(
 def iso_cts(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     common_share: float = 0.8,
 ) -> Float[Tensor, "k_out k_in"]:
     """`iso_c` whose last directions are those of single tasks (arXiv 2502.04959).

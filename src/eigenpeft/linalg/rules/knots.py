@@ -12,7 +12,7 @@ from eigenpeft.linalg.rules.ties import Agreement, ties
 def knots(
     cores: Float[Tensor, "t k_out n"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     density: float = 0.2,
     agreement: Agreement = "mean",
 ) -> Float[Tensor, "k_out n"]:

@@ -13,7 +13,7 @@ from eigenpeft.linalg.rules.sums import mean
 def regmean(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     grams: Float[Tensor, "s k_in k_in"],
     shrink: float = 0.95,
     ridge: float = 1e-4,

@@ -10,7 +10,7 @@ from eigenpeft.linalg.cores.spectral import weighted
 
 
 def task_arithmetic(
-    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, "t"] | Sequence[float] | None = None
+    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
     """`M = Σ w_t M_t` (Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089).
 
@@ -27,7 +27,7 @@ def task_arithmetic(
 
 
 def mean(
-    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, "t"] | Sequence[float] | None = None
+    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
     """`M = Σ w_t M_t / Σ |w_t|`: the mean of the updates, not of their factors.
 

@@ -15,7 +15,7 @@ Agreement = Literal["mean", "sum"]
 def ties(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     density: float = 0.2,
     agreement: Agreement = "mean",
 ) -> Float[Tensor, "k_out k_in"]:

@@ -10,7 +10,7 @@ from eigenpeft.linalg.cores.spectral import common_ranks, polar, triplets, weigh
 
 
 def tsv(
-    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, "t"] | Sequence[float] | None = None
+    cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
     """`polar([U_1 ... U_T]) diag(S_1, ..., S_T) polar([V_1 ... V_T])ᵀ` (Gargiulo et al., arXiv 2412.00081).
 

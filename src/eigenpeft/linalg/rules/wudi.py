@@ -12,7 +12,7 @@ from eigenpeft.linalg.cores.spectral import common_ranks, weighted
 def wudi(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    weights: Float[Tensor, "t"] | Sequence[float] | None = None,
+    weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     ridge: float = 1e-3,
 ) -> Float[Tensor, "k_out k_in"]:
     """`M = (Σ M_t G_t + ρ Σ M_t)(Σ G_t + ρ I)⁻¹`, `G_t = M_tᵀM_t / ‖M_t‖²` (WUDI, arXiv 2503.08099).

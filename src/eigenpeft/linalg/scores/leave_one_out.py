@@ -92,7 +92,7 @@ def held_out_curves(
     return HeldOut(*shares)
 
 
-def choose_n_components(share: Float[Tensor, "k"], *, chance: Float[Tensor, "k"]) -> int:
+def choose_n_components(share: Float[Tensor, " k"], *, chance: Float[Tensor, " k"]) -> int:
     """Where the held-out gain over chance stops growing.
 
     Held-out shares never fall with K, because the bases are nested, and so what random directions explain is counted
@@ -162,7 +162,7 @@ def overlaps(stacks: Stacks) -> Float[Tensor, "n_adapters n_adapters"]:
     return product.sqrt()
 
 
-def _coordinates(rows: Float[Tensor, "p n"]) -> tuple[Float[Tensor, "p d"], Float[Tensor, "d"]]:
+def _coordinates(rows: Float[Tensor, "p n"]) -> tuple[Float[Tensor, "p d"], Float[Tensor, " d"]]:
     """T and λ of `R = T V`, `TᵀT = diag(λ)`, descending, of the numerical rank; float64.
 
     Large stacks of float32 rows are decomposed in float32, in half the time: the eigenvectors of close eigenvalues mix,
@@ -180,7 +180,7 @@ def _coordinates(rows: Float[Tensor, "p n"]) -> tuple[Float[Tensor, "p d"], Floa
 
 
 def _remaining_directions(
-    rows: Float[Tensor, "p d"], values: Float[Tensor, "d"], hidden: Bool[Tensor, "p"], n_components: int
+    rows: Float[Tensor, "p d"], values: Float[Tensor, " d"], hidden: Bool[Tensor, " p"], n_components: int
 ) -> Float[Tensor, "d k"]:
     """Leading eigenvectors of `diag(λ) - T_hᵀT_h`, without those of eigenvalue zero.
 

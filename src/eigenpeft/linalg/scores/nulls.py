@@ -56,7 +56,7 @@ def matched_null(
     return result
 
 
-def chance_curve(n_components: int, *widths: int) -> Float[Tensor, "k"]:
+def chance_curve(n_components: int, *widths: int) -> Float[Tensor, " k"]:
     """Expected share of a matrix with uniformly random singular vectors that 1, 2, ..., K fixed directions explain.
 
     `E ‖V_out ΔW V_inᵀ‖² / ‖ΔW‖² = (K / m)(K / n)` whatever the singular values, and `K / n` for one side alone: exact
@@ -105,7 +105,7 @@ def chance_cosine(gradient_squares: Sequence[float], update_squares: Sequence[fl
     return math.sqrt(sum(gradient * update / size for gradient, update, size in each) / total)
 
 
-def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
+def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
     """`exp(-Σ p log p)` of the energies `p = σ² / Σσ²`: how many directions of equal weight would be as spread.
 
     Roy and Vetterli, "The effective rank", EUSIPCO 2007, with energies in the place of singular values.

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 
 def class_means(
-    features: Float[Tensor, "p d"], labels: Int[Tensor, "p"], *, n_classes: int
+    features: Float[Tensor, "p d"], labels: Int[Tensor, " p"], *, n_classes: int
 ) -> Float[Tensor, "n_classes d"]:
     """`P_c`: the mean of the features of each class's rows, its prototype.
 
@@ -62,7 +62,7 @@ def complete_prototypes(
 def prototype_logits(
     features: Sequence[Float[Tensor, "p _d"]],
     prototypes: Sequence[Float[Tensor, "n_classes _d"]],
-    owners: Int[Tensor, "n_classes"],
+    owners: Int[Tensor, " n_classes"],
     *,
     weight: float = 0.1,
 ) -> Float[Tensor, "p n_classes"]:

@@ -23,9 +23,9 @@ class EnergySplit:
     """
 
     total: float
-    in_subspace: Float[Tensor, "k"]
+    in_subspace: Float[Tensor, " k"]
     diagonal: float
-    best: Float[Tensor, "k"]
+    best: Float[Tensor, " k"]
 
 
 def append_tokens(
