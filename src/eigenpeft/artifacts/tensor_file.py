@@ -41,8 +41,9 @@ class TensorFile:
 
     Args:
         path: The file.
-        keep_open: Keep the file open, so that it can be read on after another one has been renamed over it. False opens it
-            for each read, for somebody who has hundreds of files, and a file that was replaced is then an error.
+        keep_open: True (default) keeps the file open, so that it can still be read after another file has been renamed over
+            it. False opens it anew for each read, so that hundreds of files do not use up the process's open files; reading
+            a file that was replaced meanwhile is then an error.
 
     Attributes:
         path: The file.

@@ -41,7 +41,7 @@ class ModuleFitter:
     """The settings of a `SubspaceBuilder`, checked, and what they mean for one module.
 
     Attributes:
-        n_components: As of the builder, and so are the others.
+        n_components: As for `SubspaceBuilder`, as are the other settings.
         method: What is decomposed.
         weighting: Weighting of the adapters.
         n_pseudo_components: Random directions to add.

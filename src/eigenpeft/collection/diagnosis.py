@@ -57,8 +57,8 @@ class Diagnosis:
       random projections of ΔW to 64 x 64 numbers (exact for modules no larger than that); the standard error is about
       0.02 per module near the threshold, less elsewhere.
 
-    The two pairwise rules look at a few modules only: a module is compared if one of its adapters has been compared on
-    fewer than 4 modules so far. Groups are connected components: each member is close to at least one other.
+    The two pairwise rules look at a few modules only. They skip a module when each of its adapters has already been
+    compared on 4 modules. Groups are connected components: each member is close to at least one other.
 
     Example:
         >>> import torch

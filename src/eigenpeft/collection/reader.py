@@ -86,7 +86,7 @@ class AdapterCollection:
             allow_different_base_models: Take adapters whose configs name different base models (or local copies of one
                 model under different paths), as long as shapes fit.
             embeddings: Read the factors of embeddings too, as updates (embedding_dim, num_embeddings) with one input feature
-                a token; all adapters must then have the same vocabulary. False keeps them aside.
+                per token; all adapters must then have the same vocabulary. False keeps them aside.
             token: Token for the Hub; default: the stored one.
             cache_dir: Download cache; default: the Hub's.
             local_files_only: Use downloaded files only; default: only where HF_HUB_OFFLINE is set.
@@ -136,7 +136,7 @@ class AdapterCollection:
             names: Read these adapters alone; those that lack the module are passed over. Defaults to all.
 
         Returns:
-            One pair an adapter, all of one dtype: float64 if a file has that, else float32.
+            One pair per adapter, all of one dtype: float64 if a file has that, else float32.
 
         Raises:
             CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all

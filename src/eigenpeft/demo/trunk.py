@@ -18,7 +18,7 @@ class Trunk:
     """What texts are before the first trained layer.
 
     Attributes:
-        hidden: Of each text, (length, width).
+        hidden: Hidden states of each text, (length, width).
     """
 
     hidden: list[Tensor]

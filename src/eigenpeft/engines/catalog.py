@@ -21,7 +21,7 @@ class StoredAdapter:
     Attributes:
         store: Label of its store.
         member: Its name there.
-        key: Hash of what a plain LoRA of it holds; another one after the member was replaced.
+        key: Hash of the plain LoRA that the member is exported as; it changes when the member is replaced.
         rank: The largest rank of its updates.
         base_model: Name of the base model, as the store has it.
     """

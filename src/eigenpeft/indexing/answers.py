@@ -14,7 +14,8 @@ class Match:
 
     Attributes:
         name: Name of the adapter.
-        score: Cosine of the rows' mean embedding with that of the adapter's task, the mean of all tasks taken off both.
+        score: Cosine of the rows' mean embedding with the mean embedding of the adapter's task, after the mean over all tasks
+            has been subtracted from both.
         downhill: Cosine of its update with the negative gradient of the rows' loss; None where no gradient was given.
     """
 
@@ -32,8 +33,8 @@ class IndexAnswer:
         n_rows: Rows that were asked about.
         probability: How often the first name was right among held-out rows of the index's own tasks with such a lead and as
             many rows; None where the index has too few tasks or rows to tell.
-        is_far: Whether the rows are less like the first task than 95 % of a task's own held-out rows are like it: a task that the
-            index does not have looks so.
+        is_far: Whether the rows have a lower score with the nearest task than 95 % of held-out rows have with their own task.
+            Expect True for rows of a task that is not in the index.
     """
 
     matches: tuple[Match, ...]

@@ -24,9 +24,9 @@ from eigenpeft.version import __version__
 class AdapterIndex(Pushable):
     """Names the adapter for rows of a task, from a few rows of each adapter's own task.
 
-    A task's vector is the mean embedding of its rows; a query's score is the cosine with it, the mean of all tasks taken off
-    both (as LORAUTER, arXiv 2601.21795, chooses among 1,500 adapters by task embedding). How sure the first name is comes from
-    rows of the index's own tasks that are held out of their means.
+    A task's vector is the mean embedding of its rows. A query's score is the cosine of its embedding with that vector, after the
+    mean over all tasks has been subtracted from both (as LORAUTER, arXiv 2601.21795, chooses among 1,500 adapters by task
+    embedding). How sure the first name is comes from rows of the index's own tasks that are held out of their means.
 
     Args:
         encoder: A `BaseModelEncoder`, its name, or any function from texts to (n, d) numbers, such as a sentence encoder's

@@ -88,8 +88,8 @@ def paired_lead(losses: Sequence[float], control: Sequence[float]) -> tuple[floa
     """By how much a loss is below the control's on the same rows: mean difference and its standard error.
 
     Args:
-        losses: Of each row.
-        control: Of each row, in the same order.
+        losses: Loss on each row.
+        control: The control's loss on each row, in the same order.
 
     Returns:
         `(mean, standard error)`; the error is infinite below two rows, or where a loss is not finite.

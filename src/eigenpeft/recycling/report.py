@@ -22,10 +22,10 @@ class Trial:
         steps: Optimizer steps.
         scale: λ of a merged start; None where there is none.
         score: Accuracy of a classifier; minus the loss of everything else. Higher is better.
-        loss: On the held-out rows.
+        loss: Mean loss on the held-out rows.
         numbers: Trained values beside the head.
         seconds: Seconds of training and judging.
-        losses: Of each held-out row.
+        losses: Loss on each held-out row.
     """
 
     candidate: str

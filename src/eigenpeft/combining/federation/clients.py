@@ -30,11 +30,12 @@ def round_update(
 
     Args:
         model: A `PeftModel`.
-        name: What messages call the client.
+        name: Name of the client in messages.
         n_examples: Rows it trained on.
         rule: The server's rule, which decides what travels.
         base: What it was trained on; None takes the fingerprint of an EigenLoRA adapter's subspace, or the base model's name.
-        steps: Under the rule "seeds", what `train_steps` returned; the server's first are `no_steps`.
+        steps: Needed with `rule="seeds"` alone: what `train_steps` returned on this client. Before the first round the server
+            passes `no_steps(model)`.
         adapter_name: Which adapter.
 
     Raises:

@@ -21,7 +21,7 @@ class ClientUpdate:
     """One client's adapter after its part of a round.
 
     Attributes:
-        name: What messages call the client.
+        name: Name of the client in messages.
         tensors: By the keys of PEFT's adapter state dict, in its shapes: lora_A (r, in_features), lora_B (out_features, r),
             parts of cores as `CORES` has them.
         n_examples: Rows it trained on, its weight in the mean.

@@ -84,10 +84,10 @@ def pair_curve(
     Args:
         stacks: Rows of the adapters.
         components_in: P_in, rows of unit norm.
-        components_out: P_out, as many.
+        components_out: P_out, as many rows as P_in.
 
     Returns:
-        The cumulative share, never falling but for the ridge, float64.
+        The share for K = 1, 2, ..., float64. It rises with K; only the ridge of the solve can make it fall, by about 1e-8.
     """
     p_out, p_in = components_out.to(torch.float64), components_in.to(torch.float64)
     products, gram = _products(_rows(stacks), p_in, p_out), pair_gram(p_out, p_in)

@@ -49,7 +49,7 @@ class Axes:
 
         Args:
             weights: W, float64.
-            dtype: Of the result, and of the product with the blocks.
+            dtype: Dtype of the result, and of the product with the blocks.
         """
         return _combined((weights @ self.turn).to(dtype), self.blocks)
 

@@ -115,7 +115,7 @@ def core_factors(
         parts: Singular triplets of the core on the axes of `space`, leading first.
         space: The axes.
         rank: Rank of the factors, filled up with zeros where the core has less; None takes all triplets.
-        dtype: Of the factors; the last product, with the axes, is made in it.
+        dtype: Dtype of the factors; the last product, with the axes, is made in it.
 
     Returns:
         `(lora_B, lora_A)`.

@@ -56,7 +56,7 @@ def merge_updates(
             takes the rule's own.
         rank: Rank of the factors, filled up with zeros where there is less; None loses nothing.
         calibrate: As for `merge_cores`.
-        dtype: Of the factors; everything before the last product is float64.
+        dtype: Dtype of the factors; everything before the last product is float64.
         **options: As for `merge_cores`.
 
     Returns:

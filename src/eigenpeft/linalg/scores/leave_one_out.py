@@ -165,8 +165,8 @@ def overlaps(stacks: Stacks) -> Float[Tensor, "n_adapters n_adapters"]:
 def _coordinates(rows: Float[Tensor, "p n"]) -> tuple[Float[Tensor, "p d"], Float[Tensor, " d"]]:
     """T and λ of `R = T V`, `TᵀT = diag(λ)`, descending, of the numerical rank; float64.
 
-    Large stacks of float32 rows are decomposed in float32, in half the time: the eigenvectors of close eigenvalues mix,
-    which changes the held-out shares by less than what the reduced space of `_remaining_directions` does.
+    Large stacks of float32 rows are decomposed in float32, in half the time. Eigenvectors whose eigenvalues are close are then
+    less exact, but this changes the held-out shares by less than the reduced space of `_remaining_directions` does.
     """
     p, n = rows.shape
     exact = rows if min(p, n) > _LARGE else rows.to(torch.float64)

@@ -14,7 +14,7 @@ def class_means(
     """`P_c`: the mean of the features of each class's rows, its prototype.
 
     Args:
-        features: Of rows, in the space of one adapter.
+        features: Features of rows, in the space of one adapter.
         labels: 0 to `n_classes - 1`.
         n_classes: C.
 

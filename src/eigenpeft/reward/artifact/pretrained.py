@@ -51,7 +51,7 @@ class RewardModelArtifact(Pushable):
         concentration = concentration.detach().cpu().float()
         if concentration.shape != (len(basis),) or not bool((concentration > 0).all()):
             raise RewardModelError(
-                f"concentration {concentration.tolist()} must be {len(basis)} positive numbers, one a basis row."
+                f"concentration {concentration.tolist()} must be {len(basis)} positive numbers, one per basis row."
             )
         self.reward_basis = basis
         self.concentration = concentration

@@ -38,7 +38,9 @@ def head_module(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and linear layer that makes the logits: of a head that PEFT trains, the trained copy of the active adapter.
+    """The name and the linear layer of the head that makes the logits.
+
+    Where PEFT trains the head (`modules_to_save`), this is the trained copy of the active adapter.
 
     Args:
         model: An `AutoModelForSequenceClassification` model, PEFT-wrapped or not.

@@ -21,7 +21,7 @@ RECORD = "features.json"
 class FeaturesCache:
     """Features of one model and one tokenizer, in parts named by the hash of their texts and users.
 
-    The head of the model does not count: features are what it is given.
+    Features are the inputs of the head, so that models which differ in the head alone can use the same cache.
 
     Args:
         folder: Where; made if absent.

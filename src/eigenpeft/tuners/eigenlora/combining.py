@@ -162,7 +162,7 @@ def combine(
     Args:
         model: Adapted model that has the new adapter already.
         adapters: Sources.
-        weights: One a source.
+        weights: One per source.
         new: Name of the new adapter.
         combination: "linear" (PEFT's: both factors are summed with the root of the weight), "cat" (exact, the ranks add
             up), "svd" (the nearest of the new adapter's rank), or PEFT's words for what works entry by entry.
@@ -211,7 +211,7 @@ def combine_cores(
     Args:
         model: Adapted model that has the new adapter already.
         adapters: Sources, of one core on the same bases.
-        weights: One a source.
+        weights: One per source.
         new: Name of the new adapter.
         core: Kind of their cores.
         combination: Name in `eigenpeft.linalg.merging.RULES`.

@@ -186,7 +186,7 @@ def sum_biases(model: nn.Module, adapters: Sequence[str], weights: Sequence[floa
     Args:
         model: Adapted model that has the new adapter already.
         adapters: Sources.
-        weights: One a source.
+        weights: One per source.
         new: Name of the new adapter.
     """
     for layer in model.modules():

@@ -157,7 +157,10 @@ def attach_empty_bank(
 
 
 def fill_bank(layer: LoraLayer, frozen_bank: FrozenBank, components_in: Tensor, components_out: Tensor) -> FrozenBank:
-    """The layer's bank that holds components from an adapter's file: this one, one that another adapter has, or a new one.
+    """Load the components of an adapter's file into a bank of the layer.
+
+    A bank of the layer that already holds equal components is shared. Otherwise the adapter's bank is filled if it is still
+    empty, and a new one is added if it holds other components.
 
     Args:
         layer: LoRA layer of the module.
