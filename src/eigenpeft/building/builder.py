@@ -64,9 +64,11 @@ class SubspaceBuilder:
 
     Examples:
         >>> from eigenpeft import AdapterCollection, SubspaceBuilder
-        >>> collection = AdapterCollection.from_pretrained(adapters)  # doctest: +SKIP
-        >>> subspace = SubspaceBuilder(n_components=16).fit(collection).subspace_  # doctest: +SKIP
-        >>> subspace.save_pretrained("my-subspace")  # doctest: +SKIP
+        >>> from eigenpeft.demo import shipped_adapters
+        >>> collection = AdapterCollection.from_pretrained([shipped_adapters() / "cr", shipped_adapters() / "mr"])
+        >>> subspace = SubspaceBuilder(n_components=4).fit(collection).subspace_
+        >>> subspace[collection.modules[0]].n_components
+        4
     """
 
     subspace_: PrincipalSubspace

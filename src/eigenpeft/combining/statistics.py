@@ -129,9 +129,15 @@ def collect_statistics(
         CollectionError: As `merge`.
 
     Examples:
+        >>> import torch
         >>> from eigenpeft.combining import collect_statistics
-        >>> batch = tokenizer(texts, padding=True, return_tensors="pt")  # doctest: +SKIP
-        >>> statistics = collect_statistics(model, {"sst2": batch}, "adapters", names=["sst2"])  # doctest: +SKIP
+        >>> from eigenpeft.demo import base_model, shipped_adapters
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> model = AutoModelForSequenceClassification.from_pretrained(base_model())
+        >>> rows = {name: {"input_ids": torch.arange(2000, 2012)[None]} for name in ("cr", "mr")}  # your tokenized rows
+        >>> statistics = collect_statistics(model, rows, [shipped_adapters() / name for name in rows], progress=False)
+        >>> sorted(statistics)
+        ['cr', 'mr']
     """
     if isinstance(model, PeftModel):
         raise AdapterConfigError(

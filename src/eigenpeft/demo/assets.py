@@ -39,6 +39,9 @@ def banking77(split: str) -> list[dict]:
 def base_model() -> str:
     """Path of the base model in its installed wheel, or its Hub id where the wheel is not installed.
 
+    Raises:
+        EigenPeftError: If the installed wheel lacks the model's files.
+
     Examples:
         >>> "minilm" in base_model().lower()
         True

@@ -44,7 +44,9 @@ class AdapterFedAvg(FedAvg):
         rounds: One record per finished round: clients used and left out, bytes each way, what the truncation lost.
 
     Examples:
-        >>> strategy = AdapterFedAvg(rule="exact", scaling=2.0, folder="federation")  # doctest: +SKIP
+        >>> strategy = AdapterFedAvg(rule="exact", scaling=2.0, folder="federation")
+        >>> strategy.settings["rule"]
+        'exact'
         >>> strategy.start(grid, initial_arrays=to_record(tensors), num_rounds=10)  # doctest: +SKIP
     """
 

@@ -33,6 +33,9 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         modules: Bank of each module, by module name; the same object for modules that share one.
         info: Where they come from.
 
+    Raises:
+        SubspaceError: If `modules` is empty.
+
     Examples:
         >>> import torch
         >>> from eigenpeft import PrincipalSubspace

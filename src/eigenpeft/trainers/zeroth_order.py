@@ -94,6 +94,9 @@ class ZerothOrderMixin:
 
         Returns:
             The mean of the losses that were looked at.
+
+        Raises:
+            AdapterConfigError: If the objective is NaN or infinite.
         """
         trainer: Any = self
         model.eval()  # both passes must be of one function: dropout's noise would be divided by ε
@@ -165,6 +168,8 @@ class ZerothOrderTrainer(ZerothOrderMixin, Trainer):
     """transformers' Trainer without gradients; see `ZerothOrderMixin`, which goes before other Trainers as well.
 
     Examples:
+        With a model and its rows, as on the page docs/zeroth-order.md:
+
         >>> trainer = ZerothOrderTrainer(model=model, args=args, train_dataset=rows, epsilon=1e-3)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """

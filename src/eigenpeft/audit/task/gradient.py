@@ -189,7 +189,15 @@ def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) 
 
 
 def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
-    """The model's modules that a subspace adapts, by their names there."""
+    """The model's modules that a subspace adapts, by their names in the subspace.
+
+    Args:
+        model: Base model, with PEFT layers or without.
+        subspace: Bases whose names and shapes are looked for.
+
+    Raises:
+        SubspaceError: If no module of the subspace is in the model, or several modules of the model fit one of them.
+    """
     shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
     matches = match_modules(model, shapes, shapes=shapes)
     if matches.contested:

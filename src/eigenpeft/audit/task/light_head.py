@@ -38,7 +38,15 @@ def train_light_head(
         EigenPeftError: If the model has nothing on top of its base.
 
     Examples:
-        >>> train_light_head(model, rows, data_collator=collator)  # doctest: +SKIP
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification, default_data_collator
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=10, **sizes))
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5, 6], "labels": 1}]
+        >>> before = model.classifier.weight.detach().clone()
+        >>> train_light_head(model, rows, data_collator=default_data_collator, steps=2)
+        >>> torch.equal(model.classifier.weight, before)
+        False
     """
     prefix = f"{model.base_model_prefix}."
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -109,6 +109,9 @@ class SafetensorsFile:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: If the file cannot be read, or its header does not fit it.
     """
 
     def __init__(self, path: Path):

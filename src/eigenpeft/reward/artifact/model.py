@@ -76,6 +76,7 @@ class LowRankRewardModel(RewardModelArtifact):
 
         Raises:
             UnknownUserError: If one is unknown and `unknown` is "error".
+            RewardModelError: If `unknown` is neither "error" nor "population".
         """
         if unknown not in ("error", "population"):
             raise RewardModelError(f'unknown={unknown!r} must be "error" or "population".')

@@ -20,6 +20,9 @@ Model = TypeVar("Model", bound="RewardModelArtifact")
 class RewardModelArtifact(Pushable):
     """Basis, population, users and backbone of a `LowRankRewardModel`, which describes the arguments.
 
+    Raises:
+        RewardModelError: If `reward_basis` is not a finite matrix, or `concentration` is not one positive number per row of it.
+
     Attributes:
         reward_basis: (n_basis, n_features), float32 on the CPU.
         concentration: (n_basis,) Dirichlet pseudo-counts of the population.

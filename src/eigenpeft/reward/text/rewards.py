@@ -22,6 +22,9 @@ class TextReward:
         batch_size: Texts at a time.
         max_length: Longest text in tokens; None for the tokenizer's limit.
         end_token: Whether plain texts without the tokenizer's end token get it.
+
+    Raises:
+        RewardModelError: If `processing_class` is None.
     """
 
     def __init__(
@@ -110,6 +113,9 @@ def join(prompt: Text, completion: Text, processing_class: Any) -> str:
         prompt: Text or conversation; empty for none.
         completion: Completion, text or messages like the prompt.
         processing_class: Tokenizer, whose template is used for conversations.
+
+    Raises:
+        RewardModelError: If one is text and the other a list of messages.
     """
     if isinstance(completion, str) and isinstance(prompt, str):
         return prompt + completion

@@ -273,7 +273,11 @@ class AdapterStore(Pushable, AdapterMembers):
             ArtifactError: If the store cannot be written, or another process is writing it.
 
         Examples:
-            >>> store.absorb("new-adapters/", share=0.99).n_components  # doctest: +SKIP
+            >>> from eigenpeft.building import build_subspace
+            >>> from eigenpeft.demo import shipped_adapters
+            >>> store = AdapterStore(build_subspace([shipped_adapters() / "cr"], n_components=4))
+            >>> store.absorb(shipped_adapters() / "mr", share=1.0).held_after > 0.999
+            True
         """
         options: Any = {"allow_different_base_models": allow_different_base_models}
         records = self._writable()

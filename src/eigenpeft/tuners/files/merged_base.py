@@ -39,8 +39,10 @@ def merge_into_base(
             merged model would have other outputs.
 
     Examples:
-        >>> from eigenpeft.tuners.files.merged_base import merge_into_base
-        >>> model, base = merge_into_base("my-task")  # doctest: +SKIP
+        >>> from eigenpeft.demo import base_model, shipped_adapters
+        >>> model, base = merge_into_base(str(shipped_adapters() / "cr"), base=base_model())
+        >>> type(model).__name__
+        'BertForSequenceClassification'
     """
     config: Any = _reading(
         lambda: PeftConfig.from_pretrained(adapter), f"{adapter!r} is not an adapter that PEFT can read"

@@ -44,8 +44,21 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         ArtifactError: If `out_dir` holds something that is not replaced, or cannot be written.
 
     Examples:
+        A checkpoint of the MoSLoRA repository with one adapted module, written here by hand:
+
+        >>> import json
+        >>> import torch
         >>> from eigenpeft.tuners import convert_reference_checkpoint
-        >>> convert_reference_checkpoint("mrpc_eigenlora", "mrpc-lora")  # doctest: +SKIP
+        >>> from safetensors.torch import load_file, save_file
+        >>> Path("moslora").mkdir()
+        >>> config = {"peft_type": "LORA", "lora_use_mixer": True, "r": 2, "lora_alpha": 4, "target_modules": ["query"]}
+        >>> _ = Path("moslora", "adapter_config.json").write_text(json.dumps(config))
+        >>> parts = {"lora_A": torch.ones(2, 8), "lora_AB": torch.eye(2), "lora_B": torch.ones(6, 2)}
+        >>> tensors = {f"base_model.model.query.{part}.weight": tensor for part, tensor in parts.items()}
+        >>> save_file(tensors, "moslora/adapter_model.safetensors")
+        >>> convert_reference_checkpoint("moslora", "plain-lora")
+        >>> sorted(load_file("plain-lora/adapter_model.safetensors"))
+        ['base_model.model.query.lora_A.weight', 'base_model.model.query.lora_B.weight']
     """
     folder = Path(folder)
     try:
