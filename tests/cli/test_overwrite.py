@@ -15,6 +15,7 @@ def contents(folder):
 @pytest.fixture
 def made(run, adapters, tmp_path):
     """A subspace, a store of it and a plain LoRA, by the commands that write them; and those commands with other results."""
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     folder = adapters.folder
     sub, store, lora = (tmp_path / name for name in ("sub", "store", "lora"))
     for command in (

@@ -60,6 +60,7 @@ def test_fit_features_then_add_a_user(features, tmp_path):
 
 
 def test_evaluate_says_whether_it_pays(features, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     plot = tmp_path / "evaluation.png"
     found = json.loads(run("evaluate", features, "--n-basis", 2, "--plot", plot, "--json").stdout)
     assert plot.stat().st_size > 10_000
