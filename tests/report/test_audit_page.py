@@ -7,7 +7,6 @@ import shutil
 import subprocess
 
 import pytest
-from PIL import Image
 
 from eigenpeft import AdapterCollection
 from eigenpeft.audit import audit_adapters
@@ -15,6 +14,7 @@ from eigenpeft.demo import related_adapters, shipped_adapters
 from eigenpeft.report.audit_figure import write_page
 
 pytest.importorskip("matplotlib", reason="needs the extra plots")
+Image = pytest.importorskip("PIL.Image", reason="comes with matplotlib")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TAB_BLUE = (31, 119, 180)
 

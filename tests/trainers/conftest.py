@@ -1,10 +1,7 @@
-"""Users of two kinds who compare tiny texts, and tiny models; skipped without TRL."""
+"""Users of two kinds who compare tiny texts, and tiny models."""
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-
 from datasets import Dataset
 
 from tests.reward.conftest import tiny_bert, tiny_llama, tokenizer

@@ -13,6 +13,8 @@ from eigenpeft.reward.text.features import embed_texts
 from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
+pytest.importorskip("trl")
+
 
 def config(tmp_path, **options):
     defaults = {

@@ -11,6 +11,7 @@ import yaml
 from eigenpeft import LowRankRewardModel
 from tests.tuners.conftest import random_subspace
 
+pytest.importorskip("trl")
 ROOT = Path(__file__).parents[2]
 
 
