@@ -3,7 +3,7 @@
 Command:  python benchmarks/build.py                     (about 8 minutes; --quick: a smaller stack, under a minute)
 Hardware: CPU, one thread; 4 GB of memory. Times are CPU seconds of interleaved runs in one process, medians.
 Writes:   benchmarks/results/build.json and build.png: for every algorithm CPU seconds, the ratio to one GEMM of the smaller
-          side, the missed energy (1 - captured / best possible energy of K components, against float64), the deviation from
+          side, the missed squared norm (1 - captured / best possible one of K components, against float64), the deviation from
           orthonormality, and the peak memory beyond the input; then what gauge fixing costs in a whole fit, and how small
           an error of ΔW `project` can still tell in float32.
 
@@ -165,7 +165,7 @@ def compare(rows, k, *, rounds, slow_rounds, skip):
             if name not in table:
                 identity = torch.eye(k, dtype=torch.float64)
                 table[name] = {
-                    "missed_energy": 1.0 - captured(rows, components) / best,
+                    "missed_squared_norm": 1.0 - captured(rows, components) / best,
                     "not_orthonormal": float((components.double() @ components.double().mT - identity).abs().max()),
                     "peak_mb_beyond_input": round(peak_megabytes(run, rows, k), 1),
                 }
@@ -224,7 +224,7 @@ def smallest_error(n_features, *, rank=16, k=64):
 
 
 def chart(stacks, path, title):
-    """Bars of the time relative to one GEMM, labelled with the missed energy."""
+    """Bars of the time relative to one GEMM, labelled with the missed squared norm."""
     figure, axes = pyplot.subplots(1, len(stacks), figsize=(6.5 * len(stacks), 4), sharey=True, squeeze=False)
     for axis, (name, report) in zip(axes[0], stacks.items(), strict=True):
         rows = sorted(report.items(), key=lambda item: item[1]["times_gemm"], reverse=True)
@@ -235,7 +235,7 @@ def chart(stacks, path, title):
         )
         labels = [f"{row['times_gemm']:.2g}x" for _, row in rows]
         labels = [
-            text + (f", misses {max(row['missed_energy'], 0):.0e}" if "missed_energy" in row else "")
+            text + (f", misses {max(row['missed_squared_norm'], 0):.0e}" if "missed_squared_norm" in row else "")
             for text, (_, row) in zip(labels, rows, strict=True)
         ]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
@@ -290,9 +290,9 @@ def main():
             print(
                 f"{name:10} {label:28} {row['cpu_seconds']:8.2f} s {row['times_gemm']:7.2f} x GEMM"
                 + (
-                    f"  misses {row['missed_energy']:9.1e}  orthonormal to {row['not_orthonormal']:.0e}"
+                    f"  misses {row['missed_squared_norm']:9.1e}  orthonormal to {row['not_orthonormal']:.0e}"
                     f"  {row['peak_mb_beyond_input']:6.0f} MB"
-                    if "missed_energy" in row
+                    if "missed_squared_norm" in row
                     else ""
                 ),
                 flush=True,

@@ -173,7 +173,7 @@ def build(folder, out, *, n_processes, extra=()):
         "peak_resident_mb": round(peak.resident),
         "load_average": os.getloadavg()[0],
         "sha256": hashlib.sha256((out / "subspace.safetensors").read_bytes()).hexdigest(),
-        "missed_energy_bound": json.loads((out / "subspace_config.json").read_text())["missed_energy_bound"],
+        "missed_share_bound": json.loads((out / "subspace_config.json").read_text())["missed_share_bound"],
     }
 
 

@@ -68,7 +68,7 @@ def main():
     rows = []
     with AdapterCollection.from_pretrained(arguments.adapters) as collection:
         print(f"{name}: {len(collection)} adapters, {len(collection.modules)} modules")
-        for weighting in ("equal", "energy"):
+        for weighting in ("equal", "none"):
             for n_components in arguments.n_components:
                 for method in METHODS:
                     row = {"weighting": weighting, "n_components": n_components, "method": method}

@@ -30,7 +30,7 @@ class Arguments:
     out: str = field(default="recycled", metadata={"help": "Folder for `subspace` and `store`."})
     n_components: int = field(default=32, metadata={"help": "Components of each side of each weight."})
     method: Literal["balanced", "hosvd", "hooi", "eigenlorax", "paired"] = field(default="balanced")
-    weighting: Literal["equal", "energy"] = field(default="equal")
+    weighting: Literal["equal", "none"] = field(default="equal")
     allow_different_base_models: bool = field(default=False)
 
 

@@ -210,7 +210,7 @@ METHODS = {
         # The way of fitting, in the same number of components: one control for all of them.
         inside("EigenLoRA eigenlorax", recycled("eigenlorax"), tuned_as=OURS),
         inside("EigenLoRA hooi", recycled("hooi"), tuned_as=OURS),
-        inside("EigenLoRA energy", recycled(weighting="energy"), tuned_as=OURS),
+        inside("EigenLoRA energy", recycled(weighting="none"), tuned_as=OURS),
         inside("shuffled subspace", shuffled(recycled()), tuned_as=OURS),
         inside("mean-only subspace", mean_only, tuned_as=OURS),
         # Core, alpha, place.

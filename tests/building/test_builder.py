@@ -49,7 +49,7 @@ def test_bases_are_orthonormal_and_the_share_is_the_definition(made, collection,
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("weighting", ["equal", "energy"])
+@pytest.mark.parametrize("weighting", ["equal", "none"])
 def test_all_components_reconstruct_every_adapter_of_any_rank(tmp_path, method, weighting):
     made = make_collection(tmp_path, rank=(4, 2, 3), n_shared=6, lora_alpha=(8, 3))
     with AdapterCollection.from_pretrained(made.folder) as collection:
@@ -131,7 +131,7 @@ def test_the_real_adapters_subspace_depends_on_the_updates_alone(real_adapters_d
         assert largest_angle(original, again) < allowed
 
 
-@pytest.mark.parametrize("weighting", ["equal", "energy"])
+@pytest.mark.parametrize("weighting", ["equal", "none"])
 @pytest.mark.parametrize("n_components", [2, 4, 7])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_least_error_methods_explain_most(tmp_path, weighting, n_components, seed):
@@ -157,10 +157,10 @@ def test_one_diverged_adapter_does_not_own_the_subspace(tmp_path):
     with AdapterCollection.from_pretrained(tmp_path) as collection:
         builder = SubspaceBuilder(n_components=6).fit(collection)
         equal = AdapterStore.from_collection(builder.subspace_, collection).relative_errors["layer.0.query"]
-        energy = AdapterStore.from_collection(
-            SubspaceBuilder(n_components=6, weighting="energy").fit(collection).subspace_, collection
+        squared_norm = AdapterStore.from_collection(
+            SubspaceBuilder(n_components=6, weighting="none").fit(collection).subspace_, collection
         ).relative_errors["layer.0.query"]
-    assert max(equal[f"adapter-{i}"] for i in range(4)) < 0.5 < max(energy[f"adapter-{i}"] for i in range(4))
+    assert max(equal[f"adapter-{i}"] for i in range(4)) < 0.5 < max(squared_norm[f"adapter-{i}"] for i in range(4))
     assert any(finding.kind == "outlier_norm" and finding.adapters == ("wild",) for finding in builder.findings_)
 
 
@@ -243,7 +243,7 @@ def test_methods_that_cannot_be_updated_say_so(made, method):
         ({"n_components": True}, "n_components=True must be"),
         ({"n_components": 100}, r"4 of 4 modules cannot be fitted as asked:\n- layer.0.query: .*100"),
         ({"method": "pca"}, "method='pca' must be one of"),
-        ({"weighting": "none"}, "weighting='none' must be one of 'equal', 'energy'"),
+        ({"weighting": "sum"}, "weighting='sum' must be one of 'equal', 'none'"),
         ({"n_pseudo_components": -1}, "n_pseudo_components=-1 must be"),
         ({"n_components": 5, "n_pseudo_components": 10}, "layer.0.query"),
     ],

@@ -47,8 +47,8 @@ def test_a_fit_within_a_limit_is_close_and_tells_its_bound(tmp_path, collection)
     limit = 100_000  # the rows of 40 adapters of rank 4 on "q" alone take 90 KB, with what the solver holds 180
     whole = SubspaceBuilder(4).fit(collection)
     limited = SubspaceBuilder(4, memory_limit=limit).fit(collection)
-    bound = limited.subspace_.info.missed_energy_bound
-    assert whole.subspace_.info.missed_energy_bound is None
+    bound = limited.subspace_.info.missed_share_bound
+    assert whole.subspace_.info.missed_share_bound is None
     assert 0 < bound < 0.2
     for module, bases in whole.subspace_.items():
         assert bases.explained_share - limited.subspace_[module].explained_share < bound
@@ -56,13 +56,13 @@ def test_a_fit_within_a_limit_is_close_and_tells_its_bound(tmp_path, collection)
         assert angles.amax() < 0.05
     assert limited.findings_ == whole.findings_
     limited.subspace_.save_pretrained(tmp_path / "subspace")
-    assert PrincipalSubspace.from_pretrained(tmp_path / "subspace").info.missed_energy_bound == bound
+    assert PrincipalSubspace.from_pretrained(tmp_path / "subspace").info.missed_share_bound == bound
 
 
 def test_a_limit_that_everything_fits_into_changes_nothing(collection):
     fits = [SubspaceBuilder(4, memory_limit=limit).fit(collection).subspace_ for limit in (None, 10**9)]
     assert fits[0].fingerprint == fits[1].fingerprint
-    assert fits[1].info.missed_energy_bound is None
+    assert fits[1].info.missed_share_bound is None
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ def test_modules_missing_from_some(tmp_path):
     write_adapter(tmp_path / "query", random_factors(modules={QUERY: (12, 20)}))
     collection = AdapterCollection.from_pretrained(tmp_path)
     assert collection.modules == tuple(MODULES)
-    assert collection.members(QUERY) == ("both", "query")
-    assert collection.members("layer.1.value") == ("both",)
+    assert collection.names_with(QUERY) == ("both", "query")
+    assert collection.names_with("layer.1.value") == ("both",)
     assert [read.adapter for read in collection.factors("layer.1.value")] == ["both"]
     with pytest.raises(KeyError, match=r"'layer.9' is not adapted by any of the 2 adapters"):
         collection.factors("layer.9")

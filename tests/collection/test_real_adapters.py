@@ -35,7 +35,7 @@ def test_all_open_together(collection):
     assert len(collection.modules) == 36
     assert collection.base_model_name_or_path == "gpt2"
     assert collection.shapes["transformer.h.11.attn.c_attn"] == (2304, 768)
-    assert len(collection.members("transformer.h.0.attn.c_attn")) == 13
+    assert len(collection.names_with("transformer.h.0.attn.c_attn")) == 13
     assert all(collection.fan_in_fan_out(module) for module in collection.modules)
     assert {adapter.rank for adapter in collection.adapters} == {1, 8, 16}
 

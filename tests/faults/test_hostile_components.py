@@ -214,6 +214,6 @@ def test_a_missing_fingerprint_is_said(tmp_path):
 def test_a_bound_that_no_build_writes_is_an_error(tmp_path, value):
     subspace(0).save_pretrained(tmp_path / "bases")
     path = tmp_path / "bases" / "subspace_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "missed_energy_bound": value}))
-    with pytest.raises(EigenPeftError, match="missed_energy_bound=.*which no version of eigenpeft writes"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "missed_share_bound": value}))
+    with pytest.raises(EigenPeftError, match="missed_share_bound=.*which no version of eigenpeft writes"):
         PrincipalSubspace.from_pretrained(tmp_path / "bases")

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def check(found, rows, n_components, *, missed=3e-6):
-    """Orthonormal, optimal to `missed` of the energy, and honest about its singular values."""
+    """Orthonormal, optimal to `missed` of the squared norm, and honest about its singular values."""
     matrix, components = rows.to(torch.float64).numpy(), found.components.to(torch.float64).numpy()
     exact = np.linalg.svd(matrix, compute_uv=False)
     assert found.components.shape == (n_components, rows.shape[1])
@@ -30,7 +30,7 @@ def check(found, rows, n_components, *, missed=3e-6):
     assert captured >= best * (1 - missed)
     # To second order in what is missed; a cluster of nearly equal values may be off by its width.
     np.testing.assert_allclose(found.singular_values.numpy(), exact[:n_components], rtol=5e-3)
-    np.testing.assert_allclose(found.total_energy, np.sum(exact**2), rtol=1e-5)
+    np.testing.assert_allclose(found.total_squared_norm, np.sum(exact**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +48,7 @@ def test_components_are_the_leading_ones(spectrum, shape, method, dtype, n_compo
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(500, 300), (300, 500)])
 def test_fast_decay_keeps_components_orthonormal_and_right(shape, method, with_spectrum):
-    """Projecting twice before orthonormalising loses 2e-2 of the energy here; squaring in float32 the small values."""
+    """Projecting twice before orthonormalising loses 2e-2 of the squared norm here; squaring in float32 the small values."""
     rows = with_spectrum(*shape, 10.0 ** (-np.arange(300) / 16))
     found = top_components(rows, n_components=72, method=method)
     check(found, rows, 72)
@@ -172,7 +172,7 @@ def test_same_seed_same_components(with_spectrum):
     torch.testing.assert_close(runs[0], runs[2], atol=1e-2, rtol=0.0)  # signs included
 
 
-def test_tolerance_trades_passes_for_energy():
+def test_tolerance_trades_passes_for_squared_norm():
     rows = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     rough, fine = (top_components(rows, n_components=6, method="krylov", tol=tol) for tol in (1e-1, 1e-6))
     assert rough.n_iterations < fine.n_iterations

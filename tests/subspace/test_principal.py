@@ -7,7 +7,7 @@ import torch
 
 from eigenpeft import PrincipalSubspace
 from eigenpeft.errors import ArtifactError, SubspaceError, SubspaceNotFoundError
-from eigenpeft.subspace import ModuleSubspace
+from eigenpeft.subspace import ModuleSubspace, SubspaceInfo
 from tests.subspace.conftest import random_bases
 
 
@@ -187,3 +187,9 @@ def test_card_is_complete_and_hostile_names_stay_in_their_cell(subspace, tmp_pat
     assert "Most restrictive license among them: **cc-by-nc-4.0**" in card
     assert "base_model: some/base" in card
     assert "library_name: eigenpeft" in card
+
+
+def test_names_from_before_the_first_release_are_read():
+    """`missed_energy_bound` and weighting "energy" in a config file."""
+    info = SubspaceInfo.from_dict({"weighting": "energy", "missed_energy_bound": 0.25})
+    assert (info.weighting, info.missed_share_bound) == ("none", 0.25)

@@ -47,14 +47,14 @@ class SubspaceBuilder:
             K pairs of directions for core="diagonal", of the least ΔW error with one number per adapter and pair (JD-Diag of
             arXiv 2407.00066); their rows have unit norm and are not orthogonal, and n_components is a whole number.
         weighting: "equal" (default) scales every adapter's update of a module to unit Frobenius norm, so that one
-            diverged adapter cannot own the subspace; "energy" takes the updates as they are.
+            diverged adapter cannot own the subspace; "none" takes the updates as they are.
         n_pseudo_components: Random directions added to each module, orthonormal to the principal ones (the paper's
             augmentation for collections of few adapters).
         seed: Seed of the random directions and of the iterative solver's start.
         tol: Tolerance of the iterative solver, the relative error of what it captures.
         memory_limit: Bytes that the tensors of one module may take while it is fitted; None (default) for no limit. Where
             the factors of all adapters do not fit, they are read in chunks and merged in a single pass that keeps 2 K
-            directions ("balanced" and "hosvd", K a number). `subspace_.info.missed_energy_bound` tells what that cost
+            directions ("balanced" and "hosvd", K a number). `subspace_.info.missed_share_bound` tells what that cost
             at most.
         share: None (default) for a bank per module; "layers" for one for all layers of a kind, or patterns of modules that share.
 
@@ -186,7 +186,7 @@ class SubspaceBuilder:
                 measured_on=collection.names,
                 fan_in_fan_out=tuple(module for module in collection.modules if collection.fan_in_fan_out(module)),
                 embeddings=tuple(module for module in collection.modules if collection.is_embedding(module)),
-                missed_energy_bound=max(bounds) if any(bounds) else None,
+                missed_share_bound=max(bounds) if any(bounds) else None,
             ),
         )
         return self
@@ -349,7 +349,7 @@ class SubspaceBuilder:
                 shards.save(module, result)
         problems, too_large = (team.gather(found, doing="fitting modules") for found in (problems, too_large))
         if too_large and not problems:
-            raise memory_does_not_suffice(too_large[0], n_adapters=len(collection.members(too_large[0])))
+            raise memory_does_not_suffice(too_large[0], n_adapters=len(collection.names_with(too_large[0])))
         if problems:
             if shards is not None and team.is_main:
                 shards.remove()  # of no use: what is wrong must be changed, and then it is another build

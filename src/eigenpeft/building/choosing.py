@@ -60,6 +60,6 @@ def independent_starts(collection: AdapterCollection) -> dict[str, str]:
     """
     diagnosis = Diagnosis()
     for module in collection.modules:
-        if diagnosis.compares(collection.members(module)):
+        if diagnosis.compares(collection.names_with(module)):
             diagnosis.compare(collection.each_factors(module))
     return independent_groups(collection.names, diagnosis.findings())

@@ -18,7 +18,7 @@ def diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) 
     """
     diagnosis = Diagnosis()
     for module, result in fitted.items():
-        names = collection.members(module)
+        names = collection.names_with(module)
         diagnosis.observe_norms(names, result.norms)
         if diagnosis.compares(names):
             # One adapter at a time: this must not take more memory than the fit.
@@ -40,7 +40,7 @@ def fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedM
     }
     if not fewer:
         return ()
-    names = tuple(name for name in collection.names if any(name in collection.members(module) for module in fewer))
+    names = tuple(name for name in collection.names if any(name in collection.names_with(module) for module in fewer))
     shown = ", ".join(f"{count} in {module!r}" for module, count in list(fewer.items())[:3])
     more = f" and {len(fewer) - 3} more modules" if len(fewer) > 3 else ""
     message = (

@@ -90,7 +90,7 @@ class ModuleFitter:
             n_rows=sum(collection.ranks(module).values()), read=lambda: _each_pair(collection, module)
         )
         if isinstance(n_components, str):
-            labels = [self.groups[name] for name in collection.members(module)]
+            labels = [self.groups[name] for name in collection.names_with(module)]
             n_components = automatic_n_components(stream, groups=labels, method=self.method, weighting=self.weighting)
         try:
             fitted = self._fitted(stream, n_components, module)

@@ -40,7 +40,7 @@ class FittedModule:
     Attributes:
         bases: Its part of the subspace.
         norms: ‖ΔW‖ of the adapters that have it, in the collection's order.
-        missed_bound: Share of the energy of a side that its components miss at most, for the worse side; 0 where the
+        missed_bound: Share of the squared norm of a side that its components miss at most, for the worse side; 0 where the
             factors of all adapters were in memory together.
     """
 

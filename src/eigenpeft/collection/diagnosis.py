@@ -149,7 +149,7 @@ class Diagnosis:
                 message = (
                     f"{name!r} has ‖ΔW‖ = {math.exp(log):.4g}, {math.exp(log - centre):.0f} times the median of "
                     f"{math.exp(centre):.4g}; it may have diverged, and would own a subspace fitted with "
-                    "weighting='energy'."
+                    "weighting='none'."
                 )
                 yield Finding("outlier_norm", (name,), message, math.exp(log))
 

@@ -7,13 +7,13 @@ from eigenpeft.collection.formats.keys import ParsedKey, natural_order, parse_ke
 from eigenpeft.collection.formats.other_tools import format_of_keys
 from eigenpeft.collection.formats.settings import LoraSettings, license_of, read_settings
 from eigenpeft.collection.formats.weights import WeightsFile, open_weights
-from eigenpeft.collection.sources import Location
+from eigenpeft.collection.sources import AdapterLocation
 
 # The longest module names of real models have about 150.
 MAX_NAME_LENGTH = 1_000
 
 
-def open_adapter(location: Location, *, embeddings: bool = False) -> tuple[OpenAdapter | None, list[str]]:
+def open_adapter(location: AdapterLocation, *, embeddings: bool = False) -> tuple[OpenAdapter | None, list[str]]:
     """Read config and header of one adapter and check that they agree.
 
     Args:
@@ -73,7 +73,7 @@ def some(names: Iterable[str], *, limit: int = 3) -> str:
     return ", ".join(repr(name) for name in names[:limit]) + rest
 
 
-def _sentences(location: Location, clauses: Iterable[str]) -> list[str]:
+def _sentences(location: AdapterLocation, clauses: Iterable[str]) -> list[str]:
     where = f" (from {location.source!r})" if location.source != location.name else ""
     return [f"Adapter {location.name!r}{where} {clause}." for clause in clauses]
 

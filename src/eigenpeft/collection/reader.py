@@ -200,7 +200,7 @@ class AdapterCollection:
         self._check_names([name])
         return dict(self._members[name].aligned)
 
-    def members(self, module: str) -> tuple[str, ...]:
+    def names_with(self, module: str) -> tuple[str, ...]:
         """Names of the adapters that adapt a module.
 
         Args:

@@ -21,7 +21,7 @@ _HUB_ID = re.compile(
 
 
 @dataclass(frozen=True)
-class Location:
+class AdapterLocation:
     """One adapter's folder.
 
     Attributes:
@@ -43,7 +43,7 @@ def locate(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> tuple[list[Location], list[str]]:
+) -> tuple[list[AdapterLocation], list[str]]:
     """Find the adapters that are meant; those on the Hub are downloaded (config, weights and README alone).
 
     Args:
@@ -57,7 +57,7 @@ def locate(
     Returns:
         The adapters in the order given, and one sentence for every source that cannot be found.
     """
-    found: list[Location] = []
+    found: list[AdapterLocation] = []
     problems: list[str] = []
     for source in [sources] if isinstance(sources, str | Path) else sources:
         try:
@@ -74,16 +74,16 @@ def locate(
     return _with_unique_names(_without_repeats(found)), problems
 
 
-def _local(path: Path, *, source: str) -> list[Location]:
+def _local(path: Path, *, source: str) -> list[AdapterLocation]:
     if not path.is_dir():
         raise ValueError(f"is a file; name the folder that holds {CONFIG_NAME}, here {str(path.parent)!r}")
     if _looks_like_adapter(path):
-        return [Location(_label(path.resolve().name), source, path)]
+        return [AdapterLocation(_label(path.resolve().name), source, path)]
     children = sorted(
         (child for child in path.iterdir() if child.is_dir()), key=lambda child: natural_order(child.name)
     )
     found = [
-        Location(_label(child.name), str(Path(source) / child.name), child)
+        AdapterLocation(_label(child.name), str(Path(source) / child.name), child)
         for child in children
         if _looks_like_adapter(child) and not child.name.startswith(".")
     ]
@@ -101,7 +101,7 @@ def _looks_like_adapter(folder: Path) -> bool:
 
 def _from_hub(
     source: str, *, token: str | bool | None, cache_dir: str | Path | None, local_files_only: bool
-) -> Location:
+) -> AdapterLocation:
     match = _HUB_ID.fullmatch(source)
     subfolder = match["subfolder"] if match else None
     if match is None or source.startswith((".", "~")) or {".", ".."} & set((subfolder or "").split("/")):
@@ -129,7 +129,9 @@ def _from_hub(
             f"was found on the Hub, but has no {CONFIG_NAME} there; if its adapters are in subfolders, name one: "
             f"'{match['owner']}/{match['repo']}/subfolder'"
         )
-    return Location(_label(found.name if subfolder else match["repo"]), source, found, revision=Path(folder).name)
+    return AdapterLocation(
+        _label(found.name if subfolder else match["repo"]), source, found, revision=Path(folder).name
+    )
 
 
 def _label(name: str) -> str:
@@ -138,14 +140,14 @@ def _label(name: str) -> str:
     return kept.strip(". ") or "adapter"
 
 
-def _without_repeats(found: Iterable[Location]) -> list[Location]:
-    kept: dict[Path, Location] = {}
+def _without_repeats(found: Iterable[AdapterLocation]) -> list[AdapterLocation]:
+    kept: dict[Path, AdapterLocation] = {}
     for location in found:
         kept.setdefault(location.folder.resolve(), location)
     return list(kept.values())
 
 
-def _with_unique_names(found: Sequence[Location]) -> list[Location]:
+def _with_unique_names(found: Sequence[AdapterLocation]) -> list[AdapterLocation]:
     """Namesakes get their parent's name in front ("run1--checkpoint-500"), and a number if that is not enough."""
     counts = Counter(location.name for location in found)
     taken = {name for name, count in counts.items() if count == 1}
@@ -162,5 +164,5 @@ def _with_unique_names(found: Sequence[Location]) -> list[Location]:
     return unique
 
 
-def _parent(location: Location) -> str:
+def _parent(location: AdapterLocation) -> str:
     return location.source.partition("/")[0] if location.revision else location.folder.resolve().parent.name

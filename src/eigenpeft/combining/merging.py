@@ -268,7 +268,7 @@ def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, 
         sources=totals.sources(sources.records, weights),
         cosines=totals.cosines(),
         norm=math.sqrt(totals.kept),
-        kept_share=totals.kept / totals.energy if totals.energy else 1.0,
+        kept_share=totals.kept / totals.squared_norm if totals.squared_norm else 1.0,
         stable_rank=sum(totals.stable_ranks) / len(totals.stable_ranks) if totals.stable_ranks else 0.0,
         over_counting=totals.counted / totals.kept if totals.kept else 0.0,
     )

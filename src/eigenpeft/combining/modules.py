@@ -83,7 +83,14 @@ def merge_modules(
 
 def _tensors(merged: MergedUpdate) -> dict[str, torch.Tensor]:
     measures = merged.measures
-    numbers = [merged.scale, merged.rank, measures.energy, measures.kept, measures.largest, measures.over_counting]
+    numbers = [
+        merged.scale,
+        merged.rank,
+        measures.squared_norm,
+        measures.kept,
+        measures.largest,
+        measures.over_counting,
+    ]
     tensors = {
         "lora_B": merged.lora_B,
         "lora_A": merged.lora_A,

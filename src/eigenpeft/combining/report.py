@@ -99,7 +99,7 @@ class MergeTotals:
     n_modules: dict[str, int] = field(default_factory=dict)
     pair_norms: Tensor = field(init=False)
     kept: float = 0.0
-    energy: float = 0.0
+    squared_norm: float = 0.0
     counted: float = 0.0
     stable_ranks: list[float] = field(default_factory=list)
 
@@ -124,10 +124,10 @@ class MergeTotals:
             self.n_modules[name] = self.n_modules.get(name, 0) + 1
         for name in set(self.names) - set(present):  # there its update is zero
             self.distances[name] = self.distances.get(name, 0.0) + measures.kept
-        self.kept, self.energy = self.kept + measures.kept, self.energy + measures.energy
+        self.kept, self.squared_norm = self.kept + measures.kept, self.squared_norm + measures.squared_norm
         self.counted += measures.over_counting * measures.kept
         if measures.largest:
-            self.stable_ranks.append(measures.energy / measures.largest**2)
+            self.stable_ranks.append(measures.squared_norm / measures.largest**2)
 
     def cosines(self) -> tuple[tuple[float | None, ...], ...]:
         """Cosine of every pair of sources; None where one is zero or they share no module."""

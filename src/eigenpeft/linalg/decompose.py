@@ -30,15 +30,15 @@ class Decomposition:
     Attributes:
         components: Orthonormal rows, leading first, signs fixed.
         singular_values: Singular values of the stack, descending.
-        total_energy: ‖rows‖_F², so that `singular_values**2 / total_energy` is each component's share.
+        total_squared_norm: ‖rows‖_F², so that `singular_values**2 / total_squared_norm` is each component's share.
         n_iterations: Passes over the rows; 1 for the dense method.
-        relative_residual: Estimated relative gain of each component's energy by one more pass, their mean; 0 for
+        relative_residual: Estimated relative gain of each component's squared norm by one more pass, their mean; 0 for
             the dense method.
     """
 
     components: Float[Tensor, "k n"]
     singular_values: Float[Tensor, " k"]
-    total_energy: float
+    total_squared_norm: float
     n_iterations: int
     relative_residual: float
 
@@ -104,8 +104,8 @@ def top_components(
     Args:
         rows: The stack; bfloat16 and float16 are computed in float32.
         n_components: K, from 1 to the numerical rank of the stack.
-        tol: The iteration stops when one more pass promises to raise each component's energy by less than
-            `tol / 100` of it, on average; so 1e-4 misses about 1e-6 of the energy. Ignored by the dense method.
+        tol: The iteration stops when one more pass promises to raise each component's squared norm by less than
+            `tol / 100` of it, on average; so 1e-4 misses about 1e-6 of the squared norm. Ignored by the dense method.
         generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense
             method.
         method: "dense", "krylov", or "auto" to choose by size.
@@ -176,10 +176,10 @@ def leading_components(
 
 def _dense(rows: Float[Tensor, "p n"], n_components: int) -> Decomposition:
     gram = _small_gram(rows)
-    total_energy = float(gram.trace())
+    total_squared_norm = float(gram.trace())
     eigenvalues, vectors = torch.linalg.eigh(gram)
     leading, vectors = eigenvalues.flip(0)[:n_components], vectors.mT.flip(0)[:n_components]
-    return _finish(rows, leading, vectors, total_energy=total_energy, n_iterations=1, relative_residual=0.0)
+    return _finish(rows, leading, vectors, total_squared_norm=total_squared_norm, n_iterations=1, relative_residual=0.0)
 
 
 def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, generator: Generator | None) -> Decomposition:
@@ -190,7 +190,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
     noise = torch.randn(block_size, max(rows.shape), generator=generator, device=generator.device)
     noise, n_rough = noise.to(rows.device, dtype), 0
     if rows.dtype != torch.float64 and _multiplies_bfloat16(rows.device):
-        # Passes in bfloat16 cost a third and find a decaying spectrum's subspace to 1e-4 of its energy (a nearly flat
+        # Passes in bfloat16 cost a third and find a decaying spectrum's subspace to 1e-4 of its squared norm (a nearly flat
         # one's to 1e-2); passes in float32 finish it. The rounded copy is half as large as float32 rows.
         rounded = rows.to(torch.bfloat16)
         start = _half_pass(rounded, noise.to(torch.bfloat16), to_short_side=True).to(dtype)
@@ -228,7 +228,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
         rows,
         values[:n_components],
         vectors[:n_components],
-        total_energy=_energy(rows),
+        total_squared_norm=_squared_norm(rows),
         n_iterations=n_iterations,
         relative_residual=found.promised_gain,
     )
@@ -239,7 +239,7 @@ def _finish(
     eigenvalues: Float[Tensor, " k"],
     vectors: Float[Tensor, "k q"],
     *,
-    total_energy: float,
+    total_squared_norm: float,
     n_iterations: int,
     relative_residual: float,
 ) -> Decomposition:
@@ -253,7 +253,7 @@ def _finish(
     return Decomposition(
         components=fix_signs(orthonormal_rows(components).to(dtype)),
         singular_values=singular_values[:rank],
-        total_energy=total_energy,
+        total_squared_norm=total_squared_norm,
         n_iterations=n_iterations,
         relative_residual=relative_residual,
     )
@@ -268,7 +268,7 @@ def _chunks(rows: Float[Tensor, "p n"], dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.to(dtype)
 
 
-def _energy(rows: Float[Tensor, "p n"]) -> float:
+def _squared_norm(rows: Float[Tensor, "p n"]) -> float:
     """‖rows‖_F², added up in float64 over rows whose own norms are float32's."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return float(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).to(torch.float64).square().sum())

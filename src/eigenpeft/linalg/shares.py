@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def leading_energies(squares: Float[Tensor, "k_out k_in"]) -> Float[Tensor, " k"]:
+def leading_squared_norms(squares: Float[Tensor, "k_out k_in"]) -> Float[Tensor, " k"]:
     """`‖V_out[:k] ΔW V_in[:k]ᵀ‖²` for k = 1, 2, ..., max(K_out, K_in), as prefix sums.
 
     The squared norm of the leading k x k block of the core. A side with fewer components than k takes part with all of them.
@@ -18,7 +18,7 @@ def leading_energies(squares: Float[Tensor, "k_out k_in"]) -> Float[Tensor, " k"
 
     Example:
         >>> import torch
-        >>> leading_energies(torch.tensor([[4.0, 1.0], [1.0, 2.0], [0.0, 3.0]]))
+        >>> leading_squared_norms(torch.tensor([[4.0, 1.0], [1.0, 2.0], [0.0, 3.0]]))
         tensor([ 4.,  8., 11.])
     """
     sums = squares.cumsum(0).cumsum(1)

@@ -6,10 +6,10 @@ from eigenpeft.reward.evaluation.evaluate import LoReEvaluation, evaluate_lore
 from eigenpeft.reward.evaluation.intervals import Share
 from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 from eigenpeft.reward.fitting.fitter import LoReFitter
-from eigenpeft.reward.fitting.selection import Candidate
+from eigenpeft.reward.fitting.selection import LoReCandidate
 
 __all__ = [
-    "Candidate",
+    "LoReCandidate",
     "LoReEvaluation",
     "LoReFitter",
     "LowRankRewardModel",

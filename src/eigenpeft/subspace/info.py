@@ -8,6 +8,9 @@ from eigenpeft.errors import ArtifactError
 from eigenpeft.subspace.lineage import Lineage, is_entry
 from eigenpeft.version import __version__
 
+# Names of fields in files that were written before 0.1.0; the weighting "none" was called "energy" there.
+_OLD_NAMES = {"missed_energy_bound": "missed_share_bound"}
+
 
 @dataclass(frozen=True)
 class SubspaceInfo:
@@ -17,7 +20,7 @@ class SubspaceInfo:
         base_model_name_or_path: The base model of the adapters.
         base_model_revision: Its revision, where the adapters name one.
         method: How the bases were fitted; see `SubspaceBuilder`.
-        weighting: "equal" or "energy".
+        weighting: "equal" or "none".
         n_components: As asked for: a number, a share, "auto", or one of them per module pattern.
         n_pseudo_components: Random directions added to each module.
         seed: Seed of the random directions and of the iterative solver.
@@ -26,8 +29,8 @@ class SubspaceInfo:
             added ones alone when a subspace that was loaded from disk is updated.
         fan_in_fan_out: Modules whose base weight is stored transposed (GPT-2's Conv1D).
         embeddings: Modules that are embeddings, whose input features are tokens.
-        missed_energy_bound: Where a memory limit made the build read a module's adapters in chunks: the share of a stack's
-            energy that its components miss, against the best ones, at most; the largest over modules and sides.
+        missed_share_bound: Where a memory limit made the build read a module's adapters in chunks: the share of a stack's
+            squared norm that its components miss, against the best ones, at most; the largest over modules and sides.
         grown_from: What the subspace was before it took in later adapters; see `lineage.py`.
         eigenpeft_version: Version that built it.
     """
@@ -43,7 +46,7 @@ class SubspaceInfo:
     measured_on: tuple[str, ...] = ()
     fan_in_fan_out: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
-    missed_energy_bound: float | None = None
+    missed_share_bound: float | None = None
     grown_from: Lineage = ()
     eigenpeft_version: str = field(default=__version__)
 
@@ -61,6 +64,9 @@ class SubspaceInfo:
         Raises:
             ArtifactError: If a field has a value that no version writes.
         """
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+        if values.get("weighting") == "energy":
+            values["weighting"] = "none"
         kept: dict[str, Any] = {}
         for entry in fields(cls):
             if entry.name in values:
@@ -76,14 +82,14 @@ class SubspaceInfo:
 
 def _is_right(name: str, value: Any) -> bool:
     """Whether a field of a config file has the kind of value that it is written with."""
-    if name in ("base_model_name_or_path", "base_model_revision", "missed_energy_bound") and value is None:
+    if name in ("base_model_name_or_path", "base_model_revision", "missed_share_bound") and value is None:
         return True
     if name == "n_components":
         values = value.values() if isinstance(value, dict) else [value]
         return all(isinstance(each, int | float | str | None) for each in values)
     if name in ("n_pseudo_components", "seed"):
         return type(value) is int
-    if name == "missed_energy_bound":
+    if name == "missed_share_bound":
         return isinstance(value, int | float) and 0 <= value < 1e300  # a whole number may be larger than any float
     if name == "grown_from":
         return isinstance(value, list | tuple) and all(is_entry(each) for each in value)

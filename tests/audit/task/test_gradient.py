@@ -59,13 +59,13 @@ def test_equals_dense_gradients(kind, frozen):
     gradients = {name: dense_gradient(model, name, batches) for name in names}
     model.requires_grad_(not frozen)
     found = gradient_share(model, batches, subspace, seeds=(0, 1))
-    inside = energy = best = 0.0
+    inside = squared_norm = best = 0.0
     for row in found.modules:
         gradient, bases = gradients[row.module], subspace[row.module]
         core = bases.components_out.double() @ gradient @ bases.components_in.double().mT
         values = torch.linalg.svdvals(gradient).square()
         total = float(values.sum())
-        assert row.energy == pytest.approx(total, rel=1e-4)
+        assert row.squared_norm == pytest.approx(total, rel=1e-4)
         assert row.share == pytest.approx(float(core.square().sum()) / total, rel=1e-4)
         assert row.curve == pytest.approx([float(core[:k, :k].square().sum()) / total for k in (1, 2, 3, 4)], rel=1e-4)
         assert row.diagonal == pytest.approx(float(core.diagonal().square().sum()) / total, rel=1e-4)
@@ -73,9 +73,9 @@ def test_equals_dense_gradients(kind, frozen):
         control = random_subspace(like=subspace, seed=1)[row.module]
         other = control.components_out.double() @ gradient @ control.components_in.double().mT
         assert row.random[1] == pytest.approx(float(other.square().sum()) / total, rel=1e-4)
-        inside, energy, best = inside + row.share * total, energy + total, best + row.optimum * total
-    assert found.share == pytest.approx(inside / energy)
-    assert found.optimum == pytest.approx(best / energy)
+        inside, squared_norm, best = inside + row.share * total, squared_norm + total, best + row.optimum * total
+    assert found.share == pytest.approx(inside / squared_norm)
+    assert found.optimum == pytest.approx(best / squared_norm)
     assert found.n_batches == 3
 
 
@@ -141,10 +141,10 @@ def test_curves_count_every_module_and_end_at_the_shares():
     modules = dict(made_subspace(model, names).items())
     modules[names[0]] = modules[names[0]].truncate(2)  # K = 3 and 4 keep what its two reach
     found = gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=(0, 1, 2))
-    total = sum(row.energy for row in found.modules)
+    total = sum(row.squared_norm for row in found.modules)
     for k, value in enumerate(found.curve):
         assert value * total == pytest.approx(
-            sum(row.energy * row.curve[min(k, len(row.curve) - 1)] for row in found.modules)
+            sum(row.squared_norm * row.curve[min(k, len(row.curve) - 1)] for row in found.modules)
         )
     assert {row.module: len(row.curve) for row in found.modules} == {names[0]: 2, names[1]: 4}
     assert found.curve[-1] == found.share

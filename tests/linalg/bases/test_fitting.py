@@ -135,10 +135,10 @@ def test_all_components_explain_everything(method, adapters):
 
 
 @gauge_free
-def test_equal_weights_forget_scale_and_energy_weights_do_not(method, adapters):
+def test_equal_weights_forget_scale_and_squared_norm_weights_do_not(method, adapters):
     factors = adapters(6)
     louder = [(1000.0 * factors[0][0], factors[0][1]), *factors[1:]]
-    for weighting, moved in (("equal", False), ("energy", True)):
+    for weighting, moved in (("equal", False), ("none", True)):
         one, other = (
             fit_bases(pairs, n_components=3, method=method, weighting=weighting) for pairs in (factors, louder)
         )

@@ -21,13 +21,13 @@ def test_merge_without_discards_is_the_whole_batch(n, n_new, dtype, with_spectru
     assert principal_angles(merged.components, batch.components).amax() < eps
     torch.testing.assert_close(merged.singular_values, batch.singular_values, rtol=1e-4, atol=0.0)
     exact = np.linalg.svd(rows.double().numpy(), compute_uv=False)
-    np.testing.assert_allclose(merged.discarded_energy, np.sum(exact[6:] ** 2), rtol=1e-3)
+    np.testing.assert_allclose(merged.discarded_squared_norm, np.sum(exact[6:] ** 2), rtol=1e-3)
 
 
 def test_error_of_a_merge_is_at_most_what_was_discarded(with_spectrum):
     rows = with_spectrum(40, 60, 1.0 / (1 + np.arange(40)) ** 0.5)
     old = top_components(rows[:25], n_components=8)
-    discarded = old.total_energy - float(old.singular_values.square().sum())
+    discarded = old.total_squared_norm - float(old.singular_values.square().sum())
     merged = merge_components(old.components, old.singular_values, rows[25:], n_components=8)
     exact = np.linalg.svd(rows.double().numpy(), compute_uv=False)[:8]
     captured = float((rows @ merged.components.mT).square().sum())
@@ -38,7 +38,7 @@ def test_nothing_new_changes_nothing(with_spectrum):
     old = top_components(with_spectrum(20, 15, np.linspace(2, 1, 15)), n_components=5)
     merged = merge_components(old.components, old.singular_values, torch.empty(0, 15), n_components=5)
     torch.testing.assert_close(merged.components, old.components, atol=1e-5, rtol=0.0)
-    assert merged.discarded_energy == pytest.approx(0.0, abs=1e-5)
+    assert merged.discarded_squared_norm == pytest.approx(0.0, abs=1e-5)
 
 
 def test_more_components_than_the_merged_rank_are_refused(with_spectrum):
@@ -60,14 +60,14 @@ def test_a_sketch_misses_no_more_than_its_bound(n_parts, decay, with_spectrum):
     rows = with_spectrum(120, 80, 1.0 / (1 + np.arange(80)) ** decay)
     sketch = sketch_of(rows, size=16, n_parts=n_parts)
     exact = np.linalg.svd(rows.double().numpy(), compute_uv=False) ** 2
-    assert sketch.total_energy == pytest.approx(exact.sum(), rel=1e-5)
+    assert sketch.total_squared_norm == pytest.approx(exact.sum(), rel=1e-5)
     for k in (1, 8, 16):
         captured = np.linalg.norm(rows.double().numpy() @ sketch.components[:k].double().numpy().T) ** 2
         missed = exact[:k].sum() - captured
-        assert -1e-5 <= missed <= sketch.missed_energy_bound(k) + 1e-5
+        assert -1e-5 <= missed <= sketch.missed_squared_norm_bound(k) + 1e-5
     # The bound says something: it is far below everything that was thrown away where the spectrum decays.
     if decay == 2.0:
-        assert sketch.missed_energy_bound(8) < 0.02 * sketch.total_energy
+        assert sketch.missed_squared_norm_bound(8) < 0.02 * sketch.total_squared_norm
 
 
 def test_a_sketch_as_large_as_the_rank_is_exact(with_spectrum):
@@ -75,7 +75,7 @@ def test_a_sketch_as_large_as_the_rank_is_exact(with_spectrum):
     sketch = sketch_of(rows, size=12, n_parts=4)
     batch = top_components(rows, n_components=12)
     assert principal_angles(sketch.components, batch.components).amax() < 1e-5
-    assert sketch.missed_energy_bound(12) < 1e-5 * sketch.total_energy
+    assert sketch.missed_squared_norm_bound(12) < 1e-5 * sketch.total_squared_norm
 
 
 def test_no_rows_leave_a_sketch_as_it_is(with_spectrum):

@@ -34,7 +34,7 @@ def test_measures_are_those_of_whole_matrices(rank, adapters, dense):
         measures.inner_products, [[np.sum(a * b) for b in updates] for a in updates], rtol=1e-9, atol=1e-9
     )
     values = np.linalg.svd(0.4 * sum(updates), compute_uv=False)
-    np.testing.assert_allclose(measures.energy, (values**2).sum(), rtol=1e-9)
+    np.testing.assert_allclose(measures.squared_norm, (values**2).sum(), rtol=1e-9)
     np.testing.assert_allclose(measures.kept, (values[:rank] ** 2).sum(), rtol=1e-9)
     np.testing.assert_allclose(measures.largest, values[0], rtol=1e-9)
 

@@ -1,4 +1,4 @@
-"""Calibration against counting by hand, and on comparisons that were drawn with the probabilities they are given."""
+"""ReliabilityCurve against counting by hand, and on comparisons that were drawn with the probabilities they are given."""
 
 import math
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eigenpeft.linalg.scores.token_gradients import append_tokens, split_energy
+from eigenpeft.linalg.scores.token_gradients import append_tokens, split_squared_norm
 
 
 def test_many_tokens_are_compressed_without_loss():
@@ -21,6 +21,6 @@ def test_own_directions_are_the_optimum():
     generator = torch.Generator().manual_seed(0)
     deltas, inputs = (torch.randn(20, n, generator=generator, dtype=torch.float64) for n in (12, 15))
     u, _, vh = torch.linalg.svd(deltas.mT @ inputs)
-    split = split_energy(deltas, inputs, components_out=u.mT[:3], components_in=vh[:3])
+    split = split_squared_norm(deltas, inputs, components_out=u.mT[:3], components_in=vh[:3])
     torch.testing.assert_close(split.in_subspace, split.best)
     assert split.diagonal == pytest.approx(float(split.best[-1]))

@@ -69,10 +69,13 @@ def test_comparisons_are_cached_in_parts(backbone, tokenizer, preferences, tmp_p
     for part in parts[1:]:
         shutil.rmtree(part)
     again = embed_preferences(preferences, backbone, tokenizer, **options)
-    assert calls == [6, 2]
-    assert (again["chosen"][:] == found["chosen"][:]).all()
+    assert calls == [4, 1]  # "a joke about cats" once, although it stands in every row
+    for side in ("chosen", "rejected"):
+        torch.testing.assert_close(
+            torch.from_numpy(again[side][:]), torch.from_numpy(found[side][:]), atol=1e-5, rtol=1e-4
+        )
     embed_preferences(preferences, backbone, tokenizer, **options)
-    assert calls == [6, 2]
+    assert calls == [4, 1]
 
 
 def test_rows_added_at_the_end_cost_only_themselves(backbone, tokenizer, preferences, tmp_path, monkeypatch):
@@ -86,7 +89,7 @@ def test_rows_added_at_the_end_cost_only_themselves(backbone, tokenizer, prefere
     with torch.no_grad():
         score_head(backbone)[1].weight.add_(1)  # the head does not count: features are what it is given
     found = embed_preferences(preferences, backbone, tokenizer, **options)
-    assert calls == [4, 2]
+    assert calls == [3, 1]
     direct = real(backbone, tokenizer, ["a joke about please"])
     torch.testing.assert_close(torch.from_numpy(found["rejected"][6:7]), direct, atol=1e-5, rtol=1e-4)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eigenpeft.audit.task.task_gradients import Loss, Tokens, gather_tokens
 from eigenpeft.errors import SubspaceError
-from eigenpeft.linalg.scores.token_gradients import EnergySplit, split_energy
+from eigenpeft.linalg.scores.token_gradients import SquaredNormSplit, split_squared_norm
 from eigenpeft.subspace.controls import random_subspace
 from eigenpeft.subspace.matching import match_modules
 from eigenpeft.subspace.principal import PrincipalSubspace
@@ -21,7 +21,7 @@ class ModuleGradient:
 
     Attributes:
         module: Its name in the subspace.
-        energy: ‖G‖².
+        squared_norm: ‖G‖².
         share: In the subspace, `‖V_out G V_inᵀ‖² / ‖G‖²`: what the cores "low_rank" (r = K) and "full" can reach.
         diagonal: What the core "diagonal" can reach.
         optimum: In the best subspace of that size, the leading singular directions of G itself.
@@ -32,7 +32,7 @@ class ModuleGradient:
     """
 
     module: str
-    energy: float
+    squared_norm: float
     share: float
     diagonal: float
     optimum: float
@@ -44,7 +44,7 @@ class ModuleGradient:
 
 @dataclass(frozen=True)
 class GradientShare:
-    """Shares over all modules, weighted by the energy of their gradients, and each module's own.
+    """Shares over all modules, weighted by the squared norm of their gradients, and each module's own.
 
     Attributes:
         share: Share of the subspace.
@@ -152,11 +152,11 @@ def share_of_tokens(
     )
 
 
-def _module(name: str, split: EnergySplit, random: Sequence[Tensor]) -> ModuleGradient:
+def _module(name: str, split: SquaredNormSplit, random: Sequence[Tensor]) -> ModuleGradient:
     total = max(split.total, torch.finfo(torch.float64).tiny)  # a module the loss does not reach: all shares are 0
     return ModuleGradient(
         module=name,
-        energy=split.total,
+        squared_norm=split.total,
         share=float(split.in_subspace[-1]) / total,
         diagonal=split.diagonal / total,
         optimum=float(split.best[-1]) / total,
@@ -177,7 +177,7 @@ def _mean(curves: Sequence[Tensor]) -> tuple[float, ...]:
     return tuple(torch.stack(list(curves)).mean(dim=0).tolist()) if curves else ()
 
 
-def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) -> EnergySplit:
+def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) -> SquaredNormSplit:
     bases = subspace[name]
     if (pair[0].shape[1], pair[1].shape[1]) != (bases.out_features, bases.in_features):
         raise SubspaceError(
@@ -185,7 +185,7 @@ def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) 
             f"{bases.out_features} in the subspace; use the base model of the adapters."
         )
     sides = {"components_out": bases.components_out, "components_in": bases.components_in}
-    return split_energy(*pair, **sides, paired=bases.paired)
+    return split_squared_norm(*pair, **sides, paired=bases.paired)
 
 
 def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:

@@ -48,7 +48,7 @@ def build(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="balanced, hosvd, hooi, eigenlorax or paired.")] = "balanced",
-    weighting: Annotated[str, typer.Option(help="equal or energy.")] = "equal",
+    weighting: Annotated[str, typer.Option(help="equal or none.")] = "equal",
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     exclude: Exclude = None,
@@ -135,10 +135,10 @@ def _show_build(builder: SubspaceBuilder, summary: dict[str, Any], alone: Princi
             f"{len(alone)} modules share {len(builder.subspace_.banks)} banks. A bank per module at the same K would explain "
             f"{alone.explained_share:.3f} and take {alone.n_bytes / 1e6:.2f} MB, {times:.1f} times as much."
         )
-    if builder.subspace_.info.missed_energy_bound is not None:
+    if builder.subspace_.info.missed_share_bound is not None:
         console.print(
             f"Merged in one pass within --memory-limit: the components miss at most "
-            f"{builder.subspace_.info.missed_energy_bound:.2%} of a stack's energy against the best ones."
+            f"{builder.subspace_.info.missed_share_bound:.2%} of a stack's squared norm against the best ones."
         )
 
 

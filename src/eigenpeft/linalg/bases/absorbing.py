@@ -60,7 +60,7 @@ def lacking_directions(
         components_in: Orthonormal rows of the input space; (0, n) for none.
         components_out: Orthonormal rows of the output space; (0, m) for none.
         share: Share of `Σ ω²‖ΔW‖²` to reach, in (0, 1]; 1 takes all directions but rounding.
-        weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "energy" by 1.
+        weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "none" by 1.
         tol: Tolerance of the iterative solver.
         generator: Source of the iterative solver's start; None always takes the same.
 
@@ -132,14 +132,14 @@ def directions_outside(
 
 
 def _curve(stacks: Stacks, pair_in: tuple[Tensor, Tensor], pair_out: tuple[Tensor, Tensor]) -> Float[Tensor, " steps"]:
-    """Share of the stacks' energy that the old components hold with the first 0, 1, ... new ones of both sides."""
+    """Share of the stacks' squared norm that the old components hold with the first 0, 1, ... new ones of both sides."""
     all_in, all_out = (torch.cat([old.to(torch.float64), new]) for old, new in (pair_in, pair_out))
     coefficients_in = stacks.rows_in.to(torch.float64) @ all_in.mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out.to(torch.float64) @ all_out.mT)
-    energy = torch.zeros(len(all_out), len(all_in), dtype=torch.float64, device=all_in.device)
+    squared_norm = torch.zeros(len(all_out), len(all_in), dtype=torch.float64, device=all_in.device)
     for core in cores(stacks, coefficients_in, coefficients_out):
-        energy += core.square()
-    sums = torch.nn.functional.pad(energy.cumsum(0).cumsum(1), (1, 0, 1, 0))
+        squared_norm += core.square()
+    sums = torch.nn.functional.pad(squared_norm.cumsum(0).cumsum(1), (1, 0, 1, 0))
     steps = torch.arange(1 + max(len(pair_in[1]), len(pair_out[1])), device=all_in.device)
     rows, columns = (len(old) + steps.clamp(max=len(new)) for old, new in (pair_out, pair_in))
-    return sums[rows, columns] / stacks.energy
+    return sums[rows, columns] / stacks.squared_norm

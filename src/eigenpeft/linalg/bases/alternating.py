@@ -31,7 +31,7 @@ def refine(
     coefficients_in = stacks.rows_in @ components_in.mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)
     blocks = cores(stacks, coefficients_in, coefficients_out)
-    explained = _energy(blocks)
+    explained = _squared_norm(blocks)
     for _ in range(_MAX_SWEEPS):
         parts = zip(coefficients_in.split(stacks.sizes), blocks, strict=True)
         weights = stacks.middle[:, None] * torch.cat([part @ block.mT for part, block in parts])
@@ -45,7 +45,7 @@ def refine(
         coefficients_in = stacks.rows_in @ components_in.mT
         blocks = cores(stacks, coefficients_in, coefficients_out)
 
-        previous, explained = explained, _energy(blocks)
+        previous, explained = explained, _squared_norm(blocks)
         if explained - previous <= tol * explained:
             break
     moment_in = torch.stack([block.mT @ block for block in blocks]).sum(dim=0)
@@ -53,7 +53,7 @@ def refine(
     return _turned(components_in, moment_in), _turned(components_out, moment_out)
 
 
-def _energy(blocks: list[Float[Tensor, "k k"]]) -> float:
+def _squared_norm(blocks: list[Float[Tensor, "k k"]]) -> float:
     return sum(float(block.square().sum()) for block in blocks)
 
 
@@ -64,7 +64,7 @@ def _turned(components: Float[Tensor, "k n"], moment: Float[Tensor, "k k"]) -> D
     return Decomposition(
         components=fix_signs(turned.to(components.dtype)),
         singular_values=values.flip(0).clamp(min=0.0).sqrt().to(components.dtype),
-        total_energy=float(moment.diagonal().sum()),
+        total_squared_norm=float(moment.diagonal().sum()),
         n_iterations=0,
         relative_residual=0.0,
     )

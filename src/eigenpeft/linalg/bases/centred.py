@@ -49,7 +49,7 @@ def centred_components(
     return Decomposition(
         components=fix_signs(components),
         singular_values=values,
-        total_energy=found.total_energy + float(mean_value) ** 2,
+        total_squared_norm=found.total_squared_norm + float(mean_value) ** 2,
         n_iterations=found.n_iterations,
         relative_residual=found.relative_residual,
     )

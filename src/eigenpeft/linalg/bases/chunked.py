@@ -13,7 +13,7 @@ from eigenpeft.linalg.bases.incremental import Sketch, empty_sketch, extend_sket
 from eigenpeft.linalg.bases.stacking import Factors, Weighting, share_curve, stack_factors
 from eigenpeft.linalg.shares import added_shares
 
-# Components a sketch carries for each that is wanted: 2 miss about 1e-4 of a decaying stack's energy, 1 far more.
+# Components a sketch carries for each that is wanted: 2 miss about 1e-4 of a decaying stack's squared norm, 1 far more.
 SKETCH_FACTOR = 2
 
 
@@ -23,7 +23,7 @@ class ChunkedFit:
 
     Attributes:
         bases: As `fit_bases` gives them; the explained shares are exact, measured in a second pass.
-        missed_bound_in: Share of the input stack's energy that its components miss, against the best ones, at most.
+        missed_bound_in: Share of the input stack's squared norm that its components miss, against the best ones, at most.
         missed_bound_out: The same for the output side.
     """
 
@@ -59,7 +59,7 @@ def fit_chunks(
     rows = METHODS[method].rows
     sketches: tuple[Sketch, Sketch] | None = None
     norms: list[float] = []
-    energy, n_rows = 0.0, 0
+    squared_norm, n_rows = 0.0, 0
     for factors in chunks():
         stacks = stack_factors(factors, rows=rows, weighting=weighting)
         if sketches is None:
@@ -70,14 +70,14 @@ def fit_chunks(
             extend_sketch(sketches[1], stacks.rows_out, size=SKETCH_FACTOR * n_components),
         )
         norms += stacks.norms
-        energy += stacks.energy
+        squared_norm += stacks.squared_norm
         n_rows += len(stacks.rows_in)
-    if sketches is None or energy == 0.0:
+    if sketches is None or squared_norm == 0.0:
         raise ValueError("every adapter's update is zero, so there is nothing to fit; pass trained adapters.")
     _check_rank(sketches, n_components, n_rows=n_rows)
     components_in, components_out = (sketch.components[:n_components].contiguous() for sketch in sketches)
     curve = _explained(chunks, components_in, components_out, weighting=weighting)
-    bounds = [sketch.missed_energy_bound(n_components) / sketch.total_energy for sketch in sketches]
+    bounds = [sketch.missed_squared_norm_bound(n_components) / sketch.total_squared_norm for sketch in sketches]
     bases = FittedBases(
         components_in=components_in,
         components_out=components_out,
@@ -106,11 +106,11 @@ def _explained(
     *,
     weighting: Weighting,
 ) -> Float[Tensor, " k"]:
-    """`explained_share_curve` over chunks: the mean of theirs, weighted by their energies."""
-    total, energy = torch.zeros(len(components_in), dtype=torch.float64, device=components_in.device), 0.0
+    """`explained_share_curve` over chunks: the mean of theirs, weighted by their squared norms."""
+    total, squared_norm = torch.zeros(len(components_in), dtype=torch.float64, device=components_in.device), 0.0
     for factors in chunks():
         stacks = stack_factors(factors, rows="raw", weighting=weighting)
         if stacks.sizes:
-            total += stacks.energy * share_curve(stacks, components_in, components_out)
-            energy += stacks.energy
-    return total / energy
+            total += stacks.squared_norm * share_curve(stacks, components_in, components_out)
+            squared_norm += stacks.squared_norm
+    return total / squared_norm

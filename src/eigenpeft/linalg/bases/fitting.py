@@ -127,7 +127,7 @@ def fit_bases(
         n_components: An int K takes exactly K components on both sides. A float in (0, 1] takes the fewest components
             whose explained share of `Σ ω²‖ΔW‖²` reaches it.
         method: "balanced" (default), "hosvd", "hooi", "eigenlorax" or "paired"; `METHODS` says what they are.
-        weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "energy" by 1. With "eigenlorax" it weighs
+        weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "none" by 1. With "eigenlorax" it weighs
             the explained share alone: that recipe stacks the rows as they are.
         tol: Tolerance of the iterative solver and of the refinement.
         generator: Source of the iterative solver's start; None always takes the same.

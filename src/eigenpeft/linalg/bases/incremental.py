@@ -19,13 +19,13 @@ class Merged:
     Attributes:
         components: Orthonormal rows, leading first, signs fixed.
         singular_values: Singular values of the merged stack, descending.
-        discarded_energy: Squared Frobenius norm of what this merge left out, in units of the rows squared. What earlier
+        discarded_squared_norm: Squared Frobenius norm of what this merge left out, in units of the rows squared. What earlier
             truncations left out is not known here and not in it.
     """
 
     components: Float[Tensor, "k n"]
     singular_values: Float[Tensor, " k"]
-    discarded_energy: float
+    discarded_squared_norm: float
 
 
 def merge_components(
@@ -55,17 +55,17 @@ def merge_components(
     Example:
         >>> import torch
         >>> merged = merge_components(torch.eye(3)[:1], torch.ones(1), 2 * torch.eye(3)[1:2], n_components=1)
-        >>> merged.components, merged.discarded_energy
+        >>> merged.components, merged.discarded_squared_norm
         (tensor([[0., 1., 0.]]), 1.0)
     """
     dtype = torch.promote_types(torch.promote_types(components.dtype, rows.dtype), torch.float32)
     old_rows = singular_values.to(dtype)[:, None] * components.to(dtype)
     found = top_components(torch.cat([old_rows, rows.to(dtype)]), n_components=n_components)
-    kept_energy = float(found.singular_values.to(torch.float64).square().sum())
+    kept_squared_norm = float(found.singular_values.to(torch.float64).square().sum())
     return Merged(
         components=found.components,
         singular_values=found.singular_values,
-        discarded_energy=max(found.total_energy - kept_energy, 0.0),
+        discarded_squared_norm=max(found.total_squared_norm - kept_squared_norm, 0.0),
     )
 
 
@@ -79,19 +79,19 @@ class Sketch:
     Attributes:
         components: Orthonormal rows, leading first.
         singular_values: Singular values of the sketch, descending.
-        total_energy: ‖rows‖_F² of all rows seen.
-        discarded_energy: Σ e_t.
+        total_squared_norm: ‖rows‖_F² of all rows seen.
+        discarded_squared_norm: Σ e_t.
         discarded_peak: Σ λ_t.
     """
 
     components: Float[Tensor, "k n"]
     singular_values: Float[Tensor, " k"]
-    total_energy: float
-    discarded_energy: float
+    total_squared_norm: float
+    discarded_squared_norm: float
     discarded_peak: float
 
-    def missed_energy_bound(self, n_components: int) -> float:
-        """Upper bound on the energy that the first K components miss, compared with the best K directions of all rows.
+    def missed_squared_norm_bound(self, n_components: int) -> float:
+        """Upper bound on the squared norm that the first K components miss, compared with the best K directions of all rows.
 
         For any K orthonormal directions V, `tr V (Σ E_t) Vᵀ` is at most Σ e_t and at most K Σ λ_t, and among the
         directions of the sketch its own first K are the best; so the smaller of the two bounds what is missed.
@@ -99,7 +99,7 @@ class Sketch:
         Args:
             n_components: K, at most the number of components of the sketch.
         """
-        return min(self.discarded_energy, n_components * self.discarded_peak)
+        return min(self.discarded_squared_norm, n_components * self.discarded_peak)
 
 
 def empty_sketch(n_features: int, *, dtype: torch.dtype, device: torch.device) -> Sketch:
@@ -113,8 +113,8 @@ def empty_sketch(n_features: int, *, dtype: torch.dtype, device: torch.device) -
     return Sketch(
         components=torch.zeros(0, n_features, dtype=dtype, device=device),
         singular_values=torch.zeros(0, dtype=dtype, device=device),
-        total_energy=0.0,
-        discarded_energy=0.0,
+        total_squared_norm=0.0,
+        discarded_squared_norm=0.0,
         discarded_peak=0.0,
     )
 
@@ -137,21 +137,21 @@ def extend_sketch(sketch: Sketch, rows: Float[Tensor, "p n"], *, size: int) -> S
         >>> import torch
         >>> sketch = empty_sketch(3, dtype=torch.float32, device=torch.device("cpu"))
         >>> sketch = extend_sketch(sketch, torch.diag(torch.tensor([3.0, 2.0, 1.0])), size=2)
-        >>> sketch.singular_values, sketch.total_energy, sketch.missed_energy_bound(1)
+        >>> sketch.singular_values, sketch.total_squared_norm, sketch.missed_squared_norm_bound(1)
         (tensor([3., 2.]), 14.0, 1.0)
     """
     if not len(rows):
         return sketch
     merged = torch.cat([sketch.singular_values[:, None] * sketch.components, rows.to(sketch.components.dtype)])
     found = leading_components(merged, n_components=size + 1, tol=_TOL)  # one more tells the largest discarded one
-    energies = found.singular_values.to(torch.float64).square()
-    discarded = max(found.total_energy - float(energies[:size].sum()), 0.0)
-    peak = float(energies[size]) if len(energies) > size else 0.0
-    old_energy = float(sketch.singular_values.to(torch.float64).square().sum())
+    squared_norms = found.singular_values.to(torch.float64).square()
+    discarded = max(found.total_squared_norm - float(squared_norms[:size].sum()), 0.0)
+    peak = float(squared_norms[size]) if len(squared_norms) > size else 0.0
+    old_squared_norm = float(sketch.singular_values.to(torch.float64).square().sum())
     return Sketch(
         components=found.components[:size],
         singular_values=found.singular_values[:size],
-        total_energy=sketch.total_energy + found.total_energy - old_energy,
-        discarded_energy=sketch.discarded_energy + discarded,
+        total_squared_norm=sketch.total_squared_norm + found.total_squared_norm - old_squared_norm,
+        discarded_squared_norm=sketch.discarded_squared_norm + discarded,
         discarded_peak=sketch.discarded_peak + min(peak, discarded),
     )

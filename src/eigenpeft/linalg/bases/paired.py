@@ -79,7 +79,7 @@ def pair_coefficients(
 def pair_curve(
     stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"]
 ) -> Float[Tensor, " k"]:
-    """Share of the stacks' energy that the first 1, 2, ..., K pairs hold, each with coefficients of its own.
+    """Share of the stacks' squared norm that the first 1, 2, ..., K pairs hold, each with coefficients of its own.
 
     Args:
         stacks: Rows of the adapters.
@@ -95,7 +95,7 @@ def pair_curve(
         _loss(stacks, products[:, :k], gram[:k, :k], _solve(gram[:k, :k], products[:, :k].mT).mT)
         for k in range(1, len(gram) + 1)
     ]
-    return 1.0 - torch.tensor(losses, dtype=torch.float64) / stacks.energy
+    return 1.0 - torch.tensor(losses, dtype=torch.float64) / stacks.squared_norm
 
 
 def fit_pairs(
@@ -111,7 +111,7 @@ def fit_pairs(
     Args:
         stacks: Rows of the adapters.
         starts: Pairs to start from, `(P_in, P_out)`.
-        tol: Stop when a sweep gains less than a hundredth of this share of the energy; after 500 sweeps in any case.
+        tol: Stop when a sweep gains less than a hundredth of this share of the squared norm; after 500 sweeps in any case.
 
     Returns:
         `Pairs`, float64.
@@ -124,7 +124,7 @@ def fit_pairs(
         rows_out=_on(axes_out, rows.rows_out),
         middle=rows.middle,
         sizes=stacks.sizes,
-        energy=stacks.energy,
+        squared_norm=stacks.squared_norm,
         norms=stacks.norms,
     )
     found = [
@@ -142,7 +142,7 @@ def fit_pairs(
 
 
 def paired_shares(stacks: Stacks, counts: Iterable[int], *, tol: float) -> dict[int, float]:
-    """Number of pairs to the share of the stacks' energy that as many hold, fitted for each number from one start.
+    """Number of pairs to the share of the stacks' squared norm that as many hold, fitted for each number from one start.
 
     Args:
         stacks: Rows of "moments".
@@ -151,7 +151,7 @@ def paired_shares(stacks: Stacks, counts: Iterable[int], *, tol: float) -> dict[
     """
     possible = [count for count in counts if count <= len(stacks.rows_in)]
     return {
-        count: 1.0 - fit_pairs(stacks, [leading_pairs(stacks, count)], tol=tol).loss / stacks.energy
+        count: 1.0 - fit_pairs(stacks, [leading_pairs(stacks, count)], tol=tol).loss / stacks.squared_norm
         for count in possible
     }
 
@@ -183,7 +183,7 @@ def _alternate(
         loss = _loss(stacks, products, gram, coefficients)
         if best is None or loss < best.loss:
             best = Pairs(p_in, p_out, coefficients, loss)
-        if last - loss <= _PATIENCE * tol * stacks.energy:
+        if last - loss <= _PATIENCE * tol * stacks.squared_norm:
             break
         last = loss
 
@@ -215,7 +215,7 @@ def _solve(gram: Float[Tensor, "k k"], right: Float[Tensor, "k n"]) -> Float[Ten
 
 def _rows(stacks: Stacks) -> Stacks:
     fields = {name: getattr(stacks, name).to(torch.float64) for name in ("rows_in", "rows_out", "middle")}
-    return Stacks(**fields, sizes=stacks.sizes, energy=stacks.energy, norms=stacks.norms)
+    return Stacks(**fields, sizes=stacks.sizes, squared_norm=stacks.squared_norm, norms=stacks.norms)
 
 
 def _places(stacks: Stacks) -> Tensor:
@@ -240,7 +240,7 @@ def _loss(
     stacks: Stacks, products: Float[Tensor, "t k"], gram: Float[Tensor, "k k"], coefficients: Float[Tensor, "t k"]
 ) -> float:
     held = 2.0 * (coefficients * products).sum() - (coefficients * (coefficients @ gram)).sum()
-    return stacks.energy - float(held)
+    return stacks.squared_norm - float(held)
 
 
 def _unit(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:

@@ -135,7 +135,7 @@ def grow_memory(
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(
-            f"share={share} must be in (0, 1]: the share of the inputs' energy that the memory is to hold."
+            f"share={share} must be in (0, 1]: the share of the inputs' squared norm that the memory is to hold."
         )
     exact = inputs.to(torch.float64)
     basis = orthonormal_rows(memory.to(torch.float64)) if len(memory) else memory.to(torch.float64)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.factored import balancing, frobenius_norm
-from eigenpeft.linalg.shares import leading_energies
+from eigenpeft.linalg.shares import leading_squared_norms
 
 Factors = tuple[Float[Tensor, "_m _r"], Float[Tensor, "_r _n"]]
 """`(lora_B, lora_A)` of one adapter, the scaling folded into lora_B. Ranks differ, so the axes are not compared."""
@@ -42,8 +42,8 @@ ManyFactors = Sequence[Factors] | FactorStream
 """The factors of all adapters of one weight, in memory or read as they are needed."""
 
 Rows = Literal["balanced", "moments", "raw"]
-Weighting = Literal["equal", "energy"]
-WEIGHTINGS = ("equal", "energy")
+Weighting = Literal["equal", "none"]
+WEIGHTINGS = ("equal", "none")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Stacks:
         rows_out: Rows of all adapters in the output space.
         middle: What stands between a row of each side.
         sizes: Number of rows of each adapter.
-        energy: `Σ ω_i² ‖ΔW_i‖²`.
+        squared_norm: `Σ ω_i² ‖ΔW_i‖²`.
         norms: ‖ΔW_i‖ of every adapter given, those whose update is zero included.
     """
 
@@ -63,7 +63,7 @@ class Stacks:
     rows_out: Float[Tensor, "p m"]
     middle: Float[Tensor, " p"]
     sizes: tuple[int, ...]
-    energy: float
+    squared_norm: float
     norms: tuple[float, ...]
 
 
@@ -75,7 +75,7 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
         rows: "balanced": rows of `S^{1/2} Vᵀ` and `S^{1/2} Uᵀ` of each weighted `ΔW = U S Vᵀ`. "moments": of `S Vᵀ` and
             `S Uᵀ`, whose Gram matrices are `ΔWᵀΔW` and `ΔWΔWᵀ`. "raw": of lora_A and lora_Bᵀ as they are, the weight in
             `middle`.
-        weighting: "equal" gives each ΔW unit Frobenius norm, "energy" leaves it.
+        weighting: "equal" gives each ΔW unit Frobenius norm, "none" leaves it.
 
     Returns:
         `Stacks`, without rows if every update is zero; float64 if a factor is, or if an update is so large or small that
@@ -85,11 +85,11 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
         ValueError: If the weighting is unknown, there are no factors, or their outer sizes differ.
     """
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting={weighting!r} is unknown; pass 'equal' or 'energy'.")
+        raise ValueError(f"weighting={weighting!r} is unknown; pass 'equal' or 'none'.")
     most = factors.n_rows if isinstance(factors, FactorStream) else sum(len(lora_A) for _, lora_A in factors)
     # Written in place: these are the largest tensors there are, and parts to be joined would double the peak.
     rows_in, rows_out, middle = torch.empty(0), torch.empty(0), torch.empty(0)
-    sizes, norms, shapes, energy, start = [], [], [], 0.0, 0
+    sizes, norms, shapes, squared_norm, start = [], [], [], 0.0, 0
     write = _write_raw if rows == "raw" else _write_balanced
     for lora_B, lora_A in factors:
         m, n = len(lora_B), lora_A.shape[1]
@@ -111,7 +111,7 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
         norms.append(norm)
         if size:
             sizes.append(size)
-            energy += 1.0 if unit_norm else norm**2
+            squared_norm += 1.0 if unit_norm else norm**2
             start += size
     if len(set(shapes)) != 1:
         raise ValueError(
@@ -123,7 +123,7 @@ def stack_factors(factors: ManyFactors, *, rows: Rows, weighting: Weighting) -> 
         rows_out=rows_out[:start],
         middle=middle[:start],
         sizes=tuple(sizes),
-        energy=energy,
+        squared_norm=squared_norm,
         norms=tuple(norms),
     )
 
@@ -148,7 +148,7 @@ def cores(
 def share_curve(
     stacks: Stacks, components_in: Float[Tensor, "k_in n"], components_out: Float[Tensor, "k_out m"]
 ) -> Float[Tensor, " k"]:
-    """Share of the stacks' energy that the first 1, 2, ..., max(K_in, K_out) components of both sides explain.
+    """Share of the stacks' squared norm that the first 1, 2, ..., max(K_in, K_out) components of both sides explain.
 
     Args:
         stacks: Rows of the adapters.
@@ -161,10 +161,10 @@ def share_curve(
     dtype = stacks.rows_in.dtype
     coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
-    energy = torch.zeros(len(components_out), len(components_in), dtype=torch.float64, device=stacks.rows_in.device)
+    squared_norm = torch.zeros(len(components_out), len(components_in), dtype=torch.float64, device=stacks.rows_in.device)
     for core in cores(stacks, coefficients_in, coefficients_out):
-        energy += core.square()
-    return leading_energies(energy) / stacks.energy
+        squared_norm += core.square()
+    return leading_squared_norms(squared_norm) / stacks.squared_norm
 
 
 def _fits_float32(lora_B: Tensor, lora_A: Tensor) -> bool:

@@ -53,8 +53,8 @@ def common_ranks(cores: Float[Tensor, "t k_out k_in"]) -> tuple[int, int]:
     unit = cores / norms.where(norms > 0, 1.0)[:, None, None]
     ranks = []
     for sides in (unit, unit.mT):
-        energies = torch.linalg.eigvalsh((sides @ sides.mT).sum(dim=0)).clamp(min=0.0)
-        ranks.append(count_present(energies, noise=NOISE**2))
+        squared_norms = torch.linalg.eigvalsh((sides @ sides.mT).sum(dim=0)).clamp(min=0.0)
+        ranks.append(count_present(squared_norms, noise=NOISE**2))
     return ranks[0], ranks[1]
 
 

@@ -16,17 +16,17 @@ class MergeMeasures:
     Attributes:
         inner_products: ⟨ΔW_s, ΔW_t⟩; the diagonal holds ‖ΔW_t‖².
         distances: ‖ΔW - ΔW_t‖² of each source, ΔW cut off at its rank and scaled.
-        energy: ‖ΔW‖² before it is cut off.
+        squared_norm: ‖ΔW‖² before it is cut off.
         kept: Energy of the leading singular values that the rank keeps.
         largest: Largest singular value of ΔW.
         over_counting: Mean of SVC's responses over updates and the directions that the rank keeps, weighted by the directions'
-            energy: 1 where the merged update is along its directions as strong as the updates are, more where they were
+            squared_norm: 1 where the merged update is along its directions as strong as the updates are, more where they were
             counted repeatedly.
     """
 
     inner_products: Float[Tensor, "t t"]
     distances: Float[Tensor, " t"]
-    energy: float
+    squared_norm: float
     kept: float
     largest: float
     over_counting: float
@@ -49,16 +49,16 @@ def measure_merge(
         >>> measure_merge(parts, cores, rank=1).distances.tolist()
         [1.0, 1.0]
     """
-    energies = parts.S.square()
+    squared_norms = parts.S.square()
     cut = FactoredSvd(parts.U[:, :rank], parts.S[:rank], parts.Vh[:rank])
     rows = cores.flatten(1)
     counted = response(cut, cores).clamp(min=0.0).mean(dim=0)
-    kept = float(energies[:rank].sum())
+    kept = float(squared_norms[:rank].sum())
     return MergeMeasures(
         inner_products=rows @ rows.mT,
         distances=(rows - ((cut.U * cut.S) @ cut.Vh).flatten()).square().sum(dim=1),
-        energy=float(energies.sum()),
+        squared_norm=float(squared_norms.sum()),
         kept=kept,
         largest=float(parts.S[0]) if len(parts.S) else 0.0,
-        over_counting=float((counted * energies[:rank]).sum()) / kept if kept else 0.0,
+        over_counting=float((counted * squared_norms[:rank]).sum()) / kept if kept else 0.0,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ReliabilityCurve:
     """Predicted and observed shares by bin of confidence; bins without comparisons are left out.
 
     Attributes:
@@ -26,7 +26,7 @@ class Calibration:
 
 def calibration(
     margins: Float[Tensor, " n"], asked: Bool[Tensor, " n"] | None = None, *, n_bins: int = 10
-) -> Calibration:
+) -> ReliabilityCurve:
     """Reliability of the Bradley-Terry probabilities `σ(margin)`, and their expected calibration error.
 
     Which text of a pair comes first says nothing, so each comparison counts by the answer that the model thinks
@@ -59,6 +59,6 @@ def calibration(
         for values in (confidence, right)
     )
     error = (counts[filled] * (predicted - observed).abs()).sum() / len(margins)
-    return Calibration(
+    return ReliabilityCurve(
         tuple(predicted.tolist()), tuple(observed.tolist()), tuple(counts[filled].tolist()), float(error)
     )

@@ -49,7 +49,7 @@ def compress_then_merge(
         return updates.sum(dim=0)  # the bases would span everything: only a pair of equal numbers of rows is fitted
     identity = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device)
     bases = fit_bases(
-        [(update, identity) for update in equal], n_components=n_components, method="hooi", weighting="energy", tol=_TOL
+        [(update, identity) for update in equal], n_components=n_components, method="hooi", weighting="none", tol=_TOL
     )
     projected = bases.components_out @ updates.sum(dim=0) @ bases.components_in.mT
     return bases.components_out.mT @ projected @ bases.components_in

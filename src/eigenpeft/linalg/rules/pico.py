@@ -19,8 +19,8 @@ def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
     """
     left, values, _ = torch.linalg.svd(cores, full_matrices=False)
     gram = ((left * values[:, None, :]) @ left.mT).sum(dim=0)
-    energies, directions = torch.linalg.eigh(gram)
-    shares = energies.clamp(min=0.0) / energies.sum().where(energies.sum() > 0, 1.0)
+    squared_norms, directions = torch.linalg.eigh(gram)
+    shares = squared_norms.clamp(min=0.0) / squared_norms.sum().where(squared_norms.sum() > 0, 1.0)
     factors = 1.0 / (1.0 + (len(cores) - 1) * shares)
     return ((directions * factors) @ directions.mT) @ cores
 

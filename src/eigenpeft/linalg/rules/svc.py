@@ -42,7 +42,7 @@ def response(parts: FactoredSvd, cores: Float[Tensor, "t k_out k_in"]) -> Float[
         nothing along u_r.
     """
     along = parts.U.mT @ cores
-    energy = torch.linalg.vector_norm(along, dim=2).square()
+    squared_norm = torch.linalg.vector_norm(along, dim=2).square()
     overlap = parts.S * (along * parts.Vh).sum(dim=2)
-    there = energy > 1e-14 * torch.linalg.vector_norm(cores, dim=(1, 2)).square()[:, None]
-    return torch.where(there, overlap / energy.where(there, 1.0), 0.0)
+    there = squared_norm > 1e-14 * torch.linalg.vector_norm(cores, dim=(1, 2)).square()[:, None]
+    return torch.where(there, overlap / squared_norm.where(there, 1.0), 0.0)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigenpeft.linalg.bases.stacking import Stacks
-from eigenpeft.linalg.shares import leading_energies
+from eigenpeft.linalg.shares import leading_squared_norms
 
 # Leading directions kept beyond K in the reduced space of a large problem; see `_remaining_directions`.
 _SPARE = 24
@@ -221,5 +221,5 @@ def _curves(
     side_out = (coefficients_out * (gram_in @ coefficients_out)).sum(0).cumsum(0)
     core = (coefficients_out.mT @ coefficients_in).square()
     # Where one side has fewer directions left, the pairs end there.
-    both = leading_energies(core)[: min(core.shape)] if core.numel() else core.new_zeros(0)
+    both = leading_squared_norms(core)[: min(core.shape)] if core.numel() else core.new_zeros(0)
     return both / norm, side_in / norm, side_out / norm

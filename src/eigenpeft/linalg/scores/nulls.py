@@ -106,9 +106,9 @@ def chance_cosine(gradient_squares: Sequence[float], update_squares: Sequence[fl
 
 
 def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
-    """`exp(-Σ p log p)` of the energies `p = σ² / Σσ²`: how many directions of equal weight would be as spread.
+    """`exp(-Σ p log p)` of the squared norms `p = σ² / Σσ²`: how many directions of equal weight would be as spread.
 
-    Roy and Vetterli, "The effective rank", EUSIPCO 2007, with energies in the place of singular values.
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007, with squared norms in the place of singular values.
 
     Args:
         singular_values: Not all zero.
@@ -118,8 +118,8 @@ def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
         3.0
     """
-    energies = singular_values.to(torch.float64).square()
-    shares = energies[energies > 0] / energies.sum()
+    squared_norms = singular_values.to(torch.float64).square()
+    shares = squared_norms[squared_norms > 0] / squared_norms.sum()
     return float((-(shares * shares.log()).sum()).exp())
 
 

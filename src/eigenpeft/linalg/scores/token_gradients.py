@@ -1,4 +1,4 @@
-"""Gradients of a weight kept as tokens, `G = Δᵀ X` with one row of each factor per token, and their energy in a subspace."""
+"""Gradients of a weight kept as tokens, `G = Δᵀ X` with one row of each factor per token, and their squared norm in a subspace."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from eigenpeft.linalg.bases.paired import pair_coefficients
 from eigenpeft.linalg.factored import factored_svd
-from eigenpeft.linalg.shares import leading_energies
+from eigenpeft.linalg.shares import leading_squared_norms
 
 
 @dataclass(frozen=True)
-class EnergySplit:
+class SquaredNormSplit:
     """Squared norms of a gradient's parts; shares are quotients with `total`.
 
     Attributes:
@@ -57,14 +57,14 @@ def append_tokens(
     return r, q.mT @ right
 
 
-def split_energy(
+def split_squared_norm(
     deltas: Float[Tensor, "t m"],
     inputs: Float[Tensor, "t n"],
     *,
     components_out: Float[Tensor, "k_out m"],
     components_in: Float[Tensor, "k_in n"],
     paired: bool = False,
-) -> EnergySplit:
+) -> SquaredNormSplit:
     """How much of `G = ΔᵀX` a pair of bases holds.
 
     Args:
@@ -76,27 +76,27 @@ def split_energy(
             and `diagonal` of the span of the rank-one matrices `p_out,k p_in,kᵀ`.
 
     Returns:
-        `EnergySplit`.
+        `SquaredNormSplit`.
 
     Example:
         >>> import torch
-        >>> split = split_energy(
+        >>> split = split_squared_norm(
         ...     torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]),
         ...     components_out=torch.eye(2)[:1], components_in=torch.eye(2)[:1],
         ... )
         >>> split.total, split.in_subspace.tolist()
         (25.0, [9.0])
     """
-    pairs = _pair_energy(deltas, inputs, components_out, components_in) if paired else None
+    pairs = _pair_squared_norm(deltas, inputs, components_out, components_in) if paired else None
     if paired:
         components_out, components_in = _axes(components_out), _axes(components_in)
     core = (deltas @ components_out.to(deltas).mT).mT @ (inputs @ components_in.to(inputs).mT)
     values = factored_svd(deltas.mT, inputs).S.square()
-    in_subspace = leading_energies(core.square())
+    in_subspace = leading_squared_norms(core.square())
     # A core has no more singular values than its smaller side.
     best = values.cumsum(0)[: min(core.shape)]
     best = torch.cat([best, best[-1:].expand(len(in_subspace) - len(best))])
-    return EnergySplit(
+    return SquaredNormSplit(
         total=float(values.sum()),
         in_subspace=in_subspace,
         diagonal=float(core.diagonal().square().sum()) if pairs is None else pairs,
@@ -104,7 +104,7 @@ def split_energy(
     )
 
 
-def _pair_energy(deltas: Tensor, inputs: Tensor, components_out: Tensor, components_in: Tensor) -> float:
+def _pair_squared_norm(deltas: Tensor, inputs: Tensor, components_out: Tensor, components_in: Tensor) -> float:
     """`bᵀ H⁻¹ b` of `b_k = p_out,k G p_in,kᵀ` and the pairs' Gram matrix H."""
     products = ((deltas @ components_out.to(deltas).mT) * (inputs @ components_in.to(inputs).mT)).sum(dim=0)
     found = pair_coefficients(deltas.mT, inputs, components_out=components_out, components_in=components_in)

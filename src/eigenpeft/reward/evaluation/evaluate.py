@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.linalg.preference.calibration import Calibration, calibration
+from eigenpeft.linalg.preference.calibration import ReliabilityCurve, calibration
 from eigenpeft.linalg.preference.users import fit_all_user_weights
 from eigenpeft.reward.artifact.model import LowRankRewardModel
 from eigenpeft.reward.artifact.pairs import Features, difference_chunks, index_users
@@ -48,7 +48,7 @@ class LoReEvaluation:
     gain_over_population: dict[str, Share]
     few_shot: dict[str, dict[int, Share]]
     few_shot_gain: dict[int, Share]
-    calibration: dict[str, Calibration]
+    calibration: dict[str, ReliabilityCurve]
     n_basis: int
     split: str
     n_unused: int

@@ -16,7 +16,7 @@ from eigenpeft.reward.artifact.model import LowRankRewardModel
 from eigenpeft.reward.artifact.pairs import Features, index_users
 from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.fitting.preparation import Preparation, PreparedPairs, prepare
-from eigenpeft.reward.fitting.selection import Candidate, Setting, choose, judge, split_comparisons
+from eigenpeft.reward.fitting.selection import LoReCandidate, Setting, choose, judge, split_comparisons
 from eigenpeft.reward.fitting.splitting import same_texts
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class LoReFitter:
     """
 
     model_: LowRankRewardModel
-    candidates_: list[Candidate]
+    candidates_: list[LoReCandidate]
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class LoReFitter:
             rows, n_users, texts=texts, prompt_ids=prompt_ids, holdout=self.holdout, seed=self.seed
         )
 
-        def tried(settings: list[Setting]) -> list[Candidate]:
+        def tried(settings: list[Setting]) -> list[LoReCandidate]:
             bar = tqdm(settings, desc="Choosing by held-out comparisons", disable=len(settings) < 5)
             return [
                 judge(one, self._fit_joint, pairs=pairs, rows=rows, split=split, strengths=strengths) for one in bar

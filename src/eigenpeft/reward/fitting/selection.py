@@ -36,7 +36,7 @@ class Setting:
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class LoReCandidate:
     """One setting that was tried on held-out comparisons.
 
     Attributes:
@@ -119,7 +119,7 @@ def judge(
     rows: Tensor,
     split: Tensor,
     strengths: Sequence[float],
-) -> Candidate:
+) -> LoReCandidate:
     """Fit a setting to the training part and score it on the others.
 
     Args:
@@ -147,14 +147,14 @@ def judge(
         losses = torch.cat([part[0] for part in parts])
         if best is None or float(losses.sum()) < float(best.losses.sum()):
             (seen_loss, seen_accuracy), (new_loss, new_accuracy) = parts
-            best = Candidate(
+            best = LoReCandidate(
                 setting, strength, float(seen_loss.mean()), seen_accuracy, float(new_loss.mean()), new_accuracy, losses
             )
     assert best is not None
     return best
 
 
-def choose(candidates: Sequence[Candidate]) -> Candidate:
+def choose(candidates: Sequence[LoReCandidate]) -> LoReCandidate:
     """The best candidate of the smallest basis that is not clearly worse than the best of all.
 
     A larger basis has to earn its rows: the one-standard-error rule of Breiman et al. (Classification and Regression

@@ -19,7 +19,7 @@ By = Literal["comparisons", "prompts", "groups that share texts", "texts"]
 
 
 @dataclass(frozen=True, eq=False)
-class Sides:
+class Split:
     """A split of comparisons.
 
     Attributes:
@@ -59,7 +59,7 @@ def same_texts(chosen: Features, rejected: Features) -> Tensor:
     return torch.where(both == 0, -1, numbers)
 
 
-def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float, generator: torch.Generator) -> Sides:
+def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float, generator: torch.Generator) -> Split:
     """Draw what is held out.
 
     Whole prompts where they are known and not all one; else the groups of comparisons that are connected by common texts, each
@@ -88,7 +88,7 @@ def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float,
         first, second = (
             torch.where(texts[:, i] < 0, other, own) for i, own, other in ((0, first, second), (1, second, first))
         )
-        return Sides(first & second, first == second, torch.rand(n, generator=generator), "texts")
+        return Split(first & second, first == second, torch.rand(n, generator=generator), "texts")
     draws = torch.rand(2, int(units.max()) + 1 if n else 0, generator=generator)
     held = (draws[0] < share)[units]
     # Different prompts may still share a text, such as "I do not know".
@@ -96,7 +96,7 @@ def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float,
     trained[texts[~held] + 1] = True
     trained[0] = False
     seen = trained[texts + 1].any(dim=1)
-    return Sides(held, ~held | ~seen, draws[1][units], by)
+    return Split(held, ~held | ~seen, draws[1][units], by)
 
 
 def _groups(texts: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ def embed_preferences(
 ) -> Dataset:
     """A data set of features, memory-mapped: `chosen`, `rejected` (n_features,) and the user, ready for `LoReFitter`.
 
-    Takes TRL's preference format, conversational or not, with the prompt apart or inside both sides. Parts are written
-    one after the other; an interrupted run goes on where it stopped, a finished one is read back, and rows added at the
-    end cost only themselves.
+    Takes TRL's preference format, conversational or not, with the prompt apart or inside both sides. A text that stands in many
+    comparisons of a part, or in the part before, is embedded once. Parts are written one after the other; an interrupted run goes
+    on where it stopped, a finished one is read back, and rows added at the end cost only themselves.
 
     Args:
         dataset: With `chosen`, `rejected`, perhaps `prompt`, and the user column.
@@ -87,7 +87,7 @@ def embed_preferences(
         )
     cache = FeaturesCache(Path(cache_dir), model, processing_class, max_length=max_length, part_size=part_size)
     starts = range(0, len(dataset), part_size)
-    parts = []
+    parts, known = [], {}
     for start in tqdm(starts, desc="Embedding comparisons", disable=len(starts) < 2):
         rows = dataset.select(range(start, min(start + part_size, len(dataset))))
         examples: list[Any] = list(rows)
@@ -99,8 +99,12 @@ def embed_preferences(
         users = [str(user) for user in rows[user_column]]
         part = cache.read(texts, users)
         if part is None:
-            features = embed_texts(model, processing_class, texts, batch_size=batch_size, max_length=max_length).numpy()
-            part = cache.write(_table(features, users, user_column), texts, users)
+            new = [text for text in dict.fromkeys(texts) if text not in known]
+            features = embed_texts(model, processing_class, new, batch_size=batch_size, max_length=max_length)
+            known |= dict(zip(new, features, strict=True))
+            table = _table(torch.stack([known[text] for text in texts]).numpy(), users, user_column)
+            part = cache.write(table, texts, users)
+            known = {text: known[text] for text in texts}  # those of one part, so that memory does not grow
         parts.append(part)
     whole = concatenate_datasets(parts)  # pyright: ignore[reportArgumentType]
     return whole.with_format("numpy")

@@ -17,7 +17,7 @@ from eigenpeft.collection.formats.settings import CONFIG_NAME, LoraSettings, lic
 from eigenpeft.collection.formats.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.collection.opening import open_adapter, some
 from eigenpeft.collection.reader import AdapterCollection
-from eigenpeft.collection.sources import Location, locate
+from eigenpeft.collection.sources import AdapterLocation, locate
 from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, projection_residual
 from eigenpeft.subspace.core import Core
@@ -108,7 +108,7 @@ def read_model(model: Any, subspace: PrincipalSubspace, *, adapter_name: str) ->
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, selected_adapters=[adapter_name])
         folder = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
-        location = Location(adapter_name, adapter_name, folder)
+        location = AdapterLocation(adapter_name, adapter_name, folder)
         member = _read(location, subspace, allow_different_base_models=False)
     return replace(member, record={**member.record, "source": "a model in memory"})
 
@@ -177,7 +177,7 @@ def relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> flo
 
 
 def _read(
-    location: Location, subspace: PrincipalSubspace, *, allow_different_base_models: bool, in_part: bool = False
+    location: AdapterLocation, subspace: PrincipalSubspace, *, allow_different_base_models: bool, in_part: bool = False
 ) -> AdapterMember:
     if _config_of(location.folder).get("peft_type") == "EIGENLORA":
         return _trained(location, subspace)
@@ -190,7 +190,7 @@ def _read(
         return projected(collection, location.name, subspace, in_part=in_part)
 
 
-def _trained(location: Location, subspace: PrincipalSubspace) -> AdapterMember:
+def _trained(location: AdapterLocation, subspace: PrincipalSubspace) -> AdapterMember:
     """An EigenLoRA adapter bit for bit: its parts, its scaling, and everything else that its file holds."""
     config = _config_of(location.folder)
     label = f"The adapter {location.name!r}"
@@ -237,7 +237,7 @@ def _trained(location: Location, subspace: PrincipalSubspace) -> AdapterMember:
 
 
 def _record(
-    location: Location, config: Mapping[str, Any], settings: LoraSettings, weights: WeightsFile, n_modules: int
+    location: AdapterLocation, config: Mapping[str, Any], settings: LoraSettings, weights: WeightsFile, n_modules: int
 ) -> dict[str, Any]:
     source = location.source if location.revision else location.folder.resolve().name
     return {

@@ -24,7 +24,7 @@ _GATE_START = 0.02  # standard deviation, so that cores weigh alike at first
 _PREFIX = "base_model.model."
 
 
-class Sources(NamedTuple):
+class GateSources(NamedTuple):
     """What every layer of one adapter starts from.
 
     Attributes:
@@ -47,7 +47,7 @@ class GatedLoraModel(FactorModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: GatedLoraConfig, adapter_name: str) -> Iterator[Sources]:
+    def injecting(cls, model: nn.Module, config: GatedLoraConfig, adapter_name: str) -> Iterator[GateSources]:
         """Open the sources once, and choose the subspace's modules when no targets are named.
 
         Args:
@@ -63,7 +63,7 @@ class GatedLoraModel(FactorModel):
         """
         opened = config.opened()
         if opened is None:
-            yield Sources(None, None, (), {}, {})
+            yield GateSources(None, None, (), {}, {})
             return
         store = opened if isinstance(opened, AdapterStore) else None
         subspace = opened.subspace if isinstance(opened, AdapterStore) else opened
@@ -92,14 +92,14 @@ class GatedLoraModel(FactorModel):
             exclude(config, strays(model, wanted))
         if subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True
-        given = Sources(subspace, store, names, dict(matches.found), {})
+        given = GateSources(subspace, store, names, dict(matches.found), {})
         yield given
         config.core_sizes = given.sizes
         if names:
             config.n_cores = len(names)
 
     @staticmethod
-    def swap(layer: LoraLayer, config: GatedLoraConfig, adapter_name: str, module: str, given: Sources) -> None:
+    def swap(layer: LoraLayer, config: GatedLoraConfig, adapter_name: str, module: str, given: GateSources) -> None:
         """`FactorModel.swap`: components and gated cores in the place of LoRA's factors.
 
         Raises:
@@ -161,7 +161,7 @@ class GatedLoraModel(FactorModel):
 
 
 def _start(
-    config: GatedLoraConfig, module: str, shape: tuple[int, int], given: Sources
+    config: GatedLoraConfig, module: str, shape: tuple[int, int], given: GateSources
 ) -> tuple[Tensor, Tensor, Tensor]:
     """V_in, V_out and the cores of one module: of the members, zeros where one does not adapt it, or zeros."""
     assert given.subspace is not None

@@ -64,7 +64,7 @@ class SubspaceHistory:
             self.rows[module] = both if fits else frequent_directions(old, new, size=self.size).float()
 
     def add_inputs(self, inputs: Mapping[str, Tensor], *, share: float = 0.95) -> None:
-        """Remember the directions that a task's inputs have, so many that a share of their energy is held.
+        """Remember the directions that a task's inputs have, so many that a share of their squared norm is held.
 
         Args:
             inputs: Module to rows (rows, in_features), as `collect_inputs` gives them.
