@@ -58,7 +58,7 @@ def rows(data, task):
     for split in ("train", "test", "dev"):
         path = data / task / f"{split}.jsonl"
         if path.exists():
-            found[split] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found[split] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     labels = sorted({row["label"] for row in found["train"]})
     train = random.Random(task).sample(found["train"], N_TRAIN + N_CHOICE)
     test = found.get("test") or found["dev"]

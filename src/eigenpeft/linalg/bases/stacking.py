@@ -161,7 +161,9 @@ def share_curve(
     dtype = stacks.rows_in.dtype
     coefficients_in = stacks.rows_in @ components_in.to(dtype).mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.to(dtype).mT)
-    squared_norm = torch.zeros(len(components_out), len(components_in), dtype=torch.float64, device=stacks.rows_in.device)
+    squared_norm = torch.zeros(
+        len(components_out), len(components_in), dtype=torch.float64, device=stacks.rows_in.device
+    )
     for core in cores(stacks, coefficients_in, coefficients_out):
         squared_norm += core.square()
     return leading_squared_norms(squared_norm) / stacks.squared_norm
