@@ -113,6 +113,24 @@ def open_rows(path: Path) -> Dataset:
     return table
 
 
+def open_tokenizer(model: str) -> Any:
+    """The tokenizer of a base model, which is the first part of it that a command opens.
+
+    Args:
+        model: Folder or Hub id.
+
+    Raises:
+        EigenPeftError: If it is neither; the message names it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise EigenPeftError(
+            f"The base model {model!r} cannot be loaded: it is no folder with a model here, and the Hub did not give it "
+            f"({str(error).splitlines()[0][:120]}). Pass its folder, or an id that the Hub or its cache has, as --model."
+        ) from error
+
+
 def feature_column(table: Dataset, name: str, path: Path) -> Any:
     """A column of lists of numbers as one array, with the first row at fault named.
 
@@ -181,7 +199,7 @@ def load_task(model: str, path: Path, *, n_rows: int, train_head: bool = False, 
     if train_head:
         return _with_light_head(model, path, columns, n_rows=n_rows, seed=seed)
     rows: list[Any] = list(islice(iter(table), n_rows))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     if {"text", "label"} <= columns:
         config = AutoConfig.from_pretrained(model)
         if not any("ForSequenceClassification" in name for name in config.architectures or ()):
@@ -241,7 +259,7 @@ def load_new_task(model: str, path: Path) -> NewTask:
     table = open_rows(path)
     columns = set(table.column_names)
     rows: list[Any] = list(iter(table))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     if {"text", "label"} <= columns:
         classes = sorted({row["label"] for row in rows}, key=lambda label: (str(type(label)), label))
         if len(classes) < 2:

@@ -172,6 +172,22 @@ def test_a_cpu_without_use_cpu_is_one_message(run, place):
     assert "Traceback" not in ran.err
 
 
+def test_a_file_is_data_and_a_cpu_is_chosen_where_there_is_nothing_else(run, place, caplog, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    words = arguments("sft", "--subspace", "subspace")
+    for flag in ("--use_cpu", "--bf16"):
+        at = words.index(flag)
+        words = words[:at] + words[at + 2 :]
+    words[words.index("data/sft")] = "data/sft/train.jsonl"
+    ran = run(*words)
+    assert ran.code == 0, ran.err
+    assert "training on the CPU in float32 (--use_cpu true --bf16 false)" in caplog.text
+    assert (place / "out" / "adapter_config.json").exists()
+    Path("data.txt").write_text("no rows")
+    words[words.index("data/sft/train.jsonl")] = "data.txt"
+    assert "is a file of no known kind; pass .jsonl, .json, .csv, .parquet" in run(*words).err
+
+
 def test_help_names_their_flags_and_ours(run):
     ran = run("dpo", "--help")
     assert ran.code == 0

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from eigenpeft.artifacts.atomic import check_output
 from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, join_team, print_json, quiet
-from eigenpeft.cli.rows import load_task, open_rows
+from eigenpeft.cli.rows import load_task, open_rows, open_tokenizer
 from eigenpeft.combining import MergedAdapter, load_statistics, merge
 from eigenpeft.combining.recipe import MergeRecipe, read_recipe
 from eigenpeft.combining.scoring import HeldOutTask, held_out_score
@@ -193,7 +193,7 @@ def _classifier(name: str, path: Path, base: str, head: Any, n_rows: int) -> Hel
             f"{str(path)!r} must have a column label with whole numbers from 0 to {n_labels - 1}, the classes of the head of "
             f"{name!r}; it has {sorted(set(map(str, labels)))[:5]}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = open_tokenizer(base)
     collate = DataCollatorWithPadding(tokenizer)
     encoded = [
         {

@@ -8,11 +8,11 @@ import typer
 from datasets import Dataset
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from eigenpeft.artifacts.atomic import atomic_file, check_file
 from eigenpeft.cli.app import Json, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import open_rows, without_load_reports
+from eigenpeft.cli.rows import open_rows, open_tokenizer, without_load_reports
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.subspace import AdapterStore
@@ -60,8 +60,8 @@ def predict(
     base = model or opened.subspace.info.base_model_name_or_path
     if base is None:
         raise EigenPeftError(f"The store {store!r} does not name its base model; pass it as --model.")
+    tokenizer = open_tokenizer(base)
     classifier = _classifier(base, opened, set(members))
-    tokenizer = AutoTokenizer.from_pretrained(base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # Classifiers on decoders read the last token that is not this one.

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import feature_column, open_rows, without_load_reports
+from eigenpeft.cli.rows import feature_column, open_rows, open_tokenizer, without_load_reports
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.report.markup import escape
@@ -293,6 +293,7 @@ def _check_texts(table: Any, path: Path) -> None:
 
 
 def _is_reward_model(name: str) -> bool:
+    open_tokenizer(name)  # says what is wrong with the name
     config = AutoConfig.from_pretrained(name)
     return config.num_labels == 1 and any(
         "ForSequenceClassification" in architecture for architecture in config.architectures or ()
@@ -302,7 +303,7 @@ def _is_reward_model(name: str) -> bool:
 def _load(name: str) -> tuple[Any, Any]:
     with without_load_reports():  # a new head is expected where an encoder is named
         backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-    return backbone.eval(), AutoTokenizer.from_pretrained(name)
+    return backbone.eval(), open_tokenizer(name)
 
 
 def _candidate_table(fitter: LoReFitter) -> Table:

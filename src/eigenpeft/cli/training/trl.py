@@ -1,18 +1,23 @@
 """The commands sft, dpo, kto, reward, grpo, rloo and distillation: TRL's own scripts with our adapters."""
 
 import importlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from eigenpeft.cli.app import app
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.tuners.learning_rates import settle_learning_rate, suggested_learning_rate
 
+_logger = logging.getLogger(__name__)
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SCRIPTS = {
     "sft": "Supervised fine-tuning",
     "dpo": "Direct preference optimisation",
@@ -61,6 +66,7 @@ def run_script(name: str, arguments: list[str]) -> None:
     }
     with _replaced(trl, replacements):
         parser = script.make_parser(prog=f"eigenpeft {name}")
+        arguments = _for_this_machine(arguments)
         try:
             parsed = parser.parse_args_and_config(arguments)
         except ValueError as error:  # such as bf16 on a CPU without --use_cpu
@@ -70,8 +76,9 @@ def run_script(name: str, arguments: list[str]) -> None:
             model_arguments.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the new score head too
         if not (script_arguments.dataset_name or mixture.datasets):
             raise EigenPeftError(
-                "No data: pass --dataset_name a Hub id or a folder with train.jsonl, or 'datasets' in the --config file."
+                "No data: pass --dataset_name a Hub id, a folder with train.jsonl or a file, or 'datasets' in the --config file."
             )
+        _take_file(script_arguments, mixture)
         if ours.peft_config_from(model_arguments) is not None:  # says what is wrong before a model is loaded
             suggested = suggested_learning_rate(
                 name,
@@ -81,6 +88,29 @@ def run_script(name: str, arguments: list[str]) -> None:
             )
             settle_learning_rate(training, suggested=suggested, given=_names_a_rate(arguments, training))
         script.main(*parsed)
+
+
+def _for_this_machine(words: list[str]) -> list[str]:
+    """With the CPU and float32 chosen where there is no accelerator, unless the words say what to train on."""
+    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("-")}
+    if torch.accelerator.is_available() or flags & {"use_cpu", "bf16", "fp16", "config", "help", "h"}:
+        return words
+    _logger.warning("No accelerator was found: training on the CPU in float32 (--use_cpu true --bf16 false).")
+    return [*words, "--use_cpu", "true", "--bf16", "false"]
+
+
+def _take_file(script_arguments: Any, mixture: Any) -> None:
+    """A local file as the data set: the scripts load folders and Hub ids alone, and files as parts of a mixture."""
+    name = script_arguments.dataset_name
+    if mixture.datasets or not name or not Path(name).is_file():
+        return
+    kind = _FILES.get(Path(name).suffix)
+    if kind is None:
+        raise EigenPeftError(
+            f"--dataset_name {name!r} is a file of no known kind; pass {', '.join(_FILES)}, or a folder."
+        )
+    part = importlib.import_module("trl.scripts.utils").DatasetConfig(path=kind, data_files=name)
+    mixture.datasets, script_arguments.dataset_name = [part], None
 
 
 def _names_a_rate(words: list[str], training: Any) -> bool:

@@ -1,0 +1,11 @@
+"""Rows and models that commands open: what is wrong with their names."""
+
+import pytest
+
+from eigenpeft.cli.rows import open_tokenizer
+from eigenpeft.errors import EigenPeftError
+
+
+def test_a_base_model_that_is_nowhere_is_named():
+    with pytest.raises(EigenPeftError, match="The base model 'no-such-model' cannot be loaded.* as --model"):
+        open_tokenizer("no-such-model")
