@@ -1,18 +1,21 @@
 """The source adapter that is most like a trained one: what copying would do, without any subspace."""
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from eigenpeft.collection.reader import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product
+from eigenpeft.linalg.scores.update_cosines import update_cosines
 
 
 def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
     """The source adapter most like a given one: what copying would do without any subspace.
 
-    Likeness is the cosine `⟨ΔW, ΔW_t⟩ / (‖ΔW‖ ‖ΔW_t‖)`, sums over all modules.
+    Likeness is the cosine over all modules, `eigenpeft.linalg.scores.update_cosines`.
 
     Args:
         collection: Where to look.
@@ -34,18 +37,22 @@ def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[T
         'cr'
     """
     common = [module for module in collection.modules if module in factors]
-    own = sum(float(frobenius_norm(*factors[module])) ** 2 for module in common)
-    if not own > 0:
+    own = [float(frobenius_norm(*factors[module])) ** 2 for module in common]
+    if not sum(own) > 0:
         raise SubspaceError(
             f"The given adapter has no update in any module of the collection ({len(common)} of its {len(factors)} "
             "modules are known there); compare adapters of the same base model that are trained."
         )
-    inner, squares = dict.fromkeys(collection.names, 0.0), dict.fromkeys(collection.names, 0.0)
-    for module in common:
+    places = {name: place for place, name in enumerate(collection.names)}
+    inner, squares = torch.zeros(2, len(common), len(places), dtype=torch.float64)
+    for i, module in enumerate(common):
         for read in collection.factors(module):
-            inner[read.adapter] += float(inner_product(read.lora_B, read.lora_A, *factors[module]))
-            squares[read.adapter] += float(frobenius_norm(read.lora_B, read.lora_A)) ** 2
-    cosines = {name: inner[name] / (own * square) ** 0.5 for name, square in squares.items() if square > 0}
+            place = places[read.adapter]
+            inner[i, place] = inner_product(read.lora_B, read.lora_A, *factors[module])
+            squares[i, place] = frobenius_norm(read.lora_B, read.lora_A) ** 2
+    of_given = torch.tensor(own, dtype=torch.float64)[:, None].expand_as(squares)
+    found = update_cosines(inner, squares, of_given).tolist()
+    cosines = {name: value for name, value in zip(places, found, strict=True) if not math.isnan(value)}
     if not cosines:
         raise SubspaceError(
             f"All {len(collection)} adapters of the collection are zero in the {len(common)} common modules, so none of them is "

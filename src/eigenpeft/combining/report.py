@@ -1,5 +1,6 @@
 """What a merge did: the numbers of all modules together, as frozen plain data."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenpeft.linalg.merging import MergeMeasures
+from eigenpeft.linalg.scores.update_cosines import update_cosines
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,8 @@ class MergeTotals:
 
     def cosines(self) -> tuple[tuple[float | None, ...], ...]:
         """Cosine of every pair of sources; None where one is zero or they share no module."""
-        norms = (self.pair_norms * self.pair_norms.mT).sqrt()
-        return tuple(
-            tuple(float(a / b) if b > 0 else None for a, b in zip(row, other, strict=True))
-            for row, other in zip(self.inner.tolist(), norms.tolist(), strict=True)
-        )
+        found = update_cosines(self.inner[None], self.pair_norms[None], self.pair_norms.mT[None]).tolist()
+        return tuple(tuple(None if math.isnan(value) else value for value in row) for row in found)
 
     def sources(self, records: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> tuple[SourceReport, ...]:
         """One entry per source adapter.

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl.trainer.reward_trainer import RewardTrainer
 
 from eigenpeft.errors import RewardModelError
-from eigenpeft.linalg.preference.objective import dirichlet_penalty, simplex, simplex_logits
+from eigenpeft.linalg.preference.objective import batch_prior, simplex, simplex_logits
 from eigenpeft.reward import LowRankRewardModel
 from eigenpeft.reward.text.backbone import score_head, with_head
 from eigenpeft.trainers.collator import DataCollatorForUserPreference
@@ -152,11 +152,9 @@ class LoReTrainer(RewardTrainer):
             self._metrics[mode]["population_accuracy"].append(of_population)
             self._metrics[mode]["gain_over_population"].append(self._metrics[mode]["accuracy"][-1] - of_population)
         if mode == "train" and self.args.concentration > 0:
-            # Each comparison carries its share of its user's prior, so that an epoch carries all of it once.
             logs = getattr(classifier, USER_LOGITS)(rows).log_softmax(dim=-1)
-            shares = torch.tensor(self._counts, device=rows.device)[rows].reciprocal()
-            penalties = dirichlet_penalty(logs, self.args.concentration / self.args.n_basis)  # (batch,)
-            loss = loss + (shares * penalties).mean()
+            counts = torch.tensor(self._counts, device=rows.device)[rows]
+            loss = loss + batch_prior(logs, counts, pseudo_count=self.args.concentration / self.args.n_basis)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

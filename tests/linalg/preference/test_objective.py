@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from eigenpeft.linalg.preference.objective import (
     JointPrior,
+    batch_prior,
     bradley_terry_nll,
     column_scales,
     dirichlet_penalty,
@@ -65,6 +66,18 @@ def test_penalty_is_the_dirichlet_density_in_the_softmax_basis(counts):
     density = torch.distributions.Dirichlet(counts.expand(3)).log_prob(weights) + weights.log().sum(dim=1)
     found = dirichlet_penalty(weights.log(), counts if counts.ndim else float(counts))
     torch.testing.assert_close(found - found[0], density[0] - density)
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+def test_the_batches_of_an_epoch_carry_each_user_s_prior_once(size):
+    """Against the sum over users, straight from its formula; batches of any size, the last one smaller."""
+    logits, users = normal(5, 3), torch.tensor([0, 1, 1, 2, 2, 2, 3, 4] * 3 + [4] * 36)
+    users = users[torch.randperm(len(users), generator=torch.Generator().manual_seed(1))]
+    logs, counts = logits.log_softmax(dim=1), torch.bincount(users)
+    expected = sum(-0.7 * math.log(weight) for row in logits.softmax(dim=1).tolist() for weight in row)
+    batches = users.split(size)
+    found = sum(len(rows) * batch_prior(logs[rows], counts[rows], pseudo_count=0.7) for rows in batches)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_likelihood_does_not_overflow():

@@ -1,7 +1,7 @@
 """Which adapters are nearest to a new task: whose update points downhill on its loss, before any training."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist, median
 from typing import Any
@@ -15,6 +15,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import SubspaceError
 from eigenpeft.linalg.factored import frobenius_norm, inner_product
 from eigenpeft.linalg.scores.nulls import chance_cosine
+from eigenpeft.linalg.scores.update_cosines import update_cosines
 from eigenpeft.subspace.matching import match_modules
 
 
@@ -56,30 +57,30 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
         >>> next(iter(downhill(collection, gradient_along_it).adapters))
         'cr'
     """
-    inner = dict.fromkeys(collection.names, 0.0)
-    gradients: dict[str, float] = {}
-    by_module: dict[str, dict[str, float]] = {name: {} for name in collection.names}
-    mean_square = 0.0
-    for module, (deltas, inputs) in tokens.items():
-        gradients[module] = float(frobenius_norm(deltas.mT, inputs)) ** 2
+    places, n = {name: place for place, name in enumerate(collection.names)}, len(collection)
+    inner, squares, gradients = torch.zeros(3, len(tokens), n + 1, dtype=torch.float64)  # the last is the mean update
+    for i, (module, (deltas, inputs)) in enumerate(tokens.items()):
+        gradients[i] = frobenius_norm(deltas.mT, inputs) ** 2
         factors: list[tuple[Tensor, Tensor]] = []
         for read in collection.factors(module):
-            lora_b, lora_a = read.lora_B.to(torch.float64), read.lora_A.to(torch.float64)
-            inner[read.adapter] -= float(inner_product(deltas.mT, inputs, lora_b, lora_a))
-            by_module[read.adapter][module] = float(frobenius_norm(lora_b, lora_a)) ** 2
+            place, lora_b, lora_a = places[read.adapter], read.lora_B.to(torch.float64), read.lora_A.to(torch.float64)
+            inner[i, place] = -inner_product(deltas.mT, inputs, lora_b, lora_a)
+            squares[i, place] = frobenius_norm(lora_b, lora_a) ** 2
             factors.append((lora_b, lora_a))
         if factors:
             columns, rows = torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
-            mean_square += float(frobenius_norm(columns, rows)) ** 2 / len(collection) ** 2
-    squares = {name: sum(own.values()) for name, own in by_module.items()}
-    gradient_square = sum(gradients.values())
-    if not gradient_square > 0 or not any(squares.values()):
+            squares[i, n] = frobenius_norm(columns, rows) ** 2 / n**2
+    inner[:, n] = inner[:, :n].sum(dim=1) / n
+    *found, mean = update_cosines(inner, squares, gradients).tolist()
+    cosines = {name: value for name, value in zip(places, found, strict=True) if not math.isnan(value)}
+    if not cosines:
         raise SubspaceError("The gradient or every update is zero in all modules; there is nothing to compare.")
-    length = gradient_square**0.5
-    cosines = _cosines(inner, squares, length)
-    mean = sum(inner.values()) / len(collection) / (length * mean_square**0.5) if mean_square > 0 else 0.0
     ordered = dict(sorted(cosines.items(), key=lambda item: -item[1]))
-    return Downhill(ordered, mean, _chance(collection, gradients, {name: by_module[name] for name in ordered}))
+    sizes = [math.prod(collection.shapes[module]) for module in tokens]
+    tails = [chance_cosine(gradients[:, 0].tolist(), squares[:, places[name]].tolist(), sizes) for name in ordered]
+    # Of n independent normal draws, the best exceeds this once in 20; the longest tail of all stands for each.
+    chance = NormalDist().inv_cdf(1 - _ONCE_IN / len(tails)) * max(tails)
+    return Downhill(ordered, 0.0 if math.isnan(mean) else mean, chance)
 
 
 def nearest_adapters(
@@ -114,22 +115,6 @@ def nearest_adapters(
     targets = {name: named.get(f"{path}.base_layer", named.get(path)) for path, name in found.items()}
     tokens, _ = gather_tokens(model, targets, batches, loss=loss)  # pyright: ignore[reportArgumentType]
     return downhill(adapters, tokens)
-
-
-def _chance(
-    collection: AdapterCollection, gradients: Mapping[str, float], updates: Mapping[str, Mapping[str, float]]
-) -> float:
-    """Cosine that the best of n random updates exceeds once in 20 draws (normal, n of them independent), of the longest tail."""
-    sizes = [math.prod(collection.shapes[module]) for module in gradients]
-    tails = [
-        chance_cosine(list(gradients.values()), [own.get(module, 0.0) for module in gradients], sizes)
-        for own in updates.values()
-    ]
-    return NormalDist().inv_cdf(1 - _ONCE_IN / len(tails)) * max(tails)
-
-
-def _cosines(inner: Mapping[str, float], squares: Mapping[str, float], length: float) -> dict[str, float]:
-    return {name: inner[name] / (length * square**0.5) for name, square in squares.items() if square > 0}
 
 
 _NAMED = 3

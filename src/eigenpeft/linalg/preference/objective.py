@@ -71,6 +71,31 @@ def dirichlet_penalty(
     return -(pseudo_count * log_weights).sum(dim=-1)
 
 
+def batch_prior(
+    log_weights: Float[Tensor, "n b"],
+    n_comparisons: Float[Tensor, " n"] | Int[Tensor, " n"],
+    *,
+    pseudo_count: float | Float[Tensor, " b"],
+) -> Float[Tensor, ""]:
+    """A batch's share of the users' prior, `(1/n) Σ_i P(w_u(i)) / n_u(i)`, where P is `dirichlet_penalty`.
+
+    Each comparison i carries 1 / n_u of the prior of its user u, who has n_u comparisons. Summed over the N comparisons of
+    an epoch this is `Σ_u P(w_u)`, each user's prior once, as in the joint objective (`joint_gradient`) divided by N.
+
+    Args:
+        log_weights: log w of the user of each comparison in the batch.
+        n_comparisons: n_u, how many comparisons of all the training rows are that user's; at least 1.
+        pseudo_count: As for `dirichlet_penalty`.
+
+    Example:
+        >>> import torch
+        >>> logs = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()  # a penalty of 1.3863 each
+        >>> batch_prior(logs, torch.tensor([2, 4]), pseudo_count=1.0)
+        tensor(0.5199)
+    """
+    return (dirichlet_penalty(log_weights, pseudo_count) / n_comparisons).mean()
+
+
 def simplex(logits: Float[Tensor, "*n b"]) -> Float[Tensor, "*n b"]:
     """Softmax over the last axis: weights that are positive and sum to one.
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eigenpeft.linalg.bases.stacking import Stacks
+from eigenpeft.linalg.scores.update_cosines import update_cosines
 from eigenpeft.linalg.shares import leading_squared_norms
 
 # Leading directions kept beyond K in the reduced space of a large problem; see `_remaining_directions`.
@@ -137,8 +138,8 @@ def cosines(stacks: Stacks) -> Float[Tensor, "n_adapters n_adapters"]:
     products = (rows_in @ rows_in.mT) * (rows_out @ rows_out.mT)
     blocks = [[block.sum() for block in row.split(stacks.sizes, dim=1)] for row in products.split(stacks.sizes, dim=0)]
     inner = torch.tensor([[float(value) for value in row] for row in blocks], dtype=torch.float64)
-    lengths = inner.diagonal().sqrt()
-    return inner / (lengths[:, None] * lengths[None, :])
+    squares = inner.diagonal()[:, None].expand_as(inner)
+    return update_cosines(inner[None], squares[None], squares.mT[None])
 
 
 def overlaps(stacks: Stacks) -> Float[Tensor, "n_adapters n_adapters"]:

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eigenpeft.linalg.blocks import (
+    block_product,
+    input_block_product,
+    input_blocks,
+    output_block_product,
+    output_blocks,
+)
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
@@ -51,16 +58,13 @@ class BlockInputFactor(InputFactor):
         """(r, in_features), with zeros outside the blocks."""
         coefficients: Any = self.coefficients
         components = self.frozen_bank.components_in.to(coefficients.dtype)
-        pairs = zip(coefficients.chunk(self._n_blocks), components.chunk(self._n_blocks, dim=1), strict=True)
-        return torch.block_diag(*(block @ part for block, part in pairs))
+        return torch.block_diag(*input_blocks(components, coefficients, n_blocks=self._n_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """`A x` for x (..., in_features)."""
         coefficients: Any = self.coefficients
-        components = self.frozen_bank.components_in.to(x.dtype).unflatten(1, (self._n_blocks, -1))
-        coefficients = coefficients.to(x.dtype).unflatten(0, (self._n_blocks, -1))
-        inner = torch.einsum("...nd,knd->...nk", x.unflatten(-1, (self._n_blocks, -1)), components)
-        return torch.einsum("...nk,nqk->...nq", inner, coefficients).flatten(-2)
+        components, coefficients = self.frozen_bank.components_in.to(x.dtype), coefficients.to(x.dtype)
+        return input_block_product(x, components, coefficients, n_blocks=self._n_blocks)
 
 
 class BlockOutputFactor(OutputFactor):
@@ -80,17 +84,12 @@ class BlockOutputFactor(OutputFactor):
     def weight(self) -> Tensor:
         """(out_features, r), with zeros outside the blocks."""
         components = self.frozen_bank.components_out.to(self.coefficients.dtype)
-        pairs = zip(
-            components.chunk(self._n_blocks, dim=1), self.coefficients.chunk(self._n_blocks, dim=1), strict=True
-        )
-        return torch.block_diag(*(part.mT @ block for part, block in pairs))
+        return torch.block_diag(*output_blocks(components, self.coefficients, n_blocks=self._n_blocks))
 
     def forward(self, h: Tensor) -> Tensor:
         """`B h` for h (..., r)."""
-        components = self.frozen_bank.components_out.to(h.dtype).unflatten(1, (self._n_blocks, -1))
-        coefficients = self.coefficients.to(h.dtype).unflatten(1, (self._n_blocks, -1))
-        inner = torch.einsum("...nq,knq->...nk", h.unflatten(-1, (self._n_blocks, -1)), coefficients)
-        return torch.einsum("...nk,knd->...nd", inner, components).flatten(-2)
+        components, coefficients = self.frozen_bank.components_out.to(h.dtype), self.coefficients.to(h.dtype)
+        return output_block_product(h, components, coefficients, n_blocks=self._n_blocks)
 
 
 class MixedBlockFactor(MixedFactor):
@@ -112,14 +111,13 @@ class MixedBlockFactor(MixedFactor):
         """(out_features, r), with zeros outside the blocks of B."""
         mixer = self.mixer.to(self.factor.dtype)
         if self._has_blocks:
-            pairs = zip(self.factor.chunk(len(mixer)), mixer, strict=True)
-            return torch.block_diag(*(block @ each for block, each in pairs))
-        return torch.einsum("onq,nqp->onp", self.factor.unflatten(1, (len(mixer), -1)), mixer).flatten(1)
+            return torch.block_diag(*(self.factor.unflatten(0, (len(mixer), -1)) @ mixer))
+        return block_product(self.factor, mixer.mT)  # B M, row by row
 
     def forward(self, h: Tensor) -> Tensor:
         """`B M h` for h (..., r)."""
         mixer, factor = self.mixer.to(h.dtype), self.factor.to(h.dtype)
-        mixed = torch.einsum("nqp,...np->...nq", mixer, h.unflatten(-1, (len(mixer), -1)))
+        mixed = block_product(h, mixer)
         if self._has_blocks:
-            return torch.einsum("noq,...nq->...no", factor.unflatten(0, (len(mixer), -1)), mixed).flatten(-2)
-        return F.linear(mixed.flatten(-2), factor, None if self.bias is None else self.bias.to(h.dtype))
+            return block_product(mixed, factor.unflatten(0, (len(mixer), -1)))
+        return F.linear(mixed, factor, None if self.bias is None else self.bias.to(h.dtype))
