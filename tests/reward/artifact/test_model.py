@@ -213,6 +213,10 @@ def test_reward_function_rewards_each_prompt_as_its_user_would(backbone, tokeniz
     rewards = ended(prompts=["a joke ", "help "], completions=["about cats", "me</s>"], who=["ada", "bob"])
     by_basis = classify(model.backbone, tokenizer, ["a joke about cats</s>", "help me</s>"], batch_size=8)
     assert rewards == pytest.approx([by_basis[0, 0].item(), by_basis[1, 2].item()], abs=1e-5)
+    alone = func(completions=["help me"], who=["ada"])
+    assert alone == pytest.approx(
+        [classify(model.backbone, tokenizer, ["help me"], batch_size=1)[0, 0].item()], abs=1e-5
+    )
     chat = func(
         prompts=[[{"role": "user", "content": "help"}]],
         completions=[[{"role": "assistant", "content": "no"}]],

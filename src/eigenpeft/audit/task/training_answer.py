@@ -68,8 +68,8 @@ def train_answer(
     if unseen:
         chances = tuple(Chance(event.event, None, event.base_rate, event.points, event.predicted) for event in events)
         text = (
-            f"Unknown. Nothing like these adapters was seen: {'; '.join(unseen)}. Train the head alone, a LoRA and EigenLoRA "
-            "on held-out rows and compare."
+            f"Unknown. Nothing like these adapters was seen: {'; '.join(unseen)}. Train a LoRA and EigenLoRA on the same rows "
+            "and compare them on others; `eigenpeft recycle` does that."
         )
         return Train("unknown", text, n_rows, with_task, chances)
     chances = tuple(

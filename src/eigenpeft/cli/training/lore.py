@@ -30,7 +30,8 @@ Data = Annotated[
     Path,
     typer.Argument(
         help="Comparisons: .jsonl, .csv, .parquet or a folder saved by datasets, with the columns chosen, rejected, a user "
-        "and perhaps prompt. Text or messages (give --model), or lists of numbers: features."
+        "and perhaps prompt. Text or messages, which a backbone embeds (--model; add-user has the kept one), or lists of "
+        "numbers: features."
     ),
 ]
 Backbone = Annotated[

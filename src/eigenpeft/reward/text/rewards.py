@@ -45,12 +45,14 @@ class TextReward:
         self._user_column, self._batch_size, self._max_length = user_column, batch_size, max_length
         self._end = processing_class.eos_token or "" if end_token else ""
 
-    def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+    def __call__(
+        self, *, completions: Sequence[Text], prompts: Sequence[Text] | None = None, **columns: Any
+    ) -> list[float]:
         """Reward of each completion to the user of its prompt.
 
         Args:
-            prompts: Texts, or conversations.
-            completions: Likewise.
+            completions: Texts, or conversations.
+            prompts: Likewise; None where the texts have none.
             **columns: The other columns, the user column among them.
 
         Raises:
@@ -61,6 +63,8 @@ class TextReward:
                 f"The reward function got no column {self._user_column!r}, only {sorted(columns)}: add it to the training "
                 "set, or name another with user_column=."
             )
+        if prompts is None:
+            prompts = ["" if isinstance(completion, str) else [] for completion in completions]
         texts = []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = join(prompt, completion, self._processing_class)
