@@ -13,7 +13,7 @@ from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import AdapterConfigError, SubspaceError
 from eigenpeft.subspace import PrincipalSubspace, mean_only_subspace, random_subspace, shuffled_subspace
 from eigenpeft.subspace.cores import core_kind
-from eigenpeft.tuners.eigenlora.bases import subspace_of
+from eigenpeft.tuners.eigenlora.bases import find_bases
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 
 Control = Literal["random", "shuffled", "mean_only", "same_parameters", "lora"]
@@ -74,7 +74,7 @@ def control_config(
 
 def _used(config: EigenLoraConfig) -> PrincipalSubspace:
     """The modules and components of the subspace that the config trains on."""
-    subspace = subspace_of(config)
+    subspace = find_bases(config).subspace
     if subspace is None:
         raise AdapterConfigError(
             "This adapter embeds its components, and a control is made from the subspace they came from; pass "

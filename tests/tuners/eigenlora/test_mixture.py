@@ -14,6 +14,7 @@ from eigenpeft import AdapterCollection, AdapterStore, EigenLoraConfig, Subspace
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, Core
 from eigenpeft.tuners import control_config
+from eigenpeft.tuners.eigenlora.bases import find_bases
 from eigenpeft.tuners.parameter_groups import parameter_groups
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
@@ -59,6 +60,18 @@ def test_it_trains_one_number_per_source_or_per_source_and_module(zoo, weights, 
     trained = trained_parameters(mixture(zoo, weights=weights))
     assert sum(parameter.numel() for parameter in trained) == count
     assert all(torch.equal(parameter, torch.full((3,), 1 / 3)) for parameter in trained)  # the mean
+
+
+def test_opening_writes_nothing_to_the_config_and_making_a_model_writes_what_its_file_must_say(zoo):
+    config = EigenLoraConfig(core="mixture", sources=str(zoo / "store"), task_type="CAUSAL_LM")
+    before = dict(vars(config))
+    opened = find_bases(config)
+    assert vars(config) == before
+    assert opened.subspace is opened.sources.subspace
+    assert config.subspace_sha256 is config.source_names is None
+    get_peft_model(tiny_llama(), config)
+    assert config.subspace_sha256 == opened.subspace.fingerprint
+    assert config.source_names == list(RANKS)
 
 
 def dense_loss(zoo, tokens, weights):

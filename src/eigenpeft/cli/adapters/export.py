@@ -13,7 +13,7 @@ from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners import EigenLoraConfig, convert_reference_checkpoint, export_gguf, export_lora
-from eigenpeft.tuners.eigenlora.bases import subspace_of
+from eigenpeft.tuners.eigenlora.bases import find_bases
 
 
 @app.command()
@@ -81,7 +81,7 @@ def _opened(source: str, name: str | None) -> tuple[AdapterStore, str]:
         )
         raise EigenPeftError(f"{source!r} is an adapter of peft_type {kind!r}; this command exports EIGENLORA: {way}.")
     config = EigenLoraConfig.from_pretrained(source)
-    subspace = subspace_of(config)  # pyright: ignore[reportArgumentType] (a config of that type)
+    subspace = find_bases(config).subspace  # pyright: ignore[reportArgumentType] (a config of that type)
     if subspace is None:
         raise EigenPeftError(
             f"{source!r} holds its bases in its own file (save_subspace='embed'); load it with PEFT and call "

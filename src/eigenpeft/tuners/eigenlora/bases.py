@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
+from eigenpeft.subspace import AdapterStore, ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import ModuleMatches
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.tuners.eigenlora.config import NO_STORE, EigenLoraConfig
+from eigenpeft.tuners.eigenlora.merged_start import open_adapters
 from eigenpeft.tuners.eigenlora.mixture import Mixture
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart
 from eigenpeft.tuners.layers.kinds import factor_dicts, weight_name, weight_shape
@@ -73,17 +74,49 @@ class Injection:
             )
 
 
-def subspace_of(config: EigenLoraConfig) -> PrincipalSubspace | None:
-    """The subspace, or None when the adapter's own file brings the components.
+@dataclass(frozen=True)
+class Bases:
+    """What a configuration names, opened.
+
+    Attributes:
+        subspace: The subspace; None for components that the adapter's own file brings.
+        sources: The store whose members a mixture weighs; None for the other cores, and for a mixture that is read back.
+    """
+
+    subspace: PrincipalSubspace | None
+    sources: AdapterStore | None
+
+
+def find_bases(config: EigenLoraConfig) -> Bases:
+    """Open the subspace and the sources that a configuration names; nothing is written to it.
+
+    Where it names sources and no subspace, the subspace is theirs.
 
     Args:
-        config: Configuration of the adapter; into it goes only which bases its sources have, where no others are named.
+        config: Configuration of the adapter.
 
     Raises:
         AdapterConfigError: If no subspace is named at all, or the sources of a mixture are no store.
         SubspaceNotFoundError: If it is nowhere.
+        ArtifactError: If the store or the subspace is damaged.
     """
-    config.open_sources()
+    sources = _open_sources(config.given_sources)
+    if sources is not None and config.subspace is None and config.subspace_sha256 is None:
+        return Bases(sources.subspace, sources)
+    return Bases(_find_subspace(config), sources)
+
+
+def _open_sources(given: AdapterStore | str | None) -> AdapterStore | None:
+    if given is None:
+        return None
+    found = open_adapters(given)
+    if not isinstance(found, AdapterStore):
+        raise AdapterConfigError(NO_STORE.format(given))
+    return found
+
+
+def _find_subspace(config: EigenLoraConfig) -> PrincipalSubspace | None:
+    """The subspace, or None when the adapter's own file brings the components."""
     subspace = recall(config.subspace_sha256)
     if subspace is None and config.embedded_n_components is not None:
         return None

@@ -12,7 +12,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.merging import RULES
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.cores import CORES, RENAMED, core_kind
-from eigenpeft.tuners.eigenlora.merged_start import check_rule, named, open_adapters
+from eigenpeft.tuners.eigenlora.merged_start import check_rule, named
 from eigenpeft.tuners.host.adapter_card import ExplainedConfig
 from eigenpeft.tuners.host.registration import peft_type
 from eigenpeft.tuners.host.restrictions import check_lora_options
@@ -24,6 +24,10 @@ _BEYOND_THE_SUBSPACE = ("layer_replication", "loftq_config", "corda_config", "lo
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # How an adapter starts: a file's numbers take the place of these, and they could name anything of the reader's.
 START_FIELDS = ("init_from", "init_adapters", "init_scale", "init_options", "init_offset", "init_weights", "sources")
+NO_STORE = (
+    "sources={!r} are adapters and no store: put them into one with "
+    "AdapterStore.from_collection(subspace, AdapterCollection.from_pretrained(...))."
+)
 # What the scaling of a mixture is made of; its weights are the scaling.
 _NO_SCALING = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -166,10 +170,19 @@ class EigenLoraConfig(ExplainedConfig):
         self._check_start()
         self._take_sources()
         if isinstance(self.subspace, PrincipalSubspace):
-            self._name_subspace(self.subspace)
+            self.name_subspace(self.subspace)
+        elif self._sources is not None and self.subspace is None and self.subspace_sha256 is None:
+            self.name_subspace(self._sources.subspace)
 
-    def _name_subspace(self, subspace: PrincipalSubspace) -> None:
-        """Keep a subspace beside the fields, which must stay plain values that JSON and `asdict` can take, and its name in them."""
+    def name_subspace(self, subspace: PrincipalSubspace) -> None:
+        """Keep a subspace beside the fields, which must stay plain values that JSON and `asdict` can take, and its name in them.
+
+        Args:
+            subspace: An open one.
+
+        Raises:
+            AdapterConfigError: If `subspace_sha256` is the fingerprint of another one.
+        """
         self._subspace, fingerprint = subspace, remember(subspace)
         if self.subspace_sha256 not in (None, fingerprint):
             raise AdapterConfigError(
@@ -252,8 +265,8 @@ class EigenLoraConfig(ExplainedConfig):
             self.init_weights = list(weights)
 
     def _take_sources(self) -> None:
-        """Check that sources belong to the core, and keep an open store beside the fields; `open_sources` opens the others."""
-        self._source_store: AdapterStore | None = None
+        """Check that sources belong to the core, and keep an open store beside the fields; `bases.find_bases` opens the others."""
+        self._sources: AdapterStore | None = None
         mixture = core_kind(self.core).weighs_sources
         given = {"sources": self.sources, "init_weights": self.init_weights, "source_names": self.source_names}
         if not mixture and (extra := [name for name, value in given.items() if value is not None]):
@@ -270,40 +283,16 @@ class EigenLoraConfig(ExplainedConfig):
         for name, value in scaling.items():
             setattr(self, name, value)
         if isinstance(self.sources, AdapterStore):
-            store, self.sources = self.sources, self.sources.origin
-            self._take_store(store)
+            self._sources, self.sources = self.sources, self.sources.origin
         elif isinstance(self.sources, os.PathLike):
             self.sources = os.fspath(self.sources)
         elif not isinstance(self.sources, str | None):
-            raise self._no_store()
+            raise AdapterConfigError(NO_STORE.format(self.sources))
 
-    def open_sources(self) -> AdapterStore | None:
-        """The store that `sources` names, opened when it is first asked for, as the tuner does when it makes a model.
-
-        Returns:
-            The store, whose bases the adapter has where no others are named; None where there are no sources.
-
-        Raises:
-            AdapterConfigError: If `sources` are adapters and no store.
-            ArtifactError: If the store is damaged.
-        """
-        if self._source_store is None and self.sources is not None:
-            store = open_adapters(self.sources)
-            if not isinstance(store, AdapterStore):
-                raise self._no_store()
-            self._take_store(store)
-        return self._source_store
-
-    def _take_store(self, store: AdapterStore) -> None:
-        self._source_store = store
-        if self.subspace is None and self.subspace_sha256 is None:
-            self._name_subspace(store.subspace)
-
-    def _no_store(self) -> AdapterConfigError:
-        return AdapterConfigError(
-            f"sources={self.sources!r} are adapters and no store: put them into one with "
-            "AdapterStore.from_collection(subspace, AdapterCollection.from_pretrained(...))."
-        )
+    @property
+    def given_sources(self) -> AdapterStore | str | None:
+        """What `sources` was given: an open store, or where one is."""
+        return self._sources or self.sources
 
     @property
     def start_adapters(self) -> Any:
@@ -312,7 +301,7 @@ class EigenLoraConfig(ExplainedConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open stores and collections, which have files."""
-        return self.__dict__ | {"_init_adapters": self.init_adapters, "_source_store": None}
+        return self.__dict__ | {"_init_adapters": self.init_adapters, "_sources": None}
 
     def note_start(self) -> None:
         """Note that an adapter has started: what is saved from now on is a trained adapter's file."""

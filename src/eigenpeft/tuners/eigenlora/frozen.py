@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.tuners.eigenlora.bases import adapted_layers
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, weight_name, weight_shape
 
 _PREFIX = "base_model.model."
@@ -37,18 +36,17 @@ def check_one_core(layer: LoraLayer, module: str, *, what: str, instead: str) ->
         )
 
 
-def empty_offset(layer: LoraLayer, config: EigenLoraConfig, module: str) -> Factors | None:
+def empty_offset(layer: LoraLayer, rank: Any, *, module: str) -> Factors | None:
     """Zeros for the offset that an adapter's own file is about to bring, or None where it has none.
 
     Args:
         layer: LoRA layer.
-        config: Configuration of the adapter.
-        module: Name of the adapted weight.
+        rank: What the adapter's config says of its rank; None where there is none.
+        module: Name of the adapted weight, for messages.
 
     Raises:
         AdapterConfigError: If the file says an impossible rank.
     """
-    rank: Any = (config.offset_ranks or {}).get(module)
     if rank is None:
         return None
     n_out, n_in = weight_shape(layer)

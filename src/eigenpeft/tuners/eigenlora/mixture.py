@@ -10,7 +10,6 @@ from torch import Tensor
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterMember, AdapterStore, PrincipalSubspace
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.layers.mixture import MixtureWeights
 from eigenpeft.tuners.layers.shared_bases import FrozenBank
 
@@ -48,35 +47,45 @@ class Mixture:
         return self.shared or MixtureWeights(self.start.clone()), cores
 
 
-def read_mixture(config: EigenLoraConfig, subspace: PrincipalSubspace | None) -> Mixture:
-    """The mixture that a configuration names; into the configuration go the names of its sources.
+def read_mixture(
+    sources: AdapterStore | None,
+    *,
+    subspace: PrincipalSubspace | None,
+    names: Sequence[str] | None = None,
+    init_weights: Any = None,
+    per_module: bool = False,
+    is_read_back: bool = False,
+) -> Mixture:
+    """The mixture of a store's members, or the empty one that an adapter's own file is about to fill.
 
     Args:
-        config: Configuration of the adapter.
+        sources: The store; None where the file brings the cores.
         subspace: Bases of the adapter; None for components that its own file brings.
+        names: Members to weigh, in order; None takes all.
+        init_weights: Where the weights start: one number per member, or one for all; None is the mean.
+        per_module: Whether each module has weights of its own.
+        is_read_back: Whether the adapter has started before, so that it needs no store.
 
     Raises:
         AdapterConfigError: If it names no sources, sources of other bases, or weights that do not fit them.
     """
-    store = config.open_sources()
-    names, members = tuple(config.source_names or ()), {}
-    if store is not None:
-        _check_bases(store, subspace)
-        names = names or store.names
-        unknown = [name for name in names if name not in store]
+    names, members = tuple(names or ()), {}
+    if sources is not None:
+        _check_bases(sources, subspace)
+        names = names or tuple(sources.names)
+        unknown = [name for name in names if name not in sources]
         if unknown or not names:
             raise AdapterConfigError(
-                f"source_names={list(names)}: the store has {len(store)} adapters, {some(store.names) or 'none'}, and not "
+                f"source_names={list(names)}: the store has {len(sources)} adapters, {some(sources.names) or 'none'}, and not "
                 f"{some(unknown) or 'one to weigh'}."
             )
-        members = {name: store[name] for name in names}
-        config.source_names = list(names)
-    elif not names or not config.is_from_file and not config.has_started:
+        members = {name: sources[name] for name in names}
+    elif not names or not is_read_back:
         raise AdapterConfigError(
             "core='mixture' weighs adapters that exist: pass sources=, an AdapterStore or its folder or Hub id."
         )
-    start = _start(config.init_weights, names)
-    return Mixture(names, members, start, MixtureWeights(start.clone()) if config.weights == "adapter" else None)
+    start = _start(init_weights, names)
+    return Mixture(names, members, start, None if per_module else MixtureWeights(start.clone()))
 
 
 def _check_bases(store: AdapterStore, subspace: PrincipalSubspace | None) -> None:

@@ -18,8 +18,8 @@ from eigenpeft.tuners.eigenlora.bases import (
     embedded_counts,
     embedded_tensors,
     fill_embedded,
+    find_bases,
     matching_modules,
-    subspace_of,
 )
 from eigenpeft.tuners.eigenlora.combining import (
     can_combine,
@@ -47,9 +47,10 @@ class EigenLoraModel(FactorModel):
     @classmethod
     @contextmanager
     def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[Injection]:
-        """Find the subspace once, and choose its modules when no targets are named; afterwards note what is embedded.
+        """Open subspace and sources once, and choose the modules when no targets are named; afterwards note what is embedded.
 
-        Into the configuration goes what its file must say: the subspace's fingerprint, the targets, what is embedded.
+        Into the configuration goes, here alone, what its file must say: which subspace, the names of sources, the targets,
+        what is embedded.
 
         Args:
             model: Model to adapt.
@@ -59,10 +60,15 @@ class EigenLoraModel(FactorModel):
         Yields:
             What `swap` needs for every layer.
         """
-        subspace = subspace_of(config)
+        opened = find_bases(config)
+        subspace = opened.subspace
         if subspace is not None:
+            if config.subspace is None and config.subspace_sha256 is None:
+                config.name_subspace(subspace)  # that of the sources
             config.subspace_sha256 = subspace.fingerprint
-            warn_of_idle_rank(config, max(bases.n_components for bases in subspace.values()))
+            most = max(bases.n_components for bases in subspace.values())
+            n_components = min(most, config.n_components or most)
+            warn_of_idle_rank(config.r, core=core_kind(config.core), n_components=n_components)
         shapes = None
         if subspace is not None:
             shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
@@ -74,7 +80,17 @@ class EigenLoraModel(FactorModel):
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         warm_start = read_warm_start(config, subspace) if config.init_from and subspace else None
-        mixture = read_mixture(config, subspace) if core_kind(config.core).weighs_sources else None
+        mixture = None
+        if core_kind(config.core).weighs_sources:
+            mixture = read_mixture(
+                opened.sources,
+                subspace=subspace,
+                names=config.source_names,
+                init_weights=config.init_weights,
+                per_module=config.weights == "module",
+                is_read_back=config.is_from_file or config.has_started,
+            )
+            config.source_names = list(mixture.names)
         given = Injection(subspace, warm_start, mixture, matches.found)
         yield given
         if warm_start is not None:
@@ -102,7 +118,7 @@ class EigenLoraModel(FactorModel):
             adopt(layer, adapter_name)
             return
         parts = start(layer, adapter_name, frozen_bank=frozen_bank, config=config, module=module)
-        offset = empty_offset(layer, config, module)
+        offset = empty_offset(layer, (config.offset_ranks or {}).get(module), module=module)
         if given.warm_start is not None and name in given.warm_start.modules:
             _check_warm_start(layer, config, module)
             parts = given.warm_start.parts(name, start=parts, core=core, scaling=scaling)

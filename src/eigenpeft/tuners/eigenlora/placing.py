@@ -20,20 +20,19 @@ from eigenpeft.tuners.layers.shared_bases import FrozenBank
 logger = logging.getLogger(__name__)
 
 
-def warn_of_idle_rank(config: EigenLoraConfig, most: int) -> None:
+def warn_of_idle_rank(rank: int, *, core: CoreKind, n_components: int) -> None:
     """Say so where the rank is larger than the components allow: a K × K core has rank K at most.
 
     Args:
-        config: Configuration of an adapter.
-        most: Components of the module that has the most.
+        rank: r of an adapter.
+        core: Its kind of core.
+        n_components: Components that it uses of the module that has the most.
     """
-    core = core_kind(config.core)
-    most = min(most, config.n_components or most)
-    if core.is_factored and config.r > most:
+    if core.is_factored and rank > n_components:
         logger.warning(
             "r=%d is above the %d components, and a core on them has rank %d at most: r=%d has the same updates with fewer "
             "numbers, and core='full' with %d per module.",
-            *(config.r, most, most, most, most * most),
+            *(rank, n_components, n_components, n_components, n_components**2),
         )
 
 
