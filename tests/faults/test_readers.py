@@ -72,7 +72,7 @@ def cut(path):
 def test_damaged_files_are_one_error_at_once(tmp_path, reader, damage):
     path, read = reader(tmp_path)
     damage(path)
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=re.escape(path.name)):
         read()
 
 

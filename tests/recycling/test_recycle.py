@@ -268,6 +268,11 @@ def test_what_cannot_be_tried_is_named(adapters, tmp_path):
     assert "lora_r8" in report.text
 
 
+def test_where_nothing_can_be_tried_each_reason_is_said(adapters, tmp_path):
+    with pytest.raises(EigenPeftError, match=r"No candidate could be tried\. eigenlora: .*50"):
+        recycled(adapters, tmp_path, n_components=50, candidates=["eigenlora"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

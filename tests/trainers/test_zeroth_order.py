@@ -154,7 +154,7 @@ def test_what_cannot_be_trained_so_is_refused(tmp_path):
         ZerothOrderTrainer(model=model, args=arguments(tmp_path), train_dataset=rows)
     settings = arguments(tmp_path)
     settings.fp16 = True
-    with pytest.raises((AdapterConfigError, ValueError), match="fp16"):
+    with pytest.raises(AdapterConfigError, match="fp16=True: gradients are written here without a backward pass"):
         ZerothOrderTrainer(model=adapted(), args=settings, train_dataset=rows)
 
 

@@ -120,7 +120,10 @@ def _update_of(content: RecordDict, node: str) -> ClientUpdate:
     (arrays,), (metrics,) = content.array_records.values(), content.metric_records.values()
     about: Mapping[str, Any] = content.config_records.get(ADAPTER, {})
     if EXAMPLES not in metrics:
-        raise AdapterConfigError(f"its metrics have no {EXAMPLES!r}")
+        raise AdapterConfigError(
+            f"its metrics have no {EXAMPLES!r}, only {', '.join(map(repr, sorted(metrics))) or 'nothing'}; answer with "
+            "eigenpeft.federated.reply"
+        )
     return ClientUpdate(
         name=str(about.get("name") or node),
         tensors=arrays.to_torch_state_dict(),

@@ -77,8 +77,9 @@ def _used(config: EigenLoraConfig) -> PrincipalSubspace:
     subspace = find_bases(config).subspace
     if subspace is None:
         raise AdapterConfigError(
-            "This adapter embeds its components, and a control is made from the subspace they came from; pass "
-            "EigenLoraConfig(subspace=...)."
+            f"This adapter's file embeds the components of {len(config.embedded_n_components or ())} modules, and a control is "
+            f"made from the subspace they came from, which is not in memory (subspace={config.subspace!r}). Pass "
+            "EigenLoraConfig(subspace=...) with that PrincipalSubspace itself."
         )
     if config.target_modules not in (None, "all-linear"):
         kept = {name: bases for name, bases in subspace.items() if check_target_module_exists(config, name)}

@@ -136,7 +136,11 @@ def odd_steps(update: ClientUpdate, expected: Mapping[str, Tensor]) -> str | Non
     if len(seeds) != len(steps):
         return f"it sent {len(seeds)} seeds and {len(steps)} steps"
     if seeds.is_floating_point() or bool((seeds < 0).any()):
-        return "its seeds are no whole numbers from 0 on"
+        smallest = f", the smallest {seeds.min().item()}" if len(seeds) else ""
+        return (
+            f"its seeds are {seeds.dtype}{smallest}, and must be whole numbers from 0 on; send what "
+            "eigenpeft.combining.federation.train_steps returns"
+        )
     if not torch.equal(count, expected[COUNT]):
         return f"it trains {int(count)} values, and the server {int(expected[COUNT])}"
     return None
