@@ -231,7 +231,7 @@ def run(task, subspace, method, seed, *, rounds, steps):
                     model.load_state_dict(state)
                     pairs.append(accuracies(task.hits(model), parts[client]))
             else:
-                load_round(model, arrays.to_torch_state_dict(), scaling=update.scaling)
+                load_round(model, tensors=arrays.to_torch_state_dict(), scaling=update.scaling)
                 hits = task.hits(model)
                 pairs = [accuracies(hits, part) for part in parts]
             curve.append([statistics.fmean(values) for values in zip(*pairs, strict=True)])

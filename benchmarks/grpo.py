@@ -176,7 +176,7 @@ def peft_config(method: str, place: Place, seed: int):
         return TinyLoraConfig(u=13, weight_tying=1.0, projection_seed=seed, **shared)
     core = method.split()[1].rstrip(",")
     config = EigenLoraConfig(subspace=str(place.subspace), core=core, r=K, lora_alpha=2 * K, task_type="CAUSAL_LM")
-    return config if method.endswith("recycled") else control_config(config, "random", seed=seed)
+    return config if method.endswith("recycled") else control_config(config, control="random", seed=seed)
 
 
 def sampled(model, place: Place, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

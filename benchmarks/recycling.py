@@ -103,8 +103,8 @@ def searched(target: Target, adapters, folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         report = recycle(
             adapters,
-            target.base,
-            target.rows,
+            make_model=target.base,
+            rows=target.rows,
             args=target.args(scratch),
             out_dir=folder,
             data_collator=target.collator,

@@ -106,7 +106,7 @@ def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments,
     )
     if method != "eigenlora":
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-        config = control_config(config, method, adapters=adapters, seed=seed)  # pyright: ignore[reportArgumentType] (it checks)
+        config = control_config(config, control=method, adapters=adapters, seed=seed)  # pyright: ignore[reportArgumentType] (it checks)
     return get_peft_model(model, config)
 
 

@@ -165,7 +165,7 @@ def client_app(arguments: Arguments) -> ClientApp:
         ]
         model = work.model()
         if "local" in context.state:  # what a rule such as fedsa leaves with the client
-            load_round(model, context.state["local"].to_torch_state_dict())
+            load_round(model, tensors=context.state["local"].to_torch_state_dict())
         start_from(message, model)
         round_number = int(message.content["config"]["server-round"])
         if arguments.rule == "seeds":
@@ -203,7 +203,7 @@ def server_app(arguments: Arguments) -> ServerApp:
         def evaluate(number, arrays):
             if number == 0 or not strategy.rounds:
                 return
-            load_round(model, arrays.to_torch_state_dict(), scaling=first.scaling)
+            load_round(model, tensors=arrays.to_torch_state_dict(), scaling=first.scaling)
             record = strategy.rounds[number - 1]
             sent = record["bytes_from_clients"] / max(1, len(record["clients"]) + len(record["left_out"])) / 1e3
             print(

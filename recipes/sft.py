@@ -56,7 +56,7 @@ def peft_config(arguments: Arguments) -> LoraConfig:
     if arguments.method == "eigenlora":
         return config
     adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-    return control_config(config, arguments.method, adapters=adapters)
+    return control_config(config, control=arguments.method, adapters=adapters)
 
 
 def main(arguments: Arguments, training: SFTConfig) -> None:

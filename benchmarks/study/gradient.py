@@ -61,7 +61,7 @@ def main() -> None:
             batches = [task.collator([task.train[i] for i in range(start, start + BATCH_SIZE)]) for start in starts]
             for name in missing:
                 subspace = METHODS[name].subspace(situation)
-                found = gradient_share(model, batches, subspace, seeds=())
+                found = gradient_share(model, batches=batches, subspace=subspace, seeds=())
                 append(
                     GRADIENT_RESULTS,
                     {

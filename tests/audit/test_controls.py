@@ -56,9 +56,9 @@ def test_nearest_adapter_of_a_disturbed_copy(planted):
     for module in collection.modules:
         read = next(read for read in collection.factors(module) if read.adapter == "adapter-3")
         factors[module] = (2.0 * read.lora_B, read.lora_A)
-    assert nearest_adapter(collection, factors) == ("adapter-3", pytest.approx(1.0))
+    assert nearest_adapter(collection, factors=factors) == ("adapter-3", pytest.approx(1.0))
     with pytest.raises(SubspaceError, match="0 of its 1 modules are known there"):
-        nearest_adapter(collection, {"other": factors[collection.modules[0]]})
+        nearest_adapter(collection, factors={"other": factors[collection.modules[0]]})
 
 
 def test_untrained_adapters_are_near_to_nothing(tmp_path):
@@ -69,4 +69,4 @@ def test_untrained_adapters_are_near_to_nothing(tmp_path):
     with pytest.raises(
         SubspaceError, match="All 1 adapters .* zero in the 4 common modules.*pass a collection that has"
     ):
-        nearest_adapter(AdapterCollection.from_pretrained(tmp_path / "untrained"), factors)
+        nearest_adapter(AdapterCollection.from_pretrained(tmp_path / "untrained"), factors=factors)

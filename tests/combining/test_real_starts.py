@@ -128,7 +128,7 @@ def test_components_and_the_nearest_adapter(adapters, subspace, batch, tmp_path)
     model.save_pretrained(tmp_path / "init")
     same(tmp_path / "init", batch, expected)
 
-    found = nearest_adapters(adapters, fresh(), batches=[batch])
+    found = nearest_adapters(adapters, model=fresh(), batches=[batch])
     assert set(found.adapters) == set(adapters.names)
     model = init_lora_from_adapter(fresh(), adapters, name=next(iter(found.adapters)), task_type="SEQ_CLS")
     expected = train(model, batch)

@@ -116,7 +116,7 @@ def test_rounds_average_what_clients_trained(rule):
     assert [record["round"] for record in strategy.rounds] == [1, 2]
     assert strategy.rounds[0]["clients"] == pytest.approx({"client-0": 1 / 6, "client-1": 1 / 3, "client-2": 1 / 2})
     averaged = result.arrays.to_torch_state_dict()
-    assert set(sent_keys(averaged, rule)) | {key for key in averaged if ".residue_" in key} == set(averaged)
+    assert set(sent_keys(averaged, rule=rule)) | {key for key in averaged if ".residue_" in key} == set(averaged)
     assert any(not torch.equal(averaged[key], tensor) for key, tensor in arrays.to_torch_state_dict().items())
     assert "loss" in result.train_metrics_clientapp[2]
     assert result.train_metrics_clientapp[2]["adapter-bytes-from-clients"] > 0

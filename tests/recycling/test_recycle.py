@@ -49,8 +49,8 @@ def make_model():
 def recycled(adapters, folder, *, rows=None, args=None, **changes):
     return recycle(
         adapters,
-        changes.pop("make_model", make_model),
-        task_rows() if rows is None else rows,
+        make_model=changes.pop("make_model", make_model),
+        rows=task_rows() if rows is None else rows,
         args=args or arguments(folder),
         out_dir=folder / "out",
         n_components=changes.pop("n_components", 2),

@@ -45,7 +45,7 @@ def count(config):
 @pytest.mark.parametrize("core", ["low_rank", "full"])
 def test_another_subspace_of_the_same_size(adapters, subspace, control, made, core):
     config = EigenLoraConfig(subspace=subspace, r=4, lora_alpha=6, core=core, lora_dropout=0.1)
-    found = control_config(config, control, adapters=adapters, seed=3)
+    found = control_config(config, control=control, adapters=adapters, seed=3)
     assert found._subspace == made(subspace, adapters)
     assert (found.r, found.lora_alpha, found.core, found.lora_dropout) == (4, 6, core, 0.1)
     assert count(found) == count(config)
@@ -54,14 +54,14 @@ def test_another_subspace_of_the_same_size(adapters, subspace, control, made, co
 
 def test_truncated_as_the_run_is(subspace):
     config = EigenLoraConfig(subspace=subspace, r=4, n_components=3)
-    found = control_config(config, "random")
+    found = control_config(config, control="random")
     assert {bases.n_components for bases in found._subspace.values()} == {3}
     assert count(found) == count(config) == 4 * 2 * 3 * 4
 
 
 def test_from_a_folder(subspace, tmp_path):
     subspace.save_pretrained(tmp_path / "subspace")
-    found = control_config(EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=2), "shuffled")
+    found = control_config(EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=2), control="shuffled")
     assert found.subspace is None  # never saved: it is embedded in the adapter
     assert found._subspace == shuffled_subspace(subspace)
 
@@ -70,7 +70,7 @@ def test_lora_of_the_same_rank_in_the_same_places(subspace):
     config = EigenLoraConfig(
         subspace=subspace, r=4, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="lora_only"
     )
-    found = control_config(config, "lora")
+    found = control_config(config, control="lora")
     assert type(found) is LoraConfig
     assert (found.r, found.lora_alpha, found.task_type, found.bias) == (4, 6, "CAUSAL_LM", "lora_only")
     assert sorted(found.target_modules) == [name for name in NAMES if "q_proj" in name]
@@ -78,18 +78,18 @@ def test_lora_of_the_same_rank_in_the_same_places(subspace):
 
 def test_lora_of_as_many_parameters_on_the_last_modules(subspace):
     config = EigenLoraConfig(subspace=subspace, r=4)  # 4 modules of 2 x 8 x 4 = 64 coefficients
-    found = control_config(config, "same_parameters")
+    found = control_config(config, control="same_parameters")
     assert count(config) == count(found) == 256
-    small = control_config(EigenLoraConfig(subspace=subspace, r=1, n_components=8), "same_parameters")
+    small = control_config(EigenLoraConfig(subspace=subspace, r=1, n_components=8), control="same_parameters")
     assert (small.r, set(small.target_modules)) == (1, set(NAMES[2:]))  # 64 parameters pay for two modules
     one_layer = EigenLoraConfig(subspace=subspace, r=4, target_modules=["q_proj"], layers_to_transform=[0])
-    assert count(one_layer) == count(control_config(one_layer, "same_parameters")) == 64
+    assert count(one_layer) == count(control_config(one_layer, control="same_parameters")) == 64
 
 
 def test_controls_learn(subspace, adapters):
     tokens = torch.arange(8)[None]
     for control in CONTROLS:
-        config = control_config(EigenLoraConfig(subspace=subspace, r=2), control, adapters=adapters)
+        config = control_config(EigenLoraConfig(subspace=subspace, r=2), control=control, adapters=adapters)
         model = get_peft_model(tiny_llama(), config)
         start = model(tokens).logits.detach().clone()
         torch.testing.assert_close(start, tiny_llama()(tokens).logits)
@@ -112,7 +112,7 @@ def test_controls_learn(subspace, adapters):
 )
 def test_what_it_cannot_make(subspace, settings, control, message):
     with pytest.raises(AdapterConfigError, match=message):
-        control_config(EigenLoraConfig(subspace=subspace, r=4, **settings), control)
+        control_config(EigenLoraConfig(subspace=subspace, r=4, **settings), control=control)
 
 
 @pytest.mark.parametrize(("r", "k"), [(1, 4), (4, 8), (16, 16)])

@@ -240,7 +240,7 @@ def test_random_controls_are_orthonormal_and_not_paired(paired):
 
 def test_the_gradient_share_is_that_of_the_span_and_of_the_pairs(paired):
     model, ids = tiny_llama(), tokens()
-    found = gradient_share(model, [{"input_ids": ids, "labels": ids}], paired, seeds=(0,))
+    found = gradient_share(model, batches=[{"input_ids": ids, "labels": ids}], subspace=paired, seeds=(0,))
     model(input_ids=ids, labels=ids).loss.backward()
     total, spans, pairs = 0.0, 0.0, 0.0
     for name, bank in paired.items():

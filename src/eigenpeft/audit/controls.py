@@ -12,7 +12,9 @@ from eigenpeft.linalg.factored import frobenius_norm, inner_product
 from eigenpeft.linalg.scores.update_cosines import update_cosines
 
 
-def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, float]:
+def nearest_adapter(
+    collection: AdapterCollection, *, factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[str, float]:
     """The source adapter most like a given one: what copying would do without any subspace.
 
     Likeness is the cosine over all modules, `eigenpeft.linalg.scores.update_cosines`.
@@ -33,7 +35,7 @@ def nearest_adapter(collection: AdapterCollection, factors: Mapping[str, tuple[T
         >>> collection = AdapterCollection.from_pretrained([shipped_adapters() / "cr", shipped_adapters() / "mr"])
         >>> module = collection.modules[0]
         >>> read = next(one for one in collection.each_factors(module) if one.adapter == "cr")
-        >>> nearest_adapter(collection, {module: (read.lora_B, read.lora_A)})[0]
+        >>> nearest_adapter(collection, factors={module: (read.lora_B, read.lora_A)})[0]
         'cr'
     """
     common = [module for module in collection.modules if module in factors]

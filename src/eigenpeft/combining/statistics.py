@@ -96,9 +96,9 @@ class InputStatistics:
 
 def collect_statistics(
     model: nn.Module,
+    *,
     rows: Mapping[str, Batches],
     adapters: Adapters,
-    *,
     names: Sequence[str] | None = None,
     merged: MergedAdapter | None = None,
     progress: bool = True,
@@ -135,7 +135,9 @@ def collect_statistics(
         >>> from transformers import AutoModelForSequenceClassification
         >>> model = AutoModelForSequenceClassification.from_pretrained(base_model())
         >>> rows = {name: {"input_ids": torch.arange(2000, 2012)[None]} for name in ("cr", "mr")}  # your tokenized rows
-        >>> statistics = collect_statistics(model, rows, [shipped_adapters() / name for name in rows], progress=False)
+        >>> statistics = collect_statistics(
+        ...     model, rows=rows, adapters=[shipped_adapters() / name for name in rows], progress=False
+        ... )
         >>> sorted(statistics)
         ['cr', 'mr']
     """

@@ -39,7 +39,7 @@ def start_from(message: Message, model: Any, *, adapter_name: str = "default") -
     config = message.content.config_records.get(CONFIG, ConfigRecord())
     scaling = config.get(SCALING)
     tensors = message.content.array_records[ARRAYS].to_torch_state_dict()
-    load_round(model, tensors, scaling=float(scaling) if scaling else None, adapter_name=adapter_name)  # pyright: ignore[reportArgumentType]
+    load_round(model, tensors=tensors, scaling=float(scaling) if scaling else None, adapter_name=adapter_name)  # pyright: ignore[reportArgumentType]
 
 
 def reply(

@@ -63,4 +63,4 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
         model = search.make_model()
     rows = [search.rows[i] for i in range(min(len(search.rows), 64))]
     batches = [search.collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
-    return next(iter(nearest_adapters(sources.collection, model, batches=batches).adapters))
+    return next(iter(nearest_adapters(sources.collection, model=model, batches=batches).adapters))

@@ -30,9 +30,9 @@ from eigenpeft.recycling.search import Decision, Search, halved
 
 def recycle(
     adapters: AdapterCollection,
+    *,
     make_model: Callable[[], PreTrainedModel],
     rows: Any,
-    *,
     args: TrainingArguments,
     out_dir: str | Path,
     data_collator: Callable[[list[Any]], Any] | None = None,

@@ -23,7 +23,7 @@ _SHARED = ("task_type", "use_rslora", "lora_dropout", "bias", "modules_to_save",
 
 
 def control_config(
-    config: EigenLoraConfig, control: Control, *, adapters: AdapterCollection | None = None, seed: int = 0
+    config: EigenLoraConfig, *, control: Control, adapters: AdapterCollection | None = None, seed: int = 0
 ) -> EigenLoraConfig | LoraConfig:
     """What to train beside an EigenLoRA before believing in it.
 
@@ -49,7 +49,7 @@ def control_config(
         >>> from eigenpeft.subspace import ModuleSubspace
         >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
         >>> config = EigenLoraConfig(subspace=PrincipalSubspace({"q": bases, "v": bases}), r=2)
-        >>> control_config(config, "same_parameters").r  # 16 coefficients per module pay for rank 1
+        >>> control_config(config, control="same_parameters").r  # 16 coefficients per module pay for rank 1
         1
     """
     if control not in CONTROLS:

@@ -58,7 +58,7 @@ def test_equals_dense_gradients(kind, frozen):
     subspace = made_subspace(model, names)
     gradients = {name: dense_gradient(model, name, batches) for name in names}
     model.requires_grad_(not frozen)
-    found = gradient_share(model, batches, subspace, seeds=(0, 1))
+    found = gradient_share(model, batches=batches, subspace=subspace, seeds=(0, 1))
     inside = squared_norm = best = 0.0
     for row in found.modules:
         gradient, bases = gradients[row.module], subspace[row.module]
@@ -83,7 +83,7 @@ def test_model_is_left_as_it_was():
     model = tiny_bert(hidden_dropout_prob=0.5).train()
     model.bert.encoder.eval()
     modes = [module.training for module in model.modules()]
-    gradient_share(model, made_batches("bert"), made_subspace(model, CASES["bert"][1]))
+    gradient_share(model, batches=made_batches("bert"), subspace=made_subspace(model, CASES["bert"][1]))
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -92,13 +92,13 @@ def test_model_is_left_as_it_was():
 def test_other_model_is_one_message():
     subspace = made_subspace(tiny_bert(), CASES["bert"][1])
     with pytest.raises(SubspaceError, match="None of the 2 modules of the subspace"):
-        gradient_share(tiny_llama(), made_batches("llama"), subspace)
+        gradient_share(tiny_llama(), batches=made_batches("llama"), subspace=subspace)
 
 
 def test_other_width_is_one_message():
     subspace = made_subspace(tiny_bert(), CASES["bert"][1])
     with pytest.raises(SubspaceError, match="maps 24 features to 32 in the model, 24 to 16"):
-        gradient_share(tiny_bert(hidden_size=32), made_batches("bert"), subspace)
+        gradient_share(tiny_bert(hidden_size=32), batches=made_batches("bert"), subspace=subspace)
 
 
 class Towers(nn.Module):
@@ -114,7 +114,7 @@ class Towers(nn.Module):
 def test_two_modules_that_fit_one_are_refused():
     subspace = made_subspace(nn.ModuleDict({"q": nn.Linear(4, 3)}), ["q"], k=2)
     with pytest.raises(SubspaceError, match=r"'text.q', 'vision.q' of the model all fit the subspace's module 'q'"):
-        gradient_share(Towers(), [torch.ones(2, 4)], subspace, loss=lambda model, x: model(x).sum())
+        gradient_share(Towers(), batches=[torch.ones(2, 4)], subspace=subspace, loss=lambda model, x: model(x).sum())
 
 
 def test_names_of_an_older_transformers_are_found():
@@ -126,21 +126,21 @@ def test_names_of_an_older_transformers_are_found():
     subspace = made_subspace(model, [today], k=2)
     old = PrincipalSubspace({"language_model.model.layers.0.self_attn.q_proj": subspace[today]})
     batches = made_batches("llama", count=1)
-    found = gradient_share(model, batches, old, seeds=())
-    assert found.share == gradient_share(model, batches, subspace, seeds=()).share > 0
+    found = gradient_share(model, batches=batches, subspace=old, seeds=())
+    assert found.share == gradient_share(model, batches=batches, subspace=subspace, seeds=()).share > 0
 
 
 def test_no_batch_is_one_message():
     model = tiny_bert()
     with pytest.raises(SubspaceError, match="in 0 batches"):
-        gradient_share(model, [], made_subspace(model, CASES["bert"][1]))
+        gradient_share(model, batches=[], subspace=made_subspace(model, CASES["bert"][1]))
 
 
 def test_curves_count_every_module_and_end_at_the_shares():
     model, names = tiny_bert(), CASES["bert"][1]
     modules = dict(made_subspace(model, names).items())
     modules[names[0]] = modules[names[0]].truncate(2)  # K = 3 and 4 keep what its two reach
-    found = gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=(0, 1, 2))
+    found = gradient_share(model, batches=made_batches("bert"), subspace=PrincipalSubspace(modules), seeds=(0, 1, 2))
     total = sum(row.squared_norm for row in found.modules)
     for k, value in enumerate(found.curve):
         assert value * total == pytest.approx(
@@ -150,4 +150,7 @@ def test_curves_count_every_module_and_end_at_the_shares():
     assert found.curve[-1] == found.share
     assert found.optimum_curve[-1] == found.optimum
     assert found.random_curve[-1] == pytest.approx(sum(found.random) / 3)
-    assert gradient_share(model, made_batches("bert"), PrincipalSubspace(modules), seeds=()).random_curve == ()
+    assert (
+        gradient_share(model, batches=made_batches("bert"), subspace=PrincipalSubspace(modules), seeds=()).random_curve
+        == ()
+    )

@@ -42,8 +42,8 @@ def task(tmp_path_factory):
 def found(task):
     model, batch, _, collection = task
     subspace = SubspaceBuilder(2).fit(collection).subspace_
-    tokens, _ = gather_tokens(model, modules_in(model, subspace), [batch])
-    return downhill(collection, tokens)
+    tokens, _ = gather_tokens(model, targets=modules_in(model, subspace), batches=[batch])
+    return downhill(collection, tokens=tokens)
 
 
 def test_cosines_are_those_of_dense_matrices(task):
@@ -102,7 +102,7 @@ def test_a_gradient_of_zero_is_refused(task):
     *_, collection = task
     tokens = {name: (torch.zeros(1, 16), torch.zeros(1, 16)) for name in NAMES}
     with pytest.raises(SubspaceError, match="zero in all modules"):
-        downhill(collection, tokens)
+        downhill(collection, tokens=tokens)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -111,10 +111,10 @@ def test_one_call_finds_the_modules_itself(task, adapted):
     training = model.training
     inner = copy.deepcopy(model)
     given = get_peft_model(inner, LoraConfig(r=2, target_modules=["query"])) if adapted else inner
-    measured = nearest_adapters(collection, given, batches=[batch])
+    measured = nearest_adapters(collection, model=given, batches=[batch])
     assert measured.adapters == pytest.approx(found(task).adapters, abs=1e-6)
     assert model.training == training
-    by_loss = nearest_adapters(collection, given, batches=[batch], loss=lambda m, rows: 3 * m(**rows).loss)
+    by_loss = nearest_adapters(collection, model=given, batches=[batch], loss=lambda m, rows: 3 * m(**rows).loss)
     assert by_loss.adapters == pytest.approx(measured.adapters, abs=1e-6)  # cosines
     with pytest.raises(SubspaceError, match=r"None of the adapters' 2 modules, .* is in the model \(Linear\)"):
-        nearest_adapters(collection, torch.nn.Linear(2, 2), batches=[batch])
+        nearest_adapters(collection, model=torch.nn.Linear(2, 2), batches=[batch])

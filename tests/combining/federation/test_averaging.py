@@ -92,12 +92,14 @@ def test_fedex_adds_what_the_factors_lack_over_several_rounds():
 
 def test_fedsa_and_ffa_send_one_side():
     keys = list(client(0).tensors)
-    assert sent_keys(keys, "fedsa") == [A]
-    assert sent_keys(keys, "ffa") == [B, HEAD]
+    assert sent_keys(keys, rule="fedsa") == [A]
+    assert sent_keys(keys, rule="ffa") == [B, HEAD]
     clients = [client(seed, n=seed) for seed in (1, 3)]
     for rule in ("fedsa", "ffa"):
         sent = [
-            ClientUpdate(each.name, {key: each.tensors[key] for key in sent_keys(keys, rule)}, each.n_examples, 2.0)
+            ClientUpdate(
+                each.name, {key: each.tensors[key] for key in sent_keys(keys, rule=rule)}, each.n_examples, 2.0
+            )
             for each in clients
         ]
         round_ = average(sent, expected=sent[0].tensors, rule=rule, scaling=2.0)
@@ -240,7 +242,7 @@ def test_averaged_cores_are_the_core_of_the_averaged_updates(core):
     server = get_peft_model(
         tiny_bert(), EigenLoraConfig(subspace=subspace, core=core, r=4, lora_alpha=12, task_type="SEQ_CLS")
     )
-    load_round(server, round_.tensors, scaling=updates[0].scaling)
+    load_round(server, tensors=round_.tensors, scaling=updates[0].scaling)
     for name in ("bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"):
         deltas = [
             m.get_submodule(f"base_model.model.{name}").get_delta_weight("default").double() for m in (*models, server)
@@ -258,8 +260,10 @@ def test_real_loras_average_to_the_mean_of_what_they_add_to_the_weights(rule):
     server = get_peft_model(tiny_bert(), LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS"))
     if rule == "fedex":
         server = get_peft_model(tiny_bert(), config)
-    load_round(server, round_.tensors, scaling=2.0)
-    load_round(server, round_.tensors, scaling=2.0)  # again: a residue is added to the first weight, not to the last
+    load_round(server, tensors=round_.tensors, scaling=2.0)
+    load_round(
+        server, tensors=round_.tensors, scaling=2.0
+    )  # again: a residue is added to the first weight, not to the last
     layer = "base_model.model.bert.encoder.layer.1.attention.self.query"
     weights = []
     for model in (*models, server):
@@ -275,7 +279,7 @@ def test_fedsa_leaves_a_client_its_own_side():
         key: tensor.clone() for key, tensor in model.state_dict().items() if "lora_B" in key or "classifier" in key
     }
     update_ = round_update(model, name="a", rule="fedsa")
-    load_round(model, {key: tensor + 1 for key, tensor in update_.tensors.items()})
+    load_round(model, tensors={key: tensor + 1 for key, tensor in update_.tensors.items()})
     after = model.state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     key = next(iter(update_.tensors))
@@ -285,7 +289,7 @@ def test_fedsa_leaves_a_client_its_own_side():
 def test_what_has_no_place_is_refused():
     model = trained(LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), seed=1)
     with pytest.raises(AdapterConfigError, match="have no place in the adapter 'default'"):
-        load_round(model, {"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)})
+        load_round(model, tensors={"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)})
     patterned = LoraConfig(
         r=2, target_modules=["query"], alpha_pattern={"layer.0.attention.self.query": 9}, task_type="SEQ_CLS"
     )

@@ -69,12 +69,12 @@ def test_server_clients_and_latecomers_rebuild_the_same_bits(fresh):
     for round_number in range(2):
         updates = []
         for number, model in clients.items():
-            load_round(model, tensors)
+            load_round(model, tensors=tensors)
             updates.append(update(model, train(model, 10 * round_number + number), number, n_examples[number]))
         averaged = average(updates, expected=tensors, rule="seeds", base=updates[0].base)
         assert averaged.used == {"client-0": 0.1, "client-1": 0.3, "client-2": 0.6}
         tensors = averaged.tensors
-        load_round(server, tensors)
+        load_round(server, tensors=tensors)
         trained = [values(model) for model in clients.values()]
         for name, value in values(server).items():
             mean = sum(w * each[name].double() for w, each in zip((0.1, 0.3, 0.6), trained, strict=True))
@@ -82,7 +82,7 @@ def test_server_clients_and_latecomers_rebuild_the_same_bits(fresh):
     assert averaged.n_bytes == 2 * 3 * 3 * 12 + 8
     latecomer = fresh()
     for model in (*clients.values(), latecomer):
-        load_round(model, tensors)
+        load_round(model, tensors=tensors)
         assert same(values(model), values(server))
     assert not same(values(server), values(fresh()))
 
@@ -91,12 +91,12 @@ def test_a_pool_of_seeds_bounds_the_list(fresh):
     model = fresh("diagonal")
     tensors = no_steps(model)
     for number in range(4):
-        load_round(model, tensors)
+        load_round(model, tensors=tensors)
         tensors = average([update(model, train(model, number, pool=5))], expected=tensors, rule="seeds").tensors
     assert len(tensors[SEEDS]) == len(set(tensors[SEEDS].tolist())) <= 5
-    load_round(model, tensors)
+    load_round(model, tensors=tensors)
     late = fresh("diagonal")
-    load_round(late, tensors)
+    load_round(late, tensors=tensors)
     assert same(values(model), values(late))
 
 
@@ -123,7 +123,7 @@ def test_steps_that_cannot_be_used_are_named(fresh, changes, reason):
 def test_a_model_that_trains_other_values_is_refused(fresh):
     other = get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     with pytest.raises(AdapterConfigError, match=r"trains 355 values, and the steps are of one that trains 171"):
-        load_round(other, no_steps(fresh()))
+        load_round(other, tensors=no_steps(fresh()))
 
 
 def test_arguments_that_do_not_fit_are_refused(fresh):

@@ -446,5 +446,5 @@ def test_asking_a_config_for_its_subspace_writes_nothing_into_it(tmp_path):
     random_subspace(tiny_llama(), ["q_proj"]).save_pretrained(tmp_path / "subspace")
     config = EigenLoraConfig(subspace=str(tmp_path / "subspace"))
     before = copy.deepcopy(vars(config))
-    assert control_config(config, "random").subspace_sha256 != config.subspace_sha256
+    assert control_config(config, control="random").subspace_sha256 != config.subspace_sha256
     assert vars(config) == before

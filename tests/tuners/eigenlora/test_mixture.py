@@ -262,9 +262,9 @@ def test_frozen_cores_keep_their_precision_on_a_base_of_16_bits(zoo, dtype, toke
 
 def test_controls_of_a_mixture(zoo):
     config = EigenLoraConfig(core="mixture", sources=str(zoo / "store"), r=3)
-    assert control_config(config, "lora").r == 3
+    assert control_config(config, control="lora").r == 3
     for control in ("random", "shuffled", "mean_only", "same_parameters"):
         with pytest.raises(
             AdapterConfigError, match=rf"control='{control}' is of a subspace, and core='mixture' weighs"
         ):
-            control_config(config, control)
+            control_config(config, control=control)

@@ -126,7 +126,7 @@ def test_inflora_never_touches_what_earlier_tasks_see(tmp_path):
     second = adapted(3)
     inputs = collect_inputs(second, [{"input_ids": torch.tensor(task(1)["input_ids"])}], n_rows=100)
     assert {rows.shape for rows in inputs.values()} == {(100, 32)}
-    counts = init_lora_from_inputs(second, inputs, history)
+    counts = init_lora_from_inputs(second, inputs=inputs, history=history)
     assert set(counts.values()) == {RANK}
     start = {name: factor.detach().clone() for name, factor in input_factors(second, "default")}
     trainer(second, tmp_path).train()
@@ -136,11 +136,11 @@ def test_inflora_never_touches_what_earlier_tasks_see(tmp_path):
     lora_B = [p.detach() for n, p in second.named_parameters() if "lora_B" in n]
     assert min(float(p.norm()) for p in lora_B) > 1e-2
     with pytest.raises(AdapterConfigError, match="There are no inputs of 2 modules"):
-        init_lora_from_inputs(adapted(), {}, history)
+        init_lora_from_inputs(adapted(), inputs={}, history=history)
     full = SubspaceHistory()
     full.rows = {name: torch.eye(32) for name in inputs}
     with pytest.raises(AdapterConfigError, match="holds all directions of the task's inputs"):
-        init_lora_from_inputs(adapted(), inputs, full)
+        init_lora_from_inputs(adapted(), inputs=inputs, history=full)
 
 
 def test_padding_is_no_input():

@@ -71,9 +71,9 @@ class GradientShare:
 
 def gradient_share(
     model: nn.Module,
+    *,
     batches: Iterable[Any],
     subspace: PrincipalSubspace,
-    *,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     loss: Loss | None = None,
 ) -> GradientShare:
@@ -108,11 +108,13 @@ def gradient_share(
         >>> eye, ones = torch.eye(2, 4), torch.ones(2)
         >>> subspace = PrincipalSubspace({"0": ModuleSubspace(eye, torch.eye(2, 3), ones, ones, ones / 2)})
         >>> model = nn.Sequential(nn.Linear(4, 3))
-        >>> found = gradient_share(model, [torch.eye(4)[:1]], subspace, loss=lambda model, x: model(x)[:, :2].sum())
+        >>> found = gradient_share(
+        ...     model, batches=[torch.eye(4)[:1]], subspace=subspace, loss=lambda model, x: model(x)[:, :2].sum()
+        ... )
         >>> round(found.share, 6), round(found.optimum, 6)
         (1.0, 1.0)
     """
-    tokens, n_batches = gather_tokens(model, modules_in(model, subspace), batches, loss=loss)
+    tokens, n_batches = gather_tokens(model, targets=modules_in(model, subspace), batches=batches, loss=loss)
     return share_of_tokens(tokens, subspace, seeds=seeds, n_batches=n_batches)
 
 

@@ -34,7 +34,7 @@ class Downhill:
     chance: float
 
 
-def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
+def downhill(collection: AdapterCollection, *, tokens: Tokens) -> Downhill:
     """The cosine between each adapter's update and the negative gradient, `⟨-G, ΔW⟩ / (‖G‖ ‖ΔW‖)` with `G = ΔᵀX`.
 
     From `L(W + ε ΔW) = L(W) + ε ⟨G, ΔW⟩ + O(ε²)`: to first order, a small step along ΔW lowers the loss by that much of what a
@@ -54,7 +54,7 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
         >>> module = collection.modules[0]
         >>> update = next(iter(collection.each_factors(module)))  # of "cr"
         >>> gradient_along_it = {module: (-update.lora_B.T.contiguous(), update.lora_A)}
-        >>> next(iter(downhill(collection, gradient_along_it).adapters))
+        >>> next(iter(downhill(collection, tokens=gradient_along_it).adapters))
         'cr'
     """
     places, n = {name: place for place, name in enumerate(collection.names)}, len(collection)
@@ -84,7 +84,7 @@ def downhill(collection: AdapterCollection, tokens: Tokens) -> Downhill:
 
 
 def nearest_adapters(
-    adapters: AdapterCollection, model: nn.Module, *, batches: Iterable[Any], loss: Loss | None = None
+    adapters: AdapterCollection, *, model: nn.Module, batches: Iterable[Any], loss: Loss | None = None
 ) -> Downhill:
     """Which adapters a new task could go on from: those whose update points furthest downhill on its rows.
 
@@ -113,8 +113,8 @@ def nearest_adapters(
         )
     named = dict(model.named_modules())
     targets = {name: named.get(f"{path}.base_layer", named.get(path)) for path, name in found.items()}
-    tokens, _ = gather_tokens(model, targets, batches, loss=loss)  # pyright: ignore[reportArgumentType]
-    return downhill(adapters, tokens)
+    tokens, _ = gather_tokens(model, targets=targets, batches=batches, loss=loss)  # pyright: ignore[reportArgumentType]
+    return downhill(adapters, tokens=tokens)
 
 
 _NAMED = 3

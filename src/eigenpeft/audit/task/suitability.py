@@ -54,9 +54,9 @@ def task_gradient(
     loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
     device = next(model.parameters()).device
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
-    tokens, n_batches = gather_tokens(model, modules_in(model, subspace), batches)
+    tokens, n_batches = gather_tokens(model, targets=modules_in(model, subspace), batches=batches)
     found = share_of_tokens(tokens, subspace, seeds=_SEEDS, n_batches=n_batches)
-    return found, downhill(collection, tokens)
+    return found, downhill(collection, tokens=tokens)
 
 
 def components_at_hand(report: AuditReport) -> dict[str, int]:

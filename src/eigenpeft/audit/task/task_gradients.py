@@ -15,7 +15,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def gather_tokens(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Iterable[Any], *, loss: Loss | None = None
+    model: nn.Module, *, targets: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss | None = None
 ) -> tuple[Tokens, int]:
     """Gather the gradient `G = ΔᵀX` of every target's weight over all batches, as its two factors.
 
@@ -37,7 +37,9 @@ def gather_tokens(
     Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
-        >>> tokens, n_batches = gather_tokens(model, {"0": model[0]}, [torch.ones(5, 3)], loss=lambda m, x: m(x).sum())
+        >>> tokens, n_batches = gather_tokens(
+        ...     model, targets={"0": model[0]}, batches=[torch.ones(5, 3)], loss=lambda m, x: m(x).sum()
+        ... )
         >>> (tokens["0"][0].T @ tokens["0"][1]).round().tolist(), n_batches
         ([[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]], 1)
     """

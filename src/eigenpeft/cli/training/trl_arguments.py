@@ -108,7 +108,7 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
         if arguments.control is None:
             return config
         adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-        return control_config(config, arguments.control, adapters=adapters)
+        return control_config(config, control=arguments.control, adapters=adapters)
     if method == "moslora":
         return MosLoraConfig(**shared, init_mixer=arguments.init_mixer)
     return LoraConfig(**shared)

@@ -105,7 +105,7 @@ def find_rule(rule: str) -> AveragingRule:
     return AveragingRule(merging.title, merging.paper, equal_ranks=False, is_exact=rule in ("mean", "task_arithmetic"))
 
 
-def sent_keys(keys: Iterable[str], rule: str) -> list[str]:
+def sent_keys(keys: Iterable[str], *, rule: str) -> list[str]:
     """Which of an adapter's tensors travel under a rule; the others stay with their client.
 
     Args:
@@ -116,7 +116,7 @@ def sent_keys(keys: Iterable[str], rule: str) -> list[str]:
         AdapterConfigError: If there is no such rule.
 
     Examples:
-        >>> sent_keys(["q.lora_A.weight", "q.lora_B.weight", "classifier.weight"], "fedsa")
+        >>> sent_keys(["q.lora_A.weight", "q.lora_B.weight", "classifier.weight"], rule="fedsa")
         ['q.lora_A.weight']
     """
     keys = [key for key in keys if not key.endswith(_FROZEN)]

@@ -50,7 +50,7 @@ def round_update(
             f"product of two factors or one core; rounds average {' and '.join(_KINDS)} adapters without DoRA."
         )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    sent = {key: tensors[key].detach().cpu().clone() for key in sent_keys(tensors, rule)}
+    sent = {key: tensors[key].detach().cpu().clone() for key in sent_keys(tensors, rule=rule)}
     if (rule == "seeds") != (steps is not None):
         raise AdapterConfigError(
             f"rule={rule!r} and steps={'None' if steps is None else 'given'}: steps of train_steps go with rule='seeds', and only "
@@ -62,7 +62,7 @@ def round_update(
 
 
 def load_round(
-    model: Any, tensors: Mapping[str, Tensor], *, scaling: float | None = None, adapter_name: str = "default"
+    model: Any, *, tensors: Mapping[str, Tensor], scaling: float | None = None, adapter_name: str = "default"
 ) -> None:
     """Give a client's adapter what the server averaged; what does not travel stays as it is.
 

@@ -87,7 +87,7 @@ def collect_inputs(
 
 
 def init_lora_from_inputs(
-    model: nn.Module, inputs: Mapping[str, Tensor], history: SubspaceHistory, *, adapter_name: str = "default"
+    model: nn.Module, *, inputs: Mapping[str, Tensor], history: SubspaceHistory, adapter_name: str = "default"
 ) -> dict[str, int]:
     """InfLoRA's start: A spans the leading directions of the task's inputs outside the history, and is frozen.
 
@@ -112,7 +112,7 @@ def init_lora_from_inputs(
         >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
         >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
         >>> inputs = {"0": torch.eye(6)[:2]}
-        >>> init_lora_from_inputs(model, inputs, SubspaceHistory())
+        >>> init_lora_from_inputs(model, inputs=inputs, history=SubspaceHistory())
         {'0': 2}
     """
     factors = dict(input_factors(model, adapter_name))
