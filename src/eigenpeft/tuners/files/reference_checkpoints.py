@@ -49,7 +49,7 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         >>> import json
         >>> import torch
         >>> from eigenpeft.tuners import convert_reference_checkpoint
-        >>> from safetensors.torch import load_file, save_file
+        >>> from safetensors.torch import load, save_file
         >>> Path("moslora").mkdir()
         >>> config = {"peft_type": "LORA", "lora_use_mixer": True, "r": 2, "lora_alpha": 4, "target_modules": ["query"]}
         >>> _ = Path("moslora", "adapter_config.json").write_text(json.dumps(config))
@@ -57,7 +57,7 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         >>> tensors = {f"base_model.model.query.{part}.weight": tensor for part, tensor in parts.items()}
         >>> save_file(tensors, "moslora/adapter_model.safetensors")
         >>> convert_reference_checkpoint("moslora", "plain-lora")
-        >>> sorted(load_file("plain-lora/adapter_model.safetensors"))
+        >>> sorted(load(Path("plain-lora/adapter_model.safetensors").read_bytes()))
         ['base_model.model.query.lora_A.weight', 'base_model.model.query.lora_B.weight']
     """
     folder = Path(folder)
