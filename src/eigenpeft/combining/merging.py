@@ -311,8 +311,8 @@ def _check_statistics(sources: Sources, settings: _Settings) -> None:
     if missing:
         raise AdapterConfigError(
             f"method={settings.method!r} needs statistics of each task's inputs, and {', '.join(map(repr, missing[:5]))} "
-            f"({len(missing)} of {len(sources.names)}) have none. Pass statistics=collect_statistics(model, rows, adapters), "
-            "or choose a method without data."
+            f"({len(missing)} of {len(sources.names)}) have none. Pass statistics=collect_statistics(model, rows=..., "
+            "adapters=...), or choose a method without data."
         )
     digests = {record["name"]: record.get("sha256") for record in sources.records}
     for name, digest in digests.items():

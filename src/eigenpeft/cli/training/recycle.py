@@ -61,8 +61,8 @@ def recycle_command(
     with opened as collection, tempfile.TemporaryDirectory() as scratch, without_load_reports():
         report = run_recycle(
             collection,
-            task.make_model,
-            task.rows,
+            make_model=task.make_model,
+            rows=task.rows,
             args=TrainingArguments(
                 output_dir=scratch,
                 max_steps=max_steps,
