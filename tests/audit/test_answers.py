@@ -97,7 +97,7 @@ def test_a_model_that_was_not_shown_to_beat_the_base_rate_gives_the_base_rate_an
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"base_model": "someone/else"}, "adapters of tiny and none of 'else'"),
+        ({"base_model": "someone/else"}, "adapters of tiny and none of else"),
         ({"base_model": None}, "none of an unnamed model"),
         (
             {"measures": {"held_out": -0.5, "rows": 4.0}},

@@ -89,7 +89,7 @@ BUILDS = {
     "a pattern without a number": (lambda a: None, ["-k", "*.query=many"], "many"),
     "modules that no pattern fits": (lambda a: None, ["-k", "*.query=3"], "no pattern"),
     "an unknown method": (lambda a: None, ["--method", "pca"], "pca"),
-    "an unknown weighting": (lambda a: None, ["--weighting", "none"], "none"),
+    "an unknown weighting": (lambda a: None, ["--weighting", "sum"], "sum"),
     "too many pseudo-components": (lambda a: None, ["-k", 5, "--n-pseudo-components", 50], "n_extra=50"),
     "an unknown adapter to leave out": (lambda a: None, ["--exclude", "../../x"], "../../x"),
     "every adapter untrained": (

@@ -101,8 +101,7 @@ class Calibration:
         own = (base_model or "").rstrip("/").rpartition("/")[2].lower()
         if own not in self.base_models:
             return [
-                f"the calibration has adapters of {', '.join(self.base_models)} and none of "
-                f"{repr(own) if own else 'an unnamed model'}"
+                f"the calibration has adapters of {', '.join(self.base_models)} and none of {own or 'an unnamed model'}"
             ]
         reasons = []
         for name, (low, high) in self.seen[kind].items():

@@ -69,7 +69,7 @@ def train_answer(
         chances = tuple(Chance(event.event, None, event.base_rate, event.points, event.predicted) for event in events)
         text = (
             f"Unknown. Nothing like these adapters was seen: {'; '.join(unseen)}. Train a LoRA and EigenLoRA on the same rows "
-            "and compare them on others; `eigenpeft recycle` does that."
+            "and compare them on others, which eigenpeft recycle does."
         )
         return Train("unknown", text, n_rows, with_task, chances)
     chances = tuple(
