@@ -14,7 +14,7 @@ from eigenpeft.demo import related_adapters, shipped_adapters
 from eigenpeft.report.audit_figure import write_page
 
 pytest.importorskip("matplotlib", reason="needs the extra plots")
-Image = pytest.importorskip("PIL.Image", reason="comes with matplotlib")
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow, which the extra plots brings with matplotlib")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TAB_BLUE = (31, 119, 180)
 

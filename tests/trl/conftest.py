@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="needs the extra trl")
 
 from trl import (
     DistillationConfig,
