@@ -49,28 +49,25 @@ def test_a_product_is_that_of_the_dense_matrix(n_blocks, p, q, k, batch):
     np.testing.assert_allclose(found.numpy(), x.numpy() @ diagonal(list(blocks.numpy())).T, rtol=1e-12, atol=1e-12)
 
 
+# Factor to: its blocks, its product, its dense matrix, and how C is drawn from N q and K.
+FACTORS = {
+    "input": (input_blocks, input_block_product, dense_input, lambda rows, k: (rows, k)),
+    "output": (output_blocks, output_block_product, dense_output, lambda rows, k: (k, rows)),
+}
+
+
 @SIZES
 @BATCHES
-def test_the_input_factor_is_the_dense_one(n_blocks, p, q, k, batch):
-    components, coefficients = drawn(k, n_blocks * p), drawn(n_blocks * q, k, seed=1)
-    dense = dense_input(components, coefficients, n_blocks)
-    formed = torch.block_diag(*input_blocks(components, coefficients, n_blocks=n_blocks))
+@pytest.mark.parametrize("factor", FACTORS)
+def test_a_factor_is_the_dense_one(n_blocks, p, q, k, batch, factor):
+    form, multiply, densely, shape = FACTORS[factor]
+    components, coefficients = drawn(k, n_blocks * p), drawn(*shape(n_blocks * q, k), seed=1)
+    dense = densely(components, coefficients, n_blocks)
+    formed = torch.block_diag(*form(components, coefficients, n_blocks=n_blocks))
     np.testing.assert_allclose(formed.numpy(), dense, rtol=1e-12, atol=1e-12)
-    x = drawn(*batch, n_blocks * p, seed=2)
-    found = input_block_product(x, components, coefficients, n_blocks=n_blocks)
+    x = drawn(*batch, dense.shape[1], seed=2)
+    found = multiply(x, components, coefficients, n_blocks=n_blocks)
     np.testing.assert_allclose(found.numpy(), x.numpy() @ dense.T, rtol=1e-12, atol=1e-12)
-
-
-@SIZES
-@BATCHES
-def test_the_output_factor_is_the_dense_one(n_blocks, p, q, k, batch):
-    components, coefficients = drawn(k, n_blocks * p), drawn(k, n_blocks * q, seed=1)
-    dense = dense_output(components, coefficients, n_blocks)
-    formed = torch.block_diag(*output_blocks(components, coefficients, n_blocks=n_blocks))
-    np.testing.assert_allclose(formed.numpy(), dense, rtol=1e-12, atol=1e-12)
-    h = drawn(*batch, n_blocks * q, seed=2)
-    found = output_block_product(h, components, coefficients, n_blocks=n_blocks)
-    np.testing.assert_allclose(found.numpy(), h.numpy() @ dense.T, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_joins_two_blocks():

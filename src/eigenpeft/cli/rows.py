@@ -113,22 +113,36 @@ def open_rows(path: Path) -> Dataset:
     return table
 
 
-def open_tokenizer(model: str) -> Any:
-    """The tokenizer of a base model, which is the first part of it that a command opens.
+@contextmanager
+def naming_the_base(model: str) -> Iterator[None]:
+    """For the length of a block, a base model that transformers cannot load is named in the message.
 
     Args:
         model: Folder or Hub id.
 
     Raises:
-        EigenPeftError: If it is neither; the message names it.
+        EigenPeftError: If the block cannot load it.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        yield
     except OSError as error:
         raise EigenPeftError(
-            f"The base model {model!r} cannot be loaded: it is no folder with a model here, and the Hub did not give it "
-            f"({str(error).splitlines()[0][:120]}). Pass its folder, or an id that the Hub or its cache has, as --model."
+            f"The base model {model!r} cannot be loaded ({str(error).splitlines()[0][:120]}). Pass its folder, or an id that "
+            "the Hub or its cache has, as --model."
         ) from error
+
+
+def open_tokenizer(model: str) -> Any:
+    """The tokenizer of a base model, which is the first part of it that most commands open.
+
+    Args:
+        model: Folder or Hub id.
+
+    Raises:
+        EigenPeftError: If it cannot be loaded; the message names it.
+    """
+    with naming_the_base(model):
+        return AutoTokenizer.from_pretrained(model)
 
 
 def feature_column(table: Dataset, name: str, path: Path) -> Any:

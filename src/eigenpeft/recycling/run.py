@@ -224,10 +224,8 @@ def _remembered(out: Path, settings: dict[str, Any]) -> list[Trial]:
             known["head_learning_rate"] = known.pop("head_rate")
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
         # A run that was stopped may have left a part of its last line.
-        trials = [Trial.from_dict(json.loads(line)) for line in lines if line.endswith("\n")]
-        trials = [
-            trial for trial in trials if trial.losses
-        ]  # older versions did not keep them; those are trained again
+        read = (Trial.from_dict(json.loads(line)) for line in lines if line.endswith("\n"))
+        trials = [trial for trial in read if trial.losses]  # older versions kept no losses; those are trained again
     except (OSError, ValueError, TypeError) as error:
         raise EigenPeftError(f"The trials in {str(out)!r} cannot be read ({error}); choose another out_dir.") from error
     if known != settings:

@@ -231,6 +231,12 @@ def test_refusals(zoo):
             mixture(zoo, **settings)
 
 
+def test_an_open_store_without_members_is_refused_as_what_it_is(zoo):
+    empty = AdapterStore(AdapterStore.from_pretrained(zoo / "store").subspace)
+    with pytest.raises(AdapterConfigError, match=r"source_names=\[\]: the store has 0 adapters, none"):
+        mixture(zoo, sources=empty)
+
+
 def test_members_on_paired_directions_are_mixed_too(zoo, tokens):
     adapters = AdapterCollection.from_pretrained([zoo / "adapters" / "first", zoo / "adapters" / "second"])
     store = AdapterStore.from_collection(SubspaceBuilder(3, method="paired").fit(adapters).subspace_, adapters)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import feature_column, open_rows, open_tokenizer, without_load_reports
+from eigenpeft.cli.rows import feature_column, naming_the_base, open_rows, open_tokenizer, without_load_reports
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.report.markup import escape
@@ -294,8 +294,8 @@ def _check_texts(table: Any, path: Path) -> None:
 
 
 def _is_reward_model(name: str) -> bool:
-    open_tokenizer(name)  # says what is wrong with the name
-    config = AutoConfig.from_pretrained(name)
+    with naming_the_base(name):
+        config = AutoConfig.from_pretrained(name)
     return config.num_labels == 1 and any(
         "ForSequenceClassification" in architecture for architecture in config.architectures or ()
     )

@@ -102,9 +102,9 @@ def embed_preferences(
             new = [text for text in dict.fromkeys(texts) if text not in known]
             features = embed_texts(model, processing_class, new, batch_size=batch_size, max_length=max_length)
             known |= dict(zip(new, features, strict=True))
-            table = _table(torch.stack([known[text] for text in texts]).numpy(), users, user_column)
-            part = cache.write(table, texts, users)
-            known = {text: known[text] for text in texts}  # those of one part, so that memory does not grow
+            stacked = torch.stack([known[text] for text in texts])
+            part = cache.write(_table(stacked.numpy(), users, user_column), texts, users)
+            known = dict(zip(texts, stacked, strict=True))  # of one part, in one tensor, so that memory does not grow
         parts.append(part)
     whole = concatenate_datasets(parts)  # pyright: ignore[reportArgumentType]
     return whole.with_format("numpy")

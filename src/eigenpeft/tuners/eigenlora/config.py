@@ -292,7 +292,7 @@ class EigenLoraConfig(ExplainedConfig):
     @property
     def given_sources(self) -> AdapterStore | str | None:
         """What `sources` was given: an open store, or where one is."""
-        return self._sources or self.sources
+        return self.sources if self._sources is None else self._sources  # an open store without members is false
 
     @property
     def start_adapters(self) -> Any:
