@@ -223,16 +223,22 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Args:
             factors: `(lora_B (out_features, r), lora_A (r, in_features))` by module, scaling folded into lora_B.
 
+        Returns:
+            By module, `Coefficients` of C_out (K_out, r) and C_in (r, K_in), or a core of K numbers.
+
         Raises:
             SubspaceError: If a module is not in the subspace, or has another shape there.
         """
         return {module: place(module, self._modules.get(module), *pair) for module, pair in factors.items()}
 
     def reconstruct(self, coefficients: Mapping[str, Core]) -> dict[str, tuple[Tensor, Tensor]]:
-        """LoRA factors `(lora_B, lora_A)` by module from coefficients; the scaling stays in lora_B.
+        """LoRA factors by module from coefficients, `B = V_outᵀ C_out` and `A = C_in V_in`; the scaling stays in lora_B.
 
         Args:
             coefficients: As `project` gives them.
+
+        Returns:
+            `(lora_B (out_features, r), lora_A (r, in_features))` by module, r that of the core.
 
         Raises:
             KeyError: If a module is not in the subspace.
@@ -248,11 +254,8 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             )
         return made
 
-    def _shared(self) -> dict[str, str]:
-        return {module: bank for module, bank in self._bank_of.items() if module != bank}
-
     def find(self, module: str) -> str | None:
-        """The subspace's own name of `module`, or None.
+        """The subspace's own name of `module`; None where no name fits, or several do.
 
         The same base model under another head has other prefixes ("bert.encoder.layer.0" or "encoder.layer.0"), so
         names that agree up to a dotted prefix are the same module as long as only one fits.
@@ -287,14 +290,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             ArtifactError: If the folder cannot be written, or holds something that is not replaced.
         """
-        storage.write_artifact(
-            save_directory,
-            storage.SUBSPACE,
-            config=self.config(),
-            tensors=self.tensors(),
-            card=self.card(),
-            overwrite=overwrite,
-        )
+        self._write_to(Path(save_directory), overwrite=overwrite)
         self.origin, self.revision = str(save_directory), None
 
     @classmethod
@@ -368,8 +364,12 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks, paired_banks=paired_banks)
         return cls(banks, info=info)
 
-    def _write_to(self, folder: Path) -> None:
-        storage.write_artifact(folder, storage.SUBSPACE, config=self.config(), tensors=self.tensors(), card=self.card())
+    def _shared(self) -> dict[str, str]:
+        return {module: bank for module, bank in self._bank_of.items() if module != bank}
+
+    def _write_to(self, folder: Path, *, overwrite: bool = False) -> None:
+        config, tensors, card = self.config(), self.tensors(), self.card()
+        storage.write_artifact(folder, storage.SUBSPACE, config=config, tensors=tensors, card=card, overwrite=overwrite)
 
 
 def read_subspace(where: storage.Location) -> PrincipalSubspace:
