@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from eigenpeft.collection.formats.keys import canonical_module
+from eigenpeft.collection.formats.keys import canonical_module, natural_order
 from eigenpeft.errors import SubspaceError
 from eigenpeft.subspace import AdapterMember
 from eigenpeft.tuners.serving.blocks import Choice
@@ -42,7 +42,7 @@ def heads_of(name: str, member: AdapterMember) -> dict[str, dict[str, Tensor]]:
         others.append("alora_invocation_tokens")
     if others:
         raise SubspaceError(
-            f"{name!r} trained more than updates and heads, {', '.join(map(repr, others[:3]))}"
+            f"{name!r} trained more than updates and heads, {', '.join(map(repr, sorted(others, key=natural_order)[:3]))}"
             f"{', ...' if len(others) > 3 else ''}, which a bank cannot serve row by row. Leave it out (names=), or export "
             "it and serve it on a model of its own."
         )
