@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -215,6 +216,23 @@ def test_what_others_put_into_the_work_folder_stays(tmp_path, collection, interr
     (tmp_path / "work" / (".build_plan.json." + "0" * 8 + ".tmp")).write_text("of a killed process")
     resume(tmp_path, SubspaceBuilder(5))
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["0" * 32 + ".safetensors", "thesis.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_what_safetensors_had_begun_when_it_was_killed_does_not_stay(tmp_path, collection, monkeypatch):
+    def killed(tensors, path, metadata):
+        path.with_name(".tmpQ3xZ9a").write_bytes(b"half a file")  # save_file renames such a file to `path`
+        os._exit(9)
+
+    monkeypatch.setattr("eigenpeft.building.work_folder.save_file", killed)
+    child = os.fork()
+    if not child:
+        SubspaceBuilder(5).fit(collection, work_dir=tmp_path / "work")
+    os.waitpid(child, 0)
+    monkeypatch.undo()
+    assert any(path.name == ".tmpQ3xZ9a" for path in (tmp_path / "work").rglob("*"))
+    SubspaceBuilder(5).fit(collection, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_two_builds_do_not_share_a_work_folder(tmp_path, collection):

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -120,8 +121,7 @@ class Shards:
                         self._path(module).unlink()
         for file in self.folder.iterdir():
             if _SCRATCH.fullmatch(file.name):  # of a process that was killed
-                with suppress(OSError):
-                    file.unlink()
+                _delete(file)
 
     def save(self, module: str, fitted: FittedModule) -> None:
         """Keep a finished module.
@@ -201,21 +201,23 @@ class Shards:
             # The plan goes last: what is left by an interruption is still known as ours.
             for file in sorted(self.folder.iterdir(), key=lambda file: file.name == _PLAN):
                 if file.name in ours or _SCRATCH.fullmatch(file.name):
-                    file.unlink(missing_ok=True)
+                    _delete(file)
             self.folder.rmdir()
 
     def _path(self, module: str) -> Path:
         return self.folder / f"{hashlib.sha256(module.encode()).hexdigest()[:32]}.safetensors"
 
     def _write(self, path: Path, write: Any) -> None:
+        # A folder, since safetensors puts a file of its own beside the one that it is asked to write.
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            write(scratch)
-            with scratch.open("rb") as file:
+            scratch.mkdir()
+            write(scratch / path.name)
+            with (scratch / path.name).open("rb") as file:
                 os.fsync(file.fileno())
-            scratch.replace(path)
+            (scratch / path.name).replace(path)
         finally:
-            scratch.unlink(missing_ok=True)
+            _delete(scratch)
 
 
 def is_work_folder(folder: str | Path) -> bool:
@@ -229,6 +231,15 @@ def is_work_folder(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(plan, dict) and plan.get(_MARK) == _FORMAT_VERSION
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a scratch folder of ours, which may be gone."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_inputs(folder: Path, inputs: tuple[str | Path, ...]) -> None:
