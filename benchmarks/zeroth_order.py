@@ -64,9 +64,14 @@ def rows(data, task):
     test = found.get("test") or found["dev"]
     test = random.Random(task).sample(test, min(N_TEST, len(test)))
     parts = train[:N_TRAIN], train[N_TRAIN:], test
-    return [([row["text"] for row in part], [labels.index(row["label"]) for row in part]) for part in parts], len(
+    return [([text_of(row) for row in part], [labels.index(row["label"]) for row in part]) for part in parts], len(
         labels
     )
+
+
+def text_of(row):
+    """One text, or the two of a pair."""
+    return row["text"] if "text" in row else f"{row['text_a']} [SEP] {row['text_b']}"
 
 
 @torch.no_grad()

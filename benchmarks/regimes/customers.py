@@ -56,10 +56,12 @@ def _by_intent(data: Path, source: str, split: str) -> dict[str, list[str]]:
         "banking77": {"train": ["train"], "test": ["test"]},
         "clinc150": {"train": ["train"], "test": ["dev", "test"]},
     }
-    for part in files[source][split]:
+    has_test = (data / source / "test.jsonl").exists()
+    for part in files.get(source, {"train": ["train"], "test": ["test" if has_test else "dev"]})[split]:
         with (data / source / f"{part}.jsonl").open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
-                found[row.get("label_name", row["label"])].append(row["text"].strip())
+                text = row["text"] if "text" in row else f"{row['text_a']} [SEP] {row['text_b']}"
+                found[row.get("label_name", row["label"])].append(text.strip())
     return dict(found)
 
 
@@ -156,8 +158,8 @@ def rows_of_target(customer: Customer, *, n_rows: int, seed: int, data: Path) ->
     return Rows([text for text, _ in rows], [label for _, label in rows]), test
 
 
-def rows_of_member(customer: Customer, data: Path) -> tuple[Rows, Rows]:
+def rows_of_member(customer: Customer, data: Path, *, per_intent: int = _ROWS_OF_A_MEMBER) -> tuple[Rows, Rows]:
     """The training rows of an adapter of a zoo, 60 an intent where there are as many, and its test rows."""
     pools, test = _pools(customer, data)
-    rows = [(text, label) for label, pool in enumerate(pools) for text in pool[:_ROWS_OF_A_MEMBER]]
+    rows = [(text, label) for label, pool in enumerate(pools) for text in pool[:per_intent]]
     return Rows([text for text, _ in rows], [label for _, label in rows]), test

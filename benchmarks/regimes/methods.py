@@ -1,7 +1,7 @@
 """Methods of the study: how each starts, what it trains, and the learning rates tried for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Situation:
     scale: Callable[[], float]
     nearest: Callable[[], str]
     weights: Callable[[], list[float]] = list
+    modules: list[str] | str = field(default_factory=lambda: zoos.MODULES)
 
     @property
     def part(self) -> tuple[str, int, int, Path]:
@@ -68,8 +69,12 @@ def head_only(base, situation):
 
 
 def lora(**settings):
-    settings.setdefault("target_modules", zoos.MODULES)
-    return lambda base, situation: get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **settings))
+    def adapt(base, situation):
+        return get_peft_model(
+            base, LoraConfig(task_type="SEQ_CLS", **{"target_modules": situation.modules, **settings})
+        )
+
+    return adapt
 
 
 @lru_cache(maxsize=8)

@@ -27,7 +27,7 @@ import zoos
 from huggingface_hub.utils import disable_progress_bars
 from methods import HEAD_RATE_BESIDE_ADAPTER, METHODS, Situation, add_mean, names_of, with_weights
 from plan import PLAN, STEPS, TUNING_ROWS, TUNING_SEEDS, Slice
-from torch import Tensor
+from torch import Tensor, nn
 
 import eigenpeft
 
@@ -63,15 +63,27 @@ def environment() -> dict:
 
 
 class Study:
-    """The cells of a work folder: which exist, which rate a method takes, and how a missing one is run."""
+    """The cells of a work folder: which exist, which rate a method takes, and how a missing one is run.
+
+    Attributes:
+        first_layer: The first layer with adapters; what lies below is computed once per task.
+        modules: Those with adapters, as PEFT's `target_modules` names them.
+        batch_size: Rows of a step.
+        published: Folder of published cells, with which a new work folder begins.
+    """
+
+    first_layer = 0
+    modules: list[str] | str = zoos.MODULES
+    batch_size = training.BATCH_SIZE
+    published = RESULTS
 
     def __init__(self, data: Path, work: Path):
         self.data, self.work = data, work
         self.path, self.scales = work / "cells.jsonl", work / "scales.jsonl"
         (work / "zoos").mkdir(parents=True, exist_ok=True)
         for path in (self.path, self.scales, work / "measures.jsonl"):  # go on from what is published
-            if not path.exists() and (RESULTS / path.name).exists():
-                path.write_text((RESULTS / path.name).read_text())
+            if not path.exists() and (self.published / path.name).exists():
+                path.write_text((self.published / path.name).read_text())
         self.rows = read(self.path)
         self.done = {self.key(row) for row in self.rows}
         self.customers = {c.name: c for c in (*customers.targets(data), *customers.tuning_customers(data))}
@@ -130,7 +142,11 @@ class Study:
         base = training.fresh_base(task.n_labels, seed=0)
         if scale and situation is not None:
             add_mean(base, situation, scale)
-        return training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+        return self.pooled(base, task)
+
+    def pooled(self, base: nn.Module, task: training.Task) -> Tensor:
+        """What the head of a model reads of the training rows."""
+        return training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer), start=task.below).hidden
 
     def held_out(self, task: training.Task, features: Tensor, *, seed: int) -> tuple[float, float]:
         """Accuracy and loss of a head alone, trained on three quarters of the rows and judged on the fourth."""
@@ -179,7 +195,7 @@ class Study:
                     for own, b, a in parts:
                         if own == name:
                             base.get_submodule(module).weight.add_(b @ a)
-            features = training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+            features = self.pooled(base, task)
             tried[name] = self.held_out(task, features, seed=cell["seed"])
         best = max(tried, key=lambda name: (tried[name][0], -tried[name][1]))
         tried = {name: [round(value, 5) for value in pair] for name, pair in tried.items()}
@@ -203,7 +219,7 @@ class Study:
             base = with_weights(
                 training.fresh_base(task.n_labels, seed=0), situation, dict(zip(names, weights, strict=True))
             )
-            features = training.prefix(base.bert, task.ids, layer=len(base.bert.encoder.layer)).hidden
+            features = self.pooled(base, task)
             loss = self.held_out(task, features, seed=cell["seed"])[1]
             return loss + LORAHUB_PENALTY * fmean(map(abs, weights))
 
@@ -214,15 +230,18 @@ class Study:
         append(self.scales, {"kind": "lorahub", **asked, "weights": best, "nevergrad": nevergrad.__version__})
         return best
 
+    def sizes_of(self, cell: dict) -> tuple[str, int, int]:
+        """The zoo whose sizes a random subspace has, where a method uses no adapters."""
+        return "shipped", 10, 0
+
     def run(self, cell: dict) -> dict:
         """Train and judge one cell."""
-        # A random subspace has the sizes of any zoo's; it is drawn beside the shipped one.
-        zoo = (cell["zoo"], cell["size"], cell["draw"]) if cell["zoo"] else ("shipped", 10, 0)
-        situation = Situation(*zoo, work=self.work, seed=cell["seed"], scale=lambda: 0.0, nearest=lambda: "")
+        zoo = (cell["zoo"], cell["size"], cell["draw"]) if cell["zoo"] else self.sizes_of(cell)
+        common = {"work": self.work, "seed": cell["seed"], "modules": self.modules}
+        situation = Situation(*zoo, **common, scale=lambda: 0.0, nearest=lambda: "")
         situation = Situation(
             *zoo,
-            work=self.work,
-            seed=cell["seed"],
+            **common,
             scale=partial(self.scale, cell, situation),
             nearest=partial(self.nearest, cell, situation),
             weights=partial(self.weights, cell, situation),
@@ -235,9 +254,15 @@ class Study:
         head_rate = cell["rate"] if (method.tuned_as or method.name) == "head" else HEAD_RATE_BESIDE_ADAPTER
         steps = STEPS if cell["rows"] <= 64 else 2 * STEPS
         parameters, seconds = training.train(
-            model, task, rate=cell["rate"], head_rate=head_rate, steps=steps, seed=cell["seed"]
+            model,
+            task,
+            rate=cell["rate"],
+            head_rate=head_rate,
+            steps=steps,
+            seed=cell["seed"],
+            size=self.batch_size,
         )
-        right = training.accuracy(model, task.test_ids, task.test_labels)
+        right = training.accuracy(model, task.test_ids, task.test_labels, start=task.test_below)
         found = {"accuracy": round(right, 5), "n_test": len(task.test_ids), "parameters": parameters}
         if method.merged:
             found["scale"] = situation.scale()

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -19,13 +19,18 @@ MAX_LENGTH, BATCH_SIZE = 40, 16
 
 @dataclass(frozen=True)
 class Task:
-    """A tokenised task: ids and classes of its training and of its test rows."""
+    """A tokenised task: ids and classes of its training and of its test rows.
+
+    `below` and `test_below` are what enters the first layer that any method changes, where that is not the first of all.
+    """
 
     ids: list[list[int]]
     labels: Tensor
     test_ids: list[list[int]]
     test_labels: Tensor
     n_labels: int
+    below: Packed | None = None
+    test_below: Packed | None = None
 
 
 @lru_cache(maxsize=1)
@@ -33,12 +38,17 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(base_model())
 
 
-def tokenized(train: Rows, test: Rows) -> Task:
+def tokenized(train: Rows, test: Rows, *, first_layer: int = 0, max_length: int = MAX_LENGTH) -> Task:
     def ids(rows: Rows) -> list[list[int]]:
-        return tokenizer()(rows.texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        return tokenizer()(rows.texts, truncation=True, max_length=max_length)["input_ids"]
 
     labels = torch.tensor(train.labels)
-    return Task(ids(train), labels, ids(test), torch.tensor(test.labels), int(labels.max()) + 1)
+    task = Task(ids(train), labels, ids(test), torch.tensor(test.labels), int(labels.max()) + 1)
+    if not first_layer:
+        return task
+    bert = fresh_base(2, seed=0).bert
+    below, test_below = (prefix(bert, each, layer=first_layer) for each in (task.ids, task.test_ids))
+    return replace(task, below=below, test_below=test_below)
 
 
 @lru_cache(maxsize=1)
@@ -62,10 +72,12 @@ def inner(model: nn.Module) -> nn.Module:
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
-def prefix(bert: nn.Module, ids: Sequence[Sequence[int]], *, layer: int, at_once: int = 64) -> Packed:
-    """All texts through the layers before `layer`, without gradients."""
-    start = embedded(bert, ids)
-    if layer == 0:
+def prefix(
+    bert: nn.Module, ids: Sequence[Sequence[int]], *, layer: int, start: Packed | None = None, at_once: int = 64
+) -> Packed:
+    """All texts through the layers before `layer`, without gradients; from `start`, if that is known already."""
+    start = start or embedded(bert, ids)
+    if layer <= start.layer:
         return start
     n_layers, parts = len(bert.encoder.layer), []
     with torch.no_grad():
@@ -75,14 +87,14 @@ def prefix(bert: nn.Module, ids: Sequence[Sequence[int]], *, layer: int, at_once
     return Packed(torch.cat([part.hidden for part in parts]), start.lengths, parts[0].layer)
 
 
-def batches(n_rows: int, *, steps: int, seed: int) -> list[list[int]]:
+def batches(n_rows: int, *, steps: int, seed: int, size: int = BATCH_SIZE) -> list[list[int]]:
     """Indices of every step: passes over all rows in random order."""
     generator, order, found = random.Random(f"batches/{seed}"), [], []
     for _ in range(steps):
-        while len(order) < min(BATCH_SIZE, n_rows):
+        while len(order) < min(size, n_rows):
             order += generator.sample(range(n_rows), n_rows)
-        found.append(order[:BATCH_SIZE])
-        order = order[BATCH_SIZE:]
+        found.append(order[:size])
+        order = order[size:]
     return found
 
 
@@ -112,7 +124,9 @@ def train_head(features: Tensor, labels: Tensor, n_labels: int, *, rate: float, 
     return head
 
 
-def train(model: nn.Module, task: Task, *, rate: float, head_rate: float, steps: int, seed: int) -> tuple[int, float]:
+def train(
+    model: nn.Module, task: Task, *, rate: float, head_rate: float, steps: int, seed: int, size: int = BATCH_SIZE
+) -> tuple[int, float]:
     """Train adapter and head; the number of trained adapter values and the seconds."""
     classifier = inner(model)
     bert, head = classifier.bert, classifier.classifier
@@ -126,8 +140,8 @@ def train(model: nn.Module, task: Task, *, rate: float, head_rate: float, steps:
     # What is trained may lie outside the layers that use it, such as a vector bank of the whole model.
     inside = {id(p) for p in bert.encoder.layer.parameters()}
     first = first_trained_layer(bert) if all(id(p) in inside for p in adapter) else 0
-    fixed = prefix(bert, task.ids, layer=first)
-    for chosen in batches(len(task.ids), steps=steps, seed=seed):
+    fixed = prefix(bert, task.ids, layer=first, start=task.below)
+    for chosen in batches(len(task.ids), steps=steps, seed=seed, size=size):
         logits = head(forward(bert, fixed.batch(chosen, n_layers)).hidden)
         nn.functional.cross_entropy(logits, task.labels[chosen]).backward()
         optimizer.step()
@@ -137,9 +151,9 @@ def train(model: nn.Module, task: Task, *, rate: float, head_rate: float, steps:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, ids: Sequence[Sequence[int]], labels: Tensor) -> float:
+def accuracy(model: nn.Module, ids: Sequence[Sequence[int]], labels: Tensor, *, start: Packed | None = None) -> float:
     classifier = inner(model)
-    pooled = prefix(classifier.bert, ids, layer=len(classifier.bert.encoder.layer)).hidden
+    pooled = prefix(classifier.bert, ids, layer=len(classifier.bert.encoder.layer), start=start).hidden
     return float((classifier.classifier(pooled).argmax(1) == labels).double().mean())
 
 

@@ -18,6 +18,7 @@ from eigenpeft.demo.assets import BASE_MODEL, shipped_adapters
 
 STEPS, RATE, HEAD_RATE = 60, 3e-3, 3e-2
 MODULES = ["query", "value"]
+TASKS = ("cr", "mpqa", "mr", "mrpc", "sick_entail", "sst2", "subj", "trec6", "tweet_emotion", "tweet_irony")
 Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -25,15 +26,24 @@ def seed_of(customer: Customer) -> int:
     return int(hashlib.sha256(customer.name.encode()).hexdigest()[:6], 16)
 
 
-def train_member(customer: Customer, *, data: Path, folder: Path) -> dict:
+def train_member(
+    customer: Customer,
+    *,
+    data: Path,
+    folder: Path,
+    modules: list[str] | str = MODULES,
+    first_layer: int = 0,
+    per_intent: int = 60,
+    steps: int = STEPS,
+) -> dict:
     """Train and save one adapter; its record."""
     seed = seed_of(customer)
     torch.manual_seed(seed)
-    train_rows, test_rows = rows_of_member(customer, data)
-    task = tokenized(train_rows, test_rows)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=MODULES, task_type="SEQ_CLS")
+    train_rows, test_rows = rows_of_member(customer, data, per_intent=per_intent)
+    task = tokenized(train_rows, test_rows, first_layer=first_layer)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="SEQ_CLS")
     model = get_peft_model(fresh_base(task.n_labels, seed=seed), config).eval()
-    _, seconds = train(model, task, rate=RATE, head_rate=HEAD_RATE, steps=STEPS, seed=seed)
+    _, seconds = train(model, task, rate=RATE, head_rate=HEAD_RATE, steps=steps, seed=seed)
     for each in model.peft_config.values():
         each.base_model_name_or_path = BASE_MODEL
     unfinished = folder.with_name(f".{folder.name}")
@@ -49,9 +59,9 @@ def train_member(customer: Customer, *, data: Path, folder: Path) -> dict:
         "seed": seed,
         "n_train": len(task.ids),
         "n_test": len(task.test_ids),
-        "accuracy": round(accuracy(model, task.test_ids, task.test_labels), 4),
+        "accuracy": round(accuracy(model, task.test_ids, task.test_labels, start=task.test_below), 4),
         "seconds": round(seconds, 1),
-        "steps": STEPS,
+        "steps": steps,
         "batch_size": 16,
         "learning_rate": RATE,
         "head_learning_rate": HEAD_RATE,
@@ -70,7 +80,12 @@ def missing_members(zoo: str, size: int, *, data: Path, work: Path) -> list[Cust
 
 
 def zoo_names(zoo: str, size: int, draw: int) -> list[str]:
-    """The names of a zoo's adapters; draws after the first take others of the first 20 (or of the first `size`)."""
+    """The names of a zoo's adapters; draws after the first take others of the first 20 (or of the first `size`).
+
+    "without_NAME" is the tasks of starts.py without one of them.
+    """
+    if zoo.startswith("without_"):
+        return [name for name in TASKS if name != zoo.removeprefix("without_")]
     if zoo == "mixed":
         return [f"{each}_{i:02}" for each in ZOOS for i in range(size // 4)]
     order = list(range(max(size, 20)))
