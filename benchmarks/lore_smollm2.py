@@ -36,7 +36,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from eigenpeft import EigenLoraConfig, LowRankRewardModel, PrincipalSubspace
 from eigenpeft.reward import LoReFitter
-from eigenpeft.reward.text.features import embed_preferences
+from eigenpeft.reward import embed_preferences
 from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
@@ -78,7 +78,11 @@ class Halves:
 
     def features(self):
         return embed_preferences(
-            Dataset.from_list(self.rows), self.model, self.tokenizer, cache_dir=self.work / "features", batch_size=16
+            Dataset.from_list(self.rows),
+            model=self.model,
+            processing_class=self.tokenizer,
+            cache_dir=self.work / "features",
+            batch_size=16,
         )
 
     def split(self, half):

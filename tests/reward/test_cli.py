@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from eigenpeft import LowRankRewardModel
 from eigenpeft.cli import load
+from eigenpeft.errors import RewardModelError, UnknownUserError
 from eigenpeft.reward.evaluation.simulation import SimulatedUsers
 
 
@@ -112,3 +113,58 @@ def test_a_user_without_comparisons(features, tmp_path):
     run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 1)
     with pytest.raises(Exception, match="has no comparisons of 'eve'"):
         run("add-user", tmp_path / "rewards", "eve", features)
+
+
+def test_texts_are_scored_for_one_user_or_each_by_its_own(text):
+    run("fit", text / "text.jsonl", "--model", text / "backbone", "--n-basis", 2, "--out", text / "m")
+    run("add-user", text / "m", "ada", text / "ada.jsonl")
+    rows = [
+        {"prompt": "a joke cats ", "completion": word, "user_id": user}
+        for word, user in (("dogs", "ada"), ("yes", "ada"), ("yes", "1"))
+    ]
+    (text / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = json.loads(
+        run("score", text / "m", text / "answers.jsonl", "--out", text / "scores.jsonl", "--json").stdout
+    )
+    reward = LowRankRewardModel.from_pretrained(text / "m").reward_func()
+    asked = {key: [row[key] for row in rows] for key in ("completion", "prompt", "user_id")}
+    expected = reward(completions=asked["completion"], prompts=asked["prompt"], user_id=asked["user_id"])
+    assert [row["reward"] for row in found["rows"]] == pytest.approx(expected, rel=1e-5)
+    assert [json.loads(line) for line in (text / "scores.jsonl").read_text().splitlines()] == found["rows"]
+    assert len({row["reward"] for row in found["rows"]}) == 3
+    same = json.loads(run("score", text / "m", text / "answers.jsonl", "--user", "ada", "--json").stdout)["rows"]
+    assert [row["user"] for row in same] == ["ada"] * 3
+    assert same[1]["reward"] == same[2]["reward"] != expected[2]
+    assert "3 rows, 2 users" in run("score", text / "m", text / "answers.jsonl").stdout
+
+
+def test_features_are_scored_without_a_backbone(features, tmp_path):
+    run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 2)
+    model = LowRankRewardModel.from_pretrained(tmp_path / "rewards")
+    rows = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"features": row.tolist()}) for row in rows))
+    found = json.loads(run("score", tmp_path / "rewards", path, "--user", "user-3", "--json").stdout)["rows"]
+    assert [row["reward"] for row in found] == pytest.approx(model.rewards(rows, "user-3").tolist(), rel=1e-5)
+    path.write_text('{"completion": "a text"}')
+    assert (
+        "was fitted on features and has no backbone" in run("score", tmp_path / "rewards", path, "--user", "a").stderr
+    )
+    path.write_text('{"text": "a text"}')
+    assert (
+        "texts to score are in one called completion" in run("score", tmp_path / "rewards", path, "--user", "a").stderr
+    )
+
+
+def test_whose_rewards_must_be_said_and_known(features, tmp_path):
+    run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"features": [0.0] * 8}))
+    with pytest.raises(RewardModelError, match="name one user for all rows with --user"):
+        run("score", tmp_path / "rewards", path)
+    with pytest.raises(UnknownUserError, match="nobody"):
+        run("score", tmp_path / "rewards", path, "--user", "nobody")
+    with pytest.raises(RewardModelError, match="must be one of error, population"):
+        run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "guess")
+    everybody = run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "population", "--json")
+    assert json.loads(everybody.stdout)["rows"] == [{"user": "nobody", "reward": 0.0}]

@@ -170,6 +170,7 @@ def _round(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
         costs = search.done(name, sources, learning_rate=learning_rate, steps=steps) is None
         if name in search.refused or (search.late and costs and found):
             continue
+        bar.set_postfix_str(f"{steps} steps, {name}: training")
         try:
             trial = found[name, learning_rate] = search.trial(name, sources, learning_rate=learning_rate, steps=steps)
         except EigenPeftError as error:

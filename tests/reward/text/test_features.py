@@ -49,7 +49,7 @@ def preferences():
 
 def test_comparisons_are_cached_in_parts(backbone, tokenizer, preferences, tmp_path, monkeypatch):
     options = {"cache_dir": tmp_path / "features", "part_size": 3}
-    found = embed_preferences(preferences, backbone, tokenizer, **options)
+    found = embed_preferences(preferences, model=backbone, processing_class=tokenizer, **options)
     assert found["rejected"][:].shape == (7, 16)
     assert found["user_id"][:3].tolist() == ["0", "1", "2"]
     direct = embed_texts(backbone, tokenizer, ["a joke about " + "help"])
@@ -68,19 +68,19 @@ def test_comparisons_are_cached_in_parts(backbone, tokenizer, preferences, tmp_p
     parts = sorted((tmp_path / "features").glob("part-*"), key=lambda part: part.stat().st_mtime_ns)
     for part in parts[1:]:
         shutil.rmtree(part)
-    again = embed_preferences(preferences, backbone, tokenizer, **options)
+    again = embed_preferences(preferences, model=backbone, processing_class=tokenizer, **options)
     assert calls == [4, 1]  # "a joke about cats" once, although it stands in every row
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(
             torch.from_numpy(again[side][:]), torch.from_numpy(found[side][:]), atol=1e-5, rtol=1e-4
         )
-    embed_preferences(preferences, backbone, tokenizer, **options)
+    embed_preferences(preferences, model=backbone, processing_class=tokenizer, **options)
     assert calls == [4, 1]
 
 
 def test_rows_added_at_the_end_cost_only_themselves(backbone, tokenizer, preferences, tmp_path, monkeypatch):
     options = {"cache_dir": tmp_path, "part_size": 2}
-    embed_preferences(preferences.select(range(4)), backbone, tokenizer, **options)
+    embed_preferences(preferences.select(range(4)), model=backbone, processing_class=tokenizer, **options)
     calls = []
     real = embed_texts
     monkeypatch.setattr(
@@ -88,7 +88,7 @@ def test_rows_added_at_the_end_cost_only_themselves(backbone, tokenizer, prefere
     )
     with torch.no_grad():
         score_head(backbone)[1].weight.add_(1)  # the head does not count: features are what it is given
-    found = embed_preferences(preferences, backbone, tokenizer, **options)
+    found = embed_preferences(preferences, model=backbone, processing_class=tokenizer, **options)
     assert calls == [3, 1]
     direct = real(backbone, tokenizer, ["a joke about please"])
     torch.testing.assert_close(torch.from_numpy(found["rejected"][6:7]), direct, atol=1e-5, rtol=1e-4)
@@ -130,22 +130,24 @@ def test_two_padding_tokens_are_refused(tokenizer):
 
 
 def test_a_cache_of_something_else_is_refused(backbone, tokenizer, preferences, tmp_path):
-    embed_preferences(preferences, backbone, tokenizer, cache_dir=tmp_path)
+    embed_preferences(preferences, model=backbone, processing_class=tokenizer, cache_dir=tmp_path)
     tokenizer_of_others = copy.deepcopy(tokenizer)
     tokenizer_of_others.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(RewardModelError, match="features with another tokenizer"):
-        embed_preferences(preferences, backbone, tokenizer_of_others, cache_dir=tmp_path)
+        embed_preferences(preferences, model=backbone, processing_class=tokenizer_of_others, cache_dir=tmp_path)
     with torch.no_grad():
         next(iter(backbone.parameters())).add_(1)
     with pytest.raises(RewardModelError, match="features with another model"):
-        embed_preferences(preferences, backbone, tokenizer, cache_dir=tmp_path)
+        embed_preferences(preferences, model=backbone, processing_class=tokenizer, cache_dir=tmp_path)
     nobody = preferences.remove_columns("user_id").add_column(
         "user_id", ["ada", None, "bob", "ada", "bob", "ada", "bob"]
     )
     with pytest.raises(RewardModelError, match="Row 1 has no user in its column 'user_id'"):
-        embed_preferences(nobody, backbone, tokenizer, cache_dir=tmp_path / "other")
+        embed_preferences(nobody, model=backbone, processing_class=tokenizer, cache_dir=tmp_path / "other")
     with pytest.raises(RewardModelError, match=r"no column \['user_id'\]"):
-        embed_preferences(preferences.remove_columns("user_id"), backbone, tokenizer, cache_dir=tmp_path)
+        embed_preferences(
+            preferences.remove_columns("user_id"), model=backbone, processing_class=tokenizer, cache_dir=tmp_path
+        )
 
 
 def test_a_tokenizer_without_any_token_to_pad_with_is_refused(backbone):

@@ -1,26 +1,26 @@
-"""The commands lore fit, add-user, evaluate and export: personalised reward models from files of comparisons."""
+"""The commands lore fit, add-user, score, evaluate and export: personalised reward models from files of comparisons."""
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
+from eigenpeft.artifacts.atomic import atomic_file, atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.rows import feature_column, naming_the_base, open_rows, open_tokenizer, without_load_reports
+from eigenpeft.cli.rows import feature_column, open_rows
+from eigenpeft.cli.training.comparisons import read_comparisons
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
 from eigenpeft.report.markup import escape
 from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
+from eigenpeft.reward.artifact.model import Unknown
 from eigenpeft.reward.artifact.storage import KIND
-from eigenpeft.reward.text.backbone import reference_head
-from eigenpeft.reward.text.features import embed_preferences
 
 _CLASSIFIER = "reward classifier"
+_SHOWN = 20  # rows on a terminal; all are in --out and --json
 lore = typer.Typer(
     help="Personalised reward models: one reward basis, a few numbers per user (LoRe).", no_args_is_help=True
 )
@@ -47,19 +47,6 @@ NComponents = Annotated[int | None, typer.Option(help="Keep this many leading di
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
-@dataclass(frozen=True, eq=False)
-class Comparisons:
-    """Comparisons as features, and where they come from."""
-
-    chosen: Any
-    rejected: Any
-    user_ids: list[str]
-    prompt_ids: list[str] | None
-    reference: torch.Tensor | None = None
-    backbone: Any = None
-    processing_class: Any = None
-
-
 @lore.command()
 def fit(
     data: Data,
@@ -81,7 +68,7 @@ def fit(
     quiet(as_json)
     check_output(out, kind=KIND, overwrite=overwrite, inputs=[data] if model is None else [data, model])
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = _read(data, model, user_column, prompt_column, cache)
+    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     fitter = LoReFitter(n_basis=size, n_components=n_components, seed=seed).fit(
         pairs.chosen,
         pairs.rejected,
@@ -133,7 +120,8 @@ def add_user(
     """
     quiet(as_json)
     model = LowRankRewardModel.from_pretrained(path)
-    pairs = _read(data, None, user_column, None, cache, embedder=(model.backbone, model.processing_class), user=user)
+    embedder = (model.backbone, model.processing_class)
+    pairs = read_comparisons(data, user_column=user_column, cache=cache, embedder=embedder, user=user)
     change = model.update_user if user in model.users else model.add_user
     found = change(user, chosen=pairs.chosen[:], rejected=pairs.rejected[:])
     model.save_users(path)
@@ -144,6 +132,90 @@ def add_user(
         return
     weights = ", ".join(f"{weight:.2f}" for weight in found.weights.tolist())
     console.print(f"{escape(user)}: weights {weights} from {found.n_pairs} comparisons; {len(model.users)} users now.")
+
+
+@lore.command()
+def score(
+    path: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows with completion (text or messages) and perhaps prompt and the user's column; or with features: .jsonl, "
+            ".csv, .parquet or a folder saved by datasets."
+        ),
+    ],
+    user: Annotated[str | None, typer.Option(help="Whose rewards, for all rows; default: the user's column.")] = None,
+    user_column: UserColumn = "user_id",
+    unknown: Annotated[
+        str, typer.Option(help="What an unknown user is: error, or population to score as for everybody.")
+    ] = "error",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File of JSON lines to write.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Score texts with the rewards of their users: a number per row, higher is liked more.
+
+    Example: eigenpeft lore score rewards answers.jsonl --user ada
+
+    Rewards are known up to a constant: only differences between texts of one user mean something.
+    """
+    quiet(as_json)
+    if out is not None:
+        check_file(out, overwrite=overwrite, inputs=[path, data])
+    if unknown not in get_args(Unknown):
+        raise RewardModelError(f"--unknown {unknown!r} must be one of {', '.join(get_args(Unknown))}.")
+    model, table = LowRankRewardModel.from_pretrained(path), open_rows(data)
+    if user is None and user_column not in table.column_names:
+        raise RewardModelError(
+            f"{str(data)!r} has no column {user_column!r}, only {sorted(table.column_names)}; name one user for all rows with "
+            "--user, or the users' column with --user-column."
+        )
+    users = [user] * len(table) if user is not None else [str(name) for name in table[user_column]]
+    rows = [
+        {"user": name, "reward": value}
+        for name, value in zip(users, _rewards(model, table, users, unknown=unknown, path=data), strict=True)
+    ]
+    if out is not None:
+        with atomic_file(out, overwrite=overwrite) as scratch:
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if as_json:
+        print_json({"path": path, "rows": rows})
+        return
+    console.print(_score_table(table, rows))
+    if len(rows) > _SHOWN and out is None:
+        console.print(f"{len(rows) - _SHOWN} more rows; --out or --json has all.")
+    if out is not None:
+        console.print(f"Wrote {escape(str(out))}: {len(rows)} rows.")
+
+
+def _rewards(model: LowRankRewardModel, table: Any, users: list[str], *, unknown: Any, path: Path) -> list[float]:
+    """The reward of each row's text, or features, to its user."""
+    if "features" in table.column_names:
+        features = torch.as_tensor(feature_column(table, "features", path)[:])
+        return model.rewards(features, users, unknown=unknown).tolist()
+    if "completion" not in table.column_names:
+        raise RewardModelError(
+            f"{str(path)!r} has the columns {sorted(table.column_names)}; texts to score are in one called completion, or "
+            "embedded in one called features."
+        )
+    if model.backbone is None:
+        raise RewardModelError(
+            "This model was fitted on features and has no backbone to embed text with: give rows with a column features."
+        )
+    prompts = list(table["prompt"]) if "prompt" in table.column_names else None
+    reward = model.reward_func(user_column="user_id", unknown=unknown)
+    return reward(completions=list(table["completion"]), prompts=prompts, user_id=users)
+
+
+def _score_table(table: Any, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"{len(rows)} rows, {len({row['user'] for row in rows})} users")
+    for title in ("text", "user", "reward"):
+        shown.add_column(title, justify="right" if title == "reward" else "left")
+    for i, row in enumerate(rows[:_SHOWN]):
+        text = str(table[i]["completion"]) if "completion" in table.column_names else f"row {i}"
+        text = text if len(text) <= 60 else f"{text[:57]}..."
+        shown.add_row(escape(text), escape(row["user"]), f"{row['reward']:.3f}")
+    return shown
 
 
 @lore.command()
@@ -168,7 +240,7 @@ def evaluate(
     if plot is not None:
         check_file(plot, overwrite=overwrite, inputs=[data])
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = _read(data, model, user_column, prompt_column, cache)
+    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     found = evaluate_lore(
         pairs.chosen,
         pairs.rejected,
@@ -221,90 +293,6 @@ def _n_basis(text: str) -> Any:
         return int(text)
     except ValueError:
         raise RewardModelError(f"--n-basis {text!r} must be a whole number such as 5, or auto.") from None
-
-
-def _read(
-    path: Path,
-    model: str | None,
-    user_column: str,
-    prompt_column: str | None,
-    cache: Path | None,
-    *,
-    embedder: tuple[Any, Any] = (None, None),
-    user: str | None = None,
-) -> Comparisons:
-    """Comparisons of a file as features, embedded where they are text; of one user where one is named."""
-    table = open_rows(path)
-    if user is not None and user_column not in table.column_names:
-        table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
-    missing = {"chosen", "rejected", user_column} - set(table.column_names)
-    if missing:
-        raise RewardModelError(
-            f"{str(path)!r} has no column {sorted(missing)}, only {sorted(table.column_names)}; name the users' "
-            "column with --user-column."
-        )
-    if user is not None:
-        rows = [row for row, name in enumerate(table[user_column]) if str(name) == user]
-        if not rows:
-            raise RewardModelError(f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}.")
-        table = table.select(rows)
-    user_ids = _user_ids(table, user_column, path)
-    prompt_column = prompt_column or ("prompt" if "prompt" in table.column_names else None)
-    prompts = None if prompt_column is None else [str(prompt) for prompt in table[prompt_column]]
-    first = table[0]["chosen"]
-    if isinstance(first, list) and first and isinstance(first[0], int | float):
-        chosen, rejected = (feature_column(table, side, path) for side in ("chosen", "rejected"))
-        return Comparisons(chosen, rejected, user_ids, prompts)
-    _check_texts(table, path)
-    backbone, processing_class = embedder if model is None else _load(model)
-    if backbone is None:
-        raise RewardModelError(
-            "The comparisons are text: name a reward model or an encoder to embed them with, --model."
-        )
-    place = cache or path.with_name(f"{path.stem}.features" + (f".{user}" if user else ""))
-    features = embed_preferences(table, backbone, processing_class, cache_dir=place, user_column=user_column)
-    reference = None
-    if model is not None and _is_reward_model(model):
-        reference = reference_head(backbone)
-    return Comparisons(
-        features["chosen"], features["rejected"], user_ids, prompts, reference, backbone, processing_class
-    )
-
-
-def _user_ids(table: Any, user_column: str, path: Path) -> list[str]:
-    """The user of each row as text; a row without one is an error, as it would become a user of its own."""
-    for row, name in enumerate(table[user_column]):
-        if name is None or str(name) == "":
-            raise RewardModelError(
-                f"Row {row} of {str(path)!r} has no user in its column {user_column!r}; name the user of each comparison, or "
-                "leave the row out."
-            )
-    return [str(name) for name in table[user_column]]
-
-
-def _check_texts(table: Any, path: Path) -> None:
-    """Every row must have text, or messages, on both sides."""
-    for side in ("chosen", "rejected"):
-        for row, value in enumerate(table[side]):
-            if not isinstance(value, str | list) or not value:
-                raise RewardModelError(
-                    f"Row {row} of {str(path)!r} has {value!r:.60} in its column {side!r}; it must be text, a list of messages, "
-                    "or a list of numbers."
-                )
-
-
-def _is_reward_model(name: str) -> bool:
-    with naming_the_base(name):
-        config = AutoConfig.from_pretrained(name)
-    return config.num_labels == 1 and any(
-        "ForSequenceClassification" in architecture for architecture in config.architectures or ()
-    )
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    with without_load_reports():  # a new head is expected where an encoder is named
-        backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-    return backbone.eval(), open_tokenizer(name)
 
 
 def _candidate_table(fitter: LoReFitter) -> Table:

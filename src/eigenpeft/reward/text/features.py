@@ -45,9 +45,9 @@ def embed_texts(
 
 def embed_preferences(
     dataset: Dataset,
+    *,
     model: Any,
     processing_class: Any,
-    *,
     cache_dir: str | Path,
     user_column: str = "user_id",
     batch_size: int = 8,

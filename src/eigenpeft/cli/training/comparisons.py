@@ -1,0 +1,125 @@
+"""Comparisons of a file as features: columns checked, text embedded by a backbone, one user's rows where one is named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from eigenpeft.cli.rows import feature_column, naming_the_base, open_rows, open_tokenizer, without_load_reports
+from eigenpeft.errors import RewardModelError
+from eigenpeft.reward import embed_preferences
+from eigenpeft.reward.text.backbone import reference_head
+
+
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """Comparisons as features, and where they come from."""
+
+    chosen: Any
+    rejected: Any
+    user_ids: list[str]
+    prompt_ids: list[str] | None
+    reference: torch.Tensor | None = None
+    backbone: Any = None
+    processing_class: Any = None
+
+
+def read_comparisons(
+    path: Path,
+    *,
+    user_column: str,
+    cache: Path | None,
+    model: str | None = None,
+    prompt_column: str | None = None,
+    embedder: tuple[Any, Any] = (None, None),
+    user: str | None = None,
+) -> Comparisons:
+    """Comparisons of a file as features, embedded where they are text.
+
+    Args:
+        path: Rows with chosen, rejected and the user's column.
+        user_column: Name of the column with the user of each comparison.
+        cache: Folder to keep features in; None for one beside the file.
+        model: Reward model or encoder that embeds text: folder or Hub id; None for `embedder`.
+        prompt_column: Column that tells prompts apart; None for "prompt" where there is one.
+        embedder: A backbone and its tokenizer.
+        user: Only this user's comparisons; the user's column may be absent then.
+
+    Raises:
+        RewardModelError: If a column is missing, a row is empty, or nothing is there to embed text with.
+    """
+    table = open_rows(path)
+    if user is not None and user_column not in table.column_names:
+        table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
+    missing = {"chosen", "rejected", user_column} - set(table.column_names)
+    if missing:
+        raise RewardModelError(
+            f"{str(path)!r} has no column {sorted(missing)}, only {sorted(table.column_names)}; name the users' "
+            "column with --user-column."
+        )
+    if user is not None:
+        rows = [row for row, name in enumerate(table[user_column]) if str(name) == user]
+        if not rows:
+            raise RewardModelError(f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}.")
+        table = table.select(rows)
+    user_ids = _user_ids(table, user_column, path)
+    prompt_column = prompt_column or ("prompt" if "prompt" in table.column_names else None)
+    prompts = None if prompt_column is None else [str(prompt) for prompt in table[prompt_column]]
+    first = table[0]["chosen"]
+    if isinstance(first, list) and first and isinstance(first[0], int | float):
+        chosen, rejected = (feature_column(table, side, path) for side in ("chosen", "rejected"))
+        return Comparisons(chosen, rejected, user_ids, prompts)
+    _check_texts(table, path)
+    backbone, processing_class = embedder if model is None else _load(model)
+    if backbone is None:
+        raise RewardModelError(
+            "The comparisons are text: name a reward model or an encoder to embed them with, --model."
+        )
+    place = cache or path.with_name(f"{path.stem}.features" + (f".{user}" if user else ""))
+    features = embed_preferences(
+        table, model=backbone, processing_class=processing_class, cache_dir=place, user_column=user_column
+    )
+    reference = None
+    if model is not None and _is_reward_model(model):
+        reference = reference_head(backbone)
+    return Comparisons(
+        features["chosen"], features["rejected"], user_ids, prompts, reference, backbone, processing_class
+    )
+
+
+def _user_ids(table: Any, user_column: str, path: Path) -> list[str]:
+    """The user of each row as text; a row without one is an error, as it would become a user of its own."""
+    for row, name in enumerate(table[user_column]):
+        if name is None or str(name) == "":
+            raise RewardModelError(
+                f"Row {row} of {str(path)!r} has no user in its column {user_column!r}; name the user of each comparison, or "
+                "leave the row out."
+            )
+    return [str(name) for name in table[user_column]]
+
+
+def _check_texts(table: Any, path: Path) -> None:
+    """Every row must have text, or messages, on both sides."""
+    for side in ("chosen", "rejected"):
+        for row, value in enumerate(table[side]):
+            if not isinstance(value, str | list) or not value:
+                raise RewardModelError(
+                    f"Row {row} of {str(path)!r} has {value!r:.60} in its column {side!r}; it must be text, a list of messages, "
+                    "or a list of numbers."
+                )
+
+
+def _is_reward_model(name: str) -> bool:
+    with naming_the_base(name):
+        config = AutoConfig.from_pretrained(name)
+    return config.num_labels == 1 and any(
+        "ForSequenceClassification" in architecture for architecture in config.architectures or ()
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    with without_load_reports():  # a new head is expected where an encoder is named
+        backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    return backbone.eval(), open_tokenizer(name)
