@@ -35,8 +35,7 @@ from timing import environment
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from eigenpeft import EigenLoraConfig, LowRankRewardModel, PrincipalSubspace
-from eigenpeft.reward import LoReFitter
-from eigenpeft.reward import embed_preferences
+from eigenpeft.reward import LoReFitter, embed_preferences
 from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ import torch
 from customers import Rows
 from packing import Packed, embedded, first_trained_layer, forward
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from eigenpeft.demo.assets import base_model
 
@@ -52,18 +53,18 @@ def tokenized(train: Rows, test: Rows, *, first_layer: int = 0, max_length: int 
 
 
 @lru_cache(maxsize=1)
-def _weights() -> dict[str, Tensor]:
-    return AutoModelForSequenceClassification.from_pretrained(base_model()).state_dict()
+def _base() -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(base_model())
 
 
 def fresh_base(n_labels: int, *, seed: int) -> PreTrainedModel:
     """The base with a head drawn by seed, in evaluation mode: nothing here uses dropout."""
-    config = AutoConfig.from_pretrained(base_model())
-    config.num_labels = n_labels
-    model = AutoModelForSequenceClassification.from_config(config)
-    head = {"classifier.weight": torch.zeros(n_labels, config.hidden_size), "classifier.bias": torch.zeros(n_labels)}
-    head["classifier.weight"].normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
-    model.load_state_dict({**_weights(), **head})
+    model = deepcopy(_base())
+    model.config.num_labels = model.num_labels = n_labels
+    model.classifier = nn.Linear(model.config.hidden_size, n_labels)
+    with torch.no_grad():
+        model.classifier.weight.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        model.classifier.bias.zero_()
     return model.eval()
 
 

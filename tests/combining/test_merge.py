@@ -394,7 +394,7 @@ BAD_ARGUMENTS = {
     "rank above what is there": (
         {"rank": 15},
         AdapterConfigError,
-        "rank=15 is above what is there: .* Pass at most 14",
+        "rank=15 is too large: .* Pass at most 14",
     ),
     "rank of zero": ({"rank": 0}, AdapterConfigError, "rank=0 must be None or a whole number of at least 1"),
     "statistics missing": (

@@ -85,7 +85,9 @@ def open_rows(path: Path) -> Dataset:
             raise EigenPeftError(f"{str(path)!r} holds several splits, {sorted(table)}: pass the folder of one.")
         return table
     if not path.is_file():
-        raise EigenPeftError(f"There is no file or folder {str(path)!r}.")
+        raise EigenPeftError(
+            f"There is no file or folder {str(path)!r}; check the path, which is relative to {str(Path.cwd())!r}."
+        )
     if path.suffix not in _READERS:
         raise EigenPeftError(
             f"{str(path)!r} must end in {', '.join(sorted(_READERS))}, or be a folder saved by datasets."

@@ -144,7 +144,7 @@ def weights_by_name(names: Sequence[str], weights: Mapping[str, float] | Sequenc
             )
     for name, value in zip(names, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterConfigError(f"The weight {value!r} of {name!r} is not a finite number.")
+            raise AdapterConfigError(f"The weight {value!r} of {name!r} is not a finite number; give one such as 1.0.")
     return dict(zip(names, map(float, values), strict=True))
 
 
@@ -298,7 +298,7 @@ def _check_rank(sources: Sources, rank: int | None) -> None:
     most = max(sources.largest_rank(module) for module in sources.modules)
     if rank is not None and rank > most:
         raise AdapterConfigError(
-            f"rank={rank} is above what is there: no module's merged update can have more than {most}, the ranks of the "
+            f"rank={rank} is too large: no module's merged update can have more than {most}, the ranks of the "
             f"{len(sources.names)} adapters together or its smaller side. Pass at most {most}, or leave rank out."
         )
 

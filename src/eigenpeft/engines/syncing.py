@@ -147,7 +147,9 @@ class AdapterEndpoints:
         """
         status, text = self._ask("/v1/models")
         if status != 200:
-            raise EigenPeftError(f"{self._server}/v1/models answered {status}: {_message(text)}")
+            raise EigenPeftError(
+                f"{self._server}/v1/models answered {status}: {_message(text)}. Give the address of an OpenAI-compatible server."
+            )
         models = json.loads(text)["data"]
         return {model["id"]: str(model.get("root")) for model in models if model["id"].startswith(prefix)}
 

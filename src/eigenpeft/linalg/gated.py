@@ -1,4 +1,4 @@
-"""Cores weighed anew for every token, by a trained gate (CoMoL) or by their own directions (Arrow), and how evenly that is."""
+"""Cores weighed for every token, by a trained gate (CoMoL) or their own directions (Arrow), and how evenly weights spread."""
 
 import torch
 from jaxtyping import Float

@@ -99,7 +99,9 @@ def _head(base: PreTrainedModel, sources: Sources) -> PeftModel:
         if ".lora_" in name:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise AdapterConfigError("this model has no new head, and without one nothing would be trained")
+        raise AdapterConfigError(
+            "this model has no new head, and without one nothing would be trained; only classifiers have this candidate"
+        )
     return model
 
 

@@ -32,7 +32,7 @@ class ModuleSubspace:
         explained_variance_ratio: One entry per principal component of the longer side. Entry k is what component k + 1, on
             both sides together, adds to the explained share of the adapters' squared ΔW norms; `cumsum` gives the curve.
         paired: Whether the bank was fitted by method "paired": row k of one side belongs to row k of the other, rows have unit
-            norm and are not orthogonal, and adapters lie in it by diagonal cores alone, whose shares the above are.
+            norm and are not orthogonal. Adapters lie in it by diagonal cores alone, and the shares are those of diagonal cores.
 
     Examples:
         >>> import torch
@@ -67,7 +67,7 @@ class ModuleSubspace:
         if self.paired and len(sides[0]) != len(sides[1]):
             raise SubspaceError(
                 f"Paired directions need as many components of the input as of the output; got {len(sides[0])} and "
-                f"{len(sides[1])}."
+                f"{len(sides[1])}. Cut the longer side, or build with another method."
             )
 
     @property

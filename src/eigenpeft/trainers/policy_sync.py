@@ -145,7 +145,9 @@ def plain_lora_for_async_grpo() -> Iterator[None]:
     trainer = importlib.import_module(_ASYNC_GRPO)  # an experimental part of an optional package
     original: Callable[..., None] | None = getattr(trainer, "save_lora_adapter", None)
     if original is None:
-        raise EigenPeftError(f"This TRL has no {_ASYNC_GRPO}.save_lora_adapter; it was made for TRL 1.16.")
+        raise EigenPeftError(
+            f"This TRL has no {_ASYNC_GRPO}.save_lora_adapter, which TRL 1.16 has; install that version."
+        )
 
     def save(model: Any, accelerator: Any, adapter_name: str, dest_dir: str) -> None:
         kind = model.peft_config[adapter_name].peft_type

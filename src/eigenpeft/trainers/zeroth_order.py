@@ -75,7 +75,9 @@ class ZerothOrderMixin:
         self._parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in self._parameters)
         if not count:
-            raise AdapterConfigError("The model has no trained values; nothing would be learnt.")
+            raise AdapterConfigError(
+                "The model has no trained values; wrap it with get_peft_model, or set requires_grad on what is to be trained."
+            )
         if count > _MANY:
             _logger.warning(
                 "%d values are trained without gradients; the noise of the estimate grows with their number. Fewer components, "

@@ -100,7 +100,7 @@ BAD = {
     "an option without a value": (["adapters", "--option", "density"], None, "must be written NAME=VALUE"),
     "weight of nobody": (["adapters", "--weight", "nobody=1"], None, "['nobody'] are not among them"),
     "weight that is no number": (["adapters", "--weight", "adapter-0=big"], None, "'big' must be a number"),
-    "rank above what is there": (["adapters", "--rank", "500"], None, "rank=500 is above what is there"),
+    "rank above what is there": (["adapters", "--rank", "500"], None, "rank=500 is too large"),
     "rank of zero": (["adapters", "--rank", "0"], None, "rank=0 must be None or a whole number"),
     "scale that is no number": (["adapters", "--scale", "much"], None, "--scale 'much' must be a number"),
     "scales without rows": (["adapters", "--scale", "0.1,0.2"], None, "several scales and a score"),

@@ -232,8 +232,8 @@ def test_a_file_cannot_make_its_reader_start_from_anything(zoo, tmp_path, caplog
     ("settings", "message"),
     [
         ({"init_from": "mean"}, r"init_from='mean' is a merging rule: say which adapters it merges with init_adapters"),
-        ({"init_from": "average", "init_adapters": "x"}, r"init_from='average' is none; pass one of 'task_arithmetic'"),
-        ({"init_adapters": "x"}, r"init_from=None is none; pass one of"),
+        ({"init_from": "average", "init_adapters": "x"}, r"'average' is not one; pass one of 'task_arithmetic'"),
+        ({"init_adapters": "x"}, r"None is not one; pass one of"),
         ({"init_from": "regmean", "init_adapters": "x"}, r"needs statistics of each task's inputs: merge"),
         (
             {"init_from": "ties", "init_adapters": "x", "init_options": {"p": 1}},

@@ -137,7 +137,10 @@ def share_of_tokens(
     random = {name: [_split(pair, control, name).in_subspace for control in controls] for name, pair in tokens.items()}
     total = sum(split.total for split in splits.values())
     if not total > 0:
-        raise SubspaceError(f"The gradient is {total} in all {len(tokens)} modules; the loss does not depend on them.")
+        raise SubspaceError(
+            f"The gradient is {total} in all {len(tokens)} modules: the loss does not depend on them. Give rows whose labels the "
+            "model does not fit perfectly, and a model in which these modules are used."
+        )
     held = _summed([split.in_subspace for split in splits.values()]) / total
     best = _summed([split.best for split in splits.values()]) / total
     by_seed = [_summed([curves[i] for curves in random.values()]) / total for i in range(len(controls))]

@@ -81,7 +81,7 @@ def train_answer(
     best = max(chance.probability or 0.0 for chance in over_lora)
     answer = "likely" if best >= _LIKELY else "unlikely" if best <= _UNLIKELY else "open"
     told = "; ".join(
-        f"{chance.event} {chance.probability:.0%} (on average {chance.points[0]:+.1f} ± {chance.points[1]:.1f} points)"
+        f"{chance.event}, {chance.probability:.0%} (on average {chance.points[0]:+.1f} ± {chance.points[1]:.1f} points)"
         for chance in chances
     )
     blind = [chance.event for chance in chances if not chance.predicted]
@@ -91,7 +91,7 @@ def train_answer(
         caveat = f" For {named} nothing that was measured predicts better than how often it happened, and that is the figure."
     return Train(
         answer,
-        f"{answer.capitalize()}. For {task} with {n_rows} rows, the probability of: {told}.{caveat}",
+        f"{answer.capitalize()}. Probabilities for {task} with {n_rows} rows: {told}.{caveat}",
         n_rows,
         with_task,
         chances,

@@ -217,7 +217,7 @@ def rebase(
 
 
 def _renew_card(opened: AdapterStore, store: str, as_json: bool) -> None:
-    """The store's README.md says what is there now; one that was edited by hand stays, and that is said."""
+    """Write the store's README.md anew; one that was edited by hand is kept, with a message."""
     if not renew_card(Path(store), opened.card()) and not as_json:
         console.print(f"README.md of {escape(store)} was edited by hand and stays as it is; its members may be others.")
 

@@ -183,7 +183,9 @@ def _steps(model: nn.Module, seeds: Sequence[int], steps: Sequence[float]) -> di
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     found = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
     if not found:
-        raise AdapterConfigError("The model has no trained values; nothing would be learnt.")
+        raise AdapterConfigError(
+            "The model has no trained values; wrap it with get_peft_model, or set requires_grad on what is to be trained."
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""The mean of LoRA factors, and what it is off the mean of the updates."""
+"""The mean of LoRA factors, and its difference from the mean update."""
 
 from collections.abc import Sequence
 

@@ -54,7 +54,9 @@ def complete_prototypes(
                 [0.2689]])
     """
     if not len(new):
-        raise ValueError("There are no new classes whose prototypes could say where the old ones lie.")
+        raise ValueError(
+            "There are no new classes whose prototypes could say where the old ones lie; pass at least one in `new`."
+        )
     similarity = normalize(old, dim=1) @ normalize(new, dim=1).mT
     return similarity.softmax(dim=1) @ new_in_own
 

@@ -221,7 +221,10 @@ def _trained(location: AdapterLocation, subspace: PrincipalSubspace) -> AdapterM
     found = {path: subspace.find(path.replace(".base_layer", "")) for path in parts}
     missing = [path for path, module in found.items() if module is None]
     if missing:
-        raise SubspaceError(f"{label} adapts {len(missing)} modules that the subspace lacks, {some(missing)}.")
+        raise SubspaceError(
+            f"{label} adapts {len(missing)} modules that the subspace lacks, {some(missing)}. Add it to a store of the subspace "
+            "that it was trained in, or build one from adapters that have these modules."
+        )
     _refuse_double(location.name, found)
     cores, paths = {}, {}
     for path, module in sorted(found.items(), key=lambda pair: natural_order(str(pair[1]))):
@@ -289,7 +292,7 @@ def _check_embedded(label: str, module: str, components: Mapping[str, Tensor], b
         ):
             raise SubspaceError(
                 f"{label} brings {name} of {module!r} that are not those of the store, although it names the same "
-                "fingerprint: its file was altered."
+                "fingerprint: its file was altered. Train or download it again."
             )
 
 

@@ -104,7 +104,7 @@ def _growth(old: ModuleSubspace | None, factors: list[Factors], *, share: float,
 
 
 def _appended(old: ModuleSubspace | None, growth: Growth) -> ModuleSubspace | None:
-    """The bank with more components; the same one where there are none, and None where there is nothing at all."""
+    """The bank with the growth appended: unchanged if nothing was added, None if there is neither a bank nor growth."""
     if old is None:
         if not len(growth.components_in):
             return None

@@ -149,7 +149,7 @@ def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLora
         config: Configuration of the adapter; its `layers_to_transform` and `layers_pattern` choose among them, as for LoRA.
 
     Raises:
-        AdapterConfigError: If there is none, or a module of the subspace could be one or another.
+        AdapterConfigError: If no module matches, or one module of the subspace matches several of the model.
     """
     if matches.contested:
         name, paths = next(iter(matches.contested.items()))
@@ -174,7 +174,7 @@ def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLora
         raise AdapterConfigError(
             f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r} leaves none of "
             f"the {len(matches.found)} modules that the subspace and the model have in common, such as "
-            f"{next(iter(matches.found))!r}."
+            f"{next(iter(matches.found))!r}. Name layers that are among those, or leave both out."
         )
     return wanted
 
@@ -213,7 +213,7 @@ def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module
         if count is None:
             raise AdapterConfigError(
                 f"The adapter embeds no components for {module!r}; it has them for "
-                f"{sorted(config.embedded_n_components or ())[:3]}."
+                f"{sorted(config.embedded_n_components or ())[:3]}. Load it onto the base model that it was trained on."
             )
         pair = _embedded_pair(count, shape, module)
         return module, attach_empty_bank(layer, shape=shape, n_components=pair, fingerprint=fingerprint)
@@ -227,7 +227,8 @@ def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module
     if (bases.out_features, bases.in_features) != shape:
         raise AdapterConfigError(
             f"{module!r} is {shape[0]} x {shape[1]} in the model and {bases.out_features} x "
-            f"{bases.in_features} in the subspace: it was built for another base model."
+            f"{bases.in_features} in the subspace: it was built for another base model. Load that one, or build a "
+            "subspace from adapters of this one."
         )
     if bases.paired:
         _check_paired(bases, config)

@@ -241,7 +241,7 @@ class EigenLoraConfig(ExplainedConfig):
             )
         if self._init_adapters is not None and not is_rule:
             raise AdapterConfigError(
-                f"init_adapters are merged by the rule in init_from, and init_from={self.init_from!r} is none; pass one of "
+                f"init_adapters= needs a merging rule in init_from=, and {self.init_from!r} is not one; pass one of "
                 f"{', '.join(map(repr, RULES))}."
             )
         if is_rule:

@@ -108,7 +108,8 @@ class SubspaceHistory:
         odd = [name for name, rows in history.rows.items() if rows.ndim != 2 or not bool(rows.isfinite().all())]
         if odd:
             raise ArtifactError(
-                f"The history {str(path)!r} has no rows of finite numbers for {odd[0]!r}: it was altered."
+                f"The history {str(path)!r} has no rows of finite numbers for {odd[0]!r}: it was altered. Collect "
+                "the inputs again."
             )
         return history
 

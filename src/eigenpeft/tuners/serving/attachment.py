@@ -233,7 +233,8 @@ class _HeadHook(_Hook):
         _check_rows(self.path, args[0], choice)
         if not isinstance(output, Tensor):
             raise SubspaceError(
-                f"The head {self.path!r} returns a {type(output).__name__}, and only tensors can be served."
+                f"The head {self.path!r} returns a {type(output).__name__}, and only tensors can be served. Give the "
+                "model a head that returns one."
             )
         with choose(self.bank, None):  # the head is called again, with other parameters
             padded, choice.widths = head_outputs(module, args[0], output, states, choice)

@@ -101,8 +101,8 @@ class ShardLoraConfig(ExplainedConfig):
                 raise AdapterConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
         if self.sharing == "shards" and self.private_rank > min(self.pool_rank, self.r):
             raise AdapterConfigError(
-                f"private_rank={self.private_rank} is a part of pool_rank={self.pool_rank} and of r={self.r}, and cannot be more "
-                "than either."
+                f"private_rank={self.private_rank} is a part of pool_rank={self.pool_rank} and of r={self.r}; pass at most "
+                f"{min(self.pool_rank, self.r)}."
             )
         share = self.share
         if share != "layers" and not (
