@@ -52,7 +52,8 @@ def shard_index(
     n_drawn, length = n_vectors - n_private, shards_per_vector
     if n_drawn * length > n_public:
         raise ValueError(
-            f"{n_drawn} vectors of {length} shards need {n_drawn * length} of {n_public} public shards; take fewer shards, or more public ones."
+            f"{n_drawn} vectors of {length} shards need {n_drawn * length} of {n_public} public shards; take fewer shards, or "
+            "more public ones."
         )
     order = torch.arange(n_public) if generator is None else torch.randperm(n_public, generator=generator)
     public = order[: n_drawn * length].view(n_drawn, length)
