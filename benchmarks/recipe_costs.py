@@ -5,8 +5,9 @@ Hardware:  CPU, one thread, float32; about eight minutes of CPU time.
 Writes:    benchmarks/results/recipe_costs.json (a row per recipe) and the same on stdout; started again, it goes on.
 
 The subspace is random (K 16): what is trained, and so the cost, is the same as in a recycled one. `distill_lora` projects the LoRA
-that `sft --method lora` has just trained onto it. Loading of Python, model and data is part of both figures. `kto` also
-says what its loss is at the start and at the end, and distill_lora prints the divergences, which are kept.
+that `sft --method lora` has just trained onto it. Loading of Python, model and data is part of both figures. What a run prints of its
+first and last loss, or of the divergences, is kept. `classification` is another model and a real comparison: MiniLM, the part of
+banking77 that ships with eigenpeft, a subspace (K 8) of its ten shipped adapters, four methods, one seed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from timing import environment
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft.demo import assets
 from eigenpeft.subspace import random_subspace
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -49,6 +51,8 @@ class Run:
     settings: dict = field(default_factory=dict)
 
 
+CLASSIFICATION = "classification"
+METHODS = ["head", "random", "eigenlora", "same_parameters"]
 RUNS = {
     "sft, LoRA": Run("sft", "qasc", 16, 4, {"method": "lora", "learning_rate": 2e-3}),
     "sft": Run("sft", "qasc", 16, 4, {"learning_rate": 1e-2}),
@@ -94,8 +98,47 @@ def subspace(lora, folder):
     return folder
 
 
+def classified(given):
+    """The recipe for classifiers on what ships with eigenpeft."""
+    rows, folder = given.work / "data" / CLASSIFICATION, given.work / "shipped-subspace"
+    if not rows.exists():
+        smollm2_data.write_rows(rows, {split: assets.banking77(split) for split in ("train", "test")})
+    if not folder.exists():
+        with AdapterCollection.from_pretrained(assets.shipped_adapters()) as adapters:
+            SubspaceBuilder(8).fit(adapters).subspace_.save_pretrained(folder)
+    settings = {
+        "model": assets.base_model(),
+        "dataset": rows,
+        "subspace": folder,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    settings |= {"output_dir": given.work / CLASSIFICATION, "bf16": False}
+    found = run_recipe(
+        CLASSIFICATION, settings, given.work / "classification.log", "--seeds", "0", "--methods", *METHODS
+    )
+    printed = [line for line in found.pop("text").splitlines() if line.startswith(("majority", *METHODS))]
+    return {"run": CLASSIFICATION, "steps": 150, "batch_size": 32, **found, "printed": printed}
+
+
+def run_recipe(name, settings, log, *more):
+    """A recipe in a process of its own: CPU seconds, peak memory, what it printed."""
+    flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+    command = [sys.executable, RECIPES / f"{name}.py", "--config", RECIPES / f"{name}.yaml", *flags, *more]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    text = log.read_text()
+    if status:
+        raise SystemExit(f"{name} ended with {status}: {text[-2000:]}")
+    seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    return {"cpu_seconds": round(seconds, 1), "peak_gb": round(peak, 2), "text": text}
+
+
 def measured(name, given):
-    """Run one recipe in a process of its own; its CPU seconds, peak memory, and the figures it prints."""
+    """Run one recipe with one adapter; its CPU seconds, peak memory, and the figures it prints."""
     run, output = RUNS[name], given.work / name.replace(", ", "-")
     data = given.work / "data" / run.rows
     if not data.exists():
@@ -106,24 +149,14 @@ def measured(name, given):
         settings["subspace"] = subspace(given.work / "sft-LoRA", given.work / "subspace")
     if run.recipe == "distill_lora":
         settings["lora"] = given.work / "sft-LoRA"
-    flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
-    command = [sys.executable, RECIPES / f"{run.recipe}.py", "--config", RECIPES / f"{run.recipe}.yaml", *flags]
-    log = given.work / f"{name}.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    text = log.read_text()
-    if status:
-        raise SystemExit(f"{name} ended with {status}: {text[-2000:]}")
+    found = run_recipe(run.recipe, settings, given.work / f"{name}.log")
+    text = found.pop("text")
     printed = [line for line in text.splitlines() if line.startswith(("divergence", "{'loss'", "{'train_runtime'"))]
     return {
         "run": name,
         "steps": run.steps,
         "batch_size": run.batch_size,
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gb": round(usage.ru_maxrss / 2**20, 2),
+        **found,
         "printed": [printed[0], printed[-1]] if run.recipe != "distill_lora" and printed else printed,
     }
 
@@ -133,13 +166,13 @@ def main():
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--runs", nargs="+", default=[*RUNS, CLASSIFICATION], choices=[*RUNS, CLASSIFICATION])
     given = parser.parse_args()
     torch.set_num_threads(1)
     record = smollm2_data.Record(RESULTS, environment())
     for name in given.runs:
         if not record.find(run=name):
-            record.add(measured(name, given))
+            record.add(classified(given) if name == CLASSIFICATION else measured(name, given))
             print(record.rows[-1], flush=True)
 
 
