@@ -49,5 +49,6 @@ def test_a_browser_shows_title_answers_and_figure(which, tmp_path, request):
     assert dom.index('id="compress"') < dom.index("<img") < dom.index("How much they share")
     figure = Image.open(io.BytesIO(base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", dom)[1])))
     assert figure.width > 1000
+    assert "`" not in dom
     colors = {color for _, color in picture.getcolors(maxcolors=2**24)}
     assert any(all(abs(a - b) < 8 for a, b in zip(color, TAB_BLUE, strict=True)) for color in colors)

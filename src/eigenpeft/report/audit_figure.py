@@ -58,7 +58,9 @@ def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False
         ArtifactError: If the file exists or cannot be written.
     """
     picture = base64.b64encode(audit_png(report)).decode()
-    findings = "".join(f"<li><b>{escape(f.kind)}</b> {escape(f.message)}</li>" for f in report.findings)
+    findings = "".join(
+        f"<li><b>{escape(f.kind.replace('_', ' '))}</b>: {_html(f.message)}</li>" for f in report.findings
+    )
     held_out, k = report.held_out, report.n_components - 1
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{module.n_adapters}</td><td>{module.effective_rank_in:.1f} "
@@ -76,7 +78,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 <h1>What can be done with these {len(report.adapters)} adapters?</h1>
 {_answers(report)}
 <img alt="The three answers, held-out shares, heat map and similarity matrix" src="data:image/png;base64,{picture}">
-<h2>How much they share</h2><p>A detail: {escape(report.verdict)}. {escape(report.advice)}</p>
+<h2>How much they share</h2><p>A detail: {escape(report.verdict)}. {_html(report.advice)}</p>
 <p>{len(report.adapters)} adapters, {len(report.modules)} modules. Held-out share at K = {report.n_components}:
 {held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
@@ -87,6 +89,11 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 """
     with atomic_file(path, overwrite=overwrite) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def _html(text: str) -> str:
+    """A sentence for the page: what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _answers(report: AuditReport) -> str:
@@ -112,7 +119,7 @@ def _answers(report: AuditReport) -> str:
         f"<tr><th>adapter</th><th>cosine with the negative gradient</th></tr>{reuse}" if reuse else "",
     )
     return "\n".join(
-        f'<section id="{question.partition(":")[0].lower()}"><h2>{escape(question)}</h2><p>{escape(text)}</p>'
+        f'<section id="{question.partition(":")[0].lower()}"><h2>{escape(question)}</h2><p>{_html(text)}</p>'
         f"{f'<table>{table}</table>' if table else ''}</section>"
         for (question, _, text), table in zip(report.answers, tables, strict=True)
     )
@@ -144,7 +151,7 @@ def _sharing(report: AuditReport) -> str:
         for row in report.sharing.rows
     )
     return (
-        f"<h2>Banks that layers share</h2><p>{escape(report.sharing.text)}</p><p>In parentheses: random adapters of the same "
+        f"<h2>Banks that layers share</h2><p>{_html(report.sharing.text)}</p><p>In parentheses: random adapters of the same "
         "sizes; for the cost its 90 % interval.</p><table><tr><th>K</th><th>held-out share, a bank per module</th>"
         f"<th>shared banks</th><th>cost</th><th>MB</th><th>MB shared</th></tr>{rows}</table>"
     )
