@@ -6,7 +6,8 @@
 
 Paper:     DPO, arXiv 2305.18290; EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909 (moslora).
 Command:   accelerate launch recipes/dpo.py --config recipes/dpo.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions); memory not measured.
+Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
+           2.1 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
 Time:      12 steps of 4 short pairs on SmolLM2-135M took 43 CPU seconds on one thread, loading and judging included
            (benchmarks/smollm2.py).
 Expected:  a first loss of ln 2 = 0.693 (anything else means that the adapter does not start at the reference), then

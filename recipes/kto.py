@@ -6,8 +6,9 @@
 
 Paper:     KTO, arXiv 2402.01306; EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909 (moslora).
 Command:   accelerate launch recipes/kto.py --config recipes/kto.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured.
-Time:      not measured; the tests run two steps on a tiny model.
+Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; 1.7 GB of memory for SmolLM2-135M in float32.
+Time:      12 steps of 4 answers on SmolLM2-135M took 111 CPU seconds on one thread of two busy cores, float32, loading included
+           (benchmarks/recipe_costs.py).
 Expected:  a first loss of 0.5 (anything else means that the adapter does not start at the reference), then a falling one;
            OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, same_parameters, lora.
 """

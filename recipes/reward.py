@@ -6,7 +6,8 @@
 
 Paper:     Ouyang et al., arXiv 2203.02155; EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.11909.
 Command:   accelerate launch recipes/reward.py --config recipes/reward.yaml --subspace DIR_OR_HUB_ID
-Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions); memory not measured.
+Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
+           1.7 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
 Time:      16 steps of 4 short pairs on SmolLM2-135M took 22 CPU seconds on one thread, loading and judging included
            (benchmarks/smollm2.py).
 Expected:  `accuracy` above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora, both with the score head, which PEFT trains and saves for

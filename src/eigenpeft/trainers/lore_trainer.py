@@ -73,7 +73,9 @@ class LoReTrainer(RewardTrainer):
         user_ids: Sequence[str | int] | None = None,
         **options: Any,
     ):
-        args = args if args is not None else LoReConfig("LoRe")
+        args = (
+            copy.copy(args) if args is not None else LoReConfig("LoRe")
+        )  # what is used up below stays in the caller's
         fitted: LowRankRewardModel | None = model if isinstance(model, LowRankRewardModel) else None
         if train_dataset is None:
             raise RewardModelError("LoReTrainer needs a train_dataset with chosen, rejected and a user column.")

@@ -128,13 +128,13 @@ class GatedLoraConfig(ExplainedConfig):
                 "zero."
             )
         # Kept beside the fields, which must stay plain values.
-        self._opened: AdapterStore | PrincipalSubspace | None = None
+        self._given: AdapterStore | PrincipalSubspace | None = None
         for name, kind in (("sources", AdapterStore), ("subspace", PrincipalSubspace)):
             given = getattr(self, name)
             if isinstance(given, os.PathLike):
                 setattr(self, name, os.fspath(given))
             elif isinstance(given, kind):
-                self._opened = given
+                self._given = given
                 setattr(self, name, given.origin or "(in memory)")
 
     def _check_gate(self) -> None:
@@ -148,17 +148,14 @@ class GatedLoraConfig(ExplainedConfig):
                 "and nothing is trained. Pass train_cores=False and leave balance out."
             )
 
-    def opened(self) -> AdapterStore | PrincipalSubspace | None:
-        """The store or the subspace; None for an adapter of a file, which has its bases."""
-        if self._opened is None and self.sources is not None:
-            self._opened = AdapterStore.from_pretrained(self.sources)
-        elif self._opened is None and self.subspace is not None:
-            self._opened = PrincipalSubspace.from_pretrained(self.subspace)
-        return self._opened
+    @property
+    def given(self) -> AdapterStore | PrincipalSubspace | None:
+        """The store or the subspace that was passed open; None where a path was passed, or none."""
+        return self._given
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open."""
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_given": None}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as the adapter's file has them: without the start of an adapter that has started."""

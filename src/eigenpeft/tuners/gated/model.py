@@ -42,6 +42,25 @@ class GateSources(NamedTuple):
     sizes: dict[str, list[int]]
 
 
+def find_sources(config: GatedLoraConfig) -> AdapterStore | PrincipalSubspace | None:
+    """Open the store or the subspace that a configuration names; nothing is written to it.
+
+    Args:
+        config: Configuration of the adapter.
+
+    Returns:
+        None for an adapter of a file, which has its own bases.
+
+    Raises:
+        ArtifactError: If it is nowhere, or damaged.
+    """
+    if config.given is not None:
+        return config.given
+    if config.sources is not None:
+        return AdapterStore.from_pretrained(config.sources)
+    return None if config.subspace is None else PrincipalSubspace.from_pretrained(config.subspace)
+
+
 class GatedLoraModel(FactorModel):
     """Tuner behind `GatedLoraConfig`, which is experimental; made by `get_peft_model`."""
 
@@ -61,7 +80,7 @@ class GatedLoraModel(FactorModel):
         Raises:
             AdapterConfigError: If the store has no such members, or the model none of the modules.
         """
-        opened = config.opened()
+        opened = find_sources(config)
         if opened is None:
             yield GateSources(None, None, (), {}, {})
             return
