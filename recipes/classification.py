@@ -105,8 +105,8 @@ def adapt(model, method: str, subspace: PrincipalSubspace, arguments: Arguments,
         task_type="SEQ_CLS",
     )
     if method != "eigenlora":
-        adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-        config = control_config(config, control=method, adapters=adapters, seed=seed)  # pyright: ignore[reportArgumentType] (it checks)
+        collection = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+        config = control_config(config, control=method, collection=collection, seed=seed)  # pyright: ignore[reportArgumentType] (it checks)
     return get_peft_model(model, config)
 
 

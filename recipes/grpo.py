@@ -102,8 +102,8 @@ def peft_config(arguments: Arguments) -> PeftConfig:
     )
     if arguments.method == "eigenlora":
         return config
-    adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-    return control_config(config, control=arguments.method, adapters=adapters)
+    collection = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+    return control_config(config, control=arguments.method, collection=collection)
 
 
 def reward_function(arguments: Arguments) -> Callable[..., list[float]]:

@@ -63,8 +63,8 @@ def main():
     parts = split(
         Dataset.from_json(str(arguments.data)),
         settings.user_column,
-        users=config["holdout_users"],
-        comparisons=config["holdout_comparisons"],
+        users=config["held_out_users"],
+        comparisons=config["held_out_comparisons"],
         seed=settings.seed,
     )
     adapter = dict(config["adapter"] or {})

@@ -55,8 +55,8 @@ def peft_config(arguments: Arguments) -> LoraConfig:
     config = EigenLoraConfig(subspace=arguments.subspace, core=arguments.core, **shared)
     if arguments.method == "eigenlora":
         return config
-    adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-    return control_config(config, control=arguments.method, adapters=adapters)
+    collection = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+    return control_config(config, control=arguments.method, collection=collection)
 
 
 def main(arguments: Arguments, training: RewardConfig) -> None:

@@ -129,10 +129,10 @@ def _of_adapters(
             card = store.card()
         return _artifact(folder, repo_id, storage.STORE.label, store.files(), card, store.subspace, audit, base_model)
     if (folder / storage.SUBSPACE.config_name).is_file():
-        bases, kind = PrincipalSubspace.from_pretrained(folder), storage.SUBSPACE  # checks format and hashes
+        opened, kind = PrincipalSubspace.from_pretrained(folder), storage.SUBSPACE  # checks format and hashes
         files = (kind.config_name, kind.tensors_name)
         card = _card_in(folder, kind.label)
-        return _artifact(folder, repo_id, kind.label, files, card, bases, audit, base_model)
+        return _artifact(folder, repo_id, kind.label, files, card, opened, audit, base_model)
     raise ArtifactError(
         f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name}, {_ADAPTER_CONFIG} or "
         f"{reward_files.CONFIG}; pass the folder that save_pretrained or a trainer wrote."

@@ -47,15 +47,15 @@ def interrupted_after_two(monkeypatch):
 def test_what_is_saved_is_loaded(tmp_path):
     plan = {"seed": 0, "modules": ["../layer"]}
     shards = Shards(tmp_path / "work", plan)
-    bases = random_bases(6, 20, 12, n_pseudo=2)
+    bank = random_bases(6, 20, 12, n_pseudo=2)
     assert "../layer" not in shards
-    shards.save("../layer", FittedModule(bases, norms=(1.5, 0.0), missed_bound=0.25))
+    shards.save("../layer", FittedModule(bank, norms=(1.5, 0.0), missed_bound=0.25))
     assert "../layer" in Shards(tmp_path / "work", plan)
     loaded = shards.load("../layer")
     assert loaded.norms == (1.5, 0.0)
     assert loaded.missed_bound == 0.25
-    for name, tensor in bases.tensors().items():
-        assert torch.equal(loaded.bases.tensors()[name], tensor)
+    for name, tensor in bank.tensors().items():
+        assert torch.equal(loaded.bank.tensors()[name], tensor)
     assert sorted(path.parent for path in tmp_path.rglob("*.safetensors")) == [tmp_path / "work"]
     shards.remove()
     assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,7 @@ def count(config):
 @pytest.mark.parametrize("core", ["low_rank", "full"])
 def test_another_subspace_of_the_same_size(adapters, subspace, control, made, core):
     config = EigenLoraConfig(subspace=subspace, r=4, lora_alpha=6, core=core, lora_dropout=0.1)
-    found = control_config(config, control=control, adapters=adapters, seed=3)
+    found = control_config(config, control=control, collection=adapters, seed=3)
     assert found._subspace == made(subspace, adapters)
     assert (found.r, found.lora_alpha, found.core, found.lora_dropout) == (4, 6, core, 0.1)
     assert count(found) == count(config)
@@ -89,7 +89,7 @@ def test_lora_of_as_many_parameters_on_the_last_modules(subspace):
 def test_controls_learn(subspace, adapters):
     tokens = torch.arange(8)[None]
     for control in CONTROLS:
-        config = control_config(EigenLoraConfig(subspace=subspace, r=2), control=control, adapters=adapters)
+        config = control_config(EigenLoraConfig(subspace=subspace, r=2), control=control, collection=adapters)
         model = get_peft_model(tiny_llama(), config)
         start = model(tokens).logits.detach().clone()
         torch.testing.assert_close(start, tiny_llama()(tokens).logits)
@@ -104,7 +104,7 @@ def test_controls_learn(subspace, adapters):
     ("settings", "control", "message"),
     [
         ({}, "nearest", "control='nearest' must be one of 'random', 'shuffled'"),
-        ({}, "mean_only", "needs adapters=, the collection .* got adapters=None"),
+        ({}, "mean_only", "needs the adapters .*collection=; --adapters .* got None"),
         ({"init_from": "some-adapter"}, "lora", "a LoRA that starts at zero, but init_from='some-adapter'"),
         ({"rank_pattern": {"q_proj": 2}}, "same_parameters", "rank_pattern={'q_proj': 2}"),
         ({"target_modules": ["nothing"]}, "random", "names none of the subspace's 4 modules"),

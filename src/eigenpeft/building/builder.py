@@ -173,7 +173,7 @@ class SubspaceBuilder:
         self.findings_ = (*collection.findings, *fewer, *diagnose(collection, fitted))
         bounds = [module.missed_bound for module in fitted.values()]
         self.subspace_ = PrincipalSubspace(
-            {name: module.bases for name, module in fitted.items()},
+            {name: module.bank for name, module in fitted.items()},
             info=SubspaceInfo(
                 base_model_name_or_path=collection.base_model_name_or_path,
                 base_model_revision=collection.base_model_revision,
@@ -245,7 +245,7 @@ class SubspaceBuilder:
                     measured_on = [*sum(known, []), *factors]
                     modules[name] = fitter.update(name, old[name], factors, measured_on=measured_on)
                 else:
-                    modules[name] = fitter.fit(module, collection).bases
+                    modules[name] = fitter.fit(module, collection).bank
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         if problems:

@@ -34,9 +34,9 @@ def fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedM
         fitted: Every module.
     """
     fewer = {
-        module: result.bases.n_components - result.bases.n_pseudo_components
+        module: result.bank.n_components - result.bank.n_pseudo_components
         for module, result in fitted.items()
-        if result.bases.n_components - result.bases.n_pseudo_components < DEFAULT_COMPONENTS
+        if result.bank.n_components - result.bank.n_pseudo_components < DEFAULT_COMPONENTS
     }
     if not fewer:
         return ()

@@ -83,8 +83,8 @@ class ModuleFitter:
                 weighting=self.weighting,
             )
             bound = max(streamed.missed_bound_in, streamed.missed_bound_out)
-            bases = self._with_pseudo_components(module, streamed.bases)
-            return FittedModule(bases, norms=streamed.bases.norms, missed_bound=bound)
+            bank = self._with_pseudo_components(module, streamed.bases)
+            return FittedModule(bank, norms=streamed.bases.norms, missed_bound=bound)
         # Read while they are stacked: all factors and all rows together would take twice the memory.
         stream = FactorStream(
             n_rows=sum(collection.ranks(module).values()), read=lambda: _each_pair(collection, module)
@@ -113,33 +113,33 @@ class ModuleFitter:
     def update(
         self,
         module: str,
-        bases: ModuleSubspace,
+        bank: ModuleSubspace,
         factors: Sequence[AdapterFactors],
         *,
         measured_on: Sequence[AdapterFactors],
     ) -> ModuleSubspace:
-        """Merge more adapters into the bases of a module; their number stays as it is.
+        """Merge more adapters into the bank of a module; the number of components stays as it is.
 
         Args:
             module: Name of the module in the subspace.
-            bases: As fitted before.
+            bank: The bank as it was fitted before.
             factors: Factors of the new adapters.
             measured_on: Factors of the adapters that the explained shares are of.
 
         Raises:
             ValueError: If shapes differ, or the sides have different numbers of components.
         """
-        if bases.n_components_in != bases.n_components_out:
+        if bank.n_components_in != bank.n_components_out:
             raise ValueError(
-                f"its sides have {bases.n_components_in} and {bases.n_components_out} components, and more adapters are "
+                f"its sides have {bank.n_components_in} and {bank.n_components_out} components, and more adapters are "
                 "merged into bases with one number for both; build it again with all adapters"
             )
-        n_principal = bases.n_components - bases.n_pseudo_components
+        n_principal = bank.n_components - bank.n_pseudo_components
         merged = [
             merge_components(components[:n_principal], values, rows, n_components=n_principal)
             for components, values, rows in zip(
-                (bases.components_in, bases.components_out),
-                (bases.singular_values_in, bases.singular_values_out),
+                (bank.components_in, bank.components_out),
+                (bank.singular_values_in, bank.singular_values_out),
                 stack_rows(_pairs(factors), method=self.method, weighting=self.weighting),
                 strict=True,
             )

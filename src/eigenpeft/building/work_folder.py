@@ -39,13 +39,13 @@ class FittedModule:
     """What fitting one module gives.
 
     Attributes:
-        bases: Its part of the subspace.
+        bank: Its part of the subspace.
         norms: ‖ΔW‖ of the adapters that have it, in the collection's order.
         missed_bound: Share of the squared norm of a side that its components miss at most, for the worse side; 0 where the
             factors of all adapters were in memory together.
     """
 
-    bases: ModuleSubspace
+    bank: ModuleSubspace
     norms: tuple[float, ...]
     missed_bound: float = 0.0
 
@@ -133,10 +133,10 @@ class Shards:
         Raises:
             ArtifactError: If it cannot be written.
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.bases.tensors().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.bank.tensors().items()}
         tensors["norms"] = torch.tensor(fitted.norms, dtype=torch.float64)
         tensors["missed_bound"] = torch.tensor([fitted.missed_bound], dtype=torch.float64)
-        tensors["paired"] = torch.tensor([fitted.bases.paired])
+        tensors["paired"] = torch.tensor([fitted.bank.paired])
         self.save_tensors(module, tensors)
 
     def save_tensors(self, module: str, tensors: Mapping[str, Tensor]) -> None:
@@ -169,8 +169,8 @@ class Shards:
         """
         tensors = self.load_tensors(module, names=(*TENSOR_FIELDS, "norms", "missed_bound", "paired"))
         fields = {name: tensors[name] for name in TENSOR_FIELDS}
-        bases = ModuleSubspace(**fields, paired=bool(tensors["paired"]))
-        return FittedModule(bases, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
+        bank = ModuleSubspace(**fields, paired=bool(tensors["paired"]))
+        return FittedModule(bank, tuple(tensors["norms"].tolist()), float(tensors["missed_bound"]))
 
     def load_tensors(self, module: str, *, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors of a finished module, whose hash is checked.

@@ -51,10 +51,10 @@ class StoreCatalog:
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> from eigenpeft.subspace import AdapterMember, AdapterStore, Core
         >>> core = Core("diagonal", {"coefficients_out": torch.ones(2)})
-        >>> store = AdapterStore(PrincipalSubspace({"0": bases}), members={"mine": AdapterMember({"0": core})})
+        >>> store = AdapterStore(PrincipalSubspace({"0": bank}), members={"mine": AdapterMember({"0": core})})
         >>> store.save_pretrained("customers")
         >>> catalog = StoreCatalog(["customers"])
         >>> catalog.names("customers"), catalog.find("mine").member, catalog.find("customers/mine").member

@@ -1,4 +1,4 @@
-"""Which adapter? Task vectors of many adapters, asked with a few rows of a task, saved beside a store."""
+"""Which adapter? Mean embeddings of many tasks, asked with a few rows of a task, saved beside a store."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -29,7 +29,7 @@ from eigenpeft.recycling.search import Decision, Search, halved
 
 
 def recycle(
-    adapters: AdapterCollection,
+    collection: AdapterCollection,
     *,
     make_model: Callable[[], PreTrainedModel],
     rows: Any,
@@ -56,7 +56,7 @@ def recycle(
     standard error on the same rows. The winner is trained on all rows. "A fresh LoRA was best" is a result.
 
     Args:
-        adapters: Adapters of the base model; at least two.
+        collection: Adapters of the base model; at least two.
         make_model: Makes the base model with the new task's head, in the same way each time: the seed is set before.
         rows: Rows of the new task, as the trainer takes them: tokenized, with labels; a sequence or a `datasets.Dataset`.
         args: Steps of the last training (`max_steps`), batch size, precision, seed. Rates and saving are set here.
@@ -98,9 +98,9 @@ def recycle(
         out / "trials.jsonl",
         time.monotonic() + (math.inf if time_limit is None else time_limit),
         say,
-        trials=_remembered(out, _trainer_settings(adapters, rows, args) | own),
+        trials=_remembered(out, _trainer_settings(collection, rows, args) | own),
     )
-    plain = Sources(adapters, n_components, 1.0, task_type, args.seed, adapters.names[0])
+    plain = Sources(collection, n_components, 1.0, task_type, args.seed, collection.names[0])
     entrants, steps = entrants_within(candidates, max_steps=args.max_steps, budget=budget)
     tried = list(dict.fromkeys(name for name, _ in entrants))
     search.work = announce(entrants, steps=steps, max_steps=args.max_steps, say=say)
@@ -118,7 +118,7 @@ def recycle(
         majority=_majority(judged_rows),
         skipped=tuple(name for name in candidates if name not in tried),
     )
-    _write(model, report, out, task_type=task_type, base_model=adapters.base_model_name_or_path)
+    _write(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
     return report
 
 
@@ -176,10 +176,10 @@ def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: flo
         raise EigenPeftError(f"budget={budget} must be a positive number of trainings of max_steps={max_steps} steps.")
 
 
-def _trainer_settings(adapters: AdapterCollection, rows: Any, args: TrainingArguments) -> dict[str, Any]:
+def _trainer_settings(collection: AdapterCollection, rows: Any, args: TrainingArguments) -> dict[str, Any]:
     """What the trials of two runs must have in common besides the search's own arguments, to count for both."""
     return {
-        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in adapters.adapters)},
+        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in collection.adapters)},
         "rows": len(rows),
         "rows_sha256": _digest(rows),
         "batch_size": args.per_device_train_batch_size,

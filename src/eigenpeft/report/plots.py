@@ -27,11 +27,11 @@ def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bo
         ArtifactError: If the file exists or cannot be written.
     """
     figure, (share, side_in, side_out) = new_figure(1, 3, width=13, height=4)
-    for bases in subspace.values():
-        n_principal = len(bases.explained_variance_ratio)
+    for bank in subspace.values():
+        n_principal = len(bank.explained_variance_ratio)
         steps = range(1, n_principal + 1)
-        share.plot(steps, bases.explained_variance_ratio.double().cumsum(0), color="tab:blue", alpha=0.3, linewidth=0.9)
-        for axes, values in ((side_in, bases.singular_values_in), (side_out, bases.singular_values_out)):
+        share.plot(steps, bank.explained_variance_ratio.double().cumsum(0), color="tab:blue", alpha=0.3, linewidth=0.9)
+        for axes, values in ((side_in, bank.singular_values_in), (side_out, bank.singular_values_out)):
             axes.semilogy(steps, values / values[0], color="tab:blue", alpha=0.3, linewidth=0.9)
     share.set(xlabel="components K", ylabel="share of Σ‖ΔW‖² explained", ylim=(0, 1.02), title="Explained share")
     side_in.set(xlabel="component", ylabel="singular value / largest", title="Input side")

@@ -31,13 +31,13 @@ def subspace_summary(subspace: PrincipalSubspace, *, findings: Sequence[Finding]
         "sha256": subspace.fingerprint,
         "modules": {
             name: {
-                "shape": [bases.out_features, bases.in_features],
-                "n_components": bases.n_components,
-                "explained_share": bases.explained_share,
-                "condition_in": condition(bases.singular_values_in),
-                "condition_out": condition(bases.singular_values_out),
+                "shape": [bank.out_features, bank.in_features],
+                "n_components": bank.n_components,
+                "explained_share": bank.explained_share,
+                "condition_in": condition(bank.singular_values_in),
+                "condition_out": condition(bank.singular_values_out),
             }
-            for name, bases in subspace.items()
+            for name, bank in subspace.items()
         },
         "findings": [asdict(finding) for finding in findings],
     }

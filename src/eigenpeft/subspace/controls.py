@@ -31,8 +31,8 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
-        >>> random_subspace(like=PrincipalSubspace({"layer": bases}), seed=0)["layer"].components_in.shape
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> random_subspace(like=PrincipalSubspace({"layer": bank}), seed=0)["layer"].components_in.shape
         torch.Size([2, 4])
     """
 
@@ -67,11 +67,11 @@ def shuffled_subspace(subspace: PrincipalSubspace, *, seed: int = 0) -> Principa
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> other = ModuleSubspace(
         ...     torch.eye(4)[2:], torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2
         ... )
-        >>> subspace = PrincipalSubspace({"first": bases, "second": other})
+        >>> subspace = PrincipalSubspace({"first": bank, "second": other})
         >>> torch.equal(shuffled_subspace(subspace, seed=0)["first"].components_in, other.components_in)
         True
     """

@@ -36,8 +36,8 @@ class ModuleSubspace:
 
     Examples:
         >>> import torch
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
-        >>> bases.n_components, bases.in_features, bases.out_features, bases.truncate(1).explained_share
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank.n_components, bank.in_features, bank.out_features, bank.truncate(1).explained_share
         (2, 4, 3, 0.5)
     """
 

@@ -40,14 +40,14 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         >>> import torch
         >>> from eigenpeft import PrincipalSubspace
         >>> from eigenpeft.subspace import ModuleSubspace
-        >>> bases = ModuleSubspace(
+        >>> bank = ModuleSubspace(
         ...     components_in=torch.eye(2, 4),
         ...     components_out=torch.eye(2, 3),
         ...     singular_values_in=torch.tensor([2.0, 1.0]),
         ...     singular_values_out=torch.tensor([2.0, 1.0]),
         ...     explained_variance_ratio=torch.tensor([0.8, 0.2]),
         ... )
-        >>> subspace = PrincipalSubspace({"layer.0": bases})
+        >>> subspace = PrincipalSubspace({"layer.0": bank})
         >>> subspace.modules
         ('layer.0',)
         >>> subspace["layer.0"].n_components
@@ -89,7 +89,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        counts = sorted({count for bases in self.values() for count in _counts(bases)})
+        counts = sorted({count for bank in self.values() for count in _counts(bank)})
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
         banks = f"banks={len(self.banks)}, " if len(self.banks) < len(self) else ""
         return (
@@ -120,7 +120,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     @property
     def explained_share(self) -> float:
         """Mean over the modules of their explained shares."""
-        return sum(bases.explained_share for bases in self.values()) / len(self)
+        return sum(bank.explained_share for bank in self.values()) / len(self)
 
     @property
     def n_bytes(self) -> int:
@@ -140,7 +140,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     def tensors(self) -> dict[str, Tensor]:
         """All tensors as `{"<bank>.<field>": tensor}`, the layout of the file, in the shapes that `ModuleSubspace` says."""
         return {
-            f"{bank}.{name}": tensor for bank, bases in self.banks.items() for name, tensor in bases.tensors().items()
+            f"{place}.{name}": tensor for place, bank in self.banks.items() for name, tensor in bank.tensors().items()
         }
 
     def config(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             return bank.truncate(min(n_components, bank.n_components))
 
         modules = self.map_banks(fewer)
-        n_pseudo = max(bases.n_pseudo_components for bases in modules.values())
+        n_pseudo = max(bank.n_pseudo_components for bank in modules.values())
         asked = "{} (in), {} (out)".format(*n_components) if isinstance(n_components, tuple) else n_components
         return PrincipalSubspace(modules, info=replace(self.info, n_components=asked, n_pseudo_components=n_pseudo))
 
@@ -245,12 +245,12 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         """
         made = {}
         for module, core in coefficients.items():
-            bases, (left, right) = self[module], core.factors()
+            bank, (left, right) = self[module], core.factors()
             made[module] = reconstruct(
                 left,
                 right,
-                components_out=bases.components_out[: left.shape[0]],  # a core may use the first ones alone
-                components_in=bases.components_in[: right.shape[1]],
+                components_out=bank.components_out[: left.shape[0]],  # a core may use the first ones alone
+                components_in=bank.components_in[: right.shape[1]],
             )
         return made
 
@@ -275,8 +275,8 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     def rows(self) -> list[ModuleRow]:
         """Shape, number of components and explained share of every module."""
         return [
-            ModuleRow(name, (bases.out_features, bases.in_features), _counts(bases), bases.explained_share)
-            for name, bases in self.items()
+            ModuleRow(name, (bank.out_features, bank.in_features), _counts(bank), bank.explained_share)
+            for name, bank in self.items()
         ]
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:

@@ -23,7 +23,7 @@ _SHARED = ("task_type", "use_rslora", "lora_dropout", "bias", "modules_to_save",
 
 
 def control_config(
-    config: EigenLoraConfig, *, control: Control, adapters: AdapterCollection | None = None, seed: int = 0
+    config: EigenLoraConfig, *, control: Control, collection: AdapterCollection | None = None, seed: int = 0
 ) -> EigenLoraConfig | LoraConfig:
     """What to train beside an EigenLoRA before believing in it.
 
@@ -32,14 +32,14 @@ def control_config(
         control: "random": random bases of the same sizes. "shuffled": every module gets the bases of another one of its
             shape. "mean_only": the directions of the adapters' mean update. "same_parameters": a plain LoRA with at most
             as many parameters, on the last modules. "lora": a plain LoRA of the same rank, on the same modules.
-        adapters: What the subspace was built from, for "mean_only".
+        collection: What the subspace was built from, for "mean_only".
         seed: Seed of the controls "random" and "shuffled".
 
     Returns:
         A config for `get_peft_model`; each control needs a learning rate of its own.
 
     Raises:
-        AdapterConfigError: If the control is unknown, "mean_only" is asked for without adapters or with several K, or a
+        AdapterConfigError: If the control is unknown, "mean_only" is asked for without a collection or with several K, or a
             plain LoRA should start from an adapter; or of a mixture, for all but "lora".
         SubspaceError: If the subspace has no such control; the message says why.
 
@@ -47,8 +47,8 @@ def control_config(
         >>> import torch
         >>> from eigenpeft import EigenLoraConfig, PrincipalSubspace
         >>> from eigenpeft.subspace import ModuleSubspace
-        >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
-        >>> config = EigenLoraConfig(subspace=PrincipalSubspace({"q": bases, "v": bases}), r=2)
+        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> config = EigenLoraConfig(subspace=PrincipalSubspace({"q": bank, "v": bank}), r=2)
         >>> control_config(config, control="same_parameters").r  # 16 coefficients per module pay for rank 1
         1
     """
@@ -64,12 +64,12 @@ def control_config(
     if control in ("same_parameters", "lora"):
         return _plain_lora(config, control, subspace)
     if control == "random":
-        bases = random_subspace(like=subspace, seed=seed)
+        other = random_subspace(like=subspace, seed=seed)
     elif control == "shuffled":
-        bases = shuffled_subspace(subspace, seed=seed)
+        other = shuffled_subspace(subspace, seed=seed)
     else:
-        bases = _mean_only(subspace, adapters)
-    return replace(config, subspace=bases, subspace_sha256=None, subspace_revision=None, n_components=None)
+        other = _mean_only(subspace, collection)
+    return replace(config, subspace=other, subspace_sha256=None, subspace_revision=None, n_components=None)
 
 
 def _used(config: EigenLoraConfig) -> PrincipalSubspace:
@@ -82,7 +82,7 @@ def _used(config: EigenLoraConfig) -> PrincipalSubspace:
             "EigenLoraConfig(subspace=...) with that PrincipalSubspace itself."
         )
     if config.target_modules not in (None, "all-linear"):
-        kept = {name: bases for name, bases in subspace.items() if check_target_module_exists(config, name)}
+        kept = {name: bank for name, bank in subspace.items() if check_target_module_exists(config, name)}
         if not kept:
             raise AdapterConfigError(
                 f"target_modules={config.target_modules!r} names none of the subspace's {len(subspace)} modules, such as "
@@ -92,14 +92,14 @@ def _used(config: EigenLoraConfig) -> PrincipalSubspace:
     return subspace if config.n_components is None else subspace.truncate(config.n_components)
 
 
-def _mean_only(subspace: PrincipalSubspace, adapters: AdapterCollection | None) -> PrincipalSubspace:
-    sizes = sorted({bases.n_components for bases in subspace.values()})
-    if adapters is None or len(sizes) > 1:
+def _mean_only(subspace: PrincipalSubspace, collection: AdapterCollection | None) -> PrincipalSubspace:
+    sizes = sorted({bank.n_components for bank in subspace.values()})
+    if collection is None or len(sizes) > 1:
         raise AdapterConfigError(
-            f"control='mean_only' needs adapters=, the collection that the subspace was built from, and one number of "
-            f"components for all modules; got adapters={adapters!r} and K = {', '.join(map(str, sizes))}."
+            f"control='mean_only' needs the adapters that the subspace was built from (collection=; --adapters of a command) "
+            f"and one number of components for all modules; got {collection!r} and K = {', '.join(map(str, sizes))}."
         )
-    return mean_only_subspace(adapters, n_components=sizes[0], progress=False)
+    return mean_only_subspace(collection, n_components=sizes[0], progress=False)
 
 
 def _plain_lora(config: EigenLoraConfig, control: str, subspace: PrincipalSubspace) -> LoraConfig:
@@ -153,8 +153,8 @@ def same_parameters_lora(
         >>> import torch
         >>> from eigenpeft import PrincipalSubspace
         >>> from eigenpeft.subspace import ModuleSubspace
-        >>> bases = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
-        >>> config = same_parameters_lora(PrincipalSubspace({"q": bases, "v": bases}), r=2)  # 2 x 16 parameters
+        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> config = same_parameters_lora(PrincipalSubspace({"q": bank, "v": bank}), r=2)  # 2 x 16 parameters
         >>> config.r, sorted(config.target_modules)
         (1, ['q', 'v'])
     """
@@ -164,7 +164,7 @@ def same_parameters_lora(
     if r < 1:
         raise SubspaceError(f"r={r} must be at least 1.")
     budget = sum(kind.n_parameters(len(each.components_in), len(each.components_out), r) for each in subspace.values())
-    cost = {name: bases.in_features + bases.out_features for name, bases in subspace.items()}
+    cost = {name: bank.in_features + bank.out_features for name, bank in subspace.items()}
     rank = budget // sum(cost.values())
     names = list(cost)
     if rank == 0:

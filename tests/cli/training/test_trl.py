@@ -130,7 +130,7 @@ def test_a_control_by_one_flag(run, place, control, peft_type):
             "--init_mixer mean nothing to --peft_method eigenlora",
         ),
         (["--subspace", "subspace", "--n_components", "0"], "n_components=0"),
-        (["--subspace", "subspace", "--control", "mean_only"], "control='mean_only' needs adapters="),
+        (["--subspace", "subspace", "--control", "mean_only"], "control='mean_only' needs the adapters"),
         (["--peft_method", "lora", "--control", "random"], "--control mean nothing to --peft_method lora"),
         (["--subspace", "subspace", "--dataset_name", ""], "No data"),
     ],

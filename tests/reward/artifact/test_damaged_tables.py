@@ -98,7 +98,7 @@ def test_an_id_that_utf8_cannot_hold_is_refused():
         ({"n_basis": 2.5}, r"n_basis=2\.5 must be a whole number"),
         ({"n_basis": [1, "two"]}, "must be a whole number"),
         ({"deviation_scale": "wide"}, "deviation_scale='wide' must be a positive number"),
-        ({"holdout": "half"}, "holdout='half' must be a share"),
+        ({"held_out": "half"}, "held_out='half' must be a share"),
         ({"max_iter": 1.5}, r"max_iter=1\.5 must be a whole number"),
         ({"n_components": 0}, "n_components=0 must be None or"),
         ({"strength": float("nan")}, "strength=nan must be positive"),

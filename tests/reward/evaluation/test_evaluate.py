@@ -109,4 +109,4 @@ def test_held_out_prompts_are_held_out_together():
 def test_too_little_to_hold_out():
     features = torch.randn(4, 3)
     with pytest.raises(RewardModelError, match="Nothing is left for the part"):
-        evaluate_lore(features, -features, user_ids=["a", "a", "b", "b"], holdout_users=0.0)
+        evaluate_lore(features, -features, user_ids=["a", "a", "b", "b"], held_out_users=0.0)

@@ -185,7 +185,7 @@ def test_a_wrong_reference_is_dropped(train, users):
         ({"strength": 0.0}, "strength=0.0 must be positive"),
         ({"n_restarts": 0}, "n_restarts=0 must be positive"),
         ({"max_iter": 0}, "max_iter=0 must be positive"),
-        ({"holdout": 1.0}, "holdout=1.0 must be a share"),
+        ({"held_out": 1.0}, "held_out=1.0 must be a share"),
         ({"prune": 1.0}, "prune=1.0 must be 0 or a weight below 1"),
         ({"n_components": 25}, "n_components=25 must be from 1 to the 24 features"),
     ],

@@ -183,14 +183,14 @@ def _mean(curves: Sequence[Tensor]) -> tuple[float, ...]:
 
 
 def _split(pair: tuple[Tensor, Tensor], subspace: PrincipalSubspace, name: str) -> SquaredNormSplit:
-    bases = subspace[name]
-    if (pair[0].shape[1], pair[1].shape[1]) != (bases.out_features, bases.in_features):
+    bank = subspace[name]
+    if (pair[0].shape[1], pair[1].shape[1]) != (bank.out_features, bank.in_features):
         raise SubspaceError(
-            f"{name!r} maps {pair[1].shape[1]} features to {pair[0].shape[1]} in the model, {bases.in_features} to "
-            f"{bases.out_features} in the subspace; use the base model of the adapters."
+            f"{name!r} maps {pair[1].shape[1]} features to {pair[0].shape[1]} in the model, {bank.in_features} to "
+            f"{bank.out_features} in the subspace; use the base model of the adapters."
         )
-    sides = {"components_out": bases.components_out, "components_in": bases.components_in}
-    return split_squared_norm(*pair, **sides, paired=bases.paired)
+    sides = {"components_out": bank.components_out, "components_in": bank.components_in}
+    return split_squared_norm(*pair, **sides, paired=bank.paired)
 
 
 def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Module]:
@@ -203,7 +203,7 @@ def modules_in(model: nn.Module, subspace: PrincipalSubspace) -> dict[str, nn.Mo
     Raises:
         SubspaceError: If no module of the subspace is in the model, or several modules of the model fit one of them.
     """
-    shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+    shapes = {name: (bank.out_features, bank.in_features) for name, bank in subspace.items()}
     matches = match_modules(model, shapes, shapes=shapes)
     if matches.contested:
         name, fitting = next(iter(matches.contested.items()))

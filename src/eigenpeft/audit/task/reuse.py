@@ -84,7 +84,7 @@ def downhill(collection: AdapterCollection, *, tokens: Tokens) -> Downhill:
 
 
 def nearest_adapters(
-    adapters: AdapterCollection, *, model: nn.Module, batches: Iterable[Any], loss: Loss | None = None
+    collection: AdapterCollection, *, model: nn.Module, batches: Iterable[Any], loss: Loss | None = None
 ) -> Downhill:
     """Which adapters a new task could go on from: those whose update points furthest downhill on its rows.
 
@@ -93,28 +93,28 @@ def nearest_adapters(
     base, and one that fits every row leaves a gradient of noise.
 
     Args:
-        adapters: Trained adapters of the base.
+        collection: Trained adapters of the base.
         model: Base model with the task's head, with or without adapters; it is left as it was.
         batches: As the loss takes them.
         loss: Takes the model and a batch; default: `model(**batch).loss`.
 
     Returns:
         `Downhill`: its `adapters` are in order, and so `next(iter(found.adapters))` is the nearest, for
-        `eigenpeft.tuners.init_lora_from_adapter(model, adapters, name=...)`.
+        `eigenpeft.tuners.init_lora_from_adapter(model, collection, name=...)`.
 
     Raises:
         SubspaceError: If the model has none of the modules, no gradient reaches them, or everything is zero.
     """
-    found = match_modules(model, adapters.shapes, shapes=adapters.shapes).found
+    found = match_modules(model, collection.shapes, shapes=collection.shapes).found
     if not found:
         raise SubspaceError(
-            f"None of the adapters' {len(adapters.modules)} modules, such as {adapters.modules[0]!r}, is in the model "
+            f"None of the adapters' {len(collection.modules)} modules, such as {collection.modules[0]!r}, is in the model "
             f"({type(model).__name__}). Pass a model of their base."
         )
     named = dict(model.named_modules())
     targets = {name: named.get(f"{path}.base_layer", named.get(path)) for path, name in found.items()}
     tokens, _ = gather_tokens(model, targets=targets, batches=batches, loss=loss)  # pyright: ignore[reportArgumentType]
-    return downhill(adapters, tokens=tokens)
+    return downhill(collection, tokens=tokens)
 
 
 _NAMED = 3

@@ -49,7 +49,7 @@ def task_gradient(
     Raises:
         SubspaceError: If the model has no module of the collection, or no gradient reaches one.
     """
-    subspace = PrincipalSubspace({name: _fitter(k).fit(name, collection).bases for name, k in n_components.items()})
+    subspace = PrincipalSubspace({name: _fitter(k).fit(name, collection).bank for name, k in n_components.items()})
     rows: Any = list(islice(iter(dataset), n_rows))
     loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
     device = next(model.parameters()).device

@@ -203,11 +203,11 @@ def rebase(
     Example: eigenpeft store rebase store wider-subspace --out wider-store
     """
     quiet(as_json)
-    bases = PrincipalSubspace.from_pretrained(subspace)
+    target = PrincipalSubspace.from_pretrained(subspace)
     if any(_is_adapter(Path(folder)) for folder in _adapters_in(store)):
-        moved = _rebase_adapters(_adapters_in(store), bases, trained_on=trained_on, out=out)
+        moved = _rebase_adapters(_adapters_in(store), target, trained_on=trained_on, out=out)
     else:
-        moved = AdapterStore.from_pretrained(store).rebase(bases, save_directory=out)
+        moved = AdapterStore.from_pretrained(store).rebase(target, save_directory=out)
     summary = store_summary(moved)
     if as_json:
         print_json({"path": str(out), **summary})
@@ -234,7 +234,7 @@ def _open_or_make(store: str, subspace: str | None) -> AdapterStore:
 
 
 def _rebase_adapters(
-    folders: list[str], bases: PrincipalSubspace, *, trained_on: str | None, out: Path
+    folders: list[str], target: PrincipalSubspace, *, trained_on: str | None, out: Path
 ) -> AdapterStore:
     """A store of EigenLoRA adapters, each moved from the bases that it was trained on."""
     members = {}
@@ -253,8 +253,8 @@ def _rebase_adapters(
         one = AdapterStore(own)
         one.add(folder)
         (name,) = one.names
-        members[name] = move_member(one[name], own, bases)
-    moved = AdapterStore(bases, members=members)
+        members[name] = move_member(one[name], own, target)
+    moved = AdapterStore(target, members=members)
     moved.save_pretrained(out)
     return moved
 

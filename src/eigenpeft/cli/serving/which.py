@@ -1,4 +1,4 @@
-"""The commands index and which: task vectors of many adapters, and the adapter for rows of a task."""
+"""The commands index and which: mean embeddings of many tasks, and the adapter for rows of a task."""
 
 from pathlib import Path
 from typing import Annotated, Any

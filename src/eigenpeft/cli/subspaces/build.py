@@ -199,14 +199,14 @@ def project(
     """
     quiet(as_json)
     check_output(out, kind=STORE.label, overwrite=overwrite, inputs=[subspace, *adapters])
-    bases = PrincipalSubspace.from_pretrained(subspace)
+    opened = PrincipalSubspace.from_pretrained(subspace)
     with AdapterCollection.from_pretrained(
         adapters,
         allow_different_base_models=allow_different_base_models,
-        embeddings=bool(bases.info.embeddings),
+        embeddings=bool(opened.info.embeddings),
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
-        store = AdapterStore.from_collection(bases, kept)
+        store = AdapterStore.from_collection(opened, kept)
     store.save_pretrained(out, overwrite=overwrite)
     summary = store_summary(store)
     if as_json:

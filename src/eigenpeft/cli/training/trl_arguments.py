@@ -107,8 +107,8 @@ def peft_config_from(arguments: EigenModelConfig) -> PeftConfig | None:
         config = EigenLoraConfig(**shared, **own)
         if arguments.control is None:
             return config
-        adapters = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
-        return control_config(config, control=arguments.control, adapters=adapters)
+        collection = AdapterCollection.from_pretrained(arguments.adapters) if arguments.adapters else None
+        return control_config(config, control=arguments.control, collection=collection)
     if method == "moslora":
         return MosLoraConfig(**shared, init_mixer=arguments.init_mixer)
     return LoraConfig(**shared)

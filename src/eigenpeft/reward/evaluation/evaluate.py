@@ -77,8 +77,8 @@ def evaluate_lore(
     true_margins: Tensor | None = None,
     fitter: LoReFitter | None = None,
     shots: Sequence[int] = SHOTS,
-    holdout_users: float = 0.3,
-    holdout_prompts: float = 0.3,
+    held_out_users: float = 0.3,
+    held_out_prompts: float = 0.3,
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> LoReEvaluation:
@@ -98,8 +98,8 @@ def evaluate_lore(
         true_margins: (n,) where the true reward is known: the oracle's row.
         fitter: Settings of the fit; None chooses everything.
         shots: Numbers of comparisons of the few-shot curve; its users are those who have the most of them.
-        holdout_users: Share of users held out.
-        holdout_prompts: Share of prompts held out.
+        held_out_users: Share of users held out.
+        held_out_prompts: Share of prompts held out.
         n_bootstrap: Draws of users for the intervals.
         seed: Seed of split, shots and bootstrap.
 
@@ -109,7 +109,7 @@ def evaluate_lore(
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
     texts = same_texts(chosen, rejected)
-    parts = _Parts.draw(rows, len(names), texts, prompt_ids, holdout_users, holdout_prompts, seed)
+    parts = _Parts.draw(rows, len(names), texts, prompt_ids, held_out_users, held_out_prompts, seed)
     nothing = torch.zeros(1, 1).expand_as(differences)
     fitter = fitter if fitter is not None else LoReFitter(seed=seed)
     train = parts.train
@@ -202,7 +202,7 @@ class _Parts:
             if not bool(mask.any()):
                 raise RewardModelError(
                     f"Nothing is left for the part {what!r} with {n_users} users, {len(rows)} comparisons, "
-                    f"holdout_users={users}, holdout_prompts={prompts}, held out by {sides.by}; evaluation needs a few dozen "
+                    f"held_out_users={users}, held_out_prompts={prompts}, held out by {sides.by}; evaluation needs a few dozen "
                     "users with a few dozen comparisons each, on texts that are not all the same."
                 )
         return parts

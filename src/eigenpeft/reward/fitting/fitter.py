@@ -49,7 +49,7 @@ class LoReFitter:
         standardise: Whether the prior is isotropic after each feature is divided by its root mean square.
         n_restarts: Starts of each fit; the most probable end is kept.
         max_iter: L-BFGS iterations of each fit.
-        holdout: Share of comparisons, and of users, held out to choose by.
+        held_out: Share of comparisons, and of users, held out to choose by.
         prune: Drop rows that no known user weighs above this; 0 drops none.
         seed: Seed of everything random.
 
@@ -83,7 +83,7 @@ class LoReFitter:
         standardise: bool = True,
         n_restarts: int = 1,
         max_iter: int = 100,
-        holdout: float = 0.2,
+        held_out: float = 0.2,
         prune: float = 0.0,
         seed: int = 0,
     ):
@@ -96,7 +96,7 @@ class LoReFitter:
         self.standardise = standardise
         self.n_restarts = n_restarts
         self.max_iter = max_iter
-        self.holdout = holdout
+        self.held_out = held_out
         self.prune = prune
         self.seed = seed
 
@@ -202,8 +202,8 @@ class LoReFitter:
         for name, value in positive.items():
             if not _is_number(value) or not value > 0:
                 raise RewardModelError(f"{name}={value!r} must be positive.")
-        if not _is_number(self.holdout) or not 0 < self.holdout < 1:
-            raise RewardModelError(f"holdout={self.holdout!r} must be a share between 0 and 1, such as 0.2.")
+        if not _is_number(self.held_out) or not 0 < self.held_out < 1:
+            raise RewardModelError(f"held_out={self.held_out!r} must be a share between 0 and 1, such as 0.2.")
         if not _is_number(self.prune) or not 0 <= self.prune < 1:
             raise RewardModelError(f"prune={self.prune!r} must be 0 or a weight below 1, such as 0.01.")
         for name in ("n_restarts", "max_iter", "seed"):
@@ -261,7 +261,7 @@ class LoReFitter:
         counts = AUTO_CONCENTRATION if self.concentration == "auto" else (float(self.concentration),)
         strengths = AUTO_STRENGTH if self.strength == "auto" else (float(self.strength),)
         split = split_comparisons(
-            rows, n_users, texts=texts, prompt_ids=prompt_ids, holdout=self.holdout, seed=self.seed
+            rows, n_users, texts=texts, prompt_ids=prompt_ids, held_out=self.held_out, seed=self.seed
         )
 
         def tried(settings: list[Setting]) -> list[LoReCandidate]:

@@ -77,7 +77,7 @@ class LoReCandidate:
 
 
 def split_comparisons(
-    rows: Tensor, n_users: int, *, texts: Tensor, prompt_ids: Sequence[Any] | None, holdout: float, seed: int
+    rows: Tensor, n_users: int, *, texts: Tensor, prompt_ids: Sequence[Any] | None, held_out: float, seed: int
 ) -> Tensor:
     """Part of each comparison: train, held out of a seen user, or shots and queries of an unseen one.
 
@@ -86,18 +86,18 @@ def split_comparisons(
         n_users: Number of users; with fewer than ten none is held out.
         texts: (n, 2) of `same_texts`: no text stands on both sides.
         prompt_ids: Prompt of each comparison; those of one prompt are held out together. None: those that share texts.
-        holdout: Share of prompts, and of users.
+        held_out: Share of prompts, and of users.
         seed: Seed of the draw.
 
     Returns:
         (n,) of TRAIN, SEEN, SHOTS, QUERIES or UNUSED.
     """
     generator = torch.Generator().manual_seed(seed)
-    sides = draw_sides(texts, prompt_ids=prompt_ids, share=holdout, generator=generator)
+    sides = draw_sides(texts, prompt_ids=prompt_ids, share=held_out, generator=generator)
     held = sides.held
     split = torch.where(held, SEEN, TRAIN)
     if n_users >= _MIN_USERS_TO_HOLD_OUT:
-        away = torch.randperm(n_users, generator=generator)[: max(1, round(holdout * n_users))]
+        away = torch.randperm(n_users, generator=generator)[: max(1, round(held_out * n_users))]
         is_away = torch.zeros(n_users, dtype=torch.bool).index_fill_(0, away, True)[rows]
         # Queries of unseen users are on prompts or texts the fit did not train on, where any are shared.
         query = sides.draws < 0.5 if sides.by == "comparisons" else held

@@ -157,22 +157,20 @@ def projected(
     return AdapterMember(cores, {**only[name].record(), "config": config, **left_out}, kept, errors, paths)
 
 
-def relative_error(lora_B: Tensor, lora_A: Tensor, bases: ModuleSubspace) -> float:
+def relative_error(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> float:
     """‖ΔW - its projection‖ / ‖ΔW‖ in the Frobenius norm; 0 for ΔW = 0.
 
     Args:
         lora_B: (out_features, r), scaling included.
         lora_A: (r, in_features).
-        bases: Bases of the module; on paired directions the projection is the nearest diagonal core.
+        bank: Bank of the module; on paired directions the projection is the nearest diagonal core.
     """
     norm = float(frobenius_norm(lora_B, lora_A))
     if norm == 0.0:
         return 0.0  # nothing to represent: an untrained adapter is reproduced exactly
-    if bases.paired:
-        return paired_core(lora_B, lora_A, bases)[1] / norm
-    residual = projection_residual(
-        lora_B, lora_A, components_out=bases.components_out, components_in=bases.components_in
-    )
+    if bank.paired:
+        return paired_core(lora_B, lora_A, bank)[1] / norm
+    residual = projection_residual(lora_B, lora_A, components_out=bank.components_out, components_in=bank.components_in)
     return float(residual) / norm
 
 
@@ -279,10 +277,10 @@ def _settings(label: str, config: Mapping[str, Any]) -> LoraSettings:
     return settings
 
 
-def _check_embedded(label: str, module: str, components: Mapping[str, Tensor], bases: ModuleSubspace) -> None:
+def _check_embedded(label: str, module: str, components: Mapping[str, Tensor], bank: ModuleSubspace) -> None:
     """Components in the adapter's own file are dropped, since the store has them: they must be the same."""
     for name, tensor in components.items():
-        own = getattr(bases, name)[: len(tensor)]
+        own = getattr(bank, name)[: len(tensor)]
         if (
             own.shape != tensor.shape
             or not tensor.is_floating_point()

@@ -61,9 +61,7 @@ class Format1Records:
         """
         j = self._positions[name]
         ranks = self._offsets[:, j + 1] - self._offsets[:, j]
-        return sum(
-            8 * int(rank) * bases.n_components for rank, bases in zip(ranks, self._subspace.values(), strict=True)
-        )
+        return sum(8 * int(rank) * bank.n_components for rank, bank in zip(ranks, self._subspace.values(), strict=True))
 
     def read(self, name: str) -> bytes:
         """One member as newer stores keep it.
@@ -103,8 +101,8 @@ def _checked_offsets(file: Any, subspace: PrincipalSubspace, n_members: int) -> 
         )
     if offsets[:, 0].any() or (offsets.diff(dim=1) < 0).any():
         raise ValueError("row_offsets does not ascend from 0")
-    for i, (module, bases) in enumerate(subspace.items()):
-        for side, components in (("in", bases.components_in), ("out", bases.components_out)):
+    for i, (module, bank) in enumerate(subspace.items()):
+        for side, components in (("in", bank.components_in), ("out", bank.components_out)):
             rows = file.get_slice(f"{module}.coefficients_{side}")
             expected = [int(offsets[i, -1]), len(components)]
             if rows.get_shape() != expected or rows.get_dtype() != "F32":

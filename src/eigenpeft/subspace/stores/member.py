@@ -196,13 +196,13 @@ def check_core(core: Core, module: str, subspace: PrincipalSubspace, *, known_fi
     """
     if module not in subspace:
         raise SubspaceError(f"it has a core for {module!r}, which is not in the subspace of {len(subspace)} modules")
-    bases = subspace[module]
-    n_in, n_out = len(bases.components_in), len(bases.components_out)
+    bank = subspace[module]
+    n_in, n_out = len(bank.components_in), len(bank.components_out)
     if core.n_in > n_in or core.n_out > n_out:
         raise SubspaceError(
             f"its core of {module!r} is for {core.n_out} x {core.n_in} components, and the subspace has {n_out} x {n_in}"
         )
-    if bases.paired and core.row.is_matrix:
+    if bank.paired and core.row.is_matrix:
         raise SubspaceError(
             f"its core of {module!r} is of kind {core.kind!r}, and paired directions have cores of kind 'diagonal' alone"
         )

@@ -129,9 +129,9 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         Raises:
             KeyError: If there is no such module or member.
         """
-        bases = self.subspace[module]
+        bank = self.subspace[module]
         names = self.names if names is None else names
-        dense = torch.zeros(len(names), len(bases.components_out), len(bases.components_in))
+        dense = torch.zeros(len(names), len(bank.components_out), len(bank.components_in))
         for row, name in enumerate(names):
             core = self[name].cores.get(module)
             if core is not None:

@@ -54,9 +54,9 @@ class AdapterStore(Pushable, AdapterMembers):
         >>> import torch
         >>> from eigenpeft import AdapterStore, PrincipalSubspace
         >>> from eigenpeft.subspace import AdapterMember, Core, ModuleSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> core = Core("diagonal", {"coefficients_out": torch.tensor([3.0, 1.0])})
-        >>> store = AdapterStore(PrincipalSubspace({"layer": bases}), members={"mine": AdapterMember({"layer": core})})
+        >>> store = AdapterStore(PrincipalSubspace({"layer": bank}), members={"mine": AdapterMember({"layer": core})})
         >>> store.cores("layer").shape
         torch.Size([1, 2, 2])
     """

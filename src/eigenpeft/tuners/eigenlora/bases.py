@@ -223,24 +223,24 @@ def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module
             f"{module!r} is targeted but not in the subspace of {len(subspace)} modules, such as {subspace.modules[0]!r}. "
             "Leave target_modules out to adapt exactly the subspace's modules."
         )
-    bases = subspace[name]
-    if (bases.out_features, bases.in_features) != shape:
+    bank = subspace[name]
+    if (bank.out_features, bank.in_features) != shape:
         raise AdapterConfigError(
-            f"{module!r} is {shape[0]} x {shape[1]} in the model and {bases.out_features} x "
-            f"{bases.in_features} in the subspace: it was built for another base model. Load that one, or build a "
+            f"{module!r} is {shape[0]} x {shape[1]} in the model and {bank.out_features} x "
+            f"{bank.in_features} in the subspace: it was built for another base model. Load that one, or build a "
             "subspace from adapters of this one."
         )
-    if bases.paired:
-        _check_paired(bases, config)
+    if bank.paired:
+        _check_paired(bank, config)
     if config.n_components is not None:
-        bank = subspace.bank_of[name]
-        if bank not in given.cut:
-            given.cut[bank] = bases.truncate(config.n_components)
-        bases = given.cut[bank]
-    return name, attach_bank(layer, bases, fingerprint=fingerprint, shared=given.shared)
+        place = subspace.bank_of[name]
+        if place not in given.cut:
+            given.cut[place] = bank.truncate(config.n_components)
+        bank = given.cut[place]
+    return name, attach_bank(layer, bank, fingerprint=fingerprint, shared=given.shared)
 
 
-def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
+def _check_paired(bank: ModuleSubspace, config: EigenLoraConfig) -> None:
     """Refuse what paired directions, whose rows are not orthogonal, have no right answer for."""
     kind = core_kind(config.core)
     if kind.is_matrix and not kind.weighs_sources:  # a mixture of diagonals is one
@@ -248,10 +248,10 @@ def _check_paired(bases: ModuleSubspace, config: EigenLoraConfig) -> None:
             f"core={config.core!r}: the subspace was built with method='paired', whose directions belong together two by two and "
             "are not orthogonal; use core='diagonal', or a subspace of another method."
         )
-    if config.init_from is not None and (config.n_components or bases.n_components) < bases.n_components:
+    if config.init_from is not None and (config.n_components or bank.n_components) < bank.n_components:
         raise AdapterConfigError(
             f"n_components={config.n_components} with init_from={config.init_from!r}: the coefficients of an adapter on fewer of "
-            f"the {bases.n_components} paired directions are not the first of those on all. Leave n_components out, or build a "
+            f"the {bank.n_components} paired directions are not the first of those on all. Leave n_components out, or build a "
             "subspace of so many pairs."
         )
 

@@ -66,12 +66,12 @@ class EigenLoraModel(FactorModel):
             if config.subspace is None and config.subspace_sha256 is None:
                 config.name_subspace(subspace)  # that of the sources
             config.subspace_sha256 = subspace.fingerprint
-            most = max(bases.n_components for bases in subspace.values())
+            most = max(bank.n_components for bank in subspace.values())
             n_components = min(most, config.n_components or most)
             warn_of_idle_rank(config.r, core=core_kind(config.core), n_components=n_components)
         shapes = None
         if subspace is not None:
-            shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+            shapes = {name: (bank.out_features, bank.in_features) for name, bank in subspace.items()}
         matches = match_modules(model, shapes or config.embedded_n_components or (), shapes=shapes)
         if config.target_modules is None and not config.target_parameters:
             wanted = {without_wrappers(name) for name in matching_modules(model, matches, config)}

@@ -57,11 +57,11 @@ def export_lora(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> from peft import get_peft_model
         >>> from eigenpeft import EigenLoraConfig
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = get_peft_model(base, EigenLoraConfig(subspace=PrincipalSubspace({"0": bases}), r=2))
+        >>> model = get_peft_model(base, EigenLoraConfig(subspace=PrincipalSubspace({"0": bank}), r=2))
         >>> export_lora(model, "plain-lora")
         >>> sorted(path.name for path in Path("plain-lora").glob("adapter*"))
         ['adapter_config.json', 'adapter_model.safetensors']

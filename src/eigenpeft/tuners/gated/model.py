@@ -98,7 +98,7 @@ class GatedLoraModel(FactorModel):
                 "The bases are paired directions, which belong together two by two, and gated cores join all of them. Use a "
                 "subspace of another method."
             )
-        shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+        shapes = {name: (bank.out_features, bank.in_features) for name, bank in subspace.items()}
         matches = match_modules(model, shapes, shapes=shapes)
         if config.target_modules is None:
             wanted = {without_wrappers(name) for name in matches.found}
@@ -185,13 +185,13 @@ def _start(
     """V_in, V_out and the cores of one module: of the members, zeros where one does not adapt it, or zeros."""
     assert given.subspace is not None
     name = given.modules.get(module) or given.subspace.find(module)
-    bases = None if name is None else given.subspace[name]
-    if name is None or bases is None or (bases.out_features, bases.in_features) != shape:
+    bank = None if name is None else given.subspace[name]
+    if name is None or bank is None or (bank.out_features, bank.in_features) != shape:
         raise AdapterConfigError(
             f"{module!r} is targeted, and the subspace has no bases of its shape {shape[0]} x {shape[1]} for it. Leave "
             "target_modules out to adapt exactly the subspace's modules."
         )
-    components_in, components_out = bases.components_in.clone(), bases.components_out.clone()
+    components_in, components_out = bank.components_in.clone(), bank.components_out.clone()
     cores = torch.zeros(len(given.names) or config.n_cores, len(components_out), len(components_in))
     for row, member in zip(cores, given.names, strict=False):
         core = given.store[member].cores.get(name) if given.store is not None else None

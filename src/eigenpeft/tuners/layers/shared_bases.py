@@ -114,27 +114,27 @@ def resolve(
 
 
 def attach_bank(
-    layer: LoraLayer, bases: ModuleSubspace, *, fingerprint: str, shared: dict[Any, FrozenBank] | None = None
+    layer: LoraLayer, bank: ModuleSubspace, *, fingerprint: str, shared: dict[Any, FrozenBank] | None = None
 ) -> FrozenBank:
-    """The layer's one copy of `bases`, made on the base weight's device when it is the first to be asked for.
+    """The layer's one copy of `bank`, made on the base weight's device when it is the first to be asked for.
 
     A copy is shared only where it holds these very components, number by number: the fingerprint that a file states is no
     reason to give an adapter the components of another.
 
     Args:
         layer: LoRA layer of the module.
-        bases: The module's components, cut to the number wanted.
+        bank: The module's components, cut to the number wanted.
         fingerprint: Fingerprint of the subspace they come from.
         shared: What the layers of one injection share, filled here; None for a bank that no other layer has.
     """
     for frozen_bank in _bases(layer).values():
-        if frozen_bank.is_filled and _holds(frozen_bank, bases.components_in, bases.components_out):  # pyright: ignore[reportArgumentType]
+        if frozen_bank.is_filled and _holds(frozen_bank, bank.components_in, bank.components_out):  # pyright: ignore[reportArgumentType]
             return frozen_bank  # pyright: ignore[reportReturnType]
     device = next((p.device for p in layer.get_base_layer().parameters() if p.device.type != "meta"), None)
     shared = {} if shared is None else shared
-    place = id(bases), device
+    place = id(bank), device
     if place not in shared:
-        shared[place] = FrozenBank(bases.components_in.to(device), bases.components_out.to(device))
+        shared[place] = FrozenBank(bank.components_in.to(device), bank.components_out.to(device))
     return _add(layer, shared[place], fingerprint=fingerprint)
 
 

@@ -144,7 +144,7 @@ def _part(model: nn.Module, within: str) -> nn.Module:
 
 def _matched(model: nn.Module, subspace: Any, needed: frozenset[str]) -> dict[str, nn.Module]:
     """Module of the subspace to the model's module, of those that have a weight of the right size."""
-    shapes = {name: (bases.out_features, bases.in_features) for name, bases in subspace.items()}
+    shapes = {name: (module_bank.out_features, module_bank.in_features) for name, module_bank in subspace.items()}
     matches = match_modules(model, subspace.modules, shapes=shapes)
     contested = {name: paths for name, paths in matches.contested.items() if name in needed}
     for name, paths in contested.items():

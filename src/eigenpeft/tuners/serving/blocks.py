@@ -68,7 +68,7 @@ class ModuleStacks(nn.Module):
     In each block's stack the last place holds zeros: the base model, and members of other blocks.
 
     Args:
-        bases: Bases of the module.
+        module_bank: Bank of the module.
         is_embedding: Whether inputs are tokens.
         dtype: Data type of components and stacks; None keeps float32.
     """
@@ -76,12 +76,12 @@ class ModuleStacks(nn.Module):
     components_in: Tensor
     components_out: Tensor
 
-    def __init__(self, bases: ModuleSubspace, *, is_embedding: bool, dtype: torch.dtype | None):
+    def __init__(self, module_bank: ModuleSubspace, *, is_embedding: bool, dtype: torch.dtype | None):
         super().__init__()
         self.is_embedding = is_embedding
         self._stacked: dict[int, int] = {}  # block to the number of parts that its stacks have here
         for name in ("components_in", "components_out"):
-            tensor = getattr(bases, name)
+            tensor = getattr(module_bank, name)
             self.register_buffer(name, tensor.to(dtype or tensor.dtype), persistent=False)
 
     def parts(self, block: int) -> tuple[Tensor, ...] | None:

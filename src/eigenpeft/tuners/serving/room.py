@@ -35,7 +35,8 @@ class Room(nn.Module):
         super().__init__()
         embeddings = subspace.info.embeddings
         self._updates = nn.ModuleList(
-            ModuleStacks(bases, is_embedding=module in embeddings, dtype=dtype) for module, bases in subspace.items()
+            ModuleStacks(module_bank, is_embedding=module in embeddings, dtype=dtype)
+            for module, module_bank in subspace.items()
         )
         self._numbers = {module: number for number, module in enumerate(subspace)}
         self._blocks: list[Block] = []

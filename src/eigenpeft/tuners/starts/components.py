@@ -64,9 +64,9 @@ def init_lora_from_subspace(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = init_lora_from_subspace(base, PrincipalSubspace({"0": bases}), r=2)
+        >>> model = init_lora_from_subspace(base, PrincipalSubspace({"0": bank}), r=2)
         >>> model.base_model.model[0].lora_A["default"].weight.data
         tensor([[1., 0., 0., 0.],
                 [0., 1., 0., 0.]])
@@ -94,8 +94,8 @@ def lora_config_from_subspace(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
-        >>> config = lora_config_from_subspace(PrincipalSubspace({"0": bases}), r=2)
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> config = lora_config_from_subspace(PrincipalSubspace({"0": bank}), r=2)
         >>> config.peft_type.value, config.lora_alpha
         ('LORA', 4)
     """
