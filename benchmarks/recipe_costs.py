@@ -4,10 +4,10 @@ Command:   python benchmarks/recipe_costs.py --model smollm2/model --data DIR --
 Hardware:  CPU, one thread, float32; about eight minutes of CPU time.
 Writes:    benchmarks/results/recipe_costs.json (a row per recipe) and the same on stdout; started again, it goes on.
 
-The subspace is random (K 16): what is trained, and so the cost, is the same as in a recycled one. `distill_lora` projects the LoRA
-that `sft --method lora` has just trained onto it. Loading of Python, model and data is part of both figures. What a run prints of its
-first and last loss, or of the divergences, is kept. `classification` is another model and a real comparison: MiniLM, the part of
-banking77 that ships with eigenpeft, a subspace (K 8) of its ten shipped adapters, four methods, one seed.
+The subspace is random (K 16): what is trained, and so the cost, is the same as in a recycled one. `distill_lora` projects the
+LoRA that `sft --method lora` has just trained onto it. Loading of Python, model and data is part of both figures. What a run
+prints of its first and last loss, or of the divergences, is kept. `classification` is another model and a real comparison:
+MiniLM, the part of banking77 that ships with eigenpeft, a subspace (K 8) of its ten shipped adapters, four methods, one seed.
 """
 
 import argparse
