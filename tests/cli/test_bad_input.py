@@ -90,7 +90,7 @@ BUILDS = {
     "modules that no pattern fits": (lambda a: None, ["-k", "*.query=3"], "no pattern"),
     "an unknown method": (lambda a: None, ["--method", "pca"], "pca"),
     "an unknown weighting": (lambda a: None, ["--weighting", "sum"], "sum"),
-    "too many pseudo-components": (lambda a: None, ["-k", 5, "--n-pseudo-components", 50], "n_extra=50"),
+    "too many pseudo-components": (lambda a: None, ["-k", 5, "--n-pseudo-components", 50], "n_pseudo_components=50"),
     "an unknown adapter to leave out": (lambda a: None, ["--exclude", "../../x"], "../../x"),
     "every adapter untrained": (
         lambda a: [tensors_of(a, lambda t: [t[k].zero_() for k in t if "lora_B" in k], name) for name in a.names],

@@ -55,37 +55,46 @@ def test_orthonormal_rows_refuses_more_rows_than_columns():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("k", "n_extra", "n"), [(4, 3, 30), (0, 5, 10), (6, 4, 10), (4, 0, 9)])
-def test_random_complement_completes(k, n_extra, n, dtype, as_numpy):
+@pytest.mark.parametrize(("k", "n_pseudo_components", "n"), [(4, 3, 30), (0, 5, 10), (6, 4, 10), (4, 0, 9)])
+def test_random_complement_completes(k, n_pseudo_components, n, dtype, as_numpy):
     components = orthonormal_rows(normal(k, n)).to(dtype)
-    extra = random_complement(components, n_extra=n_extra, generator=torch.Generator().manual_seed(3))
-    assert extra.shape == (n_extra, n)
+    extra = random_complement(
+        components, n_pseudo_components=n_pseudo_components, generator=torch.Generator().manual_seed(3)
+    )
+    assert extra.shape == (n_pseudo_components, n)
     assert extra.dtype == dtype
     both = np.concatenate([as_numpy(components), as_numpy(extra)])
-    np.testing.assert_allclose(both @ both.T, np.eye(k + n_extra), atol=1e-12 if dtype == torch.float64 else 1e-6)
+    np.testing.assert_allclose(
+        both @ both.T, np.eye(k + n_pseudo_components), atol=1e-12 if dtype == torch.float64 else 1e-6
+    )
 
 
 def test_random_complement_of_components_that_were_rounded():
     """Float32 components used in float64: a projection on them as they are would leave 1e-7 along them."""
     components = orthonormal_rows(normal(200, 400)).float().double()
     # Another seed than the components': the same numbers would lie in their span, and nothing would be left of them.
-    extra = random_complement(components, n_extra=150, generator=torch.Generator().manual_seed(1))
+    extra = random_complement(components, n_pseudo_components=150, generator=torch.Generator().manual_seed(1))
     assert (extra @ components.mT).abs().amax() < 1e-11
 
 
 def test_random_complement_follows_its_generator():
     components = orthonormal_rows(normal(3, 20))
     first, again, other = (
-        random_complement(components, n_extra=2, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+        random_complement(components, n_pseudo_components=2, generator=torch.Generator().manual_seed(seed))
+        for seed in (5, 5, 6)
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
 
-@pytest.mark.parametrize("n_extra", [-1, 4])
-def test_random_complement_refuses_what_does_not_fit(n_extra):
-    with pytest.raises(ValueError, match=f"n_extra={n_extra} directions cannot be added to 7 .*pass 0 to 3"):
-        random_complement(orthonormal_rows(normal(7, 10)), n_extra=n_extra, generator=torch.Generator())
+@pytest.mark.parametrize("n_pseudo_components", [-1, 4])
+def test_random_complement_refuses_what_does_not_fit(n_pseudo_components):
+    with pytest.raises(
+        ValueError, match=f"n_pseudo_components={n_pseudo_components} directions cannot be added to 7 .*pass 0 to 3"
+    ):
+        random_complement(
+            orthonormal_rows(normal(7, 10)), n_pseudo_components=n_pseudo_components, generator=torch.Generator()
+        )
 
 
 @pytest.mark.parametrize("angle", [1e-12, 1e-7, 1e-3, 0.7, 0.8, 1.5, math.pi / 2])

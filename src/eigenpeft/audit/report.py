@@ -187,16 +187,23 @@ def _restored(name: str, value: Any) -> Any:
         return Train(
             **{
                 **value,
-                "chances": tuple(Chance(**{k: _tuples(v) for k, v in chance.items()}) for chance in value["chances"]),
+                "chances": tuple(
+                    Chance(**{field: _tuples(part) for field, part in chance.items()}) for chance in value["chances"]
+                ),
             }
         )
     if name == "reuse":
         return Reuse(**{**value, "nearest": _tuples(value["nearest"])})
     if name == "modules":
-        return {key: ModuleAudit(**{k: _restored(k, v) for k, v in module.items()}) for key, module in value.items()}
+        return {
+            key: ModuleAudit(**{field: _restored(field, part) for field, part in module.items()})
+            for key, module in value.items()
+        }
     if name == "gradient" and isinstance(value, Mapping):
-        modules = tuple(ModuleGradient(**{k: _tuples(v) for k, v in module.items()}) for module in value["modules"])
-        return GradientShare(**{**{k: _tuples(v) for k, v in value.items()}, "modules": modules})
+        modules = tuple(
+            ModuleGradient(**{field: _tuples(part) for field, part in module.items()}) for module in value["modules"]
+        )
+        return GradientShare(**{**{field: _tuples(part) for field, part in value.items()}, "modules": modules})
     if name == "sharing" and isinstance(value, Mapping):
         return Sharing(**{**value, "rows": tuple(SharingRow(**row) for row in value["rows"])})
     if name == "findings":

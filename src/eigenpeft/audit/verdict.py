@@ -51,26 +51,26 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
         curves: Held-out shares of the collection and their nulls, by K.
         n_components: K.
     """
-    k = n_components - 1
+    index = n_components - 1
     decisive = curves.together
-    real, null = decisive.real[k], decisive.null[k]
+    real, null = decisive.real[index], decisive.null[index]
     numbers = f"with K = {n_components}, the others' subspace holds {real:.1%} of an adapter that it was not fitted to"
-    if _above(decisive, k):
-        if curves.unrelated is not None and _by_relatives(decisive, curves.unrelated, k):
+    if _above(decisive, index):
+        if curves.unrelated is not None and _by_relatives(decisive, curves.unrelated, index):
             return Judgement(
                 "shared only by related runs",
-                f"What the adapters share, they share with their relatives: {numbers}, but {curves.unrelated.real[k]:.1%} where "
-                f"every adapter related to it (cosine of ΔW above 0.2) is left out with it, and chance gives {null:.1%}. "
+                f"What the adapters share, they share with their relatives: {numbers}, but {curves.unrelated.real[index]:.1%} "
+                f"where every adapter related to it (cosine of ΔW above 0.2) is left out with it, and chance gives {null:.1%}. "
                 "Adapters of other runs will not lie in this subspace: keep one adapter of each run and audit again.",
             )
         return Judgement(
             "shared",
-            f"The adapters share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, k)}Whether a new "
+            f"The adapters share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, index)}Whether a new "
             "task trains well in it is another question: run the controls (a random subspace, a LoRA of equal parameters).",
         )
     # A common start shows where K is about one adapter's rank, which need not be where strangers' shares stop growing.
     at = max(range(len(curves.alone_in.real)), key=lambda i: curves.alone_in.real[i] - curves.alone_in.null_high[i])
-    if curves.grouped and (_above(curves.alone, k) or _above(curves.alone_in, at)):
+    if curves.grouped and (_above(curves.alone, index) or _above(curves.alone_in, at)):
         side = curves.alone_in.real[at]
         return Judgement(
             "shared only through a common seed",
@@ -79,11 +79,11 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
             f"start in, it would look like {side:.1%} with K = {at + 1}. Adapters trained from other seeds will not lie in this "
             "subspace: train with other seeds, and keep one adapter of each run.",
         )
-    surely = decisive.low[k] > decisive.null_high[k]
+    surely = decisive.low[index] > decisive.null_high[index]
     excess = "That is surely more than chance, and far too little to stand in for an adapter. " if surely else ""
     return Judgement(
         "not shared",
-        f"The adapters do not share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, k)}{excess}"
+        f"The adapters do not share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, index)}{excess}"
         "There is nothing to recycle by projection; a new task may still train in this subspace, as it may in a random one: "
         "compare both. To compress just these adapters, build with a share in place of a number: "
         "`eigenpeft build ADAPTERS -k 0.999 --out SUBSPACE`.",
@@ -106,11 +106,11 @@ def advice_on_clusters(clusters: Sequence[Sequence[str]], gain: float | None) ->
     )
 
 
-def _relatives(curves: HeldOutCurves, k: int) -> str:
+def _relatives(curves: HeldOutCurves, index: int) -> str:
     """A sentence where relatives hold shares of each other; else nothing."""
     if curves.unrelated is None:
         return ""
-    with_them, without = curves.together.real[k], curves.unrelated.real[k]
+    with_them, without = curves.together.real[index], curves.unrelated.real[index]
     if with_them - without < max(_TOLD, _TOLD_PART * with_them):
         return ""
     return (
@@ -119,10 +119,10 @@ def _relatives(curves: HeldOutCurves, k: int) -> str:
     )
 
 
-def _by_relatives(together: Curve, unrelated: Curve, k: int) -> bool:
-    excess, left = together.real[k] - together.null[k], unrelated.real[k] - unrelated.null[k]
-    return not _above(unrelated, k) and left < _LEFT_WITHOUT_RELATIVES * excess
+def _by_relatives(together: Curve, unrelated: Curve, index: int) -> bool:
+    excess, left = together.real[index] - together.null[index], unrelated.real[index] - unrelated.null[index]
+    return not _above(unrelated, index) and left < _LEFT_WITHOUT_RELATIVES * excess
 
 
-def _above(curve: Curve, k: int) -> bool:
-    return curve.low[k] > curve.null_high[k] and curve.real[k] > curve.null[k] + MARGIN
+def _above(curve: Curve, index: int) -> bool:
+    return curve.low[index] > curve.null_high[index] and curve.real[index] > curve.null[index] + MARGIN

@@ -161,8 +161,11 @@ class ModuleFitter:
         self, module: str, collection: AdapterCollection, n_components: int | float | str
     ) -> list[list[str]] | None:
         ranks, shape = collection.ranks(module), collection.shapes[module]
-        k = n_components if isinstance(n_components, int) else _SHARE_GUESS
-        if self.memory_limit is None or bytes_at_once(sum(ranks.values()), shape, n_components=k) <= self.memory_limit:
+        most = n_components if isinstance(n_components, int) else _SHARE_GUESS
+        if (
+            self.memory_limit is None
+            or bytes_at_once(sum(ranks.values()), shape, n_components=most) <= self.memory_limit
+        ):
             return None
         if self.method not in MERGEABLE or not isinstance(n_components, int):
             raise ValueError(
@@ -170,7 +173,7 @@ class ModuleFitter:
                 f"method {' or '.join(map(repr, MERGEABLE))} and a whole number of components, not "
                 f"method={self.method!r} and n_components={n_components!r}; raise the limit or change these"
             )
-        return chunk_adapters(ranks, shape, n_components=k, memory_limit=self.memory_limit)
+        return chunk_adapters(ranks, shape, n_components=most, memory_limit=self.memory_limit)
 
     def _n_components_of(self, module: str) -> int | float | str | None:
         if not isinstance(self.n_components, Mapping):
@@ -188,7 +191,7 @@ class ModuleFitter:
             for side, components in sides.items():
                 extra = random_complement(
                     components,
-                    n_extra=self.n_pseudo_components,
+                    n_pseudo_components=self.n_pseudo_components,
                     generator=seeded_generator(self.seed, module, side),
                 )
                 sides[side] = torch.cat([components, extra.to(components.dtype)])

@@ -283,7 +283,7 @@ def load_new_task(model: str, path: Path) -> NewTask:
         ids = {label: i for i, label in enumerate(classes)}
         names = {
             "id2label": {i: str(label) for label, i in ids.items()},
-            "label2id": {str(k): i for k, i in ids.items()},
+            "label2id": {str(label): i for label, i in ids.items()},
         }
         encoded = [
             {

@@ -70,6 +70,11 @@ def new_customer(number: int, *, n_rows: int = 64) -> NewCustomer:
     splits = {split: [row for row in banking77(split) if row["label"] in classes] for split in ("train", "test")}
     by_class = [[row["text"] for row in splits["train"] if row["label"] == label] for label in classes]
     most = max(map(len, by_class))
-    train = [{"text": texts[i], "label": k} for i in range(most) for k, texts in enumerate(by_class) if i < len(texts)]
+    train = [
+        {"text": texts[i], "label": label}
+        for i in range(most)
+        for label, texts in enumerate(by_class)
+        if i < len(texts)
+    ]
     test = [{"text": row["text"], "label": classes[row["label"]]} for row in splits["test"]]
     return NewCustomer(f"new_{number}", tuple(found["intents"]), train[:n_rows], test)

@@ -197,7 +197,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
         rough = block_krylov(
             lambda block: _apply_gram_bfloat16(rounded, block),
             start,
-            n_wanted=n_components,
+            n_components=n_components,
             tol=_BFLOAT16_TOL,
             rounding=torch.finfo(torch.bfloat16).eps,
             max_passes=_BFLOAT16_PASSES,
@@ -211,7 +211,7 @@ def _krylov(rows: Float[Tensor, "p n"], n_components: int, *, tol: float, genera
     found = block_krylov(
         lambda block: _apply_gram(rows, block),
         start,
-        n_wanted=n_components,
+        n_components=n_components,
         tol=tol / 100,
         rounding=torch.finfo(dtype).eps,
     )

@@ -275,12 +275,12 @@ def projection_residual(
         >>> projection_residual(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]), eye[:1], eye[:1]).item()
         4.0
     """
-    left, right, basis_out, basis_in = (
+    left, right, components_out, components_in = (
         tensor.to(torch.float64) for tensor in (lora_B, lora_A, components_out, components_in)
     )
-    coefficients_out = basis_out @ left
-    left_rest = left - basis_out.mT @ coefficients_out
-    right_rest = right - (right @ basis_in.mT) @ basis_in
+    coefficients_out = components_out @ left
+    left_rest = left - components_out.mT @ coefficients_out
+    right_rest = right - (right @ components_in.mT) @ components_in
     return torch.hypot(frobenius_norm(left_rest, right), frobenius_norm(coefficients_out, right_rest))
 
 

@@ -39,7 +39,7 @@ def block_krylov(
     apply: Callable[[Tensor], Tensor],
     start: Float[Tensor, "b d"],
     *,
-    n_wanted: int,
+    n_components: int,
     tol: float,
     rounding: float,
     max_passes: int = _MAX_PASSES,
@@ -54,7 +54,7 @@ def block_krylov(
     Args:
         apply: Maps rows Q (b, d) to Q C for the operator C (d, d).
         start: Rows that span the first block; need not be orthonormal. Their number is the block size.
-        n_wanted: Number of leading pairs that must converge, at most b.
+        n_components: Number of leading pairs that must converge, at most b.
         tol: Stop when one more pass promises to raise the wanted eigenvalues by at most this much of each, on average.
         rounding: Relative error of `apply`, about the machine epsilon of its products: gains below it are not chased.
         max_passes: Stop after this many applications in any case.
@@ -89,7 +89,9 @@ def block_krylov(
 
         values, rotation = torch.linalg.eigh(projected[:size, :size])
         values, rotation = values.flip(0), rotation.flip(1)
-        promised_gain = _promised_gain(values, rotation[new], image, projected[new, new].trace(), n_wanted, rounding)
+        promised_gain = _promised_gain(
+            values, rotation[new], image, projected[new, new].trace(), n_components, rounding
+        )
         if promised_gain <= tol:
             break
         block = _orthonormalise(image)
@@ -122,7 +124,7 @@ def _promised_gain(
     last_rows: Float[Tensor, "c size"],
     residual: Float[Tensor, "c d"],
     block_trace: Float[Tensor, ""],
-    n_wanted: int,
+    n_components: int,
     rounding: float,
 ) -> float:
     """Mean relative amount by which the next block raises the wanted values, to second order.
@@ -134,7 +136,7 @@ def _promised_gain(
     """
     gram = residual.to(torch.float64)
     gram = gram @ gram.mT
-    wanted, last = values[:n_wanted].clamp(min=0.0), last_rows[:, :n_wanted]
+    wanted, last = values[:n_components].clamp(min=0.0), last_rows[:, :n_components]
     # Rounding of `apply = XᵀX` leaves √(value_1 value_k) times its relative error in residual k, with a margin here.
     noise = (5.0 * rounding) ** 2 * values[0]
     squared = ((last * (gram @ last)).sum(dim=0) - noise * wanted).clamp(min=0.0)

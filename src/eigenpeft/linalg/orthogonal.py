@@ -58,35 +58,36 @@ def orthonormal_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
 
 
 def random_complement(
-    components: Float[Tensor, "k n"], *, n_extra: int, generator: Generator
-) -> Float[Tensor, "n_extra n"]:
+    components: Float[Tensor, "k n"], *, n_pseudo_components: int, generator: Generator
+) -> Float[Tensor, "n_pseudo_components n"]:
     """Random orthonormal directions orthogonal to the given ones (pseudo-components; EigenLoRAx, arXiv 2502.04700).
 
     Args:
         components: Orthonormal rows.
-        n_extra: Number of directions to add; 0 gives an empty matrix.
+        n_pseudo_components: Number of directions to add; 0 gives an empty matrix.
         generator: Source of the random numbers, on any device.
 
     Returns:
         Rows uniformly distributed on the complement, in the device and dtype of `components` (float32 at least).
 
     Raises:
-        ValueError: If `n_extra` is negative or the complement has fewer than `n_extra` dimensions.
+        ValueError: If `n_pseudo_components` is negative or the complement has fewer than `n_pseudo_components` dimensions.
 
     Examples:
         >>> import torch
-        >>> random_complement(torch.eye(3)[:2], n_extra=1, generator=torch.Generator().manual_seed(0)).abs().tolist()
+        >>> random_complement(torch.eye(3)[:2], n_pseudo_components=1, generator=torch.Generator().manual_seed(0)).abs().tolist()
         [[0.0, 0.0, 1.0]]
     """
     k, n = components.shape
-    if not 0 <= n_extra <= n - k:
+    if not 0 <= n_pseudo_components <= n - k:
         raise ValueError(
-            f"n_extra={n_extra} directions cannot be added to {k} components of length {n}; pass 0 to {n - k}."
+            f"n_pseudo_components={n_pseudo_components} directions cannot be added to {k} components of length {n}; "
+            f"pass 0 to {n - k}."
         )
-    noise = torch.randn(n_extra, n, generator=generator, device=generator.device, dtype=torch.float64)
+    noise = torch.randn(n_pseudo_components, n, generator=generator, device=generator.device, dtype=torch.float64)
     noise = noise.to(components.device)
-    basis = orthonormal_rows(components.to(torch.float64))  # components in float32 are orthonormal to 1e-7 only
-    extra = orthonormal_rows(noise - (noise @ basis.mT) @ basis)
+    exact = orthonormal_rows(components.to(torch.float64))  # components in float32 are orthonormal to 1e-7 only
+    extra = orthonormal_rows(noise - (noise @ exact.mT) @ exact)
     return extra.to(torch.promote_types(components.dtype, torch.float32))
 
 

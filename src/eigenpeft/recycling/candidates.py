@@ -56,10 +56,10 @@ class Sources:
         """λ times the mean update."""
         return merge(self.collection, method="mean", progress=False).scaled(self.scale)
 
-    def lora(self, r: int, *, alpha: int | None = None) -> LoraConfig:
+    def lora(self, r: int) -> LoraConfig:
         """A plain LoRA on the modules that the adapters have."""
         modules = list(self.collection.modules)
-        return LoraConfig(r=r, lora_alpha=alpha or 2 * r, target_modules=modules, task_type=self.task_type)
+        return LoraConfig(r=r, lora_alpha=2 * r, target_modules=modules, task_type=self.task_type)
 
     def eigenlora(self, *, random: bool = False) -> EigenLoraConfig:
         """Rank 8 in the adapters' subspace, or in a random one of its size."""

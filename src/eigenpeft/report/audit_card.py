@@ -17,9 +17,10 @@ def audit_section(report: AuditReport) -> str:
     held_out, explained = report.held_out, report.explained
     most = len(held_out.real)
     rows = [
-        f"| {k} | {explained.real[k - 1]:.3f} | {explained.null[k - 1]:.3f} | {held_out.real[k - 1]:.3f} | "
-        f"{held_out.low[k - 1]:.3f} to {held_out.high[k - 1]:.3f} | {held_out.null[k - 1]:.3f} |"
-        for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most})
+        f"| {n_components} | {explained.real[at]:.3f} | {explained.null[at]:.3f} | {held_out.real[at]:.3f} | "
+        f"{held_out.low[at]:.3f} to {held_out.high[at]:.3f} | {held_out.null[at]:.3f} |"
+        for n_components in sorted({*(size for size in _SHOWN if size <= most), report.n_components, most})
+        for at in [n_components - 1]
     ]
     answers = "\n\n".join(f"**{question}** {for_card(text)}" for question, _, text in report.answers)
     compressed = "\n".join(

@@ -61,11 +61,11 @@ def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False
     findings = "".join(
         f"<li><b>{escape(f.kind.replace('_', ' '))}</b>: {_html(f.message)}</li>" for f in report.findings
     )
-    held_out, k = report.held_out, report.n_components - 1
+    held_out, at = report.held_out, report.n_components - 1
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{module.n_adapters}</td><td>{module.effective_rank_in:.1f} "
         f"({module.null_effective_rank_in:.1f})</td><td>{module.effective_rank_out:.1f} "
-        f"({module.null_effective_rank_out:.1f})</td><td>{module.held_out.real[k]:.3f} ({module.held_out.null[k]:.3f})</td></tr>"
+        f"({module.null_effective_rank_out:.1f})</td><td>{module.held_out.real[at]:.3f} ({module.held_out.null[at]:.3f})</td></tr>"
         for name, module in report.modules.items()
     )
     unshared = "".join(
@@ -80,7 +80,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 <img alt="The three answers, held-out shares, heat map and similarity matrix" src="data:image/png;base64,{picture}">
 <h2>How much they share</h2><p>A detail: {escape(report.verdict)}. {_html(report.advice)}</p>
 <p>{len(report.adapters)} adapters, {len(report.modules)} modules. Held-out share at K = {report.n_components}:
-{held_out.real[k]:.3f} (90 % interval {held_out.low[k]:.3f} to {held_out.high[k]:.3f}), by chance {held_out.null[k]:.3f}.</p>
+{held_out.real[at]:.3f} (90 % interval {held_out.low[at]:.3f} to {held_out.high[at]:.3f}), by chance {held_out.null[at]:.3f}.</p>
 <h2>Noticed</h2><ul>{findings or "<li>nothing</li>"}</ul>
 {_gradient(report)}{_sharing(report)}
 <h2>What the others do not share</h2><table><tr><th>adapter</th><th>unshared part of ‖ΔW‖²</th></tr>{unshared}</table>
@@ -234,12 +234,12 @@ def _curves(axes, curve: Curve, title: str) -> None:
 
 def _heat_map(figure, axes, report: AuditReport) -> None:
     """Held-out share by kind of module and layer; modules without a number in their name are one column."""
-    k = report.n_components - 1
+    at = report.n_components - 1
     cells: dict[str, dict[int, float]] = {}
     for name, module in report.modules.items():
         found = _LAYER.search(f".{name}.")
         layer, kind = (int(found[1]), _LAYER.sub(".*.", f".{name}.", count=1).strip(".")) if found else (0, name)
-        cells.setdefault(kind, {})[layer] = module.held_out.real[k]
+        cells.setdefault(kind, {})[layer] = module.held_out.real[at]
     layers = sorted({layer for row in cells.values() for layer in row})
     grid = [[row.get(layer, float("nan")) for layer in layers] for row in cells.values()]
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)

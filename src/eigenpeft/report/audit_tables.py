@@ -94,10 +94,10 @@ def share_table(report: AuditReport) -> Table:
     for title in (*titles, "without relatives") if without is not None else titles:
         table.add_column(title, justify="right")
     most = len(report.held_out.real)
-    for k in sorted({*(k for k in _SHOWN if k <= most), report.n_components, most}):
-        i, held_out = k - 1, report.held_out
+    for n_components in sorted({*(size for size in _SHOWN if size <= most), report.n_components, most}):
+        i, held_out = n_components - 1, report.held_out
         table.add_row(
-            f"{k} ←" if k == report.n_components else str(k),
+            f"{n_components} ←" if n_components == report.n_components else str(n_components),
             f"{report.explained.real[i]:.3f}",
             f"{report.explained.null[i]:.3f}",
             f"{held_out.real[i]:.3f}",
@@ -132,9 +132,9 @@ def gradient_table(found: GradientShare) -> Table:
     for title in ("K", "these adapters", f"random, mean of {len(found.random)}", "best of that size"):
         table.add_column(title, justify="right")
     most = len(found.curve)
-    for k in sorted({*(k for k in _SHOWN if k <= most), most}):
+    for n_components in sorted({*(size for size in _SHOWN if size <= most), most}):
         curves = (found.curve, found.random_curve, found.optimum_curve)
-        table.add_row(str(k), *(f"{curve[k - 1]:.4f}" for curve in curves))
+        table.add_row(str(n_components), *(f"{curve[n_components - 1]:.4f}" for curve in curves))
     return table
 
 

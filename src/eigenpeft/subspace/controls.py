@@ -129,10 +129,9 @@ def mean_only_subspace(
         mean = factored_svd(
             torch.cat([lora_B for lora_B, _ in pairs], dim=1) / len(pairs), torch.cat([lora_A for _, lora_A in pairs])
         )
-        k = n_components
-        components_in, components_out = (fix_signs(rows[:k].float()) for rows in (mean.Vh, mean.U.mT))
+        components_in, components_out = (fix_signs(rows[:n_components].float()) for rows in (mean.Vh, mean.U.mT))
         curve = explained_share_curve(pairs, components_in, components_out)
-        values = mean.S[:k].float()
+        values = mean.S[:n_components].float()
         modules[module] = ModuleSubspace(
             components_in, components_out, values, values.clone(), added_shares(curve).float()
         )

@@ -13,11 +13,11 @@ def low_rank(seed, *, m=9, n=7, rank=3):
     return draw.standard_normal((m, rank)), draw.standard_normal((rank, n))
 
 
-def by_definition(total, update, alpha):
+def by_definition(total, update, share):
     """The sum over pairs of singular vectors, one after another, with full bases of both spaces."""
     u, s, vt = np.linalg.svd(total)
     rank = int((s > 1e-9 * s[0]).sum())
-    r = next(k for k in range(rank + 1) if s[:k].sum() >= alpha * s.sum() * (1 - 1e-12))
+    r = next(k for k in range(rank + 1) if s[:k].sum() >= share * s.sum() * (1 - 1e-12))
     kept = np.zeros_like(update)
     for p in range(u.shape[1]):
         for q in range(len(vt)):
@@ -27,14 +27,14 @@ def by_definition(total, update, alpha):
     return total + kept
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("shape", [(9, 7), (5, 8), (6, 6)])
-def test_a_sequence_is_that_of_the_definition(alpha, shape):
+def test_a_sequence_is_that_of_the_definition(share, shape):
     updates = [B @ A for B, A in (low_rank(seed, m=shape[0], n=shape[1]) for seed in range(3))]
     expected, found = updates[0], torch.from_numpy(updates[0])
     for update in updates[1:]:
-        expected = by_definition(expected, update, alpha)
-        found = add_off_directions(found, torch.from_numpy(update), alpha=alpha)
+        expected = by_definition(expected, update, share)
+        found = add_off_directions(found, torch.from_numpy(update), left_out_share=share)
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-11)
 
 
@@ -68,7 +68,7 @@ def test_the_scale_gives_the_mean_norm_over_all_weights():
     assert mean_norm_scale([torch.zeros(2, 2)], [0.0]) == 1.0
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.5])
-def test_a_share_out_of_range_is_refused(alpha):
-    with pytest.raises(ValueError, match=r"alpha=.* must be in \[0, 1\]"):
-        add_off_directions(torch.eye(2), torch.eye(2), alpha=alpha)
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"left_out_share=.* must be in \[0, 1\]"):
+        add_off_directions(torch.eye(2), torch.eye(2), left_out_share=share)

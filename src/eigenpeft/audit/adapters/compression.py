@@ -20,10 +20,11 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     """
     most = max(len(module.real.explained) for module in measured.values())
     lora_numbers = sum(module.lora_numbers for module in measured.values())
-    rows = tuple(_row(measured, k, lora_numbers) for k in sorted({*(k for k in _SHOWN if k <= most), most}))
+    shown = sorted({*(size for size in _SHOWN if size <= most), most})
+    rows = tuple(_row(measured, n_components, lora_numbers) for n_components in shown)
     # A number of pairs is shown where every module has as many.
     counts = sorted(set.intersection(*(set(module.paired) for module in measured.values())))
-    rows += tuple(_paired_row(measured, k, lora_numbers) for k in counts)
+    rows += tuple(_paired_row(measured, n_components, lora_numbers) for n_components in counts)
     enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
     each = round(lora_numbers / n_adapters)
     if enough:
@@ -53,25 +54,25 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     )
 
 
-def _row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int) -> CompressRow:
+def _row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers: int) -> CompressRow:
     kept, core, bases, total = 0.0, 0, 0, 0
     for module in measured.values():
-        own = min(k, *module.shape, len(module.real.explained))
+        own = min(n_components, *module.shape, len(module.real.explained))
         kept += float(module.real.explained[own - 1]) / len(measured)
         core += own * own
         bases += own * sum(module.shape)
         total += own * own * len(module.adapters)
-    return _shown("full", k, core, kept, (bases + total) / max(lora_numbers, 1))
+    return _shown("full", n_components, core, kept, (bases + total) / max(lora_numbers, 1))
 
 
-def _paired_row(measured: Mapping[str, ModuleMeasures], k: int, lora_numbers: int) -> CompressRow:
-    kept = sum(module.paired[k] for module in measured.values()) / len(measured)
-    numbers = sum(k * (sum(module.shape) + len(module.adapters)) for module in measured.values())
-    return _shown("diagonal", k, k * len(measured), kept, numbers / max(lora_numbers, 1))
+def _paired_row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers: int) -> CompressRow:
+    kept = sum(module.paired[n_components] for module in measured.values()) / len(measured)
+    numbers = sum(n_components * (sum(module.shape) + len(module.adapters)) for module in measured.values())
+    return _shown("diagonal", n_components, n_components * len(measured), kept, numbers / max(lora_numbers, 1))
 
 
-def _shown(core: str, k: int, numbers: int, kept: float, ratio: float) -> CompressRow:
+def _shown(core: str, n_components: int, numbers: int, kept: float, ratio: float) -> CompressRow:
     kept = min(kept, 1.0)
     return CompressRow(
-        core=core, n_components=k, numbers=numbers, kept=kept, error=max(1.0 - kept, 0.0) ** 0.5, ratio=ratio
+        core=core, n_components=n_components, numbers=numbers, kept=kept, error=max(1.0 - kept, 0.0) ** 0.5, ratio=ratio
     )

@@ -130,8 +130,8 @@ def _stacked(pairs: Sequence[Factors]) -> Stacks:
 
 def _shares(stacks: Stacks, n_components: int, labels: Sequence[Hashable]) -> Shares:
     sides = [leading_components(rows, n_components=n_components) for rows in (stacks.rows_in, stacks.rows_out)]
-    k = min(len(side.singular_values) for side in sides)
-    explained = share_curve(stacks, sides[0].components[:k], sides[1].components[:k])
+    least = min(len(side.singular_values) for side in sides)
+    explained = share_curve(stacks, sides[0].components[:least], sides[1].components[:least])
     alone = held_out_curves(stacks, n_components=n_components)
     grouped = len(set(labels)) < len(labels)
     return Shares(

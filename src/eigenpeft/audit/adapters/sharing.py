@@ -96,8 +96,8 @@ def sharing_cost(
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for module, found in measured.items():
         kinds.setdefault((kind_of(module), found.shape), []).append(module)
-    n_components = next(iter(measured.values())).real.held_out.both.shape[1]
-    parts, *nulls = _shared_parts(collection, kinds, measured, groups, n_components, n_nulls, seed)
+    most = next(iter(measured.values())).real.held_out.both.shape[1]
+    parts, *nulls = _shared_parts(collection, kinds, measured, groups, most, n_nulls, seed)
     own = by_adapter(names, [(m.adapters, m.real.held_out.both) for m in measured.values()])
     own_null = torch.stack(
         [by_adapter(names, [(m.adapters, m.nulls[i].held_out.both) for m in measured.values()]) for i in range(n_nulls)]
@@ -110,17 +110,17 @@ def sharing_cost(
     shared_width = sum(sum(shape) for _, shape in kinds)
     rows = tuple(
         SharingRow(
-            n_components=k,
-            own=float(own[:, k - 1].nanmean()),
-            own_null=float(own_null[..., k - 1].nanmean()),
-            shared=float(shared[:, k - 1].nanmean()),
-            shared_null=float(shared_null[..., k - 1].nanmean()),
-            low=float(low[k - 1]),
-            high=float(high[k - 1]),
-            own_bytes=_NUMBER * k * width,
-            shared_bytes=_NUMBER * k * shared_width,
+            n_components=n_components,
+            own=float(own[:, n_components - 1].nanmean()),
+            own_null=float(own_null[..., n_components - 1].nanmean()),
+            shared=float(shared[:, n_components - 1].nanmean()),
+            shared_null=float(shared_null[..., n_components - 1].nanmean()),
+            low=float(low[n_components - 1]),
+            high=float(high[n_components - 1]),
+            own_bytes=_NUMBER * n_components * width,
+            shared_bytes=_NUMBER * n_components * shared_width,
         )
-        for k in sorted({*(k for k in _SHOWN if k <= n_components), at})
+        for n_components in sorted({*(size for size in _SHOWN if size <= most), at})
     )
     found = Sharing("", len(measured), len(kinds), rows)
     return replace(found, text=_words(found, at))

@@ -154,5 +154,5 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
 
 
 def _event(data: Mapping[str, Any]) -> Event:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     return Event(**values)

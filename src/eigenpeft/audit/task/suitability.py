@@ -49,7 +49,9 @@ def task_gradient(
     Raises:
         SubspaceError: If the model has no module of the collection, or no gradient reaches one.
     """
-    subspace = PrincipalSubspace({name: _fitter(k).fit(name, collection).bank for name, k in n_components.items()})
+    subspace = PrincipalSubspace(
+        {name: _fitter(count).fit(name, collection).bank for name, count in n_components.items()}
+    )
     rows: Any = list(islice(iter(dataset), n_rows))
     loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
     device = next(model.parameters()).device
@@ -69,7 +71,7 @@ def components_at_hand(report: AuditReport) -> dict[str, int]:
 
 
 def _first_whole(curve: Sequence[float]) -> int:
-    return next((k for k, share in enumerate(curve, start=1) if share > _WHOLE), len(curve))
+    return next((n_components for n_components, share in enumerate(curve, start=1) if share > _WHOLE), len(curve))
 
 
 def _fitter(n_components: int) -> ModuleFitter:
@@ -90,15 +92,15 @@ def advice_on_task(found: GradientShare) -> str:
     Args:
         found: Figures of the adapters' subspace.
     """
-    chance, k = max(found.random), len(found.curve)
+    chance, n_components = max(found.random), len(found.curve)
     numbers = (
-        f"Of the new task's gradient, before any training, {found.share:.1%} lies in their subspace of {k} components per "
-        f"module, {chance:.1%} at most in one of {len(found.random)} random subspaces of that size, and {found.optimum:.1%} "
+        f"Of the new task's gradient, before any training, {found.share:.1%} lies in their subspace of {n_components} components "
+        f"per module, {chance:.1%} at most in one of {len(found.random)} random subspaces of that size, and {found.optimum:.1%} "
         "in the best one."
     )
     if found.share <= chance:
         return f"{numbers} It suits this task no better than a random one: train a plain LoRA, or in a random subspace."
-    best_k = choose_n_components(torch.tensor(found.curve), chance=torch.tensor(found.random_curve))
+    best_n_components = choose_n_components(torch.tensor(found.curve), chance=torch.tensor(found.random_curve))
     worse = [module.module for module in found.modules if module.share <= max(module.random)]
     where = "in every module"
     if worse:
@@ -111,6 +113,7 @@ def advice_on_task(found: GradientShare) -> str:
         else f"the core 'diagonal' would reach {part:.0%} of that: take 'low_rank' or 'full'"
     )
     return (
-        f"{numbers} It suits this task better than a random one, {where}; most of the advantage is there with K = {best_k}, "
-        f"and {core}. Within a task such shares rank subspaces much as training does; across tasks they do less."
+        f"{numbers} It suits this task better than a random one, {where}; most of the advantage is there with "
+        f"K = {best_n_components}, and {core}. Within a task such shares rank subspaces much as training does; across tasks "
+        "they do less."
     )

@@ -11,7 +11,8 @@ from eigenpeft.audit.task.reuse import Downhill
 # Of a held-out share, before its logarithm: chance and rounding lie below.
 _LEAST_SHARE = 1e-4
 _LIKELY, _UNLIKELY = 0.7, 0.3
-K = 8
+# The number of components at which the calibration reads held-out and gradient shares.
+CALIBRATED_N_COMPONENTS = 8
 
 
 def measures_of_adapters(
@@ -25,9 +26,9 @@ def measures_of_adapters(
         similarity: (n, n) mean cosines of ΔW.
         n_rows: Training rows of the new task.
     """
-    n, k = len(similarity), min(K, len(held_out)) - 1
+    n, at = len(similarity), min(CALIBRATED_N_COMPONENTS, len(held_out)) - 1
     return {
-        "held_out": math.log10(max(held_out[k] - chance[k], _LEAST_SHARE)),
+        "held_out": math.log10(max(held_out[at] - chance[at], _LEAST_SHARE)),
         "adapters": math.log2(n / 20),
         "pair_cosine": (sum(map(sum, similarity)) - n) / (n * (n - 1)),
         "rows": math.log2(n_rows / 64),
@@ -41,9 +42,9 @@ def measures_of_task(gradient: GradientShare, found: Downhill) -> dict[str, floa
         gradient: Share of the task's gradient in the adapters' subspace.
         found: How far the updates point downhill.
     """
-    k = min(K, len(gradient.curve)) - 1
+    at = min(CALIBRATED_N_COMPONENTS, len(gradient.curve)) - 1
     return {
-        "gradient": math.log2(max(gradient.curve[k], 1e-12) / max(gradient.random_curve[k], 1e-12)),
+        "gradient": math.log2(max(gradient.curve[at], 1e-12) / max(gradient.random_curve[at], 1e-12)),
         "downhill_mean": found.mean,
         "downhill_best": max(found.adapters.values()),
     }

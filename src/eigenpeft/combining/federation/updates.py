@@ -139,7 +139,7 @@ def fill_rows(lora_A: Tensor, *, norm: float) -> Tensor:
     if n_new < 1:
         return lora_A
     generator = torch.Generator().manual_seed(len(lora_A))
-    rows = random_complement(present, n_extra=n_new, generator=generator) * norm
+    rows = random_complement(present, n_pseudo_components=n_new, generator=generator) * norm
     filled = lora_A.clone()
     filled[empty.nonzero().flatten()[:n_new]] = rows.to(lora_A.dtype)
     return filled

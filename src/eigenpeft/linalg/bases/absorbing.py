@@ -118,16 +118,16 @@ def directions_outside(
     Returns:
         Orthonormal rows, leading first, and singular values, float64; those that are rounding of X are left out.
     """
-    basis = orthonormal_rows(components.to(torch.float64)) if len(components) else components.to(torch.float64)
+    components = orthonormal_rows(components.to(torch.float64)) if len(components) else components.to(torch.float64)
     exact = rows.to(torch.float64)
-    rest = exact - (exact @ basis.mT) @ basis
+    rest = exact - (exact @ components.mT) @ components
     most = min(len(rows), rows.shape[1] - len(components))
     if most < 1 or float(rest.norm()) <= _ROUNDING * float(exact.norm()):
-        return basis[:0], basis.new_zeros(0)
+        return components[:0], components.new_zeros(0)
     found = leading_components(rest, n_components=most, tol=tol, generator=generator)
     kept = int((found.singular_values > _ROUNDING * exact.norm()).sum())
     directions = found.components[:kept].to(torch.float64)
-    directions = orthonormal_rows(directions - (directions @ basis.mT) @ basis)
+    directions = orthonormal_rows(directions - (directions @ components.mT) @ components)
     return directions + 0.0, found.singular_values[:kept]  # no negative zeros
 
 

@@ -55,17 +55,17 @@ def span_of(rows: Float[Tensor, "p n"], *, tol: float = 1e-5) -> Float[Tensor, "
     return right[values > tol * values[:1].clamp(min=torch.finfo(torch.float64).tiny)]
 
 
-def project_off(rows: Float[Tensor, "r n"], basis: Float[Tensor, "k n"]) -> Float[Tensor, "r n"]:
+def project_off(rows: Float[Tensor, "r n"], components: Float[Tensor, "k n"]) -> Float[Tensor, "r n"]:
     """`X (I - VᵀV)`: rows without what they have in the span of orthonormal rows V.
 
     Args:
         rows: X, such as a LoRA's A or its gradient.
-        basis: V.
+        components: V, orthonormal rows.
 
     Returns:
         In the rows' dtype.
     """
-    exact, directions = rows.to(torch.float64), basis.to(torch.float64)
+    exact, directions = rows.to(torch.float64), components.to(torch.float64)
     return (exact - (exact @ directions.mT) @ directions).to(rows.dtype)
 
 
@@ -138,9 +138,9 @@ def grow_memory(
             f"share={share} must be in (0, 1]: the share of the inputs' squared norm that the memory is to hold."
         )
     exact = inputs.to(torch.float64)
-    basis = orthonormal_rows(memory.to(torch.float64)) if len(memory) else memory.to(torch.float64)
+    memory = orthonormal_rows(memory.to(torch.float64)) if len(memory) else memory.to(torch.float64)
     total = float(exact.square().sum())
-    directions, values = directions_outside(exact, basis)
-    held = float((exact @ basis.mT).square().sum()) + torch.cat([values.new_zeros(1), values.square().cumsum(0)])
+    directions, values = directions_outside(exact, memory)
+    held = float((exact @ memory.mT).square().sum()) + torch.cat([values.new_zeros(1), values.square().cumsum(0)])
     enough = (held >= share * total * (1 - 1e-9)).nonzero()
-    return torch.cat([basis, directions[: int(enough[0]) if len(enough) else len(directions)]])
+    return torch.cat([memory, directions[: int(enough[0]) if len(enough) else len(directions)]])

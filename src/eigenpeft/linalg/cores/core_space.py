@@ -212,7 +212,7 @@ def _conditioned(values: Float[Tensor, "*t k"]) -> bool:
 def _by_decompositions(factors: Sequence[Factors]) -> CoreSpace:
     """From QR and singular value decompositions: for factors that depend on each other, nearly or wholly."""
     # Updates on an orthonormal basis of all lora_B and all lora_A; everything after this is R x R.
-    (basis_out, left), (basis_in, right) = (
+    (directions_out, left), (directions_in, right) = (
         torch.linalg.qr(torch.cat([side.to(torch.float64) for side in sides], dim=1))
         for sides in ([lora_B for lora_B, _ in factors], [lora_A.mT for _, lora_A in factors])
     )
@@ -230,8 +230,9 @@ def _by_decompositions(factors: Sequence[Factors]) -> CoreSpace:
         (turn_out @ rows_out.mT * values) @ (rows_in @ turn_in.mT)
         for rows_out, rows_in, values in zip(outs, ins, roots, strict=True)
     ]
-    axes = Axes(turn_out, (basis_out.mT,)), Axes(turn_in, (basis_in.mT,))
-    return _signed(axes, [basis.mT @ generic_direction(len(basis)).to(basis) for basis in (basis_out, basis_in)], cores)
+    axes = Axes(turn_out, (directions_out.mT,)), Axes(turn_in, (directions_in.mT,))
+    sides = (directions_out, directions_in)
+    return _signed(axes, [side.mT @ generic_direction(len(side)).to(side) for side in sides], cores)
 
 
 def _row_axes(rows: Float[Tensor, "p n"]) -> Float[Tensor, "k n"]:

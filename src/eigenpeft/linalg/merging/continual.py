@@ -11,7 +11,7 @@ from eigenpeft.linalg.rules.pico import scale_to_mean
 
 
 def add_off_directions(
-    total: Float[Tensor, "a b"], update: Float[Tensor, "a b"], *, alpha: float = 0.5
+    total: Float[Tensor, "a b"], update: Float[Tensor, "a b"], *, left_out_share: float = 0.5
 ) -> Float[Tensor, "a b"]:
     """`S_t = S_{t-1} + P(ΔW_t)`: P takes off what ΔW_t has on the directions of S_{t-1} (OPCM, arXiv 2501.09522).
 
@@ -25,13 +25,13 @@ def add_off_directions(
     Args:
         total: S_{t-1}: the first update itself, then what this function returned. LoRAs: both on the axes of one `core_space`.
         update: ΔW_t on the same axes.
-        alpha: α in [0, 1]; 0 takes only the diagonal off.
+        left_out_share: α in [0, 1], the share of the singular values whose block is left out; 0 takes only the diagonal off.
 
     Returns:
         S_t.
 
     Raises:
-        ValueError: If `alpha` is out of range.
+        ValueError: If `left_out_share` is out of range.
 
     Example:
         >>> import torch
@@ -40,13 +40,15 @@ def add_off_directions(
         tensor([[2., 1.],
                 [1., 1.]])
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha={alpha} must be in [0, 1]: the share of the singular values whose block is left out.")
+    if not 0.0 <= left_out_share <= 1.0:
+        raise ValueError(
+            f"left_out_share={left_out_share} must be in [0, 1]: the share of the singular values whose block is left out."
+        )
     parts = triplets(total)
     if not len(parts.S):
         return total + update
     shares = parts.S.cumsum(0) / parts.S.sum()
-    leading = min(int((shares < alpha - 1e-12).sum()) + 1, len(parts.S)) if alpha > 0 else 0
+    leading = min(int((shares < left_out_share - 1e-12).sum()) + 1, len(parts.S)) if left_out_share > 0 else 0
     seen = parts.U.mT @ update @ parts.Vh.mT
     left_out = torch.diag(seen.diagonal())
     left_out[:leading, :leading] = seen[:leading, :leading]

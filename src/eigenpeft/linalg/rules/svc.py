@@ -9,7 +9,7 @@ from eigenpeft.linalg.factored import FactoredSvd
 
 
 def svc(
-    merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"], *, alpha: float = 0.1
+    merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"], *, least_response: float = 0.1
 ) -> Float[Tensor, "k_out k_in"]:
     """`M = Σ γ_r σ_r u_r v_rᵀ`, `γ_r = T / Σ_t max(α, s_t^r)`: directions that many updates share are counted once.
 
@@ -18,15 +18,15 @@ def svc(
     Args:
         merged: Result of a rule.
         cores: The updates that were merged, weights included.
-        alpha: Least response that counts, above 0; the paper's 0.1.
+        least_response: α, the least response that counts, above 0; the paper's 0.1.
 
     Raises:
-        ValueError: If `alpha` is not above 0.
+        ValueError: If `least_response` is not above 0.
     """
-    if not alpha > 0.0:
-        raise ValueError(f"alpha={alpha} must be above 0: it bounds how far a direction is raised.")
+    if not least_response > 0.0:
+        raise ValueError(f"least_response={least_response} must be above 0: it bounds how far a direction is raised.")
     parts = triplets(merged)
-    gains = len(cores) / response(parts, cores).clamp(min=alpha).sum(dim=0)
+    gains = len(cores) / response(parts, cores).clamp(min=least_response).sum(dim=0)
     return (parts.U * (gains * parts.S)) @ parts.Vh
 
 

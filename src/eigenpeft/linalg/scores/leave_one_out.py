@@ -83,10 +83,10 @@ def held_out_curves(
     shares = [torch.zeros(count, n_components, dtype=torch.float64) for _ in range(3)]
     patterns, which = torch.unique(hidden, dim=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
-        bases = [_remaining_directions(*side, pattern[owner], n_components) for side in sides]
+        directions = [_remaining_directions(*side, pattern[owner], n_components) for side in sides]
         for i in (which == number).nonzero()[:, 0].tolist():
             own = owner == i
-            curves = _curves(sides[0][0][own], middle[own, None] * sides[1][0][own], *bases)
+            curves = _curves(sides[0][0][own], middle[own, None] * sides[1][0][own], *directions)
             for target, curve in zip(shares, curves, strict=True):
                 target[i, : len(curve)] = curve
                 target[i, len(curve) :] = curve[-1] if len(curve) else 0.0
@@ -211,11 +211,11 @@ def _remaining_directions(
 def _curves(
     rows_in: Float[Tensor, "r d_in"],
     rows_out: Float[Tensor, "r d_out"],
-    basis_in: Float[Tensor, "d_in k_in"],
-    basis_out: Float[Tensor, "d_out k_out"],
+    directions_in: Float[Tensor, "d_in k_in"],
+    directions_out: Float[Tensor, "d_out k_out"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shares of `‖rows_outᵀ rows_in‖²` by both sides, by the input side, by the output side."""
-    coefficients_in, coefficients_out = rows_in @ basis_in, rows_out @ basis_out
+    coefficients_in, coefficients_out = rows_in @ directions_in, rows_out @ directions_out
     gram_in, gram_out = rows_in @ rows_in.mT, rows_out @ rows_out.mT
     norm = (gram_in * gram_out).sum()
     side_in = (coefficients_in * (gram_out @ coefficients_in)).sum(0).cumsum(0)

@@ -92,9 +92,9 @@ def export_gguf(
     scaling = updates[0].scaling
     if scaling == 0.0:
         tensors, scaling = {name: (a, torch.zeros_like(b)) for name, (a, b) in tensors.items()}, 1.0
-    alpha = scaling * updates[0].rank
+    lora_alpha = scaling * updates[0].rank
     base = fields.get("base_model_name_or_path")
-    _write(out_file, tensors, alpha=alpha, name=adapter_name, base=base, overwrite=overwrite)
+    _write(out_file, tensors, lora_alpha=lora_alpha, name=adapter_name, base=base, overwrite=overwrite)
 
 
 def permuted(rows: Tensor, n_heads: int) -> Tensor:
@@ -204,7 +204,7 @@ def _write(
     out_file: Path,
     tensors: dict[str, tuple[Tensor, Tensor]],
     *,
-    alpha: float,
+    lora_alpha: float,
     name: str,
     base: Any,
     overwrite: bool,
@@ -214,7 +214,7 @@ def _write(
         writer = gguf.GGUFWriter(scratch, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora_alpha)
         writer.add_name(name)
         if base:
             writer.add_base_model_count(1)

@@ -52,7 +52,7 @@ class OrthogonalSubspaceCallback(TrainerCallback):
         if not weight >= 0:
             raise AdapterConfigError(f"weight={weight} must be 0 or more.")
         self.history, self.mode, self.weight, self.adapter_name = history, mode, weight, adapter_name
-        self._bases: dict[str, Tensor] = {}
+        self._spans: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Take the start off the history, where that is the mode; called by the trainer, after a resume too.
@@ -74,12 +74,12 @@ class OrthogonalSubspaceCallback(TrainerCallback):
                 f"{self.adapter_name!r} others, such as {next(iter(own))!r}. Use a history of the same base model."
             )
         if self.mode == "project":
-            self._bases = {name: span_of(rows) for name, rows in self.history.rows.items() if name in own}
-            for name, basis in self._bases.items():
+            self._spans = {name: span_of(rows) for name, rows in self.history.rows.items() if name in own}
+            for name, span in self._spans.items():
                 before = own[name].detach().flatten(1).clone()
                 self._project(own[name], name)
                 if float(own[name].detach().norm()) < 1e-6 * float(before.norm()):
-                    self._draw_anew(own[name], before, basis, name)
+                    self._draw_anew(own[name], before, span, name)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Change the gradients before the optimizer sees them; called by the trainer.
@@ -97,7 +97,7 @@ class OrthogonalSubspaceCallback(TrainerCallback):
                 continue
             shape = factor.shape
             if self.mode == "project":
-                factor.grad.copy_(project_off(factor.grad.flatten(1), self._basis(name, factor)).view(shape))
+                factor.grad.copy_(project_off(factor.grad.flatten(1), self._span(name, factor)).view(shape))
             else:
                 added = overlap_gradient(factor.detach().flatten(1), [rows.to(factor.device)])
                 factor.grad.add_(added.view(shape).to(factor.grad), alpha=self.weight)
@@ -116,26 +116,26 @@ class OrthogonalSubspaceCallback(TrainerCallback):
             self._project(factor, name)
 
     def _project(self, factor: torch.nn.Parameter, name: str) -> None:
-        if name in self._bases:
+        if name in self._spans:
             with torch.no_grad():
-                factor.copy_(project_off(factor.flatten(1), self._basis(name, factor)).view(factor.shape))
+                factor.copy_(project_off(factor.flatten(1), self._span(name, factor)).view(factor.shape))
 
-    def _draw_anew(self, factor: torch.nn.Parameter, before: Tensor, basis: Tensor, name: str) -> None:
+    def _draw_anew(self, factor: torch.nn.Parameter, before: Tensor, span: Tensor, name: str) -> None:
         """Random rows outside the history, as long as the old ones, for a start that lay in it, as with an earlier seed."""
         n_rows, width = before.shape
-        if width - len(basis) < n_rows:
+        if width - len(span) < n_rows:
             raise AdapterConfigError(
-                f"The history spans {len(basis)} of the {width} input directions of {name!r}, which leaves too few for an adapter "
+                f"The history spans {len(span)} of the {width} input directions of {name!r}, which leaves too few for an adapter "
                 f"of rank {n_rows}. Use a smaller history (size=...), or mode='penalty'."
             )
         logger.info("The start of %s lay in the history, as when two tasks have one seed; it is drawn anew", name)
-        generator = torch.Generator().manual_seed(len(basis))
-        rows = random_complement(basis.cpu().double(), n_extra=n_rows, generator=generator)
+        generator = torch.Generator().manual_seed(len(span))
+        rows = random_complement(span.cpu().double(), n_pseudo_components=n_rows, generator=generator)
         with torch.no_grad():
             factor.copy_((rows * before.cpu().norm(dim=1, keepdim=True)).view(factor.shape))
 
-    def _basis(self, name: str, factor: Tensor) -> Tensor:
-        basis = self._bases[name]
-        if basis.device != factor.device:
-            basis = self._bases[name] = basis.to(factor.device)
-        return basis
+    def _span(self, name: str, factor: Tensor) -> Tensor:
+        span = self._spans[name]
+        if span.device != factor.device:
+            span = self._spans[name] = span.to(factor.device)
+        return span
