@@ -352,14 +352,14 @@ def figure(rows: Rows, table: dict, path: Path) -> None:
     made, (left, right) = new_figure(1, 2, width=10, height=4)
     left.axhline(table["base"]["expected_reward"], color="gray", linestyle=":", label="base model")
     for i, method in enumerate(name for name in METHODS if name in table):
-        entry, colour = table[method], f"C{i}"
+        entry, color = table[method], f"C{i}"
         values = entry["values"]["expected_reward"]
-        left.plot([entry["trained"]] * len(values), values, "o", color=colour, alpha=0.5)
-        left.plot([entry["trained"]], [fmean(values)], "_", color=colour, markersize=18, label=method)
+        left.plot([entry["trained"]] * len(values), values, "o", color=color, alpha=0.5)
+        left.plot([entry["trained"]], [fmean(values)], "_", color=color, markersize=18, label=method)
         curves = [row["rewards"] for row in rows.of(part="test", method=method, steps=STEPS)]
         means = [fmean(step) for step in zip(*curves, strict=True)]
         smooth = [fmean(means[max(0, j - 2) : j + 1]) for j in range(len(means))]
-        right.plot(range(1, len(smooth) + 1), smooth, color=colour)
+        right.plot(range(1, len(smooth) + 1), smooth, color=color)
     left.set(xscale="log", xlabel="trained values", ylabel="expected reward on held-out sums")
     numbers = sorted({table[name]["trained"] for name in METHODS if name in table})
     left.set_xticks(numbers, [f"{number:,}" for number in numbers])

@@ -224,9 +224,9 @@ def chart(rows, path):
     figure, (times, kept) = new_figure(1, 2, width=13, height=4.5)
     labels = [f"n {row['n']}, T {row['T']}\nK {row['K']}, r {row['r']}" for row in rows]
     places = range(len(rows))
-    for shift, name, colour in ((-0.2, OURS, "tab:blue"), (0.2, REFERENCE, "tab:orange")):
+    for shift, name, color in ((-0.2, OURS, "tab:blue"), (0.2, REFERENCE, "tab:orange")):
         ratios = [row["milliseconds"][name] / row["milliseconds"][LORA] for row in rows]
-        times.bar([place + shift for place in places], ratios, width=0.4, label=name, color=colour)
+        times.bar([place + shift for place in places], ratios, width=0.4, label=name, color=color)
     times.axhline(1.0, color="black", linewidth=0.8, label=LORA)
     times.set(yscale="log", ylabel="CPU time / PEFT LoRA's", title="Forward and backward pass of the adapter")
     times.legend()

@@ -135,13 +135,13 @@ def figure(rows, path):
     made, axes = new_figure(1, 2, width=9, height=3.6)
     for axis, row in zip(axes, rows, strict=True):
         user = row["user"]
-        for name, colour in (("own", "tab:blue"), ("other", "tab:orange")):
+        for name, color in (("own", "tab:blue"), ("other", "tab:orange")):
             steps, values = zip(*row["curves"][name], strict=True)
             means = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
             whose = user if name == "own" else USERS[1 - USERS.index(user)]
             label = f"reward to {whose}" + (" (trained on)" if name == "own" else "")
-            axis.plot(steps, values, color=colour, alpha=0.25)
-            axis.plot(steps, means, color=colour, label=label)
+            axis.plot(steps, values, color=color, alpha=0.25)
+            axis.plot(steps, means, color=color, label=label)
         axis.set(xlabel="step", ylabel="mean reward of the batch", title=f"policy for the user {user!r}")
         axis.grid(alpha=0.3)
         axis.legend()

@@ -24,7 +24,7 @@ RUNS = {
     "reward": ("Reward, helpful", "loss", (("held-out loss", "eval_loss"), ("accuracy", "eval_accuracy"))),
     "grpo": ("GRPO, sums", "reward", (("reward, last 10 steps", "reward"), ("KL, last 10 steps", "kl"))),
 }
-COLOURS = {
+COLORS = {
     "EigenLoRA": "tab:blue",
     "random subspace": "tab:gray",
     "LoRA, equal parameters": "tab:green",
@@ -42,11 +42,11 @@ def figure(rows, path):
     for axis, (name, (title, metric, _)) in zip(axes, RUNS.items(), strict=True):
         for row in (row for row in rows if row["run"] == name):
             steps, values = zip(*row["curves"][metric], strict=True)
-            colour = COLOURS[row["method"]]
-            axis.plot(steps, smooth(values), color=colour, linewidth=1.2, label=row["method"])
+            color = COLORS[row["method"]]
+            axis.plot(steps, smooth(values), color=color, linewidth=1.2, label=row["method"])
             if metric == "loss":
                 held_out = row["curves"].get("eval_loss", [])
-                axis.plot(*zip(*held_out, strict=True), "o--", color=colour, markersize=4, linewidth=0.7)
+                axis.plot(*zip(*held_out, strict=True), "o--", color=color, markersize=4, linewidth=0.7)
         axis.set(xlabel="step", ylabel=f"{metric}, mean of 8 steps", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -70,7 +70,7 @@ def start(row, metric):
 
 def table(rows):
     for name, (title, _, compared) in RUNS.items():
-        found = sorted((row for row in rows if row["run"] == name), key=lambda row: list(COLOURS).index(row["method"]))
+        found = sorted((row for row in rows if row["run"] == name), key=lambda row: list(COLORS).index(row["method"]))
         if not found:
             continue
         print(f"\n**{title}** ({found[0]['steps']} steps of {found[0]['batch_size']})\n")

@@ -27,7 +27,7 @@ from eigenpeft.tuners import export_gguf
 from eigenpeft.tuners.files import gguf_files
 
 RESULTS = Path(__file__).parents[1] / "results" / "llama_cpp.json"
-QUANTISED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUANTIZED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 N_PROMPTS, N_TOKENS = 32, 16
 
 
@@ -87,7 +87,7 @@ def prepare(arguments: argparse.Namespace, wheel: Path) -> None:
     gguf_files.permuted = lambda rows, n_heads: rows
     export_gguf(model, arguments.work / "not-permuted.gguf")
     gguf_files.permuted = permuted
-    write_float32(wheel / QUANTISED, arguments.work / "float32.gguf")
+    write_float32(wheel / QUANTIZED, arguments.work / "float32.gguf")
 
 
 def check(results: dict[str, dict]) -> None:
@@ -115,8 +115,8 @@ def main() -> None:
         prepare(arguments, folder)
     worker = Path(__file__).with_name("llama_cpp_worker.py")
     runs = {
-        "Q4_1, base": (folder / QUANTISED, "base", None),
-        "Q4_1, adapter": (folder / QUANTISED, "adapter", "adapter.gguf"),
+        "Q4_1, base": (folder / QUANTIZED, "base", None),
+        "Q4_1, adapter": (folder / QUANTIZED, "adapter", "adapter.gguf"),
         "float32, base": (arguments.work / "float32.gguf", "base", None),
         "float32, adapter": (arguments.work / "float32.gguf", "adapter", "adapter.gguf"),
         "float32, adapter, not permuted": (arguments.work / "float32.gguf", "adapter", "not-permuted.gguf"),

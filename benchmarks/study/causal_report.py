@@ -132,7 +132,7 @@ def draw(cells: Cells, base: dict[str, dict]) -> None:
     curves, gaps = figure.subplots(1, 2, width_ratios=[1.2, 1])
     most = max(len(found) for found in cells.values())
     complete = {method: found for method, found in cells.items() if len(found) == most and method in METHODS}
-    colours = dict(zip(METHODS, ("C0", "C0", "C0", "C1", "C1", "C1", "black", "C2"), strict=True))
+    colors = dict(zip(METHODS, ("C0", "C0", "C0", "C1", "C1", "C1", "black", "C2"), strict=True))
     for method, found in complete.items():
         steps = [0, *(step for step, *_ in next(iter(found.values()))["curve"])]
         start = fmean(base[target]["loss"] for target, _ in found)
@@ -140,7 +140,7 @@ def draw(cells: Cells, base: dict[str, dict]) -> None:
             fmean(losses) for losses in zip(*([p[1] for p in row["curve"]] for row in found.values()), strict=True)
         ]
         style = "-" if method.startswith("EigenLoRA") or method == FULL else ":" if "random" in method else "--"
-        curves.plot(steps, [start, *means], style, color=colours[method], label=method, marker=".")
+        curves.plot(steps, [start, *means], style, color=colors[method], label=method, marker=".")
     n_targets = len({target for found in complete.values() for target, _ in found})
     curves.set(
         xlabel="step", ylabel="held-out loss", title=f"Mean of {n_targets} left-out targets, {most} runs a method"

@@ -16,16 +16,14 @@ def draw(tables: dict[int, Cells], records: list[dict], path: Path) -> None:
         for method in cells:
             random, small = controls_of(method)
             bars = [
-                (difference(cells, method, other), colour)
-                for other, colour in ((random, "tab:blue"), (small, "tab:orange"))
+                (difference(cells, method, other), color)
+                for other, color in ((random, "tab:blue"), (small, "tab:orange"))
             ]
             if not any(found for found, _ in bars):
                 continue
-            for (found, colour), shift in zip(bars, (0.15, -0.15), strict=True):
+            for (found, color), shift in zip(bars, (0.15, -0.15), strict=True):
                 if found:
-                    gaps.errorbar(
-                        found[0], place + shift, xerr=found[1], fmt="o", color=colour, markersize=4, capsize=2
-                    )
+                    gaps.errorbar(found[0], place + shift, xerr=found[1], fmt="o", color=color, markersize=4, capsize=2)
             labels.append(f"{method}, {n_train} rows")
             place -= 1
     gaps.axvline(0, color="black", linewidth=0.8)

@@ -106,12 +106,12 @@ def test_refusals(architecture, adapters):
     adapted = get_peft_model(architecture[0](), config)
     with pytest.raises(AdapterConfigError, match="has adapters already; pass the base model"):
         merged_start(adapted, adapters)
-    quantised = architecture[0]()
+    quantized = architecture[0]()
     name = next(iter(done.factors))
-    weight = quantised.get_submodule(name).weight
-    quantised.get_submodule(name).weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    weight = quantized.get_submodule(name).weight
+    quantized.get_submodule(name).weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(AdapterConfigError, match=r"whose weight cannot be added to, such as a quantised one"):
-        merged_start(quantised, adapters)
+        merged_start(quantized, adapters)
 
 
 def test_the_scale_that_rows_like_best(tmp_path, tokens):

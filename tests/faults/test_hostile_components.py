@@ -100,7 +100,7 @@ def test_a_poisoned_copy_is_not_given_to_an_adapter_that_names_the_subspace(tmp_
 
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16"])
-def test_an_adapter_saved_in_half_precision_changes_no_neighbour(tmp_path, first):
+def test_an_adapter_saved_in_half_precision_changes_no_neighbor(tmp_path, first):
     bases = subspace(0)
     bases.save_pretrained(tmp_path / "bases")
     trained(bases, tmp_path / "float32")

@@ -159,9 +159,9 @@ def test_rewards_of_each_prompts_own_user(recipe, place, monkeypatch, algorithm)
     tokens = torch.arange(4, 14)[None]
     with torch.no_grad():
         trained = PeftModel.from_pretrained(tiny_model(), "out").eval()(tokens).logits
-        synchronised = PeftModel.from_pretrained(tiny_model(), "policies/policy-v2").eval()(tokens).logits
+        synchronized = PeftModel.from_pretrained(tiny_model(), "policies/policy-v2").eval()(tokens).logits
         assert not torch.equal(trained, tiny_model()(tokens).logits)  # these rewards differ between completions
-    torch.testing.assert_close(synchronised, trained)
+    torch.testing.assert_close(synchronized, trained)
 
 
 def test_grpo_reads_the_last_number():

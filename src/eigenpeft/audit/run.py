@@ -14,7 +14,7 @@ from eigenpeft.audit.adapters.relatives import cluster_gain, related_findings, w
 from eigenpeft.audit.adapters.sharing import sharing_cost
 from eigenpeft.audit.answers import Train
 from eigenpeft.audit.report import AuditReport, Curve
-from eigenpeft.audit.summary import summarise
+from eigenpeft.audit.summary import summarize
 from eigenpeft.audit.task.calibration import Calibration, load_calibration
 from eigenpeft.audit.task.reuse import reuse_answer
 from eigenpeft.audit.task.suitability import advice_on_task, components_at_hand, task_gradient
@@ -111,7 +111,7 @@ def audit_adapters(
     )
     known = calibration or load_calibration()
     answer = partial(_train, known, similarity=similarity.tolist(), n_train=n_train, collection=collection)
-    report = summarise(
+    report = summarize(
         names,
         groups=groups,
         measured=measured,

@@ -57,7 +57,7 @@ class _Averages:
         return _curve(real.nanmean(dim=0), nulls, low=low, high=high)
 
 
-def summarise(
+def summarize(
     names: tuple[str, ...],
     *,
     groups: Mapping[str, Hashable],

@@ -142,13 +142,13 @@ class Diagnosis:
         logs = {name: math.log(norm) for name, norm in self.norms.items() if norm > 0}
         if len(logs) < 3:
             return
-        centre = median(logs.values())
-        spread = median(abs(log - centre) for log in logs.values()) / 0.6745  # 1 for a standard normal distribution.
+        center = median(logs.values())
+        spread = median(abs(log - center) for log in logs.values()) / 0.6745  # 1 for a standard normal distribution.
         for name, log in logs.items():
-            if log - centre > max(OUTLIER_Z_SCORE * spread, math.log(OUTLIER_RATIO)):
+            if log - center > max(OUTLIER_Z_SCORE * spread, math.log(OUTLIER_RATIO)):
                 message = (
-                    f"{name!r} has ‖ΔW‖ = {math.exp(log):.4g}, {math.exp(log - centre):.0f} times the median of "
-                    f"{math.exp(centre):.4g}; it may have diverged, and would own a subspace fitted with "
+                    f"{name!r} has ‖ΔW‖ = {math.exp(log):.4g}, {math.exp(log - center):.0f} times the median of "
+                    f"{math.exp(center):.4g}; it may have diverged, and would own a subspace fitted with "
                     "weighting='none'."
                 )
                 yield Finding("outlier_norm", (name,), message, math.exp(log))

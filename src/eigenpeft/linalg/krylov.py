@@ -62,7 +62,7 @@ def block_krylov(
     Returns:
         At most b leading pairs; fewer if the operator's rank is smaller.
     """
-    block = _orthonormalise(_orthonormalise(start), least=_LEAST_LEFT)
+    block = _orthonormalize(_orthonormalize(start), least=_LEAST_LEFT)
     b, d = start.shape
     capacity = max(min(_MAX_BLOCKS * b, d), 2 * b)
     basis = block.new_empty(capacity, d)
@@ -94,8 +94,8 @@ def block_krylov(
         )
         if promised_gain <= tol:
             break
-        block = _orthonormalise(image)
-        block = _orthonormalise(block - (block @ basis[:size].mT) @ basis[:size], least=_LEAST_LEFT)
+        block = _orthonormalize(image)
+        block = _orthonormalize(block - (block @ basis[:size].mT) @ basis[:size], least=_LEAST_LEFT)
     kept = min(b, size)
     return RitzPairs(
         vectors=rotation[:, :kept].mT.to(basis.dtype) @ basis[:size],
@@ -106,7 +106,7 @@ def block_krylov(
     )
 
 
-def _orthonormalise(rows: Float[Tensor, "b d"], *, least: float = 0.0) -> Float[Tensor, "c d"]:
+def _orthonormalize(rows: Float[Tensor, "b d"], *, least: float = 0.0) -> Float[Tensor, "c d"]:
     """Orthonormal rows, leading first, without directions of norm at most `least`.
 
     By the eigenvectors of the float64 Gram matrix (SVQB; Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002): unlike a

@@ -184,10 +184,10 @@ def _compress(axes, report: AuditReport) -> None:
     by_core: dict[str, list[CompressRow]] = {}
     for row in rows:
         by_core.setdefault(row.core, []).append(row)
-    for core, colour in (("full", "tab:blue"), ("diagonal", "tab:orange")):
+    for core, color in (("full", "tab:blue"), ("diagonal", "tab:orange")):
         own = by_core.get(core, [])
         label = f"core {CORE_NAMES[core]}"
-        axes.plot([row.numbers for row in own], [row.error for row in own], color=colour, marker="o", label=label)
+        axes.plot([row.numbers for row in own], [row.error for row in own], color=color, marker="o", label=label)
     for row in rows:
         axes.annotate(
             f"K {row.n_components}", (row.numbers, row.error), xytext=(4, 4), textcoords="offset points", fontsize=7

@@ -19,19 +19,19 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool 
         ArtifactError: If the file exists or cannot be written.
     """
     figure, (curve, reliability) = new_figure(1, 2, width=10, height=4.2)
-    colours: dict[str, str] = {"LoRe": "tab:blue", "shared head": "tab:grey", "LoRe, population": "tab:orange"}
+    colors: dict[str, str] = {"LoRe": "tab:blue", "shared head": "tab:grey", "LoRe, population": "tab:orange"}
     for method, shares in found.few_shot.items():
         numbers = list(shares)
-        curve.plot(numbers, [share.mean for share in shares.values()], marker="o", color=colours[method], label=method)
+        curve.plot(numbers, [share.mean for share in shares.values()], marker="o", color=colors[method], label=method)
         low, high = ([getattr(share, end) for share in shares.values()] for end in ("low", "high"))
-        curve.fill_between(numbers, low, high, color=colours[method], alpha=0.15)
+        curve.fill_between(numbers, low, high, color=colors[method], alpha=0.15)
     curve.set_xscale("symlog", linthresh=1)
     ticks = [n for n in next(iter(found.few_shot.values()), {})]
     curve.set_xticks(ticks, [str(n) for n in ticks])
     curve.set(xlabel="comparisons a new user gave", ylabel="accuracy on new comparisons", title="New users")
     for method, bins in found.calibration.items():
         label = f"{method} (error {bins.error:.3f})"
-        reliability.plot(bins.confidence, bins.accuracy, marker="o", color=colours[method], label=label)
+        reliability.plot(bins.confidence, bins.accuracy, marker="o", color=colors[method], label=label)
     reliability.plot([0.5, 1], [0.5, 1], color="black", linestyle=":", linewidth=1)
     reliability.set(xlabel="predicted probability of the likelier answer", ylabel="share that answered so")
     reliability.set_title("Calibration, new users and prompts")

@@ -180,10 +180,10 @@ class LoReTrainer(RewardTrainer):
         classifier = self._classifier()
         weights = simplex(user_logits(classifier).detach().float().cpu())
         merged = bare_copy(model)
-        basis = score_head(merged)[1].weight.detach().float().cpu()
+        reward_basis = score_head(merged)[1].weight.detach().float().cpu()
         release_head(merged)
         made = LowRankRewardModel(
-            basis,
+            reward_basis,
             concentration=weights.mean(dim=0) * self.args.strength,
             backbone=merged,
             processing_class=self.processing_class,

@@ -203,7 +203,7 @@ def test_without_trl_it_says_what_to_install(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_over_a_quantised_base_coefficients_stay_float32(run, place, name, monkeypatch):
+def test_over_a_quantized_base_coefficients_stay_float32(run, place, name, monkeypatch):
     # No quantisation back-end is needed: the mark is what TRL looks at before it rounds what is trained.
     load = PreTrainedModel.from_pretrained.__func__
 

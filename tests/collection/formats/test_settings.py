@@ -7,8 +7,8 @@ import pytest
 from peft import LoraConfig
 
 from eigenpeft.collection.formats.settings import (
-    ALTERING_INITIALISATIONS,
-    PLAIN_INITIALISATIONS,
+    ALTERING_INITIALIZATIONS,
+    PLAIN_INITIALIZATIONS,
     REFUSED_FIELDS,
     license_of,
     read_settings,
@@ -57,7 +57,7 @@ def test_every_variant_of_the_installed_peft_is_judged():
     assert variants <= set(REFUSED_FIELDS) | still_plain
     help_text = next(field for field in dataclasses.fields(LoraConfig) if field.name == "init_lora_weights").type
     named = {word.strip("' ") for word in str(help_text).partition("[")[2].rstrip("]").split(",")}
-    judged = {name for name in named if name in PLAIN_INITIALISATIONS or name.startswith(ALTERING_INITIALISATIONS)}
+    judged = {name for name in named if name in PLAIN_INITIALIZATIONS or name.startswith(ALTERING_INITIALIZATIONS)}
     assert named - {"pissa_niter_[number of iters"} == judged - {"pissa_niter_[number of iters"}
 
 

@@ -20,7 +20,7 @@ TOKENS = torch.arange(1, 13).view(2, 6)
 HEAD = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
 
 
-def randomised(model, seed=0):
+def randomized(model, seed=0):
     """As if it had been trained: every trainable tensor gets random numbers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def subspace():
 def test_a_trained_adapter_goes_in_and_comes_out_bit_for_bit(subspace, tmp_path, core):
     subspace.save_pretrained(tmp_path / "subspace")
     config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), r=3, lora_alpha=7, core=core, task_type="SEQ_CLS")
-    model = randomised(get_peft_model(tiny_bert(), config))
+    model = randomized(get_peft_model(tiny_bert(), config))
     model.save_pretrained(tmp_path / "adapter")
     store = AdapterStore(subspace)
     store.add(model, name="from the model")
@@ -72,7 +72,7 @@ def test_a_trained_adapter_goes_in_and_comes_out_bit_for_bit(subspace, tmp_path,
 def test_adapters_that_embed_their_subspace_or_use_a_part_of_it(subspace, tmp_path):
     store = AdapterStore(subspace)
     for name, options in (("embedded", {}), ("first", {"n_components": 4})):
-        model = randomised(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=2, core="full", **options)))
+        model = randomized(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=2, core="full", **options)))
         store.add(model, name=name)
         assert not any("components" in key for key in store[name].kept)
         export_lora(store, tmp_path / name, adapter_name=name)
@@ -89,7 +89,7 @@ def test_lora_adapters_keep_what_they_trained_besides_updates(tmp_path, options)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS", **options)
     wanted = {}
     for seed, name in enumerate(("one", "two")):
-        model = randomised(get_peft_model(tiny_bert(), config), seed=seed)
+        model = randomized(get_peft_model(tiny_bert(), config), seed=seed)
         model.save_pretrained(tmp_path / "adapters" / name)
         wanted[name] = logits(model)
     with AdapterCollection.from_pretrained(tmp_path / "adapters") as collection:

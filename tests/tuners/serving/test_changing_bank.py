@@ -21,7 +21,7 @@ TOKENS = torch.arange(1, 25).view(4, 6)
 WIDTHS = {"low_rank": 3, "full": 5, "diagonal": 2}
 
 
-def randomised(model, seed=0):
+def randomized(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,7 +44,7 @@ def trained():
     store, logits = AdapterStore(subspace), {}
     for seed, (core, n_labels) in enumerate(WIDTHS.items()):
         config = EigenLoraConfig(subspace=subspace, r=2 + seed, core=core, task_type="SEQ_CLS")
-        model = randomised(get_peft_model(with_labels(n_labels), config), seed)
+        model = randomized(get_peft_model(with_labels(n_labels), config), seed)
         store.add(model, name=core)
         with torch.no_grad():
             logits[core] = model(TOKENS).logits
@@ -100,7 +100,7 @@ def test_a_head_of_several_layers_is_called_by_member():
     store, expected = AdapterStore(subspace), {"__base__": base(x)}
     for seed, name in enumerate("ab"):
         config = EigenLoraConfig(subspace=subspace, r=2, modules_to_save=["classifier"])
-        model = randomised(get_peft_model(copy.deepcopy(base), config), seed)
+        model = randomized(get_peft_model(copy.deepcopy(base), config), seed)
         store.add(model, name=name)
         expected[name] = model(x)
     bank, names = AdapterBank.from_store(store), ["b", "a", "__base__", "b", "a"]
@@ -215,7 +215,7 @@ def test_another_thread_serves_meanwhile_without_a_wrong_row(trained):
 def test_what_cannot_be_served_row_by_row_is_refused_by_name(trained):
     store, _ = trained
     biased = AdapterStore(store.subspace)
-    model = randomised(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=store.subspace, r=2, bias="all")))
+    model = randomized(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=store.subspace, r=2, bias="all")))
     biased.add(model, name="biased")
     with pytest.raises(
         SubspaceError,
@@ -305,7 +305,7 @@ def test_embeddings_are_served(tmp_path):
     info = eigenpeft.subspace.SubspaceInfo(embeddings=("0",))
     subspace = PrincipalSubspace({"0": ModuleSubspace(*side, spectrum, spectrum, spectrum / 3)}, info=info)
     config = EigenLoraConfig(subspace=subspace, r=2, target_modules=["0"])
-    model = randomised(get_peft_model(copy.deepcopy(base), config))
+    model = randomized(get_peft_model(copy.deepcopy(base), config))
     store, x = AdapterStore(subspace), torch.randint(0, 10, (2, 5))
     store.add(model, name="e")
     bank = AdapterBank.from_store(store)

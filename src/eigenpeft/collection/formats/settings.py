@@ -27,9 +27,9 @@ REFUSED_FIELDS = {
     "layer_replication": "its model repeats layers, so its module names are not those of the base model",
     "target_parameters": "it adapts stacked parameters (experts), each with many updates instead of one",
 }
-PLAIN_INITIALISATIONS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+PLAIN_INITIALIZATIONS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 # Initialisations that move part of the base weight into the factors and leave an altered base behind.
-ALTERING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+ALTERING_INITIALIZATIONS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KNOWN_USES = frozenset({"use_rslora", *(name for name in REFUSED_FIELDS if name.startswith("use_"))})
 
 
@@ -216,7 +216,7 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
         if name.startswith("use_") and name not in _KNOWN_USES and value
     ]
     start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(ALTERING_INITIALISATIONS):
+    if start.startswith(ALTERING_INITIALIZATIONS):
         problems.append(
             f"has init_lora_weights={_short(config['init_lora_weights'])}, which alters the base weights, so that s B A "
             "is not an update of the original model; "
@@ -226,10 +226,10 @@ def _problems_of_method(config: dict[str, Any]) -> list[str]:
                 else "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
         )
-    elif start not in PLAIN_INITIALISATIONS:
+    elif start not in PLAIN_INITIALIZATIONS:
         problems.append(
             f"has init_lora_weights={_short(config['init_lora_weights'])}, which is not known to leave the base weights "
-            f"alone; known are {', '.join(sorted(PLAIN_INITIALISATIONS))}"
+            f"alone; known are {', '.join(sorted(PLAIN_INITIALIZATIONS))}"
         )
     return problems
 

@@ -64,7 +64,7 @@ def fit_joint(
         `JointFit` in the precision of `differences`.
     """
     d = differences.shape[1]
-    shared, evaluations, converged = _minimise(
+    shared, evaluations, converged = _minimize(
         torch.zeros(1, d, dtype=differences.dtype, device=differences.device),
         torch.zeros(n_users, 1, dtype=differences.dtype, device=differences.device),
         differences=differences,
@@ -86,7 +86,7 @@ def fit_joint(
         prior=prior,
         generator=generator,
     )
-    found, more, converged = _minimise(
+    found, more, converged = _minimize(
         start,
         logits,
         differences=differences,
@@ -142,7 +142,7 @@ def _spread(
     return shared + 0.5 * size * (vertices @ plane), 0.5 * coordinates @ vertices.mT
 
 
-def _minimise(
+def _minimize(
     deviations: Float[Tensor, "n_basis d"],
     user_logits: Float[Tensor, "n_users n_basis"],
     *,

@@ -56,13 +56,13 @@ def difference_chunks(chosen: Features, rejected: Features) -> Iterator[tuple[in
         step = max(1, CHUNK_BYTES // (4 * max(width, 1)))
 
 
-def pair_margins(chosen: Features, rejected: Features, basis: Tensor) -> Tensor:
-    """Margins of every pair under every row of a basis.
+def pair_margins(chosen: Features, rejected: Features, reward_basis: Tensor) -> Tensor:
+    """Margins of every pair under every row of a reward basis.
 
     Args:
         chosen: (n, n_features).
         rejected: (n, n_features).
-        basis: (n_basis, n_features).
+        reward_basis: (n_basis, n_features).
 
     Returns:
         (n, n_basis) float32.
@@ -70,11 +70,13 @@ def pair_margins(chosen: Features, rejected: Features, basis: Tensor) -> Tensor:
     Raises:
         RewardModelError: If shapes do not fit or a value is not finite.
     """
-    margins = torch.zeros(len(chosen), len(basis))
+    margins = torch.zeros(len(chosen), len(reward_basis))
     for start, part in difference_chunks(chosen, rejected):
-        if part.shape[1] != basis.shape[1]:
-            raise RewardModelError(f"Features of width {part.shape[1]} do not fit a basis of width {basis.shape[1]}.")
-        margins[start : start + len(part)] = part @ basis.mT
+        if part.shape[1] != reward_basis.shape[1]:
+            raise RewardModelError(
+                f"Features of width {part.shape[1]} do not fit a basis of width {reward_basis.shape[1]}."
+            )
+        margins[start : start + len(part)] = part @ reward_basis.mT
     return margins
 
 

@@ -44,22 +44,22 @@ class RewardModelArtifact(Pushable):
         processing_class: Any = None,
         info: Mapping[str, Any] | None = None,
     ):
-        basis = reward_basis.detach().cpu().float()
-        if basis.ndim != 2 or not len(basis) or not bool(torch.isfinite(basis).all()):
+        reward_basis = reward_basis.detach().cpu().float()
+        if reward_basis.ndim != 2 or not len(reward_basis) or not bool(torch.isfinite(reward_basis).all()):
             raise RewardModelError(
-                f"reward_basis of shape {tuple(basis.shape)} must be a finite matrix (n_basis, n_features)."
+                f"reward_basis of shape {tuple(reward_basis.shape)} must be a finite matrix (n_basis, n_features)."
             )
         if concentration is None:
-            concentration = torch.full((len(basis),), 1 / len(basis))
+            concentration = torch.full((len(reward_basis),), 1 / len(reward_basis))
         concentration = concentration.detach().cpu().float()
-        if concentration.shape != (len(basis),) or not bool((concentration > 0).all()):
+        if concentration.shape != (len(reward_basis),) or not bool((concentration > 0).all()):
             raise RewardModelError(
-                f"concentration {concentration.tolist()} must be {len(basis)} positive numbers, one per basis row."
+                f"concentration {concentration.tolist()} must be {len(reward_basis)} positive numbers, one per basis row."
             )
-        self.reward_basis = basis
+        self.reward_basis = reward_basis
         self.concentration = concentration
-        self.users = users if users is not None else UserTable(len(basis))
-        self.backbone = None if backbone is None else with_head(backbone, basis)
+        self.users = users if users is not None else UserTable(len(reward_basis))
+        self.backbone = None if backbone is None else with_head(backbone, reward_basis)
         self.processing_class = processing_class
         self.info = dict(info or {})
 
@@ -101,7 +101,7 @@ class RewardModelArtifact(Pushable):
     def _write_to(self, folder: Path, *, overwrite: bool = False) -> None:
         storage.write(
             folder,
-            basis=self.reward_basis,
+            reward_basis=self.reward_basis,
             concentration=self.concentration,
             users=self.users,
             backbone=self.backbone,
@@ -122,7 +122,7 @@ class RewardModelArtifact(Pushable):
         Raises:
             ArtifactError: If the folder holds another basis, or cannot be written.
         """
-        storage.write_users(save_directory, basis=self.reward_basis, users=self.users)
+        storage.write_users(save_directory, reward_basis=self.reward_basis, users=self.users)
 
     @classmethod
     def from_pretrained(
@@ -156,7 +156,7 @@ class RewardModelArtifact(Pushable):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        model = cls(parts.basis, concentration=parts.concentration, users=parts.users, info=parts.info)
+        model = cls(parts.reward_basis, concentration=parts.concentration, users=parts.users, info=parts.info)
         model.backbone, model.processing_class = parts.backbone, parts.processing_class
         return model
 

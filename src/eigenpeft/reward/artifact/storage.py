@@ -35,7 +35,7 @@ class Parts:
     """A reward model as read.
 
     Attributes:
-        basis: (n_basis, n_features).
+        reward_basis: (n_basis, n_features).
         concentration: (n_basis,).
         users: The mapped table.
         info: What the fit recorded.
@@ -43,7 +43,7 @@ class Parts:
         processing_class: Its tokenizer, or None.
     """
 
-    basis: Tensor
+    reward_basis: Tensor
     concentration: Tensor
     users: UserTable
     info: dict[str, Any]
@@ -54,7 +54,7 @@ class Parts:
 def write(
     directory: str | Path,
     *,
-    basis: Tensor,
+    reward_basis: Tensor,
     concentration: Tensor,
     users: UserTable,
     backbone: Any,
@@ -67,7 +67,7 @@ def write(
 
     Args:
         directory: Folder to make, or to replace.
-        basis: (n_basis, n_features).
+        reward_basis: (n_basis, n_features).
         concentration: (n_basis,).
         users: Table of users.
         backbone: Classifier whose head is the basis, or None.
@@ -79,12 +79,12 @@ def write(
     Raises:
         ArtifactError: If the folder cannot be written, or holds something that is not replaced.
     """
-    tensors = {"reward_basis": basis, "concentration": concentration}
+    tensors = {"reward_basis": reward_basis, "concentration": concentration}
     config = {
         "format_version": FORMAT_VERSION,
         "eigenpeft_version": __version__,
-        "n_basis": len(basis),
-        "n_features": basis.shape[1],
+        "n_basis": len(reward_basis),
+        "n_features": reward_basis.shape[1],
         "backbone": backbone is not None,
         "sha256": fingerprint(tensors),
         "info": dict(info),
@@ -101,24 +101,26 @@ def write(
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def write_users(directory: str | Path, *, basis: Tensor, users: UserTable) -> None:
+def write_users(directory: str | Path, *, reward_basis: Tensor, users: UserTable) -> None:
     """Write what changed in a table of users into the table of a saved model, and touch nothing else of it.
 
     The table on disk is read again under a lock: users that other processes added meanwhile stay.
 
     Args:
         directory: Folder written by `write`.
-        basis: The basis the weights belong to.
+        reward_basis: The basis the weights belong to.
         users: Table of users.
 
     Raises:
         ArtifactError: If there is no model, it has another basis, or the file cannot be written.
     """
     folder = Path(directory)
-    _check_basis(folder, basis, origin=str(directory))  # before a lock is made beside a folder that is not a model
+    _check_basis(
+        folder, reward_basis, origin=str(directory)
+    )  # before a lock is made beside a folder that is not a model
     with one_writer(folder):
-        _check_basis(folder, basis, origin=str(directory))
-        merged = users.onto(UserTable.open(folder / USERS, n_basis=len(basis)))
+        _check_basis(folder, reward_basis, origin=str(directory))
+        merged = users.onto(UserTable.open(folder / USERS, n_basis=len(reward_basis)))
         with atomic_update(folder, last=USERS) as update:
             merged.save(update.scratch / USERS)
         users.settle(merged, folder / USERS)
@@ -166,17 +168,19 @@ def read(
                 f"available from the Hub ({type(error).__name__}). Check the spelling or pass the path of a copy."
             ) from error
     config, tensors = _sidecar(folder, origin=str(path_or_id))
-    basis = tensors["reward_basis"]
-    users = UserTable.open(folder / USERS, n_basis=len(basis))
+    reward_basis = tensors["reward_basis"]
+    users = UserTable.open(folder / USERS, n_basis=len(reward_basis))
     backbone, processing_class = (None, None)
     if load_backbone and config.get("backbone"):
-        backbone, processing_class = _classifier(folder, basis, origin=str(path_or_id))
-    return Parts(basis, tensors["concentration"], users, dict(config.get("info", {})), backbone, processing_class)
+        backbone, processing_class = _classifier(folder, reward_basis, origin=str(path_or_id))
+    return Parts(
+        reward_basis, tensors["concentration"], users, dict(config.get("info", {})), backbone, processing_class
+    )
 
 
-def _check_basis(folder: Path, basis: Tensor, *, origin: str) -> None:
+def _check_basis(folder: Path, reward_basis: Tensor, *, origin: str) -> None:
     _, tensors = _sidecar(folder, origin=origin)
-    if not torch.equal(tensors["reward_basis"], basis):
+    if not torch.equal(tensors["reward_basis"], reward_basis):
         raise ArtifactError(
             f"{origin!r} holds another reward basis: weights fitted on this one mean nothing there. Save the whole model "
             "with save_pretrained instead."
@@ -214,10 +218,10 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
     return config, tensors
 
 
-def _classifier(folder: Path, basis: Tensor, *, origin: str) -> tuple[Any, Any]:
+def _classifier(folder: Path, reward_basis: Tensor, *, origin: str) -> tuple[Any, Any]:
     backbone = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
     head = score_head(backbone)[1].weight.detach()
-    if head.shape != basis.shape or not torch.equal(head.cpu(), basis.to(head.dtype)):
+    if head.shape != reward_basis.shape or not torch.equal(head.cpu(), reward_basis.to(head.dtype)):
         raise ArtifactError(
             f"The classifier in {origin!r} has another head than the reward basis beside it; get a fresh copy."
         )

@@ -142,12 +142,12 @@ class UserTable:
             return value[1]
         return int(self._n_pairs[int(self._rows([key])[0][0])])
 
-    def put(self, user_ids: Sequence[UserId], weights: Tensor, n_pairs: Sequence[int]) -> None:
+    def put(self, user_ids: Sequence[UserId], user_weights: Tensor, n_pairs: Sequence[int]) -> None:
         """Add users, or replace the weights of those already there.
 
         Args:
             user_ids: Distinct ids.
-            weights: (n, n_basis), on the simplex.
+            user_weights: (n, n_basis), on the simplex.
             n_pairs: Size of each history.
 
         Raises:
@@ -160,14 +160,14 @@ class UserTable:
                 f"The user {twice.decode()!r} is listed more than once (ids are compared as text, so 7 and '7' are one "
                 "user); give each user once, with all its comparisons."
             )
-        weights = weights.detach().cpu().float()
-        if weights.shape != (len(keys), self.n_basis):
+        user_weights = user_weights.detach().cpu().float()
+        if user_weights.shape != (len(keys), self.n_basis):
             raise RewardModelError(
-                f"weights of shape {tuple(weights.shape)} must be ({len(keys)}, {self.n_basis}): a row per user."
+                f"user_weights of shape {tuple(user_weights.shape)} must be ({len(keys)}, {self.n_basis}): a row per user."
             )
-        if not bool(((weights >= 0).all(dim=1) & ((weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).all()):
+        if not bool(((user_weights >= 0).all(dim=1) & ((user_weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).all()):
             raise RewardModelError("User weights must be non-negative and sum to one; fit them with fit_users.")
-        rows = weights.numpy().copy()
+        rows = user_weights.numpy().copy()
         changes = {key: (rows[i], int(n_pairs[i])) for i, key in enumerate(keys)}
         with self._lock:
             self._changed.update(changes)

@@ -46,7 +46,7 @@ class LoReFitter:
         strength: Sum of the population's concentration for new users; "auto" chooses it by held-out comparisons.
         n_components: Keep only this many leading directions of the differences; None keeps all. What makes features
             larger than memory, or very wide ones, feasible. The reference head is kept whole.
-        standardise: Whether the prior is isotropic after each feature is divided by its root mean square.
+        standardize: Whether the prior is isotropic after each feature is divided by its root mean square.
         n_restarts: Starts of each fit; the most probable end is kept.
         max_iter: L-BFGS iterations of each fit.
         held_out: Share of comparisons, and of users, held out to choose by.
@@ -80,7 +80,7 @@ class LoReFitter:
         concentration: float | Literal["auto"] = "auto",
         strength: float | Literal["auto"] = "auto",
         n_components: int | None = None,
-        standardise: bool = True,
+        standardize: bool = True,
         n_restarts: int = 1,
         max_iter: int = 100,
         held_out: float = 0.2,
@@ -93,7 +93,7 @@ class LoReFitter:
         self.concentration = concentration
         self.strength = strength
         self.n_components = n_components
-        self.standardise = standardise
+        self.standardize = standardize
         self.n_restarts = n_restarts
         self.max_iter = max_iter
         self.held_out = held_out
@@ -145,14 +145,14 @@ class LoReFitter:
             rejected,
             reference_head=reference_head,
             n_components=self.n_components,
-            standardise=self.standardise,
+            standardize=self.standardize,
             seed=self.seed,
         )
         texts = same_texts(chosen, rejected) if texts is None else texts
         setting, strength = self._choose(pairs, rows, n_users=len(names), texts=texts, prompt_ids=prompt_ids)
         found = self._fit_joint(setting, pairs, rows, len(names))
         kept, weights = self._pruned(simplex(found.user_logits))
-        basis = pairs.preparation.restore(found.deviations[kept])
+        reward_basis = pairs.preparation.restore(found.deviations[kept])
         info = {
             "base_model": base_model,
             "n_pairs": len(chosen),
@@ -165,7 +165,7 @@ class LoReFitter:
             "candidates": [candidate.facts() for candidate in self.candidates_],
         }
         model = LowRankRewardModel(
-            basis,
+            reward_basis,
             concentration=weights.mean(dim=0) * strength,
             backbone=backbone,
             processing_class=processing_class,

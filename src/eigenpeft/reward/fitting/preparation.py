@@ -73,7 +73,7 @@ def prepare(
     *,
     reference_head: Tensor | None,
     n_components: int | None,
-    standardise: bool,
+    standardize: bool,
     seed: int,
 ) -> PreparedPairs:
     """Read all comparisons twice, in parts: once for scales and directions, once for their coordinates.
@@ -83,7 +83,7 @@ def prepare(
         rejected: (n, n_features).
         reference_head: (n_features,), or None.
         n_components: Leading directions to keep; None keeps the features as they are.
-        standardise: Divide each feature by its root mean square; else all by one number.
+        standardize: Divide each feature by its root mean square; else all by one number.
         seed: Start of the iteration that finds the directions.
 
     Raises:
@@ -103,7 +103,7 @@ def prepare(
     # One row with the root mean squares as entries has exactly the scales wanted.
     root_mean_squares = (squares / n).sqrt().float()[None]
     scales = column_scales(root_mean_squares)
-    if not standardise:
+    if not standardize:
         scales = torch.full_like(scales, float(root_mean_squares.square().mean().sqrt()))
     components = None
     if n_components is not None:
