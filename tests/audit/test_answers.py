@@ -78,7 +78,7 @@ def test_a_probability_is_that_of_the_logistic_model():
     expected = 1 / (1 + math.exp(-(0.3 + 2.0 * (-0.5 + 1.0) / 0.5)))
     assert found.chances[0].probability == pytest.approx(expected)
     assert found.answer == "likely"
-    assert "EigenLoRA ahead 91% (on average +1.5 ± 0.5 points)" in found.text
+    assert "EigenLoRA ahead, 91% (on average +1.5 ± 0.5 points)" in found.text
 
 
 @pytest.mark.parametrize(("weights", "answer"), [((-2.0,), "unlikely"), ((-0.3,), "open")])

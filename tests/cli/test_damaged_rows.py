@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eigenpeft.cli.rows import open_rows
-from eigenpeft.cli.training.lore import _read
+from eigenpeft.cli.training.comparisons import read_comparisons
 from eigenpeft.errors import EigenPeftError
 
 
@@ -60,7 +60,7 @@ def test_damage_is_one_message(damage, tmp_path, monkeypatch):
     name, content, message = DAMAGES[damage]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EigenPeftError, match=message):
-        _read(tmp_path / name, None, "user_id", None, None)
+        read_comparisons(tmp_path / name, user_column="user_id", cache=None)
 
 
 def test_a_name_is_no_pattern(tmp_path):

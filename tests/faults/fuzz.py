@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from eigenpeft.artifacts import reading
 from eigenpeft.building import SubspaceBuilder
-from eigenpeft.cli.training import lore
+from eigenpeft.cli.training.comparisons import read_comparisons
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.reward import LowRankRewardModel
@@ -192,7 +192,7 @@ def targets(folder: Path) -> list[Target]:
         Target(folder / "subspace" / "subspace.safetensors", bases, "safetensors", 12),
         Target(reference / "adapter_config.json", convert, "json", 5),
         Target(reference / "adapter_model.safetensors", convert, "safetensors", 5),
-        Target(rows, lambda: lore._read(rows, None, "user", None, None), "lines", 8),
+        Target(rows, lambda: read_comparisons(rows, user_column="user", cache=None), "lines", 8),
         Target(
             folder / "eigen" / "adapter_config.json", lambda: _config(folder / "eigen", EigenLoraConfig), "json", 12
         ),

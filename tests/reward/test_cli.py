@@ -146,14 +146,14 @@ def test_features_are_scored_without_a_backbone(features, tmp_path):
     path.write_text("\n".join(json.dumps({"features": row.tolist()}) for row in rows))
     found = json.loads(run("score", tmp_path / "rewards", path, "--user", "user-3", "--json").stdout)["rows"]
     assert [row["reward"] for row in found] == pytest.approx(model.rewards(rows, "user-3").tolist(), rel=1e-5)
-    path.write_text('{"completion": "a text"}')
-    assert (
-        "was fitted on features and has no backbone" in run("score", tmp_path / "rewards", path, "--user", "a").stderr
-    )
-    path.write_text('{"text": "a text"}')
-    assert (
-        "texts to score are in one called completion" in run("score", tmp_path / "rewards", path, "--user", "a").stderr
-    )
+    for column, message in (
+        ("completion", "was fitted on features and has no backbone"),
+        ("text", "texts to score are in one called completion"),
+    ):
+        texts = tmp_path / f"{column}.jsonl"
+        texts.write_text(json.dumps({column: "a text"}))
+        with pytest.raises(RewardModelError, match=message):
+            run("score", tmp_path / "rewards", texts, "--user", "user-3")
 
 
 def test_whose_rewards_must_be_said_and_known(features, tmp_path):

@@ -1,6 +1,7 @@
 """The audit command prints what the library measures, and writes figure and page whole."""
 
 import json
+from importlib.util import find_spec
 from statistics import fmean
 
 import pytest
@@ -98,11 +99,13 @@ ROWS = {
 def test_audit_with_a_new_task(run, language_adapters, language_model, tmp_path, kind):
     data = written(tmp_path / "task.jsonl", [ROWS[kind]] * 5)
     arguments = ("audit", language_adapters.folder, "-k", 4, "--model", language_model, "--dataset", data)
-    shown = run(*arguments, "--n-rows", 4, "--html", tmp_path / "a.html")
+    page = ("--html", tmp_path / "a.html") if find_spec("matplotlib") else ()  # of the extra plots
+    shown = run(*arguments, "--n-rows", 4, *page)
     assert shown.code == 0, shown.err
     assert "Share of the new task's gradient, 2 modules, 1 batches" in shown.out
     assert "Of the new task's gradient, before any training" in " ".join(shown.out.split())
-    assert "core diagonal" in (tmp_path / "a.html").read_text()
+    if page:
+        assert "core diagonal" in page[1].read_text()
     report = json.loads(run(*arguments, "--json").out)
     assert 0 < report["gradient"]["share"] < report["gradient"]["optimum"] <= 1
 

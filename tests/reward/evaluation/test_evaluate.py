@@ -56,6 +56,7 @@ def test_planted_users_show_in_every_row(found):
 
 
 def test_probabilities_are_about_what_they_say(found, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
     asked = found.accuracy["LoRe"][NEW].n_pairs
     for bins in found.calibration.values():
         assert sum(bins.counts) == asked
