@@ -6,10 +6,12 @@
 
 Paper:     EigenLoRAx, arXiv 2502.04700 (projection); on-policy distillation, arXiv 2306.13649.
 Command:   accelerate launch recipes/distill_lora.py --config recipes/distill_lora.yaml --lora DIR --subspace DIR
-Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; memory was not measured (student and teacher are both loaded).
-Time:      the projection takes seconds; distillation was not timed, the tests run two steps on a tiny model.
+Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; 2.2 GB of memory for SmolLM2-135M in
+           float32 (student and teacher are both loaded).
+Time:      the projection takes seconds; 12 steps of 4 prompts with 16 new tokens on SmolLM2-135M took 187 CPU seconds on one
+           thread of two busy cores (benchmarks/recipe_costs.py).
 Expected:  the mean divergence (KL) from the adapter's own next-token distribution on the prompts, before and after;
-           OUTPUT_DIR with the coefficients. Where "before" is already small, stop there: --max_steps 0 skips training.
+           OUTPUT_DIR with the coefficients. In those 12 steps, on a random subspace, the divergence went from 1.513 to 1.481. Where "before" is already small, stop there: --max_steps 0 skips training.
 """
 
 from dataclasses import dataclass, field
