@@ -11,7 +11,8 @@ Hardware:  one GPU, or a CPU with --use_cpu --bf16 False; 2.2 GB of memory for S
 Time:      the projection takes seconds; 12 steps of 4 prompts with 16 new tokens on SmolLM2-135M took 187 CPU seconds on one
            thread of two busy cores (benchmarks/recipe_costs.py).
 Expected:  the mean divergence (KL) from the adapter's own next-token distribution on the prompts, before and after;
-           OUTPUT_DIR with the coefficients. In those 12 steps, on a random subspace, the divergence went from 1.513 to 1.481. Where "before" is already small, stop there: --max_steps 0 skips training.
+           OUTPUT_DIR with the coefficients. In those 12 steps, on a random subspace, it went from 1.513 to 1.481. Where "before"
+           is already small, stop there: --max_steps 0 skips training.
 """
 
 from dataclasses import dataclass, field
