@@ -73,6 +73,15 @@ def embed_preferences(
     Raises:
         RewardModelError: If a column is missing, a row has no user, or the folder holds features of another
             model or tokenizer.
+
+    Examples:
+        >>> from transformers import AutoModel, AutoTokenizer
+        >>> from eigenpeft.demo.assets import base_model
+        >>> model, tokenizer = AutoModel.from_pretrained(base_model()), AutoTokenizer.from_pretrained(base_model())
+        >>> rows = Dataset.from_dict({"chosen": ["a good joke"], "rejected": ["a bad one"], "user_id": ["ada"]})
+        >>> found = embed_preferences(rows, model=model, processing_class=tokenizer, cache_dir="features")
+        >>> sorted(found.column_names), len(found[0]["chosen"])
+        (['chosen', 'rejected', 'user_id'], 384)
     """
     missing = {"chosen", "rejected", user_column} - set(dataset.column_names)
     if missing:
