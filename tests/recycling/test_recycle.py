@@ -204,6 +204,16 @@ def test_trials_at_chance_are_not_ranked():
     assert not replace(report, majority=None).is_at_chance  # losses have no such bound
 
 
+@pytest.mark.parametrize(("rival", "is_compared"), [(None, False), ("lora_r8", False), ("init", True)])
+def test_no_comparison_is_claimed_that_was_not_made(rival, is_compared):
+    trials = tuple(Trial(name, 1e-3, 8, None, score, 0.7, 12, 1.0) for name, score in (("lora_r8", 0.8), ("init", 0.7)))
+    report = RecycleReport(
+        "lora_r8", 1e-3, 8, 0.8, (0.8, 8), trials, {}, 48, 16, 3.0, False, rival=rival, lead=(-0.1, 0.1)
+    )
+    assert ("nothing that was recycled did better" in report.text) == is_compared
+    assert ("nothing that was recycled was trained as long" in report.text) != is_compared
+
+
 def test_a_second_call_repeats_no_trial(adapters, tmp_path):
     made = []
 
