@@ -28,16 +28,7 @@ from eigenpeft.subspace import random_subspace
 RECIPES = Path(__file__).parents[1] / "recipes"
 RESULTS = Path(__file__).parent / "results" / "recipe_costs.json"
 N_COMPONENTS = 16
-COMMON = {
-    "model_init_kwargs": '{"dtype": "float32"}',
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-}
+COMMON = smollm2_data.ON_CPU | {"model_init_kwargs": '{"dtype": "float32"}', "bf16": False, "save_strategy": "no"}
 
 
 @dataclass(frozen=True)

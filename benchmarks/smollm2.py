@@ -45,18 +45,13 @@ METHODS = {
 COEFFICIENT_RATES, LORA_RATES = (3e-3, 1e-2, 3e-2), (5e-4, 2e-3, 8e-3)
 N_COMPONENTS = 32
 # What every run passes to its recipe besides the YAML beside it. TRL's own defaults (bf16 autocast) stay as they are.
-COMMON = {
+COMMON = smollm2_data.ON_CPU | {
     "model_init_kwargs": '{"dtype": "bfloat16"}',
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
     "lr_scheduler_type": "cosine",
-    "logging_steps": 1,
     "save_strategy": "steps",
     "eval_strategy": "steps",
     "eval_on_start": True,
     "per_device_eval_batch_size": 8,
-    "disable_tqdm": True,
 }
 
 

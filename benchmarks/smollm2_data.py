@@ -14,6 +14,14 @@ import datasets
 import torch
 import transformers
 
+ON_CPU = {
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}  # flags of every run of a recipe here
+
 
 def quiet() -> None:
     """One thread, and no bars between the lines that a benchmark prints."""

@@ -122,12 +122,21 @@ def lora_at(model: nn.Module, situation: Situation, values: dict[str, tuple[torc
     return model
 
 
-def init_at_components(base, situation):
-    """EigenLoRAx-INIT: LoRA r 8 whose A starts at the leading components of the input side, B at zero."""
-    model = lora(r=8, lora_alpha=16)(base, situation)
-    bases = recycled(situation, 8)
-    values = {name: (torch.zeros(each.out_features, 8), each.components_in) for name, each in bases.items()}
-    return lora_at(model, situation, values)
+def init_at_components(*, random: bool = False):
+    """EigenLoRAx-INIT: LoRA r 8 whose A starts at the leading components of the input side, B at zero.
+
+    The control starts at random directions, orthonormal too: LoRA's own A has shorter rows, so that the same rate moves it less.
+    """
+
+    def adapt(base, situation):
+        model = lora(r=8, lora_alpha=16)(base, situation)
+        bases = recycled(situation, 8)
+        if random:
+            bases = random_subspace(like=bases, seed=situation.seed)
+        values = {name: (torch.zeros(each.out_features, 8), each.components_in) for name, each in bases.items()}
+        return lora_at(model, situation, values)
+
+    return adapt
 
 
 def nearest_continued(base, situation):
@@ -216,7 +225,8 @@ METHODS = {
         Method("merged, EigenLoRA K8", merged(eigenlora(8)), tuned_as="EigenLoRA K8", merged=True),
         Method("LoRA r1", lora(r=1, lora_alpha=2), (3e-3, 1e-2, 3e-2), uses_zoo=False),
         Method("diagonal K32", eigenlora(32, core="diagonal"), (3e-2, 1e-1, 3e-1)),
-        Method("INIT r8", init_at_components, tuned_as="LoRA r8"),
+        Method("INIT r8", init_at_components(), tuned_as="LoRA r8"),
+        Method("random INIT r8", init_at_components(random=True), tuned_as="LoRA r8", uses_zoo=False),
         Method("nearest continued", nearest_continued, tuned_as="LoRA r8"),
         Method("nearest, head", nearest_frozen, tuned_as="head"),
         Method("LoraHub", lorahub, tuned_as="head"),

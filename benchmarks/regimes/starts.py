@@ -43,6 +43,7 @@ NAMES = {
     "merged, EigenLoRA K8": "merged start, EigenLoRA K 8",
     "LoRA r1": "LoRA r 1",
     "INIT r8": "EigenLoRAx-INIT, LoRA r 8",
+    "random INIT r8": "the same at *random* orthonormal directions, LoRA r 8",
     "nearest continued": "nearest adapter continued, LoRA r 8",
     "merged, LoRA r8": "merged start, LoRA r 8",
     "LoRA r8": "LoRA r 8",

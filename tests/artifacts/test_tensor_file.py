@@ -9,6 +9,7 @@ import random
 import pytest
 import safetensors
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -118,7 +119,7 @@ def test_a_header_longer_than_the_file_or_the_limit(tmp_path, monkeypatch):
         TensorFile(write(path, {"a": entry()}, b"12345678"))
 
 
-@pytest.mark.skipif(safetensors.__version__ < "0.8", reason="safetensors before 0.8 refuses more")
+@pytest.mark.skipif(Version(safetensors.__version__) < Version("0.8"), reason="safetensors before 0.8 refuses more")
 def test_what_safetensors_refuses_is_refused_here(rows):
     content, rng, n_refused = rows.read_bytes(), random.Random(0), 0
     for _ in range(300):

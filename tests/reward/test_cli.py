@@ -162,6 +162,10 @@ def test_whose_rewards_must_be_said_and_known(features, tmp_path):
     path.write_text(json.dumps({"features": [0.0] * 8}))
     with pytest.raises(RewardModelError, match="name one user for all rows with --user"):
         run("score", tmp_path / "rewards", path)
+    missing = tmp_path / "missing.jsonl"
+    missing.write_text("\n".join(json.dumps({"features": [0.0] * 8, "user_id": user}) for user in ("user-3", None)))
+    with pytest.raises(RewardModelError, match="Row 1 of .* has no user in its column 'user_id'"):
+        run("score", tmp_path / "rewards", missing)
     with pytest.raises(UnknownUserError, match="nobody"):
         run("score", tmp_path / "rewards", path, "--user", "nobody")
     with pytest.raises(RewardModelError, match="must be one of error, population"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -72,7 +73,7 @@ def llava():
     ).eval()
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 5 renamed these modules")
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="transformers 5 renamed these modules")
 @pytest.mark.parametrize(
     "prefix",
     ["language_model.model.layers", "model.language_model.layers", "base_model.model.language_model.model.layers"],

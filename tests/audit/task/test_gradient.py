@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -118,7 +119,7 @@ def test_two_modules_that_fit_one_are_refused():
         gradient_share(Towers(), batches=[torch.ones(2, 4)], subspace=subspace, loss=lambda model, x: model(x).sum())
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 5 renamed these modules")
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="transformers 5 renamed these modules")
 def test_names_of_an_older_transformers_are_found():
     text = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

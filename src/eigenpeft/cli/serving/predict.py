@@ -1,6 +1,5 @@
 """The command predict: rows of a file by members of a store, each with its own core and head, mixed in one batch."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +9,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from eigenpeft.artifacts.atomic import atomic_file, check_file
-from eigenpeft.cli.app import Json, Overwrite, app, console, print_json, quiet
+from eigenpeft.artifacts.atomic import check_file
+from eigenpeft.cli.app import Json, Overwrite, app, print_json, quiet
+from eigenpeft.cli.row_results import SHOWN, shortened, show_rows, write_rows
 from eigenpeft.cli.rows import open_rows, open_tokenizer, without_load_reports
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
@@ -20,8 +20,6 @@ from eigenpeft.subspace.stores.changing import BASE
 from eigenpeft.tuners.serving.bank import AdapterBank
 from eigenpeft.tuners.serving.heads import heads_of
 from eigenpeft.tuners.serving.texts import classify_texts
-
-_SHOWN = 20  # rows on a terminal; all are in --out and --json
 
 
 @app.command()
@@ -71,17 +69,11 @@ def predict(
         bank, classifier, tokenizer, texts, members=members, batch_size=batch_size, max_length=max_length
     )
     predicted = [_row(name, each) for name, each in zip(members, logits, strict=True)]
-    if out is not None:
-        with atomic_file(out, overwrite=overwrite) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in predicted), encoding="utf-8")
+    write_rows(predicted, out, overwrite=overwrite)
     if as_json:
         print_json({"store": store, "model": base, "rows": predicted})
         return
-    console.print(_shown(texts, predicted))
-    if len(predicted) > _SHOWN and out is None:
-        console.print(f"{len(predicted) - _SHOWN} more rows; --out or --json has all.")
-    if out is not None:
-        console.print(f"Wrote {escape(str(out))}: {len(predicted)} rows.")
+    show_rows(_shown(texts, predicted), predicted, out)
 
 
 def _members(table: Dataset, member: str | None, path: Path) -> list[str]:
@@ -136,9 +128,8 @@ def _shown(texts: list[tuple[str, ...]], predicted: list[dict[str, Any]]) -> Tab
     table = Table(title=f"{len(predicted)} rows by {len({row['member'] for row in predicted})} members")
     for title in ("text", "member", "label", "logits"):
         table.add_column(title)
-    for text, row in list(zip(texts, predicted, strict=True))[:_SHOWN]:
-        shown = " / ".join(text)
+    for text, row in list(zip(texts, predicted, strict=True))[:SHOWN]:
         label = "-" if row["label"] is None else str(row["label"])
         logits = " ".join(f"{value:.3f}" for value in row["logits"][:8]) + (" ..." if len(row["logits"]) > 8 else "")
-        table.add_row(escape(shown if len(shown) <= 60 else f"{shown[:57]}..."), escape(row["member"]), label, logits)
+        table.add_row(shortened(" / ".join(text)), escape(row["member"]), label, logits)
     return table

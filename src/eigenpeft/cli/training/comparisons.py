@@ -64,13 +64,13 @@ def read_comparisons(
         if not rows:
             raise RewardModelError(f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}.")
         table = table.select(rows)
-    user_ids = _user_ids(table, user_column, path)
+    users = user_ids(table, user_column, path=path)
     prompt_column = prompt_column or ("prompt" if "prompt" in table.column_names else None)
     prompts = None if prompt_column is None else [str(prompt) for prompt in table[prompt_column]]
     first = table[0]["chosen"]
     if isinstance(first, list) and first and isinstance(first[0], int | float):
         chosen, rejected = (feature_column(table, side, path) for side in ("chosen", "rejected"))
-        return Comparisons(chosen, rejected, user_ids, prompts)
+        return Comparisons(chosen, rejected, users, prompts)
     _check_texts(table, path)
     backbone, processing_class = embedder if model is None else _load(model)
     if backbone is None:
@@ -84,13 +84,20 @@ def read_comparisons(
     reference = None
     if model is not None and _is_reward_model(model):
         reference = reference_head(backbone)
-    return Comparisons(
-        features["chosen"], features["rejected"], user_ids, prompts, reference, backbone, processing_class
-    )
+    return Comparisons(features["chosen"], features["rejected"], users, prompts, reference, backbone, processing_class)
 
 
-def _user_ids(table: Any, user_column: str, path: Path) -> list[str]:
-    """The user of each row as text; a row without one is an error, as it would become a user of its own."""
+def user_ids(table: Any, user_column: str, *, path: Path) -> list[str]:
+    """The user of each row as text; a row without one is an error, as it would become a user of its own.
+
+    Args:
+        table: Rows with that column.
+        user_column: Name of the column.
+        path: Where the rows come from, for messages.
+
+    Raises:
+        RewardModelError: If a row has no user.
+    """
     for row, name in enumerate(table[user_column]):
         if name is None or str(name) == "":
             raise RewardModelError(

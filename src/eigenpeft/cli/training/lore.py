@@ -1,6 +1,5 @@
 """The commands lore fit, add-user, score, evaluate and export: personalised reward models from files of comparisons."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -8,19 +7,20 @@ import torch
 import typer
 from rich.table import Table
 
-from eigenpeft.artifacts.atomic import atomic_file, atomic_folder, check_file, check_output
+from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
+from eigenpeft.cli.row_results import SHOWN, shortened, show_rows, write_rows
 from eigenpeft.cli.rows import feature_column, open_rows
-from eigenpeft.cli.training.comparisons import read_comparisons
+from eigenpeft.cli.training.comparisons import read_comparisons, user_ids
 from eigenpeft.errors import RewardModelError
 from eigenpeft.report.lore_figure import plot_evaluation
+from eigenpeft.report.lore_tables import accuracy_table, candidate_table, few_shot_table
 from eigenpeft.report.markup import escape
-from eigenpeft.reward import LoReEvaluation, LoReFitter, LowRankRewardModel, evaluate_lore
+from eigenpeft.reward import LoReFitter, LowRankRewardModel, evaluate_lore
 from eigenpeft.reward.artifact.model import Unknown
 from eigenpeft.reward.artifact.storage import KIND
 
 _CLASSIFIER = "reward classifier"
-_SHOWN = 20  # rows on a terminal; all are in --out and --json
 lore = typer.Typer(
     help="Personalised reward models: one reward basis, a few numbers per user (LoRe).", no_args_is_help=True
 )
@@ -86,7 +86,7 @@ def fit(
         return
     compared = any(len(one.losses) for one in fitter.candidates_)
     if compared:
-        console.print(_candidate_table(fitter))
+        console.print(candidate_table(fitter))
     shared = (
         f" One shared head won, the same for all users: held-out comparisons of these {len(found.users)} users gave no reason for "
         "more. `eigenpeft lore evaluate` says how sure that is."
@@ -170,22 +170,16 @@ def score(
             f"{str(data)!r} has no column {user_column!r}, only {sorted(table.column_names)}; name one user for all rows with "
             "--user, or the users' column with --user-column."
         )
-    users = [user] * len(table) if user is not None else [str(name) for name in table[user_column]]
+    users = [user] * len(table) if user is not None else user_ids(table, user_column, path=data)
     rows = [
         {"user": name, "reward": value}
         for name, value in zip(users, _rewards(model, table, users, unknown=unknown, path=data), strict=True)
     ]
-    if out is not None:
-        with atomic_file(out, overwrite=overwrite) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(rows, out, overwrite=overwrite)
     if as_json:
         print_json({"path": path, "rows": rows})
         return
-    console.print(_score_table(table, rows))
-    if len(rows) > _SHOWN and out is None:
-        console.print(f"{len(rows) - _SHOWN} more rows; --out or --json has all.")
-    if out is not None:
-        console.print(f"Wrote {escape(str(out))}: {len(rows)} rows.")
+    show_rows(_score_table(table, rows), rows, out)
 
 
 def _rewards(model: LowRankRewardModel, table: Any, users: list[str], *, unknown: Any, path: Path) -> list[float]:
@@ -211,10 +205,9 @@ def _score_table(table: Any, rows: list[dict[str, Any]]) -> Table:
     shown = Table(title=f"{len(rows)} rows, {len({row['user'] for row in rows})} users")
     for title in ("text", "user", "reward"):
         shown.add_column(title, justify="right" if title == "reward" else "left")
-    for i, row in enumerate(rows[:_SHOWN]):
+    for i, row in enumerate(rows[:SHOWN]):
         text = str(table[i]["completion"]) if "completion" in table.column_names else f"row {i}"
-        text = text if len(text) <= 60 else f"{text[:57]}..."
-        shown.add_row(escape(text), escape(row["user"]), f"{row['reward']:.3f}")
+        shown.add_row(shortened(text), escape(row["user"]), f"{row['reward']:.3f}")
     return shown
 
 
@@ -255,8 +248,8 @@ def evaluate(
     if as_json:
         print_json(found.to_dict())
         return
-    console.print(_accuracy_table(found))
-    console.print(_few_shot_table(found))
+    console.print(accuracy_table(found))
+    console.print(few_shot_table(found))
     console.print(found.verdict)
 
 
@@ -293,51 +286,3 @@ def _n_basis(text: str) -> Any:
         return int(text)
     except ValueError:
         raise RewardModelError(f"--n-basis {text!r} must be a whole number such as 5, or auto.") from None
-
-
-def _candidate_table(fitter: LoReFitter) -> Table:
-    table = Table(title="Held-out comparisons by setting")
-    for title in ("basis", "deviation scale", "concentration", "loss", "known users", "new users"):
-        table.add_column(title, justify="right")
-    for one in fitter.candidates_:
-        table.add_row(
-            str(one.setting.n_basis),
-            f"{one.setting.deviation_scale:g}" if one.setting.n_basis > 1 else "",
-            f"{one.setting.concentration:g}" if one.setting.n_basis > 1 else "",
-            f"{one.score:.4f}",
-            f"{one.seen_accuracy:.3f}",
-            f"{one.unseen_accuracy:.3f}",
-        )
-    return table
-
-
-def _accuracy_table(found: LoReEvaluation) -> Table:
-    table = Table(title="Comparisons in the right order, mean over users [95 % by bootstrap of users]")
-    asked = (str(share.n_users) for share in next(iter(found.accuracy.values())).values())
-    table.add_column("method")
-    for quadrant in found.gain:
-        table.add_column(quadrant, justify="right")
-    for method, shares in found.accuracy.items():
-        table.add_row(method, *(f"{share.mean:.3f} \\[{share.low:.3f}, {share.high:.3f}]" for share in shares.values()))
-    for name, gains in (
-        ("gain over the shared head", found.gain_over_shared),
-        ("gain over its population", found.gain_over_population),
-    ):
-        cells = (f"{share.mean:+.3f} \\[{share.low:+.3f}, {share.high:+.3f}]" for share in gains.values())
-        table.add_row(name, *cells, style="bold")
-    table.add_row("users asked", *asked)
-    return table
-
-
-def _few_shot_table(found: LoReEvaluation) -> Table:
-    table = Table(title="New users by number of comparisons, on new prompts")
-    for title in ("comparisons", "shared head", "LoRe", "gain over its population"):
-        table.add_column(title, justify="right")
-    for n, gain in found.few_shot_gain.items():
-        table.add_row(
-            str(n),
-            f"{found.few_shot['shared head'][n].mean:.3f}",
-            f"{found.few_shot['LoRe'][n].mean:.3f}",
-            f"{gain.mean:+.3f} \\[{gain.low:+.3f}, {gain.high:+.3f}]",
-        )
-    return table

@@ -1,0 +1,55 @@
+"""Results with a row per row of the input: written as JSON lines, and the first of them shown."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from eigenpeft.artifacts.atomic import atomic_file
+from eigenpeft.cli.app import console
+from eigenpeft.report.markup import escape
+
+SHOWN = 20  # rows on a terminal; all are in --out and --json
+_WIDTH = 60  # characters of a text in a table
+
+
+def shortened(text: str) -> str:
+    """A text as a table shows it.
+
+    Args:
+        text: Of a row.
+    """
+    return escape(text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}...")
+
+
+def write_rows(rows: Sequence[dict[str, Any]], out: Path | None, *, overwrite: bool) -> None:
+    """Write results as JSON lines, whole or not at all; nothing without a file.
+
+    Args:
+        rows: A JSON-able table per row.
+        out: The file; None for none.
+        overwrite: Whether a file of that name may be replaced.
+
+    Raises:
+        ArtifactError: If the file is there, or cannot be written.
+    """
+    if out is not None:
+        with atomic_file(out, overwrite=overwrite) as scratch:
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def show_rows(table: Table, rows: Sequence[Any], out: Path | None) -> None:
+    """Print the table of the first rows, and where all are.
+
+    Args:
+        table: Of the first `SHOWN` rows.
+        rows: All of them.
+        out: The file that has them; None for none.
+    """
+    console.print(table)
+    if len(rows) > SHOWN and out is None:
+        console.print(f"{len(rows) - SHOWN} more rows; --out or --json has all.")
+    if out is not None:
+        console.print(f"Wrote {escape(str(out))}: {len(rows)} rows.")
