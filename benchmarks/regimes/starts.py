@@ -48,6 +48,13 @@ NAMES = {
     "merged, LoRA r8": "merged start, LoRA r 8",
     "LoRA r8": "LoRA r 8",
 }
+CONTROLS = (
+    ("INIT r8", "random INIT r8"),
+    ("EigenLoRA K8", "random K8"),
+    ("mixture", "random mixture"),
+    ("merged, head", "head"),
+    ("nearest, head", "head"),
+)
 TUNED = ("head", "LoRA r8", "LoRA r1", "EigenLoRA K8", "random K8", "mixture", "mixture, shared")
 MORE_RATES = {
     "LoRA r8": (1e-2,),
@@ -179,6 +186,18 @@ def table(rows: list[dict], targets: list[str]) -> str:
     return "\n".join(lines)
 
 
+def against_controls(rows: list[dict], targets: list[str]) -> str:
+    """What recycles beside its own control, per number of rows."""
+    counts = [n for n in ROWS if accuracies(rows, "LoRA r8", targets, n)]
+    lines = ["| points of accuracy | " + " | ".join(f"{n} rows" for n in counts) + " |", "|---|" + "---|" * len(counts)]
+    for one, other in CONTROLS:
+        found = [
+            shown(list(gaps(*(accuracies(rows, name, targets, n) for name in (one, other))).values())) for n in counts
+        ]
+        lines.append("| " + " | ".join([f"{NAMES[one]}, minus {NAMES[other]}", *found]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -201,7 +220,7 @@ def main() -> None:
         once = [{key: value for key, value in row.items() if key != "environment"} for row in study.rows[1:]]
         published.write_text("".join(json.dumps(row) + "\n" for row in [*study.rows[:1], *once]), encoding="utf-8")
         for part in ("tasks", "customers"):
-            print(f"{part}\n\n{table(study.rows, parts[part])}\n")
+            print(f"{part}\n\n{table(study.rows, parts[part])}\n\n{against_controls(study.rows, parts[part])}\n")
         return
     if (worst := training.difference_to_transformers()) > 1e-4:
         raise SystemExit(f"The packed model differs from transformers' by {worst:.1e}; nothing would be comparable.")
