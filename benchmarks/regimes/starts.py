@@ -1,16 +1,17 @@
 """Which start for a new task: mixtures, the nearest adapter, INIT, the merged start, LoraHub, beside LoRA and random controls.
 
 Papers:    LoraHub, arXiv 2307.13269; EigenLoRAx, arXiv 2502.04700; LoRA, arXiv 2106.09685.
-Command:   python benchmarks/regimes/starts.py --data DIR --work DIR --part tune|tasks|customers [--rows 64] [--targets NAME ...]
+Command:   python benchmarks/regimes/starts.py --data DIR --work DIR --part tune|tasks|clinc150|banking77 [--rows 64] [--targets NAME ...]
            python benchmarks/regimes/starts.py --data DIR --work DIR --report   (the tables of docs/compose.md)
 Hardware:  CPU, one thread; 1 to 6 s of CPU time per cell.
 Writes:    WORK/cells.jsonl and WORK/scales.jsonl as run.py; started again, it goes on. --report publishes them as
            benchmarks/results/regimes/starts.jsonl (the first row has the environment).
 
 Adapters are in query and value of the upper three of MiniLM's six layers, in the zoos and in everything that is trained; what lies
-below is computed once. Two parts: `tasks` has the ten tasks of the shipped adapters, each with the adapters of the nine others;
-`customers` the ten customers of clinc150, each with the twenty adapters of related ones. 40 steps of 8 rows (80 where there are 256
-rows), three seeds of rows, head and batches. Rates are chosen on two customers of banking77 that are never targets, at 64 rows.
+below is computed once. Three parts: `tasks` has the ten tasks of the shipped adapters, each with the adapters of the nine others;
+`clinc150` and `banking77` their ten and eight customers, each with the twenty adapters of related ones. 40 steps of 8 rows (80 where
+there are 256 rows), three seeds of rows, head and batches. Rates are chosen on two customers of banking77 that are never targets, at
+64 rows.
 """
 
 import argparse
@@ -202,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--part", choices=("tune", "tasks", "customers"))
+    parser.add_argument("--part", choices=("tune", "tasks", "clinc150", "banking77"))
     parser.add_argument("--rows", type=int, nargs="*", default=[64])
     parser.add_argument("--targets", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
@@ -213,13 +214,15 @@ def main() -> None:
     parts = {
         "tune": [name for name in study.customers if name.startswith("tune_")],
         "tasks": list(zoos.TASKS),
-        "customers": [name for name, c in study.customers.items() if c.source == "clinc150"],
     }
+    for source in ("clinc150", "banking77"):
+        named = [name for name, c in study.customers.items() if c.source == source]
+        parts[source] = [name for name in named if name.startswith("new_")]
     if given.report:
         published = RESULTS / "starts.jsonl"
         once = [{key: value for key, value in row.items() if key != "environment"} for row in study.rows[1:]]
         published.write_text("".join(json.dumps(row) + "\n" for row in [*study.rows[:1], *once]), encoding="utf-8")
-        for part in ("tasks", "customers"):
+        for part in ("tasks", "clinc150", "banking77"):
             print(f"{part}\n\n{table(study.rows, parts[part])}\n\n{against_controls(study.rows, parts[part])}\n")
         return
     if (worst := training.difference_to_transformers()) > 1e-4:
