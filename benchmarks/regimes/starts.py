@@ -1,7 +1,7 @@
 """Which start for a new task: mixtures, the nearest adapter, INIT, the merged start, LoraHub, beside LoRA and random controls.
 
 Papers:    LoraHub, arXiv 2307.13269; EigenLoRAx, arXiv 2502.04700; LoRA, arXiv 2106.09685.
-Command:   python benchmarks/regimes/starts.py --data DIR --work DIR --part tune|tasks|clinc150|banking77 [--rows 64] [--targets NAME ...]
+Command:   python benchmarks/regimes/starts.py --data DIR --work DIR --part tune|tasks|clinc150|banking77 [--rows 64]
            python benchmarks/regimes/starts.py --data DIR --work DIR --report   (the tables of docs/compose.md)
 Hardware:  CPU, one thread; 1 to 6 s of CPU time per cell.
 Writes:    WORK/cells.jsonl and WORK/scales.jsonl as run.py; started again, it goes on. --report publishes them as
@@ -9,9 +9,9 @@ Writes:    WORK/cells.jsonl and WORK/scales.jsonl as run.py; started again, it g
 
 Adapters are in query and value of the upper three of MiniLM's six layers, in the zoos and in everything that is trained; what lies
 below is computed once. Three parts: `tasks` has the ten tasks of the shipped adapters, each with the adapters of the nine others;
-`clinc150` and `banking77` their ten and eight customers, each with the twenty adapters of related ones. 40 steps of 8 rows (80 where
-there are 256 rows), three seeds of rows, head and batches. Rates are chosen on two customers of banking77 that are never targets, at
-64 rows.
+`clinc150` and `banking77` their ten and eight customers, each with the twenty adapters of related ones. 40 steps of 8 rows (80
+where there are 256 rows), three seeds of rows, head and batches. Rates are chosen on two customers of banking77 that are never
+targets, at 64 rows.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterStore, ModuleSubspace, PrincipalSubspace
-from eigenpeft.subspace.cores import core_kind
+from eigenpeft.subspace.cores import CoreKind
 from eigenpeft.subspace.matching import ModuleMatches
 from eigenpeft.tuners.eigenlora.config import NO_STORE, EigenLoraConfig
 from eigenpeft.tuners.eigenlora.merged_start import open_adapters
@@ -43,6 +43,10 @@ class Injection:
         warm_start: Where `init_from` leads; None for a start at zero.
         mixture: The sources of a mixture; None for the other cores.
         names: Modules of the model to those of the subspace, where these are known.
+        core: The kind of core.
+        n_components: K asked for; None for all that the subspace has.
+        embedded: (K_in, K_out) or K by module, of components that the adapter's own file brings.
+        fingerprint: Of the subspace that the components are of; "" where it is not known.
         placed: Modules of the subspace to those of the model, as far as they have been adapted.
         cut: Banks cut to the number of components asked for, filled as layers need them.
         shared: Components in memory that layers share, filled as layers need them.
@@ -52,6 +56,10 @@ class Injection:
     warm_start: WarmStart | None
     mixture: Mixture | None
     names: Mapping[str, str]
+    core: CoreKind
+    n_components: int | None = None
+    embedded: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
     placed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, ModuleSubspace] = field(default_factory=dict)
     shared: dict[Any, FrozenBank] = field(default_factory=dict)
@@ -140,13 +148,20 @@ def _find_subspace(config: EigenLoraConfig) -> PrincipalSubspace | None:
     return subspace
 
 
-def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLoraConfig) -> set[str]:
+def matching_modules(
+    model: nn.Module,
+    matches: ModuleMatches,
+    *,
+    layers_to_transform: list[int] | int | None = None,
+    layers_pattern: list[str] | str | None = None,
+) -> set[str]:
     """The modules of a model that the subspace, or the adapter's own file, has bases for: the default targets.
 
     Args:
         model: Model to adapt, with or without other adapters.
         matches: What the model has of the subspace's modules.
-        config: Configuration of the adapter; its `layers_to_transform` and `layers_pattern` choose among them, as for LoRA.
+        layers_to_transform: Chooses among them, as for LoRA; default: all.
+        layers_pattern: Name of the list of layers that the numbers count in, as for LoRA.
 
     Raises:
         AdapterConfigError: If no module matches, or one module of the subspace matches several of the model.
@@ -169,54 +184,55 @@ def matching_modules(model: nn.Module, matches: ModuleMatches, config: EigenLora
             f"are not adapted: {some(matches.missing)}.",
             stacklevel=2,
         )
-    wanted = {name for name in matches.found if _in_layers(config, name)}
+    wanted = {name for name in matches.found if _in_layers(name, layers_to_transform, layers_pattern)}
     if not wanted:
         raise AdapterConfigError(
-            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r} leaves none of "
+            f"layers_to_transform={layers_to_transform!r} with layers_pattern={layers_pattern!r} leaves none of "
             f"the {len(matches.found)} modules that the subspace and the model have in common, such as "
             f"{next(iter(matches.found))!r}. Name layers that are among those, or leave both out."
         )
     return wanted
 
 
-def _in_layers(config: EigenLoraConfig, module: str) -> bool:
+def _in_layers(
+    module: str, layers_to_transform: list[int] | int | None, layers_pattern: list[str] | str | None
+) -> bool:
     """Whether `layers_to_transform` takes a module, by PEFT's own rule.
 
     PEFT asks it of targets that are the end of a name only, and the subspace's are whole names.
     """
-    if config.layers_to_transform is None or "." not in module:
+    if layers_to_transform is None or "." not in module:
         return True
     rule = SimpleNamespace(
         target_modules=[module.rpartition(".")[2]],
         target_parameters=None,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
     )
     return bool(check_target_module_exists(rule, module))
 
 
-def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module: str) -> tuple[str, FrozenBank]:
+def bank_for(layer: LoraLayer, given: Injection, module: str) -> tuple[str, FrozenBank]:
     """The subspace's name of a module, and the layer's shared copy of its bases.
 
     Args:
         layer: LoRA layer of the module.
         given: What was found for the whole adapter.
-        config: Configuration of the adapter.
         module: Name of the adapted weight in the model.
 
     Raises:
         AdapterConfigError: If the subspace has no bases for it, or bases of another shape.
     """
-    fingerprint, shape, subspace = config.subspace_sha256 or "", weight_shape(layer), given.subspace
+    shape, subspace = weight_shape(layer), given.subspace
     if subspace is None:
-        count = (config.embedded_n_components or {}).get(module)
+        count = given.embedded.get(module)
         if count is None:
             raise AdapterConfigError(
                 f"The adapter embeds no components for {module!r}; it has them for "
-                f"{sorted(config.embedded_n_components or ())[:3]}. Load it onto the base model that it was trained on."
+                f"{sorted(given.embedded)[:3]}. Load it onto the base model that it was trained on."
             )
         pair = _embedded_pair(count, shape, module)
-        return module, attach_empty_bank(layer, shape=shape, n_components=pair, fingerprint=fingerprint)
+        return module, attach_empty_bank(layer, shape=shape, n_components=pair, fingerprint=given.fingerprint)
     name = given.names.get(module) or subspace.find(module)
     if name is None:
         raise AdapterConfigError(
@@ -231,28 +247,27 @@ def bank_for(layer: LoraLayer, given: Injection, config: EigenLoraConfig, module
             "subspace from adapters of this one."
         )
     if bank.paired:
-        _check_paired(bank, config)
-    if config.n_components is not None:
+        _check_paired(bank, given)
+    if given.n_components is not None:
         place = subspace.bank_of[name]
         if place not in given.cut:
-            given.cut[place] = bank.truncate(config.n_components)
+            given.cut[place] = bank.truncate(given.n_components)
         bank = given.cut[place]
-    return name, attach_bank(layer, bank, fingerprint=fingerprint, shared=given.shared)
+    return name, attach_bank(layer, bank, fingerprint=given.fingerprint, shared=given.shared)
 
 
-def _check_paired(bank: ModuleSubspace, config: EigenLoraConfig) -> None:
+def _check_paired(bank: ModuleSubspace, given: Injection) -> None:
     """Refuse what paired directions, whose rows are not orthogonal, have no right answer for."""
-    kind = core_kind(config.core)
-    if kind.is_matrix and not kind.weighs_sources:  # a mixture of diagonals is one
+    if given.core.is_matrix and not given.core.weighs_sources:  # a mixture of diagonals is one
         raise AdapterConfigError(
-            f"core={config.core!r}: the subspace was built with method='paired', whose directions belong together two by two and "
-            "are not orthogonal; use core='diagonal', or a subspace of another method."
+            f"core={given.core.name!r}: the subspace was built with method='paired', whose directions belong together two by two "
+            "and are not orthogonal; use core='diagonal', or a subspace of another method."
         )
-    if config.init_from is not None and (config.n_components or bank.n_components) < bank.n_components:
+    if given.warm_start is not None and (given.n_components or bank.n_components) < bank.n_components:
         raise AdapterConfigError(
-            f"n_components={config.n_components} with init_from={config.init_from!r}: the coefficients of an adapter on fewer of "
-            f"the {bank.n_components} paired directions are not the first of those on all. Leave n_components out, or build a "
-            "subspace of so many pairs."
+            f"n_components={given.n_components} with init_from={given.warm_start.source!r}: the coefficients of an adapter on "
+            f"fewer of the {bank.n_components} paired directions are not the first of those on all. Leave n_components out, or "
+            "build a subspace of so many pairs."
         )
 
 

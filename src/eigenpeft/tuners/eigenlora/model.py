@@ -74,12 +74,23 @@ class EigenLoraModel(FactorModel):
             shapes = {name: (bank.out_features, bank.in_features) for name, bank in subspace.items()}
         matches = match_modules(model, shapes or config.embedded_n_components or (), shapes=shapes)
         if config.target_modules is None and not config.target_parameters:
-            wanted = {without_wrappers(name) for name in matching_modules(model, matches, config)}
+            layers = {"layers_to_transform": config.layers_to_transform, "layers_pattern": config.layers_pattern}
+            found = matching_modules(model, matches, **layers)
+            wanted = {without_wrappers(name) for name in found}
             config.target_modules = wanted  # pyright: ignore[reportAttributeAccessIssue]
             exclude(config, strays(model, wanted))
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
-        warm_start = read_warm_start(config, subspace) if config.init_from and subspace else None
+        warm_start = None
+        if config.init_from and subspace:
+            warm_start = read_warm_start(
+                str(config.init_from),
+                subspace,
+                adapters=config.start_adapters,
+                scale=config.init_scale,
+                options=config.init_options,
+                keeps_offset=config.init_offset,
+            )
         mixture = None
         if core_kind(config.core).weighs_sources:
             mixture = read_mixture(
@@ -91,7 +102,16 @@ class EigenLoraModel(FactorModel):
                 is_read_back=config.is_from_file or config.has_started,
             )
             config.source_names = list(mixture.names)
-        given = Injection(subspace, warm_start, mixture, matches.found)
+        given = Injection(
+            subspace,
+            warm_start,
+            mixture,
+            matches.found,
+            core_kind(config.core),
+            n_components=config.n_components,
+            embedded=config.embedded_n_components or {},
+            fingerprint=config.subspace_sha256 or "",
+        )
         yield given
         if warm_start is not None:
             warm_start.report(given.placed, warm_start.fill_heads(model, adapter_name))
@@ -108,19 +128,20 @@ class EigenLoraModel(FactorModel):
             AdapterConfigError: If the subspace does not fit the layer, another layer has taken its bases, or a warm start is not
                 defined for it.
         """
-        name, frozen_bank = bank_for(layer, given, config, module)
+        name, frozen_bank = bank_for(layer, given, module)
         given.place(name, module)
-        core, scaling = core_kind(config.core), layer.scaling[adapter_name]
+        core, scaling = given.core, layer.scaling[adapter_name]
         if given.mixture is not None:
             check_one_core(layer, module, what="core='mixture'", instead="use another core")
             mixture = given.mixture.of(name, frozen_bank)
             place(layer, adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
             adopt(layer, adapter_name)
             return
-        parts = start(layer, adapter_name, frozen_bank=frozen_bank, config=config, module=module)
+        init: Any = config.init_lora_weights
+        parts = start(layer, adapter_name, frozen_bank=frozen_bank, core=core, init=init, module=module)
         offset = empty_offset(layer, (config.offset_ranks or {}).get(module), module=module)
         if given.warm_start is not None and name in given.warm_start.modules:
-            _check_warm_start(layer, config, module)
+            _check_warm_start(layer, given.warm_start.source, module)
             parts = given.warm_start.parts(name, start=parts, core=core, scaling=scaling)
             offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, frozen_bank=frozen_bank)
         if offset is not None:
@@ -226,12 +247,12 @@ class EigenLoraModel(FactorModel):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, coefficients)
 
 
-def _check_warm_start(layer: LoraLayer, config: EigenLoraConfig, module: str) -> None:
+def _check_warm_start(layer: LoraLayer, source: str, module: str) -> None:
     kind = kind_of(layer)
     n_blocks = kind.n_blocks(layer)
     if n_blocks > 1:
         what = f"{n_blocks} {kind.blocks}"
         raise AdapterConfigError(
-            f"init_from={config.init_from!r} is one update for {module!r}, which has {what} with updates of their own; "
+            f"init_from={source!r} is one update for {module!r}, which has {what} with updates of their own; "
             "leave it out with exclude_modules, or leave init_from out."
         )

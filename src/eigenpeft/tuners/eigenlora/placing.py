@@ -2,7 +2,6 @@
 
 import logging
 import math
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
-from eigenpeft.subspace.cores import CoreKind, Parts, core_kind
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
+from eigenpeft.subspace.cores import CoreKind, Init, Parts
 from eigenpeft.tuners.layers.blocks import n_blocks_of
 from eigenpeft.tuners.layers.kinds import Sides, factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.mixture import MixtureWeights
@@ -37,7 +35,7 @@ def warn_of_idle_rank(rank: int, *, core: CoreKind, n_components: int) -> None:
 
 
 def start(
-    layer: LoraLayer, adapter_name: str, *, frozen_bank: FrozenBank, config: EigenLoraConfig, module: str
+    layer: LoraLayer, adapter_name: str, *, frozen_bank: FrozenBank, core: CoreKind, init: Init, module: str
 ) -> dict[str, Tensor]:
     """The parts of the core that an adapter starts from on a layer.
 
@@ -45,14 +43,14 @@ def start(
         layer: LoRA layer.
         adapter_name: Adapter.
         frozen_bank: Its components there.
-        config: Its configuration.
+        core: Its kind of core.
+        init: PEFT's `init_lora_weights`.
         module: Name of the adapted weight, for messages.
 
     Raises:
         AdapterConfigError: If the core is not defined for a grouped convolution.
     """
-    core, kind, rank = core_kind(config.core), kind_of(layer), layer.r[adapter_name]
-    init: Any = config.init_lora_weights
+    kind, rank = kind_of(layer), layer.r[adapter_name]
     n_in, n_out, n_blocks = len(frozen_bank.components_in), len(frozen_bank.components_out), kind.n_blocks(layer)
     if n_blocks == 1 or kind.rank_is_split:
         # Where the output side is not zero, the entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.

@@ -22,7 +22,6 @@ from eigenpeft.linalg.merging import RULES
 from eigenpeft.subspace import AdapterMember, AdapterStore, Core, PrincipalSubspace
 from eigenpeft.subspace.cores import CoreKind, Parts
 from eigenpeft.subspace.stores.adapter_files import read_adapter
-from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.merged_start import merged_updates, open_adapters
 from eigenpeft.tuners.files.lora_files import MERGE_REPORT
 from eigenpeft.tuners.layers.shared_bases import FrozenBank
@@ -168,28 +167,34 @@ class WarmStart:
         return [key for key in self.kept if key not in used]
 
 
-def read_warm_start(config: EigenLoraConfig, subspace: PrincipalSubspace) -> WarmStart:
+def read_warm_start(
+    source: str,
+    subspace: PrincipalSubspace,
+    *,
+    adapters: Any = None,
+    scale: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    keeps_offset: bool | None = None,
+) -> WarmStart:
     """Read what `init_from` names: an adapter or a merge on disk or the Hub, a member of a store, or adapters to merge.
 
     Args:
-        config: Configuration of the new adapter.
-        subspace: Its bases.
+        source: `init_from`: a folder, a Hub id, "STORE#member", or the rule by which `adapters` are merged.
+        subspace: The new adapter's bases.
+        adapters: What a rule merges, opened.
+        scale: λ that the update is multiplied by; default: 1, and of a rule its own.
+        options: The rule's options.
+        keeps_offset: Whether what the core cannot hold is kept beside it; default: of merges.
 
     Raises:
         AdapterConfigError: If it has other bases, the adapter has none of the subspace's modules, or two that fit one.
         CollectionError: If an adapter cannot be read.
     """
-    source = str(config.init_from)
-    if source in RULES and config.start_adapters is not None:
-        updates = merged_updates(
-            config.start_adapters,
-            rule=source,
-            scale=config.init_scale,
-            options=config.init_options,
-            embeddings=bool(subspace.info.embeddings),
-        )
-        return _of_updates(source, updates, subspace, keeps_offset=config.init_offset is not False)
-    scale = 1.0 if config.init_scale is None else float(config.init_scale)
+    if source in RULES and adapters is not None:
+        embeddings = bool(subspace.info.embeddings)
+        updates = merged_updates(adapters, rule=source, scale=scale, options=options, embeddings=embeddings)
+        return _of_updates(source, updates, subspace, keeps_offset=keeps_offset is not False)
+    scale = 1.0 if scale is None else float(scale)
     member, is_merge = _member(source, subspace)
     if scale != 1.0:
         cores = {module: Core(core.kind, core.parts, core.scaling * scale) for module, core in member.cores.items()}
@@ -202,7 +207,7 @@ def read_warm_start(config: EigenLoraConfig, subspace: PrincipalSubspace) -> War
         tuple(member.record.get("left_out") or ()),
         member.kept,
         updates,
-        is_merge if config.init_offset is None else config.init_offset,
+        is_merge if keeps_offset is None else keeps_offset,
     )
 
 

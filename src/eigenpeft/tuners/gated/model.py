@@ -130,9 +130,11 @@ class GatedLoraModel(FactorModel):
                 f"GatedLoRA is for linear layers, and {module!r} is of the kind {kind.name!r}; leave it out with exclude_modules."
             )
         if given.subspace is None:
-            components_in, components_out, cores = _empty(config, module, weight_shape(layer))
+            components_in, components_out, cores = _empty(
+                config.core_sizes, config.n_cores, module, weight_shape(layer)
+            )
         else:
-            components_in, components_out, cores = _start(config, module, weight_shape(layer), given)
+            components_in, components_out, cores = _start(config.n_cores, module, weight_shape(layer), given)
         given.sizes[module] = list(cores.shape)
         is_arrow = config.gate == "arrow"
         gate = arrow_prototypes(cores) if is_arrow else _GATE_START * torch.randn(len(cores), len(components_in))
@@ -179,9 +181,7 @@ class GatedLoraModel(FactorModel):
         )
 
 
-def _start(
-    config: GatedLoraConfig, module: str, shape: tuple[int, int], given: GateSources
-) -> tuple[Tensor, Tensor, Tensor]:
+def _start(n_cores: int, module: str, shape: tuple[int, int], given: GateSources) -> tuple[Tensor, Tensor, Tensor]:
     """V_in, V_out and the cores of one module: of the members, zeros where one does not adapt it, or zeros."""
     assert given.subspace is not None
     name = given.modules.get(module) or given.subspace.find(module)
@@ -192,7 +192,7 @@ def _start(
             "target_modules out to adapt exactly the subspace's modules."
         )
     components_in, components_out = bank.components_in.clone(), bank.components_out.clone()
-    cores = torch.zeros(len(given.names) or config.n_cores, len(components_out), len(components_in))
+    cores = torch.zeros(len(given.names) or n_cores, len(components_out), len(components_in))
     for row, member in zip(cores, given.names, strict=False):
         core = given.store[member].cores.get(name) if given.store is not None else None
         if core is not None:
@@ -218,14 +218,16 @@ def _check_file(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tenso
                     )
 
 
-def _empty(config: GatedLoraConfig, module: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(
+    core_sizes: Mapping[str, Any] | None, n_cores: int, module: str, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros of the sizes that an adapter's file says, which it is about to fill."""
-    sizes: Any = (config.core_sizes or {}).get(module)
+    sizes: Any = (core_sizes or {}).get(module)
     fits = isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int and size >= 1 for size in sizes)
-    if not fits or sizes[0] != config.n_cores or sizes[1] > shape[0] or sizes[2] > shape[1]:
+    if not fits or sizes[0] != n_cores or sizes[1] > shape[0] or sizes[2] > shape[1]:
         raise AdapterConfigError(
-            f"core_sizes[{module!r}]={str(sizes)[:80]} must be {config.n_cores} cores of at most {shape[0]} x {shape[1]} "
+            f"core_sizes[{module!r}]={str(sizes)[:80]} must be {n_cores} cores of at most {shape[0]} x {shape[1]} "
             "components: the config was altered, or the adapter is of another model. Get a fresh copy."
         )
-    n_cores, n_out, n_in = sizes
+    _, n_out, n_in = sizes
     return torch.zeros(n_in, shape[1]), torch.zeros(n_out, shape[0]), torch.zeros(n_cores, n_out, n_in)

@@ -270,7 +270,7 @@ def give_factors(
             _share_factors(tuner.model.get_input_embeddings(), layer, adapter_name)
         else:
             method.swap(layer, config, adapter_name, module, given)
-        settle(layer, adapter_name, config=config, active_adapters=tuner.active_adapters)
+        settle(layer, adapter_name, lora_config=config, active_adapters=tuner.active_adapters)
 
 
 def _share_factors(embedding: Any, layer: LoraLayer, adapter_name: str) -> None:

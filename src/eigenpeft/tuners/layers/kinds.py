@@ -250,13 +250,13 @@ def weight_shape(layer: LoraLayer) -> tuple[int, int]:
 _MADE_ONCE = (BdLoraLinearVariant, KasaLinearVariant, MiCALinearVariant, MiCAEmbeddingVariant)
 
 
-def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_adapters: Sequence[str]) -> None:
+def settle(layer: LoraLayer, adapter_name: str, *, lora_config: LoraConfig, active_adapters: Sequence[str]) -> None:
     """Finish what `LoraLayer.update_layer` does, now for the swapped factor modules.
 
     Args:
         layer: LoRA layer.
         adapter_name: Adapter whose factors were swapped.
-        config: Its configuration.
+        lora_config: Its configuration, which PEFT's own variants start from.
         active_adapters: Those of the whole model: an adapter added to others is not trainable until it is activated.
     """
     layer._move_adapter_to_device_of_base_layer(adapter_name)
@@ -264,8 +264,8 @@ def settle(layer: LoraLayer, adapter_name: str, *, config: LoraConfig, active_ad
     # DoRA measured its magnitude with the factors that are gone; on the meta device it waits for its file instead.
     is_meta = any(_is_meta(factors[adapter_name]) for factors in factor_dicts(layer))
     if variant is not None and not isinstance(variant, _MADE_ONCE) and not is_meta:
-        variant.init(layer, adapter_name=adapter_name, config=config)
-    layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+        variant.init(layer, adapter_name=adapter_name, config=lora_config)
+    layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
     if adapter_name not in active_adapters:
         for factors in factor_dicts(layer):
             factors[adapter_name].requires_grad_(False)

@@ -30,7 +30,18 @@ class ShardLoraModel(FactorModel):
         """
         layers: list[Placed] = []
         yield layers
-        share_factors(layers, config, adapter_name)
+        init: Any = config.init_lora_weights
+        share_factors(
+            layers,
+            adapter_name,
+            sharing=config.sharing,
+            share=config.share,
+            pool_rank=config.pool_rank,
+            private_rank=config.private_rank,
+            shards_per_vector=config.shards_per_vector,
+            seed=config.seed,
+            init=init,
+        )
 
     @staticmethod
     def swap(layer: LoraLayer, config: ShardLoraConfig, adapter_name: str, module: str, given: list[Placed]) -> None:

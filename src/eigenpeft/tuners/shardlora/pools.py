@@ -14,7 +14,6 @@ from eigenpeft.linalg.shards import shard_index
 from eigenpeft.subspace.seeding import seeded_generator
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, replace_factor
 from eigenpeft.tuners.layers.shards import ShardFactor
-from eigenpeft.tuners.shardlora.config import ShardLoraConfig
 from eigenpeft.tuners.shardlora.sharing import SHARINGS, Budget, Side
 
 _PREFIX = "base_model.model."
@@ -40,25 +39,52 @@ def check_layer(layer: LoraLayer, module: str) -> None:
         )
 
 
-def share_factors(layers: Sequence[Placed], config: ShardLoraConfig, adapter_name: str) -> None:
+def share_factors(
+    layers: Sequence[Placed],
+    adapter_name: str,
+    *,
+    sharing: str,
+    share: Any,
+    pool_rank: int,
+    private_rank: int,
+    shards_per_vector: int,
+    seed: int,
+    init: bool | str,
+) -> None:
     """Give the layers of an adapter factors on pools that those of one kind and shape share.
 
     Args:
         layers: All layers of the adapter, which have LoRA's own factors, in the order of the model.
-        config: Its configuration.
         adapter_name: The adapter.
+        sharing: Name in `SHARINGS`.
+        share: Which layers share, as `ShardLoraConfig` has it.
+        pool_rank: Size of the pools, in ranks of LoRA.
+        private_rank: Vectors of each layer's own.
+        shards_per_vector: Shards that make a vector.
+        seed: Seed of the draw of shards.
+        init: PEFT's `init_lora_weights`.
 
     Raises:
         AdapterConfigError: If a pool has fewer shards than a layer needs, or a width is not a multiple of `shards_per_vector`.
     """
-    group = group_of(config.share)
+    group = group_of(share)
     groups: dict[Any, list[Placed]] = {}
     for module, layer in layers:
         groups.setdefault((group(module), layer.in_features, layer.out_features), []).append((module, layer))
     for members in groups.values():
+        budget = Budget(len(members), max(layer.r[adapter_name] for _, layer in members), pool_rank, private_rank)
         made = [
-            _factors(members, side, config, adapter_name, is_output=bool(is_output))
-            for is_output, side in enumerate(SHARINGS[config.sharing])
+            _factors(
+                members,
+                side,
+                adapter_name,
+                budget=budget,
+                length=shards_per_vector if side.is_cut else 1,
+                seed=seed,
+                init=init,
+                is_output=bool(is_output),
+            )
+            for is_output, side in enumerate(SHARINGS[sharing])
         ]
         for (_, layer), factor_in, factor_out in zip(members, *made, strict=True):
             for factors, factor in zip(factor_dicts(layer), (factor_in, factor_out), strict=True):
@@ -68,14 +94,20 @@ def share_factors(layers: Sequence[Placed], config: ShardLoraConfig, adapter_nam
 
 
 def _factors(
-    members: Sequence[Placed], side: Side, config: ShardLoraConfig, adapter_name: str, *, is_output: bool
+    members: Sequence[Placed],
+    side: Side,
+    adapter_name: str,
+    *,
+    budget: Budget,
+    length: int,
+    seed: int,
+    init: bool | str,
+    is_output: bool,
 ) -> list[ShardFactor]:
-    """The factors of one side of all layers that share; the first of them owns the public shards."""
+    """The factors of one side of all layers that share, in shards of 1 / `length` vector; the first layer owns the public ones."""
     ranks = [layer.r[adapter_name] for _, layer in members]
     first = members[0][1]
     width = int((first.out_features if is_output else first.in_features) or 0)
-    budget = Budget(len(members), max(ranks), config.pool_rank, config.private_rank)
-    length = config.shards_per_vector if side.is_cut else 1
     if width % length:
         raise AdapterConfigError(
             f"shards_per_vector={length} does not divide the {width} {'outputs' if is_output else 'inputs'} of "
@@ -87,18 +119,18 @@ def _factors(
         n_private = min(side.n_private(budget), rank)
         if (rank - n_private) * length > n_public:
             raise AdapterConfigError(
-                f"r={rank} is too much for {module!r}: {len(members)} layers share, and pool_rank={config.pool_rank} with "
-                f"private_rank={config.private_rank} gives them {n_public // length} common vectors, of which a layer takes "
+                f"r={rank} is too much for {module!r}: {len(members)} layers share, and pool_rank={budget.pool_rank} with "
+                f"private_rank={budget.private_rank} gives them {n_public // length} common vectors, of which a layer takes "
                 f"r - private_rank. Choose r of at most {n_public // length + n_private}, a larger pool_rank, or let more layers "
                 "share (share=)."
             )
-        generator = seeded_generator(config.seed, module, "B" if is_output else "A") if side.is_drawn else None
+        generator = seeded_generator(seed, module, "B" if is_output else "A") if side.is_drawn else None
         index = shard_index(rank, n_public=n_public, n_private=n_private, shards_per_vector=length, generator=generator)
         replaced = factor_dicts(layer)[is_output][adapter_name]
         shape, device = (length, width, rank), replaced.weight.device
-        private = _start(n_private, shape, config, is_output=is_output, device=device) if n_private else None
+        private = _start(n_private, shape, init, is_output=is_output, device=device) if n_private else None
         owns = n_public > 0 and not found
-        public = _start(n_public // length, shape, config, is_output=is_output, device=device) if owns else None
+        public = _start(n_public // length, shape, init, is_output=is_output, device=device) if owns else None
         found.append(
             ShardFactor(
                 index.to(device=device, dtype=torch.int32),
@@ -113,14 +145,14 @@ def _factors(
 
 
 def _start(
-    n_vectors: int, shape: tuple[int, int, int], config: ShardLoraConfig, *, is_output: bool, device: torch.device
+    n_vectors: int, shape: tuple[int, int, int], init: bool | str, *, is_output: bool, device: torch.device
 ) -> Tensor:
     """Vectors that start as LoRA's do, cut into shards, from torch's global generator as PEFT's own starts are."""
     length, width, rank = shape
     vectors = torch.empty(n_vectors, width, device=device)
-    if is_output and config.init_lora_weights is not False:
+    if is_output and init is not False:
         vectors.zero_()
-    elif not is_output and config.init_lora_weights == "gaussian":
+    elif not is_output and init == "gaussian":
         nn.init.normal_(vectors, std=1 / rank)
     else:
         bound = 1 / math.sqrt(rank if is_output else width)
