@@ -90,6 +90,14 @@ def change_of_bases(
 
     Returns:
         `(L, R)`.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(3)
+        >>> left, right = change_of_bases(old_out=eye[:1], old_in=eye[:1], new_out=eye[:2], new_in=eye[:2])
+        >>> left @ torch.tensor([[5.0]]) @ right  # the core in the larger bases
+        tensor([[5., 0.],
+                [0., 0.]])
     """
     return new_out @ old_out.mT, old_in @ new_in.mT
 
@@ -119,6 +127,15 @@ def remainder(
 
     Returns:
         Two factors, float64, of equal norm; with no columns and rows where the core holds everything.
+
+    Example:
+        >>> import torch
+        >>> eye, one = torch.eye(3), torch.ones(1, 1)
+        >>> left, right = remainder(
+        ...     eye[:, :2], eye[:2], coefficients_out=one, coefficients_in=one, components_out=eye[:1], components_in=eye[:1]
+        ... )
+        >>> (left @ right).diagonal().round(decimals=6).abs().tolist()  # of diag(1, 1, 0) the core holds the first
+        [0.0, 1.0, 0.0]
     """
     left, right, rows_out, rows_in = (
         tensor.to(torch.float64) for tensor in (lora_B, lora_A, coefficients_out, coefficients_in)

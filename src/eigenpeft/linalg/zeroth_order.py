@@ -12,6 +12,12 @@ def direction(values: Sequence[Tensor], *, seed: int) -> list[Tensor]:
     Args:
         values: Give the shapes, dtypes and devices.
         seed: Any whole number.
+
+    Example:
+        >>> import torch
+        >>> theta = [torch.zeros(2, 3)]
+        >>> torch.equal(direction(theta, seed=7)[0], direction(theta, seed=7)[0])
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -26,6 +26,13 @@ def centred_components(
     Returns:
         `Decomposition` with min(K, numerical rank of the stack) components. The first singular value is √p ‖mean‖, the
         others are those of the centred stack; a mean of zero is left out.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[2.0, 1.0, 0.0], [2.0, -1.0, 0.0]])
+        >>> centred_components(rows, n_components=2).components.abs()  # the mean's direction first
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]])
     """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     mean = rows.mean(dim=0)

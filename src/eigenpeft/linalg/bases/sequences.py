@@ -75,6 +75,11 @@ def overlap_penalty(lora_A: Float[Tensor, "r n"], earlier: Sequence[Float[Tensor
     Args:
         lora_A: A of the task in training.
         earlier: A_s of the tasks before.
+
+    Example:
+        >>> import torch
+        >>> overlap_penalty(torch.tensor([[1.0, 2.0]]), [torch.tensor([[0.0, 1.0]])]).item()
+        2.0
     """
     return torch.stack([(rows.to(lora_A.dtype) @ lora_A.mT).abs().sum() for rows in earlier]).sum()
 
@@ -109,6 +114,12 @@ def inflora_start(inputs: Float[Tensor, "p n"], memory: Float[Tensor, "k n"], *,
 
     Raises:
         ValueError: If the rank is less than 1.
+
+    Example:
+        >>> import torch
+        >>> inputs = torch.tensor([[1.0, 2.0, 0.0]])
+        >>> inflora_start(inputs, torch.eye(3)[:1], rank=1).abs()  # nothing of the first axis, which the memory holds
+        tensor([[0., 1., 0.]], dtype=torch.float64)
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
@@ -132,6 +143,12 @@ def grow_memory(
 
     Raises:
         ValueError: If the share is out of range.
+
+    Example:
+        >>> import torch
+        >>> grow_memory(torch.eye(3)[:1], torch.tensor([[1.0, 2.0, 0.0]])).abs()
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]], dtype=torch.float64)
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(

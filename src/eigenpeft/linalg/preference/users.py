@@ -171,6 +171,12 @@ def next_pair(
 
     Returns:
         Indices of the candidates, best first.
+
+    Example:
+        >>> import torch
+        >>> candidates = torch.tensor([[0.1, 0.0], [2.0, -2.0]])
+        >>> next_pair(torch.tensor([0.5, 0.5]), torch.eye(2), candidates=candidates).tolist()  # where rows differ most
+        [1, 0]
     """
     z = candidates.double()
     chances = torch.sigmoid(z @ weights.double())

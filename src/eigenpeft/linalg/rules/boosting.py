@@ -24,6 +24,11 @@ def boosting(
 
     Raises:
         ValueError: If `beta` is out of range or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> boosting(torch.diag(torch.tensor([4.0, 1.0]))[None], beta=0.5).diagonal()  # 4 is half of 4 + 1: raised to it
+        tensor([4., 4.])
     """
     if not 0.0 < beta <= 1.0:
         raise ValueError(

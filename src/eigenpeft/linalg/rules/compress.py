@@ -33,6 +33,13 @@ def compress_then_merge(
 
     Raises:
         ValueError: If an argument is out of range or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([2.0, 1.0]))])
+        >>> compress_then_merge(cores, n_components=1).abs().round(decimals=4)  # the one direction that loses least
+        tensor([[4., 0.],
+                [0., 0.]])
     """
     if n_components < 1:
         raise ValueError(f"n_components={n_components} is not a number of components; pass at least 1.")

@@ -27,6 +27,12 @@ def dare(
 
     Raises:
         ValueError: If an argument is out of range, or weights or seeds do not fit.
+
+    Example:
+        >>> import torch
+        >>> merged = dare(torch.ones(1, 100, 100), drop=0.5)
+        >>> sorted(set(merged.flatten().tolist())), abs(merged.mean().item() - 1.0) < 0.05
+        ([0.0, 2.0], True)
     """
     return drop_entries(weighted(cores, weights), drop=drop, seeds=seeds).sum(dim=0)
 

@@ -20,6 +20,12 @@ def iso_c(
 
     Raises:
         ValueError: If the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> iso_c(torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))]))
+        tensor([[2., 0.],
+                [0., 2.]])
     """
     total = triplets(weighted(cores, weights).sum(dim=0))
     return total.S.mean().nan_to_num() * (total.U @ total.Vh)
@@ -45,6 +51,12 @@ def iso_cts(
 
     Raises:
         ValueError: If `common_share` is not between 0 and 1, or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        >>> torch.linalg.svdvals(iso_cts(cores)).round(decimals=4)  # all directions weigh alike
+        tensor([2., 2.])
     """
     if not 0.0 <= common_share <= 1.0:
         raise ValueError(f"common_share={common_share} must be between 0 and 1: the share of common directions.")

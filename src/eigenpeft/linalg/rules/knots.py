@@ -29,6 +29,12 @@ def knots(
 
     Raises:
         ValueError: As `ties`.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.eye(2), torch.eye(2)])
+        >>> torch.allclose(knots(cores, density=1.0), torch.eye(2), atol=1e-6)  # the mean of what agrees
+        True
     """
     # Rows of zeros (an update of zero has no say in the common vectors) stay zeros in V_t.
     common = triplets(weighted(cores, weights).permute(1, 0, 2).flatten(1))

@@ -16,6 +16,12 @@ def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
 
     Returns:
         The calibrated updates, to be merged by any rule.
+
+    Example:
+        >>> import torch
+        >>> alike = torch.stack([torch.diag(torch.tensor([1.0, 0.0]))] * 2)
+        >>> pico(alike).sum(dim=0).diagonal().round(decimals=4)  # one direction, shared by both, is counted once
+        tensor([1., 0.])
     """
     left, values, _ = torch.linalg.svd(cores, full_matrices=False)
     gram = ((left * values[:, None, :]) @ left.mT).sum(dim=0)

@@ -33,6 +33,13 @@ def regmean(
 
     Raises:
         ValueError: If an argument is out of range, or weights or statistics do not fit.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+        >>> grams = torch.stack([torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        >>> regmean(cores, grams=grams).diagonal().round(decimals=2)  # each task decides where its own inputs are
+        tensor([1., 3.])
     """
     if not 0.0 <= shrink <= 1.0:
         raise ValueError(f"shrink={shrink} must be between 0 and 1: the factor of the off-diagonal second moments.")

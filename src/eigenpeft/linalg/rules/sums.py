@@ -22,6 +22,11 @@ def task_arithmetic(
 
     Raises:
         ValueError: If the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> task_arithmetic(torch.stack([torch.eye(2), torch.eye(2)]), weights=[1.0, -0.25]).diagonal()
+        tensor([0.7500, 0.7500])
     """
     return weighted(cores, weights).sum(dim=0)
 
@@ -37,6 +42,11 @@ def mean(
 
     Raises:
         ValueError: If the weights do not fit or all are 0.
+
+    Example:
+        >>> import torch
+        >>> mean(torch.stack([torch.eye(2), 3 * torch.eye(2)])).diagonal()
+        tensor([2., 2.])
     """
     total = float(len(cores)) if weights is None else float(torch.as_tensor(weights, dtype=torch.float64).abs().sum())
     if total == 0.0:

@@ -22,6 +22,12 @@ def svc(
 
     Raises:
         ValueError: If `least_response` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> alike = torch.stack([torch.diag(torch.tensor([1.0, 0.0]))] * 2)
+        >>> svc(alike.sum(dim=0), alike).diagonal().round(decimals=4)  # what both have is counted once
+        tensor([1., 0.])
     """
     if not least_response > 0.0:
         raise ValueError(f"least_response={least_response} must be above 0: it bounds how far a direction is raised.")

@@ -33,6 +33,11 @@ def ties(
 
     Raises:
         ValueError: If an argument is out of range or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> ties(torch.tensor([[[4.0, 0.1]], [[-1.0, 2.0]], [[2.0, 2.0]]]), density=1.0)  # -1 is outvoted; means of the others
+        tensor([[3.0000, 1.3667]])
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density={density} must be above 0 and at most 1: the share of the entries to keep.")

@@ -23,6 +23,12 @@ def tsv(
 
     Raises:
         ValueError: If the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        >>> tsv(cores).diagonal().round(decimals=4)
+        tensor([3., 1.])
     """
     updates = weighted(cores, weights)
     most = max(1, min(common_ranks(updates)) // len(updates))

@@ -28,6 +28,12 @@ def wudi(
 
     Raises:
         ValueError: If `ridge` is not above 0 or the weights do not fit.
+
+    Example:
+        >>> import torch
+        >>> cores = torch.stack([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))])
+        >>> wudi(cores).diagonal().round(decimals=2)
+        tensor([3., 1.])
     """
     if not ridge > 0.0:
         raise ValueError(f"ridge={ridge} must be above 0: without it the least interference has many solutions.")

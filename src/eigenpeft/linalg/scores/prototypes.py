@@ -20,6 +20,11 @@ def class_means(
 
     Raises:
         ValueError: If a class has no row, or a label is out of range.
+
+    Example:
+        >>> import torch
+        >>> class_means(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]), n_classes=2).tolist()
+        [[2.0], [5.0]]
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} must be from 0 to {n_classes - 1}.")
