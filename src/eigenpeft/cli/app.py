@@ -19,6 +19,7 @@ from rich.console import Console
 from eigenpeft.artifacts.atomic import check_output
 from eigenpeft.artifacts.plain_text import for_terminal
 from eigenpeft.building.team import Team, share_threads
+from eigenpeft.cli.messages import as_options
 from eigenpeft.errors import (
     ArtifactError,
     CollectionError,
@@ -94,7 +95,8 @@ def main() -> None:
             time.sleep(_TIME_TO_SPEAK)
             sys.exit(1)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors.print(f"[red]Error:[/red] {escape(str(message))}", soft_wrap=True)
+        told = as_options(str(message), typer.main.get_command(app), sys.argv[1:])
+        errors.print(f"[red]Error:[/red] {escape(told)}", soft_wrap=True)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from eigenpeft.artifacts.reading import read_json
-from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, print_json, quiet
+from eigenpeft.cli.app import (
+    Adapters,
+    AllowDifferentBaseModels,
+    Json,
+    Out,
+    Overwrite,
+    app,
+    console,
+    print_json,
+    quiet,
+)
 from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 from eigenpeft.errors import EigenPeftError
@@ -15,7 +25,7 @@ from eigenpeft.report.summaries import absorb_summary, member_summary, store_sum
 from eigenpeft.report.tables import absorb_table, adapter_table
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.moving import move_member
-from eigenpeft.subspace.stores.store_files import renew_card
+from eigenpeft.subspace.stores.store_files import check_store_output, renew_card
 
 store_app = typer.Typer(
     help="Stores of many adapters in one subspace: add, absorb, list, remove, rename, compact, rebase.",
@@ -196,6 +206,7 @@ def rebase(
             "--from", help="Subspace that EigenLoRA adapters were trained on; default: what their configs name."
         ),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a store with all members, or trained EigenLoRA adapters, moved to other bases, and show what that loses.
@@ -203,11 +214,15 @@ def rebase(
     Example: eigenpeft store rebase store wider-subspace --out wider-store
     """
     quiet(as_json)
+    check_store_output(out, overwrite=overwrite, inputs=[store, subspace])
     target = PrincipalSubspace.from_pretrained(subspace)
+    # A store that is replaced stays until all members have moved.
     if any(_is_adapter(Path(folder)) for folder in _adapters_in(store)):
-        moved = _rebase_adapters(_adapters_in(store), target, trained_on=trained_on, out=out)
+        moved = _rebase_adapters(_adapters_in(store), target, trained_on=trained_on)
     else:
-        moved = AdapterStore.from_pretrained(store).rebase(target, save_directory=out)
+        moved = AdapterStore.from_pretrained(store).rebase(target, save_directory=None if out.exists() else out)
+    if moved.folder is None:
+        moved.save_pretrained(out, overwrite=overwrite)
     summary = store_summary(moved)
     if as_json:
         print_json({"path": str(out), **summary})
@@ -233,9 +248,7 @@ def _open_or_make(store: str, subspace: str | None) -> AdapterStore:
     return made
 
 
-def _rebase_adapters(
-    folders: list[str], target: PrincipalSubspace, *, trained_on: str | None, out: Path
-) -> AdapterStore:
+def _rebase_adapters(folders: list[str], target: PrincipalSubspace, *, trained_on: str | None) -> AdapterStore:
     """A store of EigenLoRA adapters, each moved from the bases that it was trained on."""
     members = {}
     for folder in folders:
@@ -254,9 +267,7 @@ def _rebase_adapters(
         one.add(folder)
         (name,) = one.names
         members[name] = move_member(one[name], own, target)
-    moved = AdapterStore(target, members=members)
-    moved.save_pretrained(out)
-    return moved
+    return AdapterStore(target, members=members)
 
 
 def _adapters_in(source: str) -> list[str]:

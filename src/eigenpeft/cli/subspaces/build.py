@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eigenpeft.artifacts.atomic import check_file, check_output
+from eigenpeft.artifacts.atomic import check_file
 from eigenpeft.artifacts.storage import STORE, SUBSPACE
 from eigenpeft.building import SubspaceBuilder, build_subspace
 from eigenpeft.building.work_folder import is_work_folder
@@ -32,6 +32,7 @@ from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
 from eigenpeft.report.tables import adapter_table, findings_text, module_table
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
+from eigenpeft.subspace.stores.store_files import check_store_output
 
 
 @app.command()
@@ -198,7 +199,7 @@ def project(
     Example: eigenpeft project subspace adapters/ --out store
     """
     quiet(as_json)
-    check_output(out, kind=STORE.label, overwrite=overwrite, inputs=[subspace, *adapters])
+    check_store_output(out, overwrite=overwrite, inputs=[subspace, *adapters])
     opened = PrincipalSubspace.from_pretrained(subspace)
     with AdapterCollection.from_pretrained(
         adapters,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenpeft.artifacts import storage
-from eigenpeft.artifacts.atomic import atomic_folder, atomic_update
+from eigenpeft.artifacts.atomic import atomic_folder, atomic_update, check_output
 from eigenpeft.artifacts.locks import lock_path, one_writer
 from eigenpeft.artifacts.manifest import Manifest, file_sha256, read_manifest, write_manifest
 from eigenpeft.artifacts.records.log import SHARDS, RecordLog
@@ -22,6 +22,25 @@ from eigenpeft.subspace.stores.member import record_in
 
 _CARD = "README.md"
 _SHOWN_ON_CARD = 1000  # members whose records the card's license is taken from
+
+
+def check_store_output(folder: str | Path, *, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """`check_output` for a store, where members that were added since it was written are eigenpeft's own too.
+
+    Args:
+        folder: Folder to write.
+        overwrite: Whether a store that eigenpeft wrote may be replaced.
+        inputs: What is read.
+
+    Raises:
+        ArtifactError: If the folder must not be written.
+    """
+    folder, kind = Path(folder), storage.STORE
+    if (folder / kind.config_name).is_file():
+        _check_taken(folder, overwrite=overwrite)
+        with one_writer(folder / kind.tensors_name):
+            _claim(folder, lock_path(folder / kind.tensors_name).name)
+    check_output(folder, kind=kind.label, overwrite=overwrite, inputs=inputs)
 
 
 def write_store(
@@ -46,11 +65,8 @@ def write_store(
     """
     kind = storage.STORE
     is_taken = (folder / kind.config_name).is_file()
-    if is_taken and not overwrite:
-        raise ArtifactError(
-            f"{str(folder)!r} holds another store; choose a new folder, open that store and add to it "
-            "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
-        )
+    if is_taken:
+        _check_taken(folder, overwrite=overwrite)
     # Nobody adds a member to the store that is replaced meanwhile.
     with one_writer(folder / kind.tensors_name) if is_taken else nullcontext():
         _write_whole(folder, subspace, records, card=card, overwrite=overwrite)
@@ -213,6 +229,14 @@ def _write_whole(
         # held.
         with suppress(OSError):
             os.link(lock, scratch / lock.name)
+
+
+def _check_taken(folder: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise ArtifactError(
+            f"{str(folder)!r} already holds another store; choose a new folder, open that store and add to it "
+            "(AdapterStore.from_pretrained(...).add(...)), or pass overwrite=True to replace it."
+        )
 
 
 def _claim(folder: Path, lock: str) -> None:

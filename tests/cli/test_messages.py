@@ -1,0 +1,89 @@
+"""Errors name the options of the command that was typed, in the place of Python's arguments."""
+
+import click
+import pytest
+
+from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft.cli.messages import as_options
+
+PROGRAM = click.Group(
+    commands={
+        "build": click.Command(
+            "build",
+            params=[
+                click.Option(["--n-components", "-k", "n_components"]),
+                click.Option(["--method"]),
+                click.Option(["--overwrite"], is_flag=True),
+                click.Option(["--trim/--no-trim"], is_flag=True),
+                click.Argument(["adapters"]),
+            ],
+        ),
+        "store": click.Group(commands={"add": click.Command("add", params=[click.Option(["--name"])])}),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "expected"),
+    [
+        (["build", "a"], "pass n_components=8, or method='paired'.", "pass --n-components 8, or --method paired."),
+        (["-v", "build"], "method='odd' must be one of 'a', 'b'", "--method odd must be one of 'a', 'b'"),
+        (["build"], "pass overwrite=True (--overwrite on the command line) to", "pass --overwrite to"),
+        (["build"], "pass overwrite=False, trim=False, method=None", "pass no --overwrite, --no-trim, no --method"),
+        (["store", "add"], "another name=, or name= here", "another --name, or --name here"),
+        (["store", "add"], "with overwrite=True, adapters='x'", "with overwrite=True, adapters='x'"),
+        (["build"], "'runs/method=paired' and 'a method=b' differ", "'runs/method=paired' and 'a method=b' differ"),
+        (["build"], "the adapters' own method='x' isn't read", "the adapters' own --method x isn't read"),
+        (["build"], "a/method=b, call fit(method='x')", "a/method=b, call fit(method='x')"),
+        ([], "pass overwrite=True", "pass overwrite=True"),
+        (["odd"], "move it with rebase().", "move it with `eigenpeft store rebase`."),
+    ],
+)
+def test_arguments_become_options(words, message, expected):
+    assert as_options(message, PROGRAM, words) == expected
+
+
+@pytest.fixture
+def folder(adapters, tmp_path, monkeypatch, run):
+    """A working folder with a subspace, a paired one, a store, and an adapter of another base model."""
+    with AdapterCollection.from_pretrained(adapters.folder) as collection:
+        SubspaceBuilder(5).fit(collection).subspace_.save_pretrained(tmp_path / "subspace")
+        SubspaceBuilder(5, method="paired").fit(collection).subspace_.save_pretrained(tmp_path / "paired")
+    monkeypatch.chdir(tmp_path)
+    for name in ("subspace", "paired"):
+        assert run("store", "add", f"store-{name}", "adapters/adapter-1", "--subspace", name).code == 0
+    config = tmp_path / "adapters" / "adapter-2" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "other-'))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("store", "add", "store-subspace", "adapters/adapter-1"), "pass another --name, --replace, or remove"),
+        (("store", "add", "store-subspace", "adapters/adapter-2"), "pass --allow-different-base-models."),
+        (("store", "absorb", "store-subspace", "adapters/adapter-1"), "--replace, or remove that member first"),
+        (("store", "absorb", "store-subspace", "adapters/adapter-3", "--max-components", "0"), "--max-components 0 must be"),
+        (("store", "absorb", "store-paired", "adapters/adapter-3"), "with `eigenpeft build --method paired` from all"),
+        (("store", "absorb", "store-paired", "adapters/adapter-3"), "with `eigenpeft store rebase`"),
+        (("store", "rebase", "store-subspace", "subspace", "--out", "store-paired"), "(`eigenpeft store add`), or pass"),
+        (("project", "subspace", "adapters/adapter-1", "--out", "store-paired"), "or pass --overwrite to replace it"),
+        (("build", "adapters", "--out", "x"), "pass --allow-different-base-models."),
+        (("build", "adapters/adapter-1", "--out", "subspace"), "pass --overwrite to replace it"),
+        (("build", "adapters/adapter-1", "--out", "x", "--method", "odd"), "--method odd must be"),
+        (("export", "store-subspace", "adapter-1", "--out", "store-subspace"), "Choose"),
+    ],
+)  # fmt: skip
+def test_the_remedy_is_an_option_of_the_command(run, folder, arguments, remedy):
+    told = run(*arguments)
+    assert told.code == 1
+    assert remedy in " ".join(told.err.split())
+    assert "=True" not in told.err
+    assert "()" not in told.err
+
+
+def test_a_store_is_replaced_by_one_in_other_bases(run, folder):
+    run("store", "rebase", "store-paired", "paired", "--out", "moved")
+    told = run("store", "rebase", "store-subspace", "subspace", "--out", "moved", "--overwrite")
+    assert (told.code, told.err) == (0, "")
+    assert "adapter-1" in run("store", "list", "moved").out
