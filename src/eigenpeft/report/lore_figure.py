@@ -18,23 +18,29 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool 
         EigenPeftError: If matplotlib is not installed.
         ArtifactError: If the file exists or cannot be written.
     """
+    held_out, found = found.held_out, found.best_personal or found
+    named = {method: f"{method}, basis of {found.n_basis}" if method == "LoRe" else method for method in found.accuracy}
     figure, (curve, reliability) = new_figure(1, 2, width=10, height=4.2)
     colors: dict[str, str] = {"LoRe": "tab:blue", "shared head": "tab:grey", "LoRe, population": "tab:orange"}
     for method, shares in found.few_shot.items():
         numbers = list(shares)
-        curve.plot(numbers, [share.mean for share in shares.values()], marker="o", color=colors[method], label=method)
+        curve.plot(
+            numbers, [share.mean for share in shares.values()], marker="o", color=colors[method], label=named[method]
+        )
         low, high = ([getattr(share, end) for share in shares.values()] for end in ("low", "high"))
         curve.fill_between(numbers, low, high, color=colors[method], alpha=0.15)
     curve.set_xscale("symlog", linthresh=1)
     ticks = [n for n in next(iter(found.few_shot.values()), {})]
     curve.set_xticks(ticks, [str(n) for n in ticks])
-    curve.set(xlabel="comparisons a new user gave", ylabel="accuracy on new comparisons", title="New users")
+    curve.set(
+        xlabel="comparisons a new user gave", ylabel="accuracy on new comparisons", title=f"New users, new {held_out}"
+    )
     for method, bins in found.calibration.items():
-        label = f"{method} (error {bins.error:.3f})"
+        label = f"{named[method]} (error {bins.error:.3f})"
         reliability.plot(bins.confidence, bins.accuracy, marker="o", color=colors[method], label=label)
     reliability.plot([0.5, 1], [0.5, 1], color="black", linestyle=":", linewidth=1)
     reliability.set(xlabel="predicted probability of the likelier answer", ylabel="share that answered so")
-    reliability.set_title("Calibration, new users and prompts")
+    reliability.set_title(f"Calibration, new users, new {held_out}")
     for axes in (curve, reliability):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

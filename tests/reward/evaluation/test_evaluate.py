@@ -80,13 +80,47 @@ def test_intervals_hold_their_means_and_all_is_json(found):
     assert json.loads(json.dumps(found.to_dict()))["n_basis"] == 3
 
 
-def test_where_users_agree_it_says_that_personalisation_does_not_pay():
-    alike = SimulatedUsers(60, 12, 1, seed=3)
-    for sizes in ((1, 3), 3):
-        found = evaluated(alike, n_pairs=30, fitter=LoReFitter(n_basis=sizes, deviation_scale=1.0))
-        # A basis that was forced on them costs something: no interval is above zero, and it may reach a point.
+@pytest.fixture(scope="module")
+def alike():
+    """One shared head is chosen, as all users are alike."""
+    users = SimulatedUsers(60, 12, 1, seed=3)
+    fitter = LoReFitter(n_basis=(1, 3), deviation_scale=1.0)
+    return users, fitter, evaluated(users, n_pairs=30, fitter=fitter)
+
+
+def test_where_users_agree_nothing_is_said_to_pay(alike):
+    users, _, found = alike
+    forced = evaluated(users, n_pairs=30, fitter=LoReFitter(n_basis=3, deviation_scale=1.0))
+    for one in (found, forced):
         starts = ("Personalisation does not pay on this data", "Unknown whether personalisation pays on this data")
-        assert found.verdict.startswith(starts[:1] if isinstance(sizes, tuple) else starts)
+        assert one.verdict.startswith(starts)
+    assert forced.best_personal is None
+
+
+def test_one_shared_head_is_not_compared_with_itself(alike):
+    users, fitter, found = alike
+    assert found.n_basis == 1
+    assert (found.gain[SEEN].mean, found.gain[SEEN].low, found.gain[SEEN].high) == (0, 0, 0)
+    best = found.best_personal
+    assert best.n_basis == 3
+    assert best.gain[SEEN].low <= 0 <= best.gain[SEEN].high
+    assert best.gain_over_shared[SEEN].low < best.gain_over_shared[SEEN].high
+    assert found.verdict == best.verdict
+    assert f"a basis of 3, the best of those above one: {100 * best.gain[SEEN].mean:+.1f} points" in found.verdict
+    # The oracle: the same setting, asked for by hand.
+    lowest = min((one for one in fitter.candidates_ if one.setting.n_basis > 1), key=lambda one: one.score)
+    by_hand = evaluated(
+        users, n_pairs=30, fitter=LoReFitter(**vars(lowest.setting), strength=lowest.strength, held_out=0.5)
+    )
+    assert by_hand.accuracy == best.accuracy
+    assert by_hand.few_shot == best.few_shot
+    assert json.loads(json.dumps(found.to_dict()))["best_personal"]["n_basis"] == 3
+
+
+def test_one_shared_head_that_was_asked_for_says_nothing_about_more():
+    found = evaluated(SimulatedUsers(40, 4, 1, seed=3), n_pairs=10, fitter=LoReFitter(n_basis=1))
+    assert found.best_personal is None
+    assert found.verdict.startswith("Unknown whether personalisation pays on this data: one shared head was asked for")
 
 
 def test_held_out_prompts_are_held_out_together():

@@ -7,9 +7,10 @@ from eigenpeft.reward.evaluation.intervals import Bootstrap, Share
 from eigenpeft.reward.evaluation.verdict import FEW_USERS, verdict
 
 
-def said(known, new, *, users=(40, 20), n_basis=3):
+def said(known, new, *, users=(40, 20), n_basis=3, chosen=3, other=(0.06, 0.14)):
     shares = [Share(sum(ends) / 2, *ends, n, 10 * n) for ends, n in zip((known, new), users, strict=True)]
-    return verdict(*shares, n_basis=n_basis, split="prompts", n_unused=0, personal={"head per user": 0.8}, ours=0.7)
+    control = ("head per user", Share(sum(other) / 2, *other, users[0], 10 * users[0]))
+    return verdict(*shares, n_basis=n_basis, chosen=chosen, split="prompts", n_unused=0, other=control)
 
 
 @pytest.mark.parametrize(
@@ -35,19 +36,65 @@ def test_gains_and_their_intervals(known, new, start):
     assert text.startswith(start)
     assert "for 40 known users and" in text
     assert "for 20 new users" in text
-    assert text.endswith("For known users 'head per user' is better than LoRe, 0.800 against 0.700.")
+    assert text.endswith(" For known users 'head per user' is ahead of LoRe by +10.0 points [+6.0, +14.0].")
+
+
+def test_another_way_that_is_ahead_has_its_interval_too():
+    assert said((0.01, 0.03), (0.01, 0.05), other=(-0.02, 0.06)).endswith(
+        "'head per user' is ahead of LoRe by +2.0 points [-2.0, +6.0], which may be chance."
+    )
+    assert "head per user" not in said((0.01, 0.03), (0.01, 0.05), other=(-0.06, 0.06))
 
 
 @pytest.mark.parametrize("users", [(FEW_USERS - 1, 40), (40, 1)])
-@pytest.mark.parametrize("n_basis", [1, 3])
-def test_few_users_are_no_ground_for_a_verdict(users, n_basis):
-    text = said((0.01, 0.03), (0.01, 0.05), users=users, n_basis=n_basis)
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_few_users_are_no_ground_for_a_verdict(users, chosen):
+    text = said((0.01, 0.03), (0.01, 0.05), users=users, chosen=chosen)
     assert text.startswith("Unknown whether personalisation pays on this data")
     assert f"{users[0]} known and {users[1]} new users were asked" in text
 
 
-def test_one_shared_head_does_not_pay():
-    assert said((0.0, 0.0), (0.0, 0.0), n_basis=1).startswith("Personalisation does not pay on this data: held-out")
+@pytest.mark.parametrize(
+    ("known", "new", "start"),
+    [
+        (
+            (-0.035, 0.058),
+            (-0.05, 0.09),
+            "Unknown whether personalisation pays on this data: no personalisation was found that surely predicts better than one "
+            "shared head, which the fit chose, but the intervals hold zero, and gains of a point or more.",
+        ),
+        (
+            (-0.01, 0.005),
+            (-0.02, 0.009),
+            "Personalisation does not pay on this data: the intervals leave no gain of a point. The fit chose one shared head",
+        ),
+        (
+            (0.01, 0.03),
+            (0.01, 0.05),
+            "Personalisation pays on this data, for known and for new users. The fit itself chose one shared head; ask for a",
+        ),
+        (
+            (0.01, 0.03),
+            (-0.01, 0.05),
+            "Personalisation pays on this data for known users; for new users it is unknown. The fit itself chose one shared head;",
+        ),
+    ],
+)
+def test_one_shared_head_is_judged_by_the_best_basis_above_one(known, new, start):
+    text = said(known, new, chosen=1)
+    assert text.startswith(start)
+    assert f"a basis of 3, the best of those above one: {100 * sum(known) / 2:+.1f} points" in text
+
+
+def test_users_who_all_rank_alike_are_said_to():
+    assert "(95 % intervals over users). No user's own weights put any of these comparisons" in said((0, 0), (0, 0))
+    assert "No user's own weights" not in said((0, 0.001), (0, 0))
+
+
+def test_one_shared_head_alone_is_not_compared_with_itself():
+    text = said((0.0, 0.0), (0.0, 0.0), n_basis=1, chosen=1)
+    assert text.startswith("Unknown whether personalisation pays on this data: one shared head was asked for")
+    assert "points" not in text
 
 
 def test_one_user_has_no_interval_and_few_have_a_wide_one():

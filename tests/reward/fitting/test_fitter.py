@@ -80,6 +80,22 @@ def test_the_size_is_chosen_by_held_out_comparisons(train, users):
     assert fitter.model_.n_basis == 3
     assert fitter.model_.info["strength"] in (0.3, 1.0, 3.0)
     assert fitter.candidates_[1].score < fitter.candidates_[0].score
+    assert fitter.chosen_ is min(fitter.candidates_[1:], key=lambda one: one.score)
+    assert [one["chosen"] for one in fitter.model_.info["candidates"]] == [
+        one is fitter.chosen_ for one in fitter.candidates_
+    ]
+    for one in fitter.candidates_:
+        losses = one.losses.double().numpy()
+        assert one.score_error == pytest.approx(losses.std(ddof=1) / len(losses) ** 0.5, rel=1e-5)
+        worse = losses - fitter.chosen_.losses.double().numpy()
+        assert one.worse_than(fitter.chosen_) == pytest.approx(
+            (worse.mean(), worse.std(ddof=1) / len(worse) ** 0.5), rel=1e-4, abs=1e-7
+        )
+        right = one.seen_accuracy * one.n_seen
+        assert right == pytest.approx(round(2 * right) / 2, abs=1e-3)
+        assert one.seen_accuracy_error == pytest.approx(
+            (one.seen_accuracy * (1 - one.seen_accuracy) / one.n_seen) ** 0.5
+        )
 
 
 def test_where_all_agree_one_head_is_chosen():

@@ -1,5 +1,6 @@
 """Does personalisation pay: a low-rank reward model beside its controls, on users and prompts it did not see."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenpeft.errors import RewardModelError
 from eigenpeft.linalg.preference.calibration import ReliabilityCurve, calibration
 from eigenpeft.linalg.preference.users import fit_all_user_weights
 from eigenpeft.reward.artifact.model import LowRankRewardModel
@@ -15,10 +15,12 @@ from eigenpeft.reward.artifact.pairs import Features, difference_chunks, index_u
 from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.evaluation.controls import choose_scale, user_heads
 from eigenpeft.reward.evaluation.intervals import Bootstrap, Share
+from eigenpeft.reward.evaluation.parts import Parts
 from eigenpeft.reward.evaluation.user_encoder import encoded_heads
 from eigenpeft.reward.evaluation.verdict import verdict
 from eigenpeft.reward.fitting.fitter import LoReFitter
-from eigenpeft.reward.fitting.splitting import draw_sides, same_texts
+from eigenpeft.reward.fitting.selection import lowest_loss
+from eigenpeft.reward.fitting.splitting import same_texts
 
 SHOTS = (0, 1, 2, 5, 10, 20, 50)
 _PERSONAL = ("head per user", "head per user, from the shared one", "user encoder")
@@ -29,6 +31,9 @@ QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new
 class LoReEvaluation:
     """What `evaluate_lore` found.
 
+    Where the fit chose one shared head among bases of several sizes, "LoRe" and "shared head" are the same, and what
+    personalisation would bring is in `best_personal`.
+
     Attributes:
         accuracy: Share by quadrant, by method.
         gain_over_shared: LoRe minus the shared head, by quadrant.
@@ -37,10 +42,12 @@ class LoReEvaluation:
         few_shot: Share by number of comparisons a new user gave, by method.
         few_shot_gain: LoRe minus LoRe's population, by number of comparisons.
         calibration: Predicted against observed shares for new users and prompts, by method that predicts probabilities.
-        n_basis: Size of the basis that was chosen.
+        n_basis: Size of the basis.
         split: What was held out: "comparisons", "prompts", "groups that share texts" or "texts".
         n_unused: Comparisons left out because a text of theirs stands on both sides.
         verdict: The findings in a few sentences.
+        best_personal: Where the fit chose one shared head among others: the same evaluation of the candidate with several
+            rows whose held-out loss was lowest, which the verdict judges then. Else None.
     """
 
     accuracy: dict[str, dict[str, Share]]
@@ -53,6 +60,12 @@ class LoReEvaluation:
     split: str
     n_unused: int
     verdict: str
+    best_personal: "LoReEvaluation | None" = None
+
+    @property
+    def held_out(self) -> str:
+        """What no fit saw, in a word: "prompts", "comparisons" or "texts"."""
+        return self.split if self.split in ("prompts", "comparisons") else "texts"
 
     @property
     def gain(self) -> dict[str, Share]:
@@ -109,7 +122,7 @@ def evaluate_lore(
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
     texts = same_texts(chosen, rejected)
-    parts = _Parts.draw(rows, len(names), texts, prompt_ids, held_out_users, held_out_prompts, seed)
+    parts = Parts.draw(rows, len(names), texts, prompt_ids, held_out_users, held_out_prompts, seed)
     nothing = torch.zeros(1, 1).expand_as(differences)
     fitter = fitter if fitter is not None else LoReFitter(seed=seed)
     train = parts.train
@@ -119,13 +132,48 @@ def evaluate_lore(
         "texts": texts[train],
         "reference_head": reference_head,
     }
-    lore = fitter.fit(differences[train], nothing[train], **keywords).model_
-    shared = LoReFitter(n_basis=1, seed=seed).fit(differences[train], nothing[train], **keywords).model_.reward_basis[0]
-    margins = _all_margins(differences, rows, parts, lore, shared, reference_head, len(names), seed)
-    if true_margins is not None:
-        margins["oracle"] = true_margins
-    masks = dict(zip(QUADRANTS, (parts.train, parts.seen, parts.queries), strict=True))
+    pairs = (differences[train], nothing[train])
+    lore = fitter.fit(*pairs, **keywords).model_
+    shared = LoReFitter(n_basis=1, seed=seed).fit(*pairs, **keywords).model_.reward_basis[0]
+    controls = _control_margins(differences, rows, parts, shared, reference_head, len(names), seed)
+    oracle = {} if true_margins is None else {"oracle": true_margins}
     draws = Bootstrap(rows, len(names), n_bootstrap, seed)
+
+    def judged(model: LowRankRewardModel) -> LoReEvaluation:
+        margins = controls | _lore_margins(differences, rows, parts, model, len(names)) | oracle
+        curve = _few_shot(differences, rows, parts, model, shared, shots, draws, seed)
+        return _evaluation(margins, parts, draws, curve, n_basis=model.n_basis, chosen=lore.n_basis)
+
+    found, personal = judged(lore), _best_personal(fitter)
+    if personal is None:
+        return found
+    best = judged(personal.fit(*pairs, **keywords).model_)
+    return replace(found, best_personal=best, verdict=best.verdict)
+
+
+def _best_personal(fitter: LoReFitter) -> LoReFitter | None:
+    """A fitter of the best candidate with several rows, where the fit chose one row among others; else None."""
+    several = [one for one in fitter.candidates_ if one.setting.n_basis > 1]
+    if fitter.model_.n_basis > 1 or not several:
+        return None
+    best = lowest_loss(several) or several[0]
+    fixed = copy.copy(fitter)
+    for name, value in {**vars(best.setting), "strength": best.strength}.items():
+        setattr(fixed, name, value)
+    return fixed
+
+
+def _evaluation(
+    margins: dict[str, Tensor],
+    parts: Parts,
+    draws: Bootstrap,
+    curve: tuple[dict[str, dict[int, Share]], dict[int, Share]],
+    *,
+    n_basis: int,
+    chosen: int,
+) -> LoReEvaluation:
+    """Shares, gains, calibration and verdict from the margins of every method."""
+    masks = dict(zip(QUADRANTS, (parts.train, parts.seen, parts.queries), strict=True))
     accuracy = {
         method: {quadrant: draws.share(values, mask) for quadrant, mask in masks.items()}
         for method, values in margins.items()
@@ -134,95 +182,46 @@ def evaluate_lore(
         {quadrant: draws.gain(margins["LoRe"], margins[other], mask) for quadrant, mask in masks.items()}
         for other in ("shared head", "LoRe, population")
     )
-    few_shot, few_shot_gain = _few_shot(differences, rows, parts, lore, shared, shots, draws, seed)
     calibrated = {
         method: calibration(margins[method], parts.queries) for method in ("shared head", "LoRe, population", "LoRe")
     }
+    n_unused = len(draws.rows) - sum(int(mask.sum()) for mask in parts.masks.values())
     found = LoReEvaluation(
         accuracy,
         over_shared,
         over_population,
-        few_shot,
-        few_shot_gain,
+        *curve,
         calibrated,
-        lore.n_basis,
+        n_basis,
         split=parts.by,
-        n_unused=len(rows) - sum(int(mask.sum()) for mask in parts.masks.values()),
+        n_unused=n_unused,
         verdict="",
     )
-    return replace(found, verdict=_verdict(found))
-
-
-def _verdict(found: LoReEvaluation) -> str:
     known, new = (found.gain[quadrant] for quadrant in QUADRANTS[1:])
-    means = {name: shares[QUADRANTS[1]].mean for name, shares in found.accuracy.items()}
-    return verdict(
+    other = max(_PERSONAL, key=lambda name: accuracy[name][QUADRANTS[1]].mean)
+    said = verdict(
         known,
         new,
-        n_basis=found.n_basis,
+        n_basis=n_basis,
+        chosen=chosen,
         split=found.split,
-        n_unused=found.n_unused,
-        personal={name: means[name] for name in _PERSONAL if name in means},
-        ours=means["LoRe"],
+        n_unused=n_unused,
+        other=(other, draws.gain(margins[other], margins["LoRe"], parts.seen)),
     )
+    return replace(found, verdict=said)
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """Masks over the comparisons, and users ranked for the shots."""
-
-    train: Tensor
-    seen: Tensor
-    pool: Tensor
-    queries: Tensor
-
-    by: str
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        return {"train": self.train, "seen": self.seen, "pool": self.pool, "queries": self.queries}
-
-    @staticmethod
-    def draw(
-        rows: Tensor,
-        n_users: int,
-        texts: Tensor,
-        prompt_ids: Sequence[Any] | None,
-        users: float,
-        prompts: float,
-        seed: int,
-    ) -> "_Parts":
-        generator = torch.Generator().manual_seed(seed)
-        sides = draw_sides(texts, prompt_ids=prompt_ids, share=prompts, generator=generator)
-        new = torch.zeros(n_users, dtype=torch.bool)
-        new[torch.randperm(n_users, generator=generator)[: round(users * n_users)]] = True
-        new_user, held, trained = new[rows], sides.held & sides.used, ~sides.held & sides.used
-        parts = _Parts(~new_user & trained, ~new_user & held, new_user & trained, new_user & held, sides.by)
-        for what, mask in parts.masks.items():
-            if not bool(mask.any()):
-                raise RewardModelError(
-                    f"Nothing is left for the part {what!r} with {n_users} users, {len(rows)} comparisons, "
-                    f"held_out_users={users}, held_out_prompts={prompts}, held out by {sides.by}; evaluation needs a few dozen "
-                    "users with a few dozen comparisons each, on texts that are not all the same."
-                )
-        return parts
-
-
-def _all_margins(
+def _control_margins(
     differences: Tensor,
     rows: Tensor,
-    parts: _Parts,
-    lore: LowRankRewardModel,
+    parts: Parts,
     shared: Tensor,
     reference_head: Tensor | None,
     n_users: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Margins of every comparison under every method; users are fitted to `train` and `pool`."""
+    """Margins of every comparison under every control; users are fitted to `train` and `pool`."""
     fitted = parts.train | parts.pool
-    weights = fit_all_user_weights(
-        (differences @ lore.reward_basis.mT)[fitted], rows[fitted], n_users=n_users, concentration=lore.concentration
-    ).float()
     margins = {} if reference_head is None else {"reference head": differences @ reference_head.float()}
     margins["shared head"] = differences @ shared
     total_variance = float(differences[parts.train].square().mean(dim=0).sum())
@@ -236,15 +235,28 @@ def _all_margins(
         differences, rows, train=parts.train, fitted=fitted, shared=shared, n_users=n_users, seed=seed
     )
     margins["user encoder"] = (differences * heads[rows]).sum(dim=1)
-    margins["LoRe, population"] = differences @ lore.reward_head()
-    margins["LoRe"] = ((differences @ lore.reward_basis.mT) * weights[rows]).sum(dim=1)
     return margins
+
+
+def _lore_margins(
+    differences: Tensor, rows: Tensor, parts: Parts, lore: LowRankRewardModel, n_users: int
+) -> dict[str, Tensor]:
+    """Margins of every comparison under LoRe and its population; users are fitted to `train` and `pool`."""
+    fitted = parts.train | parts.pool
+    by_basis = differences @ lore.reward_basis.mT
+    weights = fit_all_user_weights(
+        by_basis[fitted], rows[fitted], n_users=n_users, concentration=lore.concentration
+    ).float()
+    return {
+        "LoRe, population": differences @ lore.reward_head(),
+        "LoRe": (by_basis * weights[rows]).sum(dim=1),
+    }
 
 
 def _few_shot(
     differences: Tensor,
     rows: Tensor,
-    parts: _Parts,
+    parts: Parts,
     lore: LowRankRewardModel,
     shared: Tensor,
     shots: Sequence[int],

@@ -16,7 +16,7 @@ from eigenpeft.reward.artifact.model import LowRankRewardModel
 from eigenpeft.reward.artifact.pairs import Features, index_users
 from eigenpeft.reward.artifact.users import UserId
 from eigenpeft.reward.fitting.preparation import Preparation, PreparedPairs, prepare
-from eigenpeft.reward.fitting.selection import LoReCandidate, Setting, choose, judge, split_comparisons
+from eigenpeft.reward.fitting.selection import LoReCandidate, Setting, choose, judge, lowest_loss, split_comparisons
 from eigenpeft.reward.fitting.splitting import same_texts
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class LoReFitter:
 
     model_: LowRankRewardModel
     candidates_: list[LoReCandidate]
+    chosen_: LoReCandidate | None
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class LoReFitter:
         processing_class: Any = None,
         base_model: str | None = None,
     ) -> "LoReFitter":
-        """Fit to comparisons; `model_` is the reward model, `candidates_` what was tried. Returns self.
+        """Fit to comparisons; `model_` is the reward model, `candidates_` what was tried, `chosen_` the one taken. Returns self.
 
         Args:
             chosen: (n, n_features): tensor, array, memory map or `datasets` column; read in parts.
@@ -162,7 +163,7 @@ class LoReFitter:
             "n_components": self.n_components,
             "seed": self.seed,
             "converged": found.converged,
-            "candidates": [candidate.facts() for candidate in self.candidates_],
+            "candidates": [{**one.facts(), "chosen": one is self.chosen_} for one in self.candidates_],
         }
         model = LowRankRewardModel(
             reward_basis,
@@ -256,7 +257,7 @@ class LoReFitter:
         self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, texts: Tensor, prompt_ids: Sequence[Any] | None
     ) -> tuple[Setting, float]:
         """The setting and the strength of the population: as given, or by held-out comparisons."""
-        self.candidates_ = []
+        self.candidates_, self.chosen_ = [], None
         sizes, scales = self._sizes(n_users), self._scales()
         counts = AUTO_CONCENTRATION if self.concentration == "auto" else (float(self.concentration),)
         strengths = AUTO_STRENGTH if self.strength == "auto" else (float(self.strength),)
@@ -272,7 +273,7 @@ class LoReFitter:
 
         if self.shared_scale == "auto":
             self.candidates_ = tried([Setting(1, shared, scales[0], counts[0]) for shared in AUTO_SHARED_SCALE])
-            best = min(self.candidates_, key=lambda one: one.score if len(one.losses) else 0.0)
+            best = lowest_loss(self.candidates_) or self.candidates_[0]
             shared_scale = best.setting.shared_scale
             self.candidates_ = [best] if 1 in sizes else []
         else:
@@ -289,7 +290,8 @@ class LoReFitter:
         if best.setting.n_basis > 1:
             more = tried([replace(best.setting, concentration=count) for count in counts[1:]])
             self.candidates_ += more
-            best = min([best, *more], key=lambda one: one.score if len(one.losses) else 0.0)
+            best = lowest_loss([best, *more]) or best
+        self.chosen_ = best
         return best.setting, best.strength
 
     def _prior(self, preparation: Preparation, setting: Setting) -> JointPrior:

@@ -48,6 +48,7 @@ class LoReCandidate:
             NaN where there are too few users to hold some out.
         unseen_accuracy: Share of them in the right order.
         losses: (n_held_out,) negative log-likelihood of each held-out comparison, seen users first.
+        n_seen: Held-out comparisons of users the fit saw.
     """
 
     setting: Setting
@@ -57,17 +58,44 @@ class LoReCandidate:
     unseen_nll: float
     unseen_accuracy: float
     losses: Tensor
+    n_seen: int = 0
 
     @property
     def score(self) -> float:
         """What is compared: the mean loss over all held-out comparisons; NaN without any."""
         return float(self.losses.mean())
 
+    @property
+    def score_error(self) -> float:
+        """Standard error of `score`; 0 with one comparison, NaN without any."""
+        return _mean_and_error(self.losses)[1]
+
+    @property
+    def seen_accuracy_error(self) -> float:
+        """Binomial standard error of `seen_accuracy`; NaN without such comparisons."""
+        return _share_error(self.seen_accuracy, self.n_seen)
+
+    @property
+    def unseen_accuracy_error(self) -> float:
+        """Binomial standard error of `unseen_accuracy`; NaN without such comparisons."""
+        return _share_error(self.unseen_accuracy, len(self.losses) - self.n_seen)
+
+    def worse_than(self, other: "LoReCandidate") -> tuple[float, float]:
+        """Mean of the paired differences of the held-out losses, and its standard error; positive where `other` is better.
+
+        Args:
+            other: Tried on the same comparisons.
+        """
+        return _mean_and_error(self.losses - other.losses)
+
     def facts(self) -> dict[str, float | int | None]:
         """The candidate as JSON-able numbers."""
         numbers = {
             **vars(self.setting),
             "strength": self.strength,
+            "n_held_out": len(self.losses),
+            "loss": self.score,
+            "loss_error": self.score_error,
             "seen_nll": self.seen_nll,
             "seen_accuracy": self.seen_accuracy,
             "unseen_nll": self.unseen_nll,
@@ -148,7 +176,14 @@ def judge(
         if best is None or float(losses.sum()) < float(best.losses.sum()):
             (seen_loss, seen_accuracy), (new_loss, new_accuracy) = parts
             best = LoReCandidate(
-                setting, strength, float(seen_loss.mean()), seen_accuracy, float(new_loss.mean()), new_accuracy, losses
+                setting,
+                strength,
+                float(seen_loss.mean()),
+                seen_accuracy,
+                float(new_loss.mean()),
+                new_accuracy,
+                losses,
+                n_seen=len(seen_loss),
             )
     assert best is not None
     return best
@@ -164,18 +199,37 @@ def choose(candidates: Sequence[LoReCandidate]) -> LoReCandidate:
     Args:
         candidates: At least one; those without held-out comparisons come last.
     """
-    scored = [candidate for candidate in candidates if len(candidate.losses)]
-    if not scored:
+    best = lowest_loss(candidates)
+    if best is None:
         return candidates[0]
-    best = min(scored, key=lambda candidate: candidate.score)
+    scored = [candidate for candidate in candidates if len(candidate.losses)]
     good = []
     for candidate in scored:
-        worse = candidate.losses - best.losses
-        error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
-        if float(worse.mean()) <= (2 if candidate.setting.n_basis == 1 else 1) * error:
+        worse, error = candidate.worse_than(best)
+        if worse <= (2 if candidate.setting.n_basis == 1 else 1) * error:
             good.append(candidate)
     smallest = min(candidate.setting.n_basis for candidate in good)
     return min((one for one in scored if one.setting.n_basis == smallest), key=lambda one: one.score)
+
+
+def lowest_loss(candidates: Sequence[LoReCandidate]) -> LoReCandidate | None:
+    """The candidate with the lowest mean loss over held-out comparisons; None where nothing was held out.
+
+    Args:
+        candidates: Tried on the same comparisons.
+    """
+    return min((one for one in candidates if len(one.losses)), key=lambda one: one.score, default=None)
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error, which is 0 for a single value; both NaN without values."""
+    if len(values) < 2:
+        return (float(values[0]), 0.0) if len(values) else (float("nan"), float("nan"))
+    return float(values.mean()), float(values.std()) / len(values) ** 0.5
+
+
+def _share_error(share: float, n: int) -> float:
+    return (share * (1 - share) / n) ** 0.5 if n else float("nan")
 
 
 def _score(by_basis: Tensor, weights: Tensor) -> tuple[Tensor, float]:
