@@ -78,6 +78,19 @@ def test_hostile_folder_names_become_labels(adapter, hostile):
     assert name.strip(". ") == name != ""
 
 
+def test_the_result_of_recycle_is_called_after_its_folder(adapter, tmp_path, monkeypatch):
+    for place in ("billing", "refunds"):
+        folder = adapter(f"{place}/adapter").parent
+        (folder / "trials.jsonl").write_text("")
+    other = adapter("plain/adapter")
+    assert names([tmp_path / "billing", tmp_path / "refunds" / "adapter", other]) == ["billing", "refunds", "adapter"]
+    monkeypatch.chdir(tmp_path / "billing")
+    assert names(["adapter"]) == names(["."]) == ["billing"]
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "trials.jsonl").write_text("")
+    assert "is a run of `eigenpeft recycle` that was not finished" in problem(tmp_path / "stopped")
+
+
 def test_weights_without_config_are_not_passed_over(adapter, tmp_path):
     (adapter("all/one") / "adapter_config.json").unlink()
     adapter("all/two")

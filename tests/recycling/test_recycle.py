@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from eigenpeft import AdapterCollection
-from eigenpeft.errors import EigenPeftError
+from eigenpeft.errors import ArtifactError, EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.training import judge
@@ -227,11 +227,11 @@ def test_a_second_call_repeats_no_trial(adapters, tmp_path):
     assert len(made) == before + 1  # the winner on all rows
     assert second.trials == first.trials
     with pytest.raises(EigenPeftError, match="holds trials with another rows, rows_sha256"):
-        recycled(adapters, tmp_path, candidates=["lora_r8"], rows=task_rows(20))
+        recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"], rows=task_rows(20))
     others = task_rows()
     others[3]["labels"] = 1 - others[3]["labels"]  # as many rows, one of them corrected
     with pytest.raises(EigenPeftError, match="holds trials with another rows_sha256;"):
-        recycled(adapters, tmp_path, candidates=["lora_r8"], rows=others)
+        recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"], rows=others)
     log = tmp_path / "out" / "trials.jsonl"
     log.write_text(log.read_text() + '{"candidate": "lora_r8", "rate')  # of a run that was killed
     assert recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"]).trials == first.trials
@@ -244,7 +244,66 @@ def test_a_second_call_repeats_no_trial(adapters, tmp_path):
     ]
     log.write_text('{"candidate": 3}\n')
     with pytest.raises(EigenPeftError, match="cannot be read"):
-        recycled(adapters, tmp_path, candidates=["lora_r8"])
+        recycled(adapters, tmp_path, candidates=["lora_r8", "eigenlora"])
+
+
+def test_a_finished_result_is_not_replaced_by_one_that_was_chosen_otherwise(adapters, tmp_path):
+    some = ["lora_r8", "eigenlora"]
+    first = recycled(adapters, tmp_path, candidates=some, budget=3.0)
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for changes in ({"budget": 0.5, "time_limit": 0.0}, {"budget": 6.0}, {"candidates": ["lora_r8"], "budget": 3.0}):
+        with pytest.raises(
+            ArtifactError, match=rf"holds a finished result, {first.winner}, which was chosen with"
+        ) as refused:
+            recycled(adapters, tmp_path, **{"candidates": some, **changes})
+        assert "Choose another out_dir (--out); or pass overwrite=True" in str(refused.value)
+        if "candidates" in changes:
+            assert "the candidates lora_r8, eigenlora (now lora_r8)" in str(refused.value)
+        else:
+            assert f"the budget 3 (now {changes['budget']:g})" in str(refused.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == written
+    again = recycled(adapters, tmp_path, candidates=some, budget=3.0, time_limit=0.0)  # all of the evidence is there
+    assert (again.trials, again.winner, again.score) == (first.trials, first.winner, first.score)
+    short = recycled(adapters, tmp_path, candidates=some, budget=0.5, overwrite=True)
+    assert {trial.steps for trial in short.trials}.isdisjoint({trial.steps for trial in first.trials})
+    back = recycled(adapters, tmp_path, candidates=some, budget=3.0, overwrite=True)
+    assert back.trials == first.trials  # those of the other budget lie there too, and are no part of this choice
+    (tmp_path / "out" / "report.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="nothing says how the result beside it was chosen"):
+        recycled(adapters, tmp_path, candidates=some, budget=3.0)
+
+
+def test_with_overwrite_other_rows_start_anew(adapters, tmp_path):
+    recycled(adapters, tmp_path, candidates=["lora_r8"])
+    report = recycled(adapters, tmp_path, candidates=["lora_r8"], rows=task_rows(20), overwrite=True)
+    assert (report.n_train + report.n_held_out, len(report.trials)) == (20, 2)  # two rates
+    log = tmp_path / "out" / "trials.jsonl"
+    assert len(log.read_text().splitlines()) == 2
+    (tmp_path / "out" / "settings.json").write_text('{"mine": 1}')  # of another program
+    with pytest.raises(EigenPeftError, match="or remove it"):
+        recycled(adapters, tmp_path, candidates=["lora_r8"], overwrite=True)
+
+
+def test_an_adapter_that_is_read_is_not_written_over(adapters, tmp_path):
+    recycled(adapters, tmp_path, candidates=["lora_r8"])
+    with AdapterCollection.from_pretrained(tmp_path / "out") as own:
+        assert own.names == ("out",)
+        with pytest.raises(EigenPeftError, match="which is read"):
+            recycled(own, tmp_path, candidates=["lora_r8"], overwrite=True)
+    trained = tmp_path / "other" / "out" / "adapter"
+    trained.mkdir(parents=True)
+    (trained / "adapter_model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="holds files that eigenpeft did not write"):
+        recycled(adapters, tmp_path / "other", candidates=["lora_r8"], overwrite=True)
+    assert not (tmp_path / "other" / "out" / "trials.jsonl").exists()  # refused before anything was trained
+
+
+def test_a_trial_that_was_half_written_spoils_none_after_it(adapters, tmp_path):
+    recycled(adapters, tmp_path, candidates=["lora_r8"])
+    log = tmp_path / "out" / "trials.jsonl"
+    log.write_text('{"candidate": "lora_r8", "rate')  # killed while it wrote
+    first = recycled(adapters, tmp_path, candidates=["lora_r8"])
+    assert recycled(adapters, tmp_path, candidates=["lora_r8"]).trials == first.trials
 
 
 def test_a_time_limit_ends_the_rounds_and_the_best_so_far_is_trained(adapters, tmp_path):

@@ -15,6 +15,7 @@ from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 
 _HUB_FILES = (CONFIG_NAME, "adapter_model.*", "README.md")
+_TRIALS = "trials.jsonl"  # beside the adapter in a result of `eigenpeft recycle`
 _HUB_ID = re.compile(
     r"(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)(?:/(?P<subfolder>[\w.-]+(?:/[\w.-]+)*))?(?:@(?P<revision>\S+))?", re.ASCII
 )
@@ -78,20 +79,28 @@ def _local(path: Path, *, source: str) -> list[AdapterLocation]:
     if not path.is_dir():
         raise ValueError(f"is a file; name the folder that holds {CONFIG_NAME}, here {str(path.parent)!r}")
     if _looks_like_adapter(path):
-        return [AdapterLocation(_label(path.resolve().name), source, path)]
+        return [AdapterLocation(_label(_name_of(path.resolve())), source, path)]
     children = sorted(
         (child for child in path.iterdir() if child.is_dir()), key=lambda child: natural_order(child.name)
     )
     found = [
-        AdapterLocation(_label(child.name), str(Path(source) / child.name), child)
+        AdapterLocation(_label(_name_of(child)), str(Path(source) / child.name), child)
         for child in children
         if _looks_like_adapter(child) and not child.name.startswith(".")
     ]
     if not found and (other := format_of_folder(path)) is not None:
         raise ValueError(other)
+    if not found and (path / _TRIALS).is_file():
+        raise ValueError("is a run of `eigenpeft recycle` that was not finished: start that again, or leave it out")
     if not found:
         raise ValueError(f"has no {CONFIG_NAME}, neither in itself nor in a folder directly below it")
     return found
+
+
+def _name_of(folder: Path) -> str:
+    """What an adapter is called after: its folder, or for RESULT/adapter of `eigenpeft recycle` the folder RESULT."""
+    is_result = folder.name == "adapter" and (folder.parent / _TRIALS).is_file()
+    return folder.parent.resolve().name if is_result else folder.name
 
 
 def _looks_like_adapter(folder: Path) -> bool:

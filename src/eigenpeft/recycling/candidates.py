@@ -127,6 +127,8 @@ def _mixture(base: PreTrainedModel, sources: Sources) -> PeftModel:
 
 CONTROL = "lora_r8"
 """What every other candidate is judged against."""
+NEAREST = "nearest_continued"
+"""The one that starts at one of the adapters."""
 
 # In the order of what was seen on related adapters (docs/recycle.md): the first ones are tried where the budget is small.
 CANDIDATES: dict[str, Candidate] = {
@@ -135,7 +137,7 @@ CANDIDATES: dict[str, Candidate] = {
     "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
     "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
     "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
-    "nearest_continued": Candidate(_nearest, LORA_RATES),
+    NEAREST: Candidate(_nearest, LORA_RATES),
     "mixture": Candidate(_mixture, (3e-2, 3e-1)),
     "init": Candidate(_init, LORA_RATES),
     "merged_head": Candidate(_head, (3e-1, 1e-1), merged=True),

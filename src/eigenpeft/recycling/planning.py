@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from eigenpeft.recycling.candidates import CANDIDATES, CONTROL
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, NEAREST
 from eigenpeft.recycling.halving import first_steps, planned_rounds
 from eigenpeft.recycling.preparing import SCALES
 
@@ -41,7 +41,7 @@ def entrants_within(candidates: Sequence[str], *, max_steps: int, budget: float)
 
 def _n_before(names: Sequence[str]) -> int:
     """Short trainings before the rounds: one for each λ, and one to find the nearest adapter."""
-    return len(SCALES) * any(CANDIDATES[name].merged for name in names) + ("nearest_continued" in names)
+    return len(SCALES) * any(CANDIDATES[name].merged for name in names) + (NEAREST in names)
 
 
 def announce(entrants: Sequence[tuple[str, float]], *, steps: int, max_steps: int, say: Callable[[str], None]) -> int:

@@ -11,7 +11,7 @@ from eigenpeft.audit.task.light_head import LIGHT_RATE
 from eigenpeft.audit.task.reuse import nearest_adapters
 from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, Sources
+from eigenpeft.recycling.candidates import CANDIDATES, NEAREST, Sources
 from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge
 
@@ -23,11 +23,11 @@ def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps
     scale, nearest = plain.scale, plain.nearest
     if any(CANDIDATES[name].merged for name in candidates):
         scale = max(SCALES, key=lambda value: _start_score(search, with_start(plain, scale=value), steps=steps))
-    if "nearest_continued" in candidates:
+    if NEAREST in candidates:
         try:
             nearest = _nearest(search, plain, steps=steps)
         except EigenPeftError as error:
-            search.refused["nearest_continued"] = str(error)
+            search.refused[NEAREST] = str(error)
     return with_start(plain, scale=scale, nearest=nearest)
 
 

@@ -26,6 +26,7 @@ class Trial:
         numbers: Trained values beside the head.
         seconds: Seconds of training and judging.
         losses: Loss on each held-out row.
+        nearest: The adapter that `nearest_continued` starts at; None for the others.
     """
 
     candidate: str
@@ -37,6 +38,7 @@ class Trial:
     numbers: int
     seconds: float
     losses: tuple[float, ...] = ()
+    nearest: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "losses", tuple(self.losses))  # JSON has lists
@@ -64,7 +66,7 @@ class RecycleReport:
         steps: Its steps.
         score: Its score in the last round it was judged in.
         control: Score of the fresh LoRA r 8 in its last round, and the steps; None where none was tried.
-        trials: All of them, in order.
+        trials: All that this result rests on, in order, also those of an earlier run into the same folder.
         refused: Candidates that could not be tried, and why.
         n_train: Rows that trials were trained on.
         n_held_out: Rows that they were judged on.
@@ -74,6 +76,8 @@ class RecycleReport:
         rival: The best candidate beside the fresh LoRA in the last round; None where there was no such pair.
         lead: By how much the rival's loss was below the fresh LoRA's on the same rows, and the standard error of that.
         skipped: Candidates that the budget did not reach.
+        candidates: What was asked for, in order; empty in reports of older versions.
+        budget: Cost of everything before the last training that was allowed, in full trainings; None in reports of older versions.
     """
 
     winner: str
@@ -91,6 +95,8 @@ class RecycleReport:
     rival: str | None = None
     lead: tuple[float, float] | None = None
     skipped: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    budget: float | None = None
 
     @property
     def is_at_chance(self) -> bool:
@@ -150,7 +156,7 @@ class RecycleReport:
             control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
             trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
-            skipped = tuple(data.get("skipped", ()))
-            return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, "skipped": skipped})
+            names = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
+            return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error

@@ -1,6 +1,5 @@
 """The search from end to end: choose the merged start's multiplier, halve the candidates, train the winner on all rows."""
 
-import hashlib
 import json
 import math
 import time
@@ -16,14 +15,14 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from eigenpeft.artifacts.atomic import atomic_file
-from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.earlier import ADAPTER, REPORT, TRIALS, check_result, remembered, settings_of
 from eigenpeft.recycling.loading import readme
 from eigenpeft.recycling.planning import announce, entrants_within
 from eigenpeft.recycling.preparing import prepared
-from eigenpeft.recycling.report import RecycleReport, Trial
+from eigenpeft.recycling.report import RecycleReport
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.search import Decision, Search, halved
 
@@ -44,6 +43,7 @@ def recycle(
     held_out: float = 0.25,
     budget: float = 3.0,
     time_limit: float | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> RecycleReport:
@@ -61,7 +61,8 @@ def recycle(
         rows: Rows of the new task, as the trainer takes them: tokenized, with labels; a sequence or a `datasets.Dataset`.
         args: Steps of the last training (`max_steps`), batch size, precision, seed. Rates and saving are set here.
         out_dir: Folder of the result: `adapter` (a plain LoRA), `report.json`, `trials.jsonl`. Called again with the same
-            arguments, it goes on where it stopped.
+            arguments, it goes on where it stopped. A finished result is not replaced by one of other `candidates` or another
+            `budget`, unless `overwrite`.
         data_collator: Makes a batch; default: `transformers.default_data_collator`.
         trainer: `Trainer`, a subclass, or a function that makes one.
         candidates: Keys of `CANDIDATES`, those first that should be tried where the budget does not reach all. Second learning
@@ -73,6 +74,8 @@ def recycle(
         budget: Cost of everything before the last training, in trainings of `args.max_steps` steps. As many candidates are tried as
             get a fifth of these steps in the first round.
         time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
+        overwrite: Replace a finished result that was chosen otherwise; its trials count where they have the same settings, and
+            are thrown away where the rows, the adapters or other settings differ.
         progress: Show a progress bar.
         say: Called with a line before the first trial, how many there are, and one after it, how long all may take.
 
@@ -81,12 +84,15 @@ def recycle(
 
     Raises:
         EigenPeftError: If an argument is out of range, there are too few rows, every candidate is refused, or the folder holds
-            trials of other arguments.
+            trials or a result of other arguments.
     """
     start, out = time.perf_counter(), Path(out_dir)
     _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}
+    inputs = [Path(adapter.weights_path).parent for adapter in collection.adapters]
+    check_result(out, candidates=candidates, budget=budget, inputs=inputs, overwrite=overwrite)
+    trials = remembered(out, settings_of(collection, rows, args, **own), overwrite=overwrite)
     search = Search(
         make_model,
         train_rows,
@@ -95,10 +101,10 @@ def recycle(
         data_collator or default_data_collator,
         trainer,
         head_learning_rate,
-        out / "trials.jsonl",
+        out / TRIALS,
         time.monotonic() + (math.inf if time_limit is None else time_limit),
         say,
-        trials=_remembered(out, _trainer_settings(collection, rows, args) | own),
+        trials=trials,
     )
     plain = Sources(collection, n_components, 1.0, task_type, args.seed, collection.names[0])
     entrants, steps = entrants_within(candidates, max_steps=args.max_steps, budget=budget)
@@ -117,6 +123,8 @@ def recycle(
         seconds=time.perf_counter() - start,
         majority=_majority(judged_rows),
         skipped=tuple(name for name in candidates if name not in tried),
+        candidates=tuple(candidates),
+        budget=budget,
     )
     _write(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
     return report
@@ -124,7 +132,7 @@ def recycle(
 
 def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
     """What the report has of the rounds."""
-    fresh = [(trial.score, trial.steps) for trial in search.trials if trial.candidate == CONTROL]
+    fresh = [(trial.score, trial.steps) for trial in search.used if trial.candidate == CONTROL]
     return {
         "winner": decision.winner.candidate,
         "learning_rate": decision.winner.learning_rate,
@@ -133,7 +141,7 @@ def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
         "rival": None if decision.rival is None else decision.rival.candidate,
         "lead": decision.lead,
         "stopped": decision.stopped,
-        "trials": tuple(search.trials),
+        "trials": tuple(search.used),
         "refused": search.refused,
     }
 
@@ -145,13 +153,13 @@ def _write(
     config = model.get_base_model().config
     card = readme(
         base=getattr(config, "name_or_path", "") or base_model or "the-base-model",
-        adapter=str(out / "adapter"),
+        adapter=str(out / ADAPTER),
         config=config,
         task_type=task_type,
         text=report.text,
     )
-    write_result(model, out / "adapter", base_model=base_model, card=card)
-    with atomic_file(out / "report.json", overwrite=True) as path:
+    write_result(model, out / ADAPTER, base_model=base_model, card=card)
+    with atomic_file(out / REPORT, overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -176,18 +184,6 @@ def _check_arguments(candidates: Sequence[str], *, max_steps: int, held_out: flo
         raise EigenPeftError(f"budget={budget} must be a positive number of trainings of max_steps={max_steps} steps.")
 
 
-def _trainer_settings(collection: AdapterCollection, rows: Any, args: TrainingArguments) -> dict[str, Any]:
-    """What the trials of two runs must have in common besides the search's own arguments, to count for both."""
-    return {
-        "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in collection.adapters)},
-        "rows": len(rows),
-        "rows_sha256": _digest(rows),
-        "batch_size": args.per_device_train_batch_size,
-        "max_steps": args.max_steps,
-        "seed": args.seed,
-    }
-
-
 def _split(rows: Any, share: float, *, seed: int) -> tuple[Any, Any]:
     """Training and held-out rows, drawn by seed."""
     n = len(rows)
@@ -198,39 +194,3 @@ def _split(rows: Any, share: float, *, seed: int) -> tuple[Any, Any]:
     if hasattr(rows, "select"):
         return rows.select(order[held:]), rows.select(order[:held])
     return Subset(rows, order[held:]), Subset(rows, order[:held])
-
-
-def _digest(rows: Any) -> str:
-    """SHA-256 of the contents of all rows."""
-    digest = hashlib.sha256()
-    for number in range(len(rows)):
-        text = json.dumps(
-            rows[number], sort_keys=True, default=lambda value: getattr(value, "tolist", value.__repr__)()
-        )
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
-
-
-def _remembered(out: Path, settings: dict[str, Any]) -> list[Trial]:
-    """The trials of a run with the same settings that was stopped."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, log = out / "settings.json", out / "trials.jsonl"
-    if not path.exists() and not log.exists():
-        with atomic_file(path) as scratch:
-            scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    try:
-        known = read_json(path)
-        if isinstance(known, dict) and "head_rate" in known:  # its name before 0.1.0
-            known["head_learning_rate"] = known.pop("head_rate")
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-        # A run that was stopped may have left a part of its last line.
-        read = (Trial.from_dict(json.loads(line)) for line in lines if line.endswith("\n"))
-        trials = [trial for trial in read if trial.losses]  # older versions kept no losses; those are trained again
-    except (OSError, ValueError, TypeError) as error:
-        raise EigenPeftError(f"The trials in {str(out)!r} cannot be read ({error}); choose another out_dir.") from error
-    if known != settings:
-        changed = [name for name in settings if not isinstance(known, dict) or known.get(name) != settings[name]]
-        raise EigenPeftError(
-            f"{str(out)!r} holds trials with another {', '.join(changed)}; choose another out_dir, or remove it."
-        )
-    return trials

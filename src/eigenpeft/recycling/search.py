@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from eigenpeft.combining import merged_start
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, NEAREST, Sources
 from eigenpeft.recycling.halving import better_half, paired_lead
 from eigenpeft.recycling.report import Trial
 from eigenpeft.recycling.training import judge, train
@@ -23,7 +23,7 @@ from eigenpeft.recycling.training import judge, train
 
 @dataclass
 class Search:
-    """What all trials of a run have in common, and those that are done."""
+    """What all trials of a run have in common, those that are done, and which of these this run looked at."""
 
     make_model: Callable[[], PreTrainedModel]
     rows: Any
@@ -37,6 +37,7 @@ class Search:
     say: Callable[[str], None] = lambda _: None
     work: int = 0  # steps that are planned, the last training included
     trials: list[Trial] = field(default_factory=list)
+    used: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     has_estimated: bool = False
 
@@ -72,6 +73,7 @@ class Search:
     def trial(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial:
         """Train and judge, or what was found when this was done before."""
         if (done := self.done(candidate, sources, learning_rate=learning_rate, steps=steps)) is not None:
+            self._use(done)
             return done
         start = time.perf_counter()
         model = self.trained(candidate, sources, learning_rate=learning_rate, steps=steps, rows=self.rows)
@@ -83,10 +85,15 @@ class Search:
         measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "numbers": numbers}
         found = Trial(**asked, **measured, seconds=time.perf_counter() - start)
         self.trials.append(found)
+        self._use(found)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(found)) + "\n")
         self._estimate(found)
         return found
+
+    def _use(self, trial: Trial) -> None:
+        if trial not in self.used:
+            self.used.append(trial)
 
     def _estimate(self, first: Trial) -> None:
         """After the first trial that was trained in this run: how long all may take."""
@@ -113,6 +120,7 @@ def _asked(candidate: str, sources: Sources, *, learning_rate: float, steps: int
         "learning_rate": learning_rate,
         "steps": steps,
         "scale": _scale_of(candidate, sources),
+        "nearest": sources.nearest if candidate == NEAREST else None,
     }
 
 

@@ -8,7 +8,18 @@ import typer
 from rich.table import Table
 from transformers import TrainingArguments
 
-from eigenpeft.cli.app import Adapters, AllowDifferentBaseModels, Json, Out, app, console, errors, print_json, quiet
+from eigenpeft.cli.app import (
+    Adapters,
+    AllowDifferentBaseModels,
+    Json,
+    Out,
+    Overwrite,
+    app,
+    console,
+    errors,
+    print_json,
+    quiet,
+)
 from eigenpeft.cli.rows import load_new_task, without_load_reports
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.recycling import CANDIDATES, RecycleReport
@@ -45,6 +56,7 @@ def recycle_command(
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     allow_different_base_models: AllowDifferentBaseModels = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Try what adapters can give to a new task beside fresh LoRAs, and train the best on all rows.
@@ -79,6 +91,7 @@ def recycle_command(
             head_learning_rate=head_learning_rate,
             budget=budget,
             time_limit=time_limit,
+            overwrite=overwrite,
             progress=not as_json,
             say=lambda line: errors.print(escape(line), soft_wrap=True),
         )
