@@ -107,12 +107,7 @@ def recycle(
         trials=trials,
     )
     plain = Sources(collection, n_components, 1.0, task_type, args.seed, collection.names[0])
-    entrants, steps = entrants_within(candidates, max_steps=args.max_steps, budget=budget)
-    tried = list(dict.fromkeys(name for name, _ in entrants))
-    search.work = announce(entrants, steps=steps, max_steps=args.max_steps, say=say)
-    sources = prepared(search, plain, tried, steps=steps)
-    with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
-        decision = halved(search, sources, entrants, steps=steps, bar=bar)
+    decision, sources, tried = _chosen(search, plain, candidates, budget=budget, progress=progress)
     best = decision.winner
     model = search.trained(best.candidate, sources, learning_rate=best.learning_rate, steps=args.max_steps, rows=rows)
     report = RecycleReport(
@@ -128,6 +123,19 @@ def recycle(
     )
     _write(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
     return report
+
+
+def _chosen(
+    search: Search, plain: Sources, candidates: Sequence[str], *, budget: float, progress: bool
+) -> tuple[Decision, Sources, list[str]]:
+    """How the rounds ended, the sources with what was prepared for them, and the candidates that the budget reached."""
+    max_steps = search.args.max_steps
+    entrants, steps = entrants_within(candidates, max_steps=max_steps, budget=budget)
+    tried = list(dict.fromkeys(name for name, _ in entrants))
+    search.work = announce(entrants, steps=steps, max_steps=max_steps, say=search.say)
+    sources = prepared(search, plain, tried, steps=steps)
+    with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
+        return halved(search, sources, entrants, steps=steps, bar=bar), sources, tried
 
 
 def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
