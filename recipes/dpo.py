@@ -8,8 +8,8 @@ Paper:     DPO, arXiv 2305.18290; EigenLoRAx, arXiv 2502.04700 (method eigenlora
 Command:   accelerate launch recipes/dpo.py --config recipes/dpo.yaml --subspace DIR_OR_HUB_ID
 Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
            2.1 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
-Time:      12 steps of 4 short pairs on SmolLM2-135M took 43 CPU seconds on one thread, loading and judging included
-           (benchmarks/smollm2.py).
+Time:      12 steps of 4 short pairs on SmolLM2-135M took 141 CPU seconds in float32 on one thread (benchmarks/recipe_costs.py), and
+           43 in bfloat16 on a CPU that has it, loading and judging included (benchmarks/smollm2.py).
 Expected:  a first loss of ln 2 = 0.693 (anything else means that the adapter does not start at the reference), then
            rewards/accuracies above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora. Controls: --method random, same_parameters, lora.
            In those 12 steps (one seed) the training loss did not fall yet; on 32 held-out pairs the loss went from 0.693 to

@@ -8,7 +8,8 @@ Paper:     GRPO, arXiv 2402.03300; EigenLoRAx, arXiv 2502.04700 (method eigenlor
 Command:   accelerate launch recipes/grpo.py --config recipes/grpo.yaml --subspace DIR_OR_HUB_ID
 Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
            2.3 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
-Time:      16 steps of 16 completions of 8 tokens on SmolLM2-135M took 80 CPU seconds on one thread (benchmarks/smollm2.py).
+Time:      16 steps of 16 completions of 8 tokens on SmolLM2-135M took 267 CPU seconds in float32 on one thread
+           (benchmarks/recipe_costs.py), and 80 in bfloat16 on a CPU that has it (benchmarks/smollm2.py).
 Expected:  a first kl of 0, then the logged `reward` (share of right last numbers) rising; OUTPUT_DIR and OUTPUT_DIR/lora.
            Controls: --method random, same_parameters, lora. On sums below 20 (one seed) the reward rose from 0.19 in the first
            4 of those 16 steps to 0.39 in the last 8, with LoRA r 16 alike. Questions with a numeric answer are sampled

@@ -8,8 +8,8 @@ Paper:     Ouyang et al., arXiv 2203.02155; EigenLoRAx, arXiv 2502.04700 (method
 Command:   accelerate launch recipes/reward.py --config recipes/reward.yaml --subspace DIR_OR_HUB_ID
 Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
            1.7 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
-Time:      16 steps of 4 short pairs on SmolLM2-135M took 22 CPU seconds on one thread, loading and judging included
-           (benchmarks/smollm2.py).
+Time:      16 steps of 4 short pairs on SmolLM2-135M took 81 CPU seconds in float32 on one thread (benchmarks/recipe_costs.py), and
+           22 in bfloat16 on a CPU that has it, loading and judging included (benchmarks/smollm2.py).
 Expected:  `accuracy` above 0.5; OUTPUT_DIR and OUTPUT_DIR/lora, both with the score head, which PEFT trains and saves for
            task_type SEQ_CLS. Controls: --method random, same_parameters, lora. In those 16 steps (one seed) accuracy on 32 held-out
            pairs went from 0.50 to 0.59, with LoRA r 16 to 0.56: too few steps and pairs to tell from chance.

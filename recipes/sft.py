@@ -8,8 +8,8 @@ Paper:     EigenLoRAx, arXiv 2502.04700 (method eigenlora); MoSLoRA, arXiv 2406.
 Command:   accelerate launch recipes/sft.py --config recipes/sft.yaml --subspace DIR_OR_HUB_ID
 Hardware:  one GPU, or a CPU with --use_cpu (and --bf16 False where it has no bfloat16 instructions);
            2.0 GB of memory for SmolLM2-135M in float32 (benchmarks/recipe_costs.py).
-Time:      16 steps of 4 short rows on SmolLM2-135M took 30 (qasc) to 47 (gsm8k) CPU seconds on one thread, loading and judging
-           included (benchmarks/smollm2.py).
+Time:      16 steps of 4 short rows on SmolLM2-135M took 106 CPU seconds in float32 on one thread (benchmarks/recipe_costs.py), and
+           37 (qasc) to 47 (gsm8k) in bfloat16 on a CPU that has it, loading and judging included (benchmarks/smollm2.py).
 Expected:  OUTPUT_DIR with the coefficients, OUTPUT_DIR/lora with the same adapter as a plain LoRA, and the evaluation loss
            where --eval_strategy asks for it. Run it again with --method random, same_parameters and lora: only the difference to
            those says that recycling helped. In those 16 steps (one seed) the held-out loss on qasc fell from 4.90

@@ -11,6 +11,7 @@ from torch import nn
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.combining import load_head, merge
+from eigenpeft.combining.heads import head_files
 from eigenpeft.combining.recipe import read_recipe
 from eigenpeft.errors import AdapterConfigError, ArtifactError, CollectionError, SubspaceError
 from eigenpeft.linalg.merging import RULES, merge_updates
@@ -276,6 +277,19 @@ def test_a_head_that_does_not_fit_or_does_not_exist_is_named(tmp_path):
     with pytest.raises(AdapterConfigError, match=r"head='other' is not one of \['task0', 'task1'\]"):
         merged.save_pretrained(tmp_path / "else", head="other")
     assert not (tmp_path / "else").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_of_heads_is_refused(name):
+    with pytest.raises(ArtifactError, match="cannot be the name of a folder for its head; rename it"):
+        head_files({name: {"classifier.weight": torch.ones(2, 2)}})
+
+
+def test_a_merged_adapter_takes_no_name_that_is_there(tmp_path):
+    trained_bert(0).save_pretrained(tmp_path / "zoo" / "task0")
+    model = trained_bert(1)
+    with pytest.raises(AdapterConfigError, match=r"adapter_name='default' is taken; the model has \['default'\]"):
+        merge(tmp_path / "zoo", progress=False).add_to(model, adapter_name="default")
 
 
 def test_one_head_can_become_the_merged_adapters_own(tmp_path):

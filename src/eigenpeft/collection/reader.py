@@ -334,7 +334,8 @@ class AdapterCollection:
     def _having(self, module: str) -> list[OpenAdapter]:
         if module not in self._of_module:
             raise KeyError(
-                f"{module!r} is not adapted by any of the {len(self)} adapters, which adapt {some(self.modules)}"
+                f"{module!r} is not adapted by any of the {len(self)} adapters, which adapt {some(self.modules)}; ask for "
+                "one of those"
             )
         return self._of_module[module]
 

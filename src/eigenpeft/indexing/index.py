@@ -260,8 +260,8 @@ class AdapterIndex(Pushable):
         width = next(iter(self._rows.values())).shape[1]
         if embedded.shape[1] != width:
             raise EigenPeftError(
-                f"The encoder gives {embedded.shape[1]} numbers per text, and the index has {width}: it was made with another one, "
-                f"{self.encoder_name!r}."
+                f"The encoder gives {embedded.shape[1]} numbers per text, and the index has {width}: it was made with another one. "
+                f"Ask with {self.encoder_name!r}, or make the index anew."
             )
         if self._fitted is None:
             rows = [each.double() for each in self._rows.values()]

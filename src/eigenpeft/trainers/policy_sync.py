@@ -122,7 +122,10 @@ class PolicySyncCallback(TrainerCallback):
         if self._endpoints is not None:
             answer = self._endpoints.load(version, self.folder / version)
             if answer is not None:
-                raise EigenPeftError(f"The server did not load {version!r}: {answer}")
+                raise EigenPeftError(
+                    f"The server did not load {version!r}: {answer}. It must see {str(self.folder)!r} under the same path and "
+                    "allow adapters to be loaded while it runs."
+                )
         self._versions.append(version)
         self.latest = version
         if len(self._versions) > self.keep and self._endpoints is not None:

@@ -36,6 +36,12 @@ def test_lines_that_no_writer_writes_are_refused(tmp_path, line, message):
         read_index(index_with(tmp_path / "members.index", line))
 
 
+def test_a_file_cut_before_its_first_line_is_refused(tmp_path):
+    (tmp_path / "members.index").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="is empty: it lacks its first line. Get a fresh copy of the store"):
+        read_index(tmp_path / "members.index")
+
+
 def test_a_rename_keeps_the_place_and_the_order(tmp_path):
     state = read_index(index_with(tmp_path / "members.index", {"rename": "a", "to": "c"}))
     assert [(name, place.size) for name, place in state.places.items()] == [("c", 5)]

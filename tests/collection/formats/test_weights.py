@@ -204,3 +204,14 @@ def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     write_adapter(tmp_path, random_factors())
     monkeypatch.setattr(weights.SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read"))
     open_weights(tmp_path)
+
+
+def test_a_zip_whose_numbers_are_not_where_it_says_is_refused(tmp_path):
+    torch.save({KEY: torch.ones(2)}, tmp_path / "adapter_model.bin")
+    content = bytearray((tmp_path / "adapter_model.bin").read_bytes())
+    name = content.index(b"/data/0")
+    start = content.rindex(b"PK\x03\x04", 0, name)
+    content[start : start + 4] = b"none"
+    (tmp_path / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="a member of its zip archive is not where it should be"):
+        open_weights(tmp_path)

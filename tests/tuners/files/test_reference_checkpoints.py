@@ -159,3 +159,15 @@ def test_tensors_of_whole_numbers_are_kept(tmp_path):
     folder = spoilt(tmp_path / "theirs", lambda tensors, config: tensors.update(position_ids=torch.arange(3)))
     convert_reference_checkpoint(folder, tmp_path / "lora")
     assert load_file(tmp_path / "lora" / "adapter_model.safetensors")["position_ids"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_without_a_readable_config_is_refused(tmp_path):
+    moslora(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("[]")
+    with pytest.raises(CollectionError, match="adapter_config.json that is not a JSON object; get a fresh copy"):
+        convert_reference_checkpoint(tmp_path / "m", tmp_path / "plain")
+    with pytest.raises(
+        CollectionError, match="is not an adapter folder: .* Pass the folder that has adapter_config.json"
+    ):
+        convert_reference_checkpoint(tmp_path / "nowhere", tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()

@@ -211,3 +211,14 @@ def test_members_own_targets_are_written_where_they_mean_its_modules(subspace, t
     assert change or len(PeftModel.from_pretrained(tiny_bert(), tmp_path / "plain").targeted_module_names) == len(
         subspace
     )
+
+
+def test_a_trained_adapter_whose_file_cannot_be_read_is_named(subspace, tmp_path):
+    subspace.save_pretrained(tmp_path / "subspace")
+    config = EigenLoraConfig(subspace=str(tmp_path / "subspace"), task_type="SEQ_CLS")
+    get_peft_model(tiny_bert(), config).save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"cut")
+    store = AdapterStore(subspace)
+    with pytest.raises(CollectionError, match=r"Adapter 'cut' .*adapter_model.safetensors"):
+        store.add(tmp_path / "cut")
+    assert not store.names

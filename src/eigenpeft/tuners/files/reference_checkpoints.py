@@ -65,9 +65,13 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         config = read_json(folder / CONFIG_NAME)
         weights = open_weights(folder)
     except (OSError, ValueError) as error:
-        raise CollectionError([f"{str(folder)!r} is not an adapter folder: {error}."]) from error
+        raise CollectionError(
+            [
+                f"{str(folder)!r} is not an adapter folder: {error}. Pass the folder that has {CONFIG_NAME} and the weights."
+            ]
+        ) from error
     if not isinstance(config, Mapping):
-        raise CollectionError([f"{str(folder)!r} has a {CONFIG_NAME} that is not a JSON object."])
+        raise CollectionError([f"{str(folder)!r} has a {CONFIG_NAME} that is not a JSON object; get a fresh copy."])
     is_eigenlora = config.get("peft_type") == "EIGENLORA"
     if not is_eigenlora and not config.get("lora_use_mixer"):
         raise CollectionError(
