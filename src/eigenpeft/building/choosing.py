@@ -20,7 +20,7 @@ def automatic_n_components(
     """K where the share of a left-out adapter, explained by the others beyond chance, stops growing.
 
     Args:
-        factors: `(lora_B, lora_A)` of each adapter of one module.
+        factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each adapter of one module, the scaling folded into lora_B.
         groups: A label for each adapter; those of one label are left out together, so that none is measured
             against its relatives.
         method: How the components will be fitted; "eigenlorax" takes the curve of "balanced".

@@ -242,6 +242,12 @@ def difference_norm(
 
     Returns:
         A float64 scalar.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> round(difference_norm(3 * eye[:, :1], eye[:1], eye, eye).item(), 4)  # diag(3, 0) - diag(1, 1)
+        2.2361
     """
     left = torch.cat([lora_B.to(torch.float64), -other_B.to(torch.float64)], dim=1)
     right = torch.cat([lora_A.to(torch.float64), other_A.to(torch.float64)])

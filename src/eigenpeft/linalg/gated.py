@@ -36,6 +36,11 @@ def weighed_core(
         projected: z.
         weights: g of every token.
         cores: The M_e.
+
+    Example:
+        >>> import torch
+        >>> weighed_core(torch.ones(1, 2), torch.tensor([[0.5, 0.5]]), torch.stack([torch.eye(2), 3 * torch.eye(2)]))
+        tensor([[2., 2.]])
     """
     return torch.einsum("...e,eoi,...i->...o", weights, cores, projected)
 

@@ -32,8 +32,8 @@ class CoreKind(ABC):
         weighs_sources: Whether M is made of the cores of other adapters.
 
     Examples:
-        >>> CORES["full"].shapes(3, 2, rank=1), CORES["full"].n_parameters(3, 2, 1)
-        ({'coefficients_out': (2, 3)}, 6)
+        >>> isinstance(CORES["full"], CoreKind), CORES["full"].shapes(3, 2, rank=1), CORES["full"].n_parameters(3, 2, 1)
+        (True, {'coefficients_out': (2, 3)}, 6)
     """
 
     name: ClassVar[str]

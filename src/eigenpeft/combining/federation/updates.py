@@ -131,6 +131,14 @@ def fill_rows(lora_A: Tensor, *, norm: float) -> Tensor:
     Args:
         lora_A: (r, n).
         norm: Norm of the new rows.
+
+    Returns:
+        (r, n): lora_A itself where no row is zero or no direction is left.
+
+    Example:
+        >>> fill_rows(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), norm=2.0).abs()
+        tensor([[1., 0.],
+                [0., 2.]])
     """
     empty = torch.linalg.vector_norm(lora_A, dim=1) == 0
     n_empty, width = int(empty.sum()), lora_A.shape[1]

@@ -117,6 +117,12 @@ def directions_outside(
 
     Returns:
         Orthonormal rows, leading first, and singular values, float64; those that are rounding of X are left out.
+
+    Example:
+        >>> import torch
+        >>> rows, values = directions_outside(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1])
+        >>> rows.abs(), values
+        (tensor([[0., 1.]], dtype=torch.float64), tensor([4.], dtype=torch.float64))
     """
     components = orthonormal_rows(components.to(torch.float64)) if len(components) else components.to(torch.float64)
     exact = rows.to(torch.float64)

@@ -40,6 +40,13 @@ def pair_gram(components_out: Float[Tensor, "k m"], components_in: Float[Tensor,
     Args:
         components_out: P_out.
         components_in: P_in.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> pair_gram(rows, rows).round(decimals=4)
+        tensor([[1.0000, 0.3600],
+                [0.3600, 1.0000]], dtype=torch.float64)
     """
     p_out, p_in = components_out.to(torch.float64), components_in.to(torch.float64)
     return (p_out @ p_out.mT) * (p_in @ p_in.mT)
@@ -115,6 +122,15 @@ def fit_pairs(
 
     Returns:
         `Pairs`, float64.
+
+    Example:
+        >>> import torch
+        >>> from eigenpeft.linalg.bases.stacking import stack_factors
+        >>> eye = torch.eye(3)
+        >>> stacks = stack_factors([(3 * eye[:, :1], eye[:1])], rows="balanced", weighting="none")
+        >>> pairs = fit_pairs(stacks, [leading_pairs(stacks, 1)], tol=1e-4)
+        >>> pairs.components_in.abs().round(decimals=4)
+        tensor([[1., 0., 0.]], dtype=torch.float64)
     """
     rows = _rows(stacks)
     # The pairs lie in the span of the rows, where there are often far fewer coordinates than features.

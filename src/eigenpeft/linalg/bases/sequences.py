@@ -50,6 +50,11 @@ def span_of(rows: Float[Tensor, "p n"], *, tol: float = 1e-5) -> Float[Tensor, "
     Args:
         rows: Any rows.
         tol: Relative size of what counts as rounding.
+
+    Example:
+        >>> import torch
+        >>> len(span_of(torch.tensor([[1.0, 2.0], [2.0, 4.0]])))  # the second row adds nothing
+        1
     """
     _, values, right = torch.linalg.svd(rows.to(torch.float64), full_matrices=False)
     return right[values > tol * values[:1].clamp(min=torch.finfo(torch.float64).tiny)]
@@ -64,6 +69,11 @@ def project_off(rows: Float[Tensor, "r n"], components: Float[Tensor, "k n"]) ->
 
     Returns:
         In the rows' dtype.
+
+    Example:
+        >>> import torch
+        >>> project_off(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1])
+        tensor([[0., 4.]])
     """
     exact, directions = rows.to(torch.float64), components.to(torch.float64)
     return (exact - (exact @ directions.mT) @ directions).to(rows.dtype)
@@ -90,6 +100,11 @@ def overlap_gradient(lora_A: Float[Tensor, "r n"], earlier: Sequence[Float[Tenso
     Args:
         lora_A: A of the task in training.
         earlier: A_s of the tasks before.
+
+    Example:
+        >>> import torch
+        >>> overlap_gradient(torch.tensor([[1.0, 2.0]]), [torch.tensor([[0.0, 1.0]])])
+        tensor([[0., 1.]])
     """
     gradient = torch.zeros_like(lora_A)
     for rows in earlier:

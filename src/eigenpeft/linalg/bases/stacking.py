@@ -157,6 +157,13 @@ def share_curve(
 
     Returns:
         The cumulative share, float64.
+
+    Example:
+        >>> import torch
+        >>> eye = torch.eye(2)
+        >>> stacks = stack_factors([(torch.diag(torch.tensor([2.0, 1.0])), eye)], rows="balanced", weighting="none")
+        >>> share_curve(stacks, eye, eye).round(decimals=4).tolist()
+        [0.8, 1.0]
     """
     dtype = stacks.rows_in.dtype
     coefficients_in = stacks.rows_in @ components_in.to(dtype).mT

@@ -23,6 +23,11 @@ def triplets(core: Float[Tensor, "a b"], *, most: int | None = None, noise: floa
 
     Returns:
         `FactoredSvd` with at most min(a, b) triplets, none for a core of zeros.
+
+    Example:
+        >>> import torch
+        >>> triplets(torch.diag(torch.tensor([2.0, 1.0, 0.0]))).S.tolist()
+        [2.0, 1.0]
     """
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     rank = count_present(values, noise=noise)
@@ -48,6 +53,11 @@ def common_ranks(cores: Float[Tensor, "t k_out k_in"]) -> tuple[int, int]:
 
     Args:
         cores: Updates on common axes; each counts at unit norm.
+
+    Example:
+        >>> import torch
+        >>> common_ranks(torch.stack([torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([1.0, 0.0]))]))
+        (1, 1)
     """
     norms = torch.linalg.vector_norm(cores, dim=(1, 2))
     unit = cores / norms.where(norms > 0, 1.0)[:, None, None]
@@ -65,6 +75,11 @@ def polar(columns: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:
 
     Args:
         columns: X, tall or wide.
+
+    Example:
+        >>> import torch
+        >>> polar(torch.diag(torch.tensor([3.0, 0.5]))).diagonal()
+        tensor([1., 1.])
     """
     parts = triplets(columns)
     return parts.U @ parts.Vh

@@ -50,6 +50,13 @@ def residue_of_factor_mean(
 
     Returns:
         `(residue_B, residue_A)`, float64.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> left, right = residue_of_factor_mean([(one, one), (3 * one, 3 * one)], weights=[0.5, 0.5])
+        >>> round((left @ right).item(), 4)  # the mean of 1 and 9, minus 2 times 2
+        1.0
     """
     mean_B, mean_A = mean_of_factors(factors, weights=weights)
     left = [weight * B.to(torch.float64) for weight, (B, _) in zip(weights, factors, strict=True)]

@@ -32,6 +32,12 @@ def fit_user_heads(
 
     Returns:
         Heads, float64.
+
+    Example:
+        >>> import torch
+        >>> pairs, present = torch.ones(1, 3, 1), torch.ones(1, 3, dtype=torch.bool)
+        >>> bool(fit_user_heads(pairs, present, offsets=torch.zeros(1, 3), ridge=1.0) > 0)  # all three prefer the larger feature
+        True
     """
     x, mask, offsets = differences.double(), present.double(), offsets.double()
     gram = x @ x.mT / ridge

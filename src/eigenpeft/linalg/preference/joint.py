@@ -44,6 +44,9 @@ def fit_joint(
 ) -> JointFit:
     """Basis and user weights of least negative log posterior near a start that the data suggest.
 
+    The joint problem of LoRe (arXiv 2504.14439): one low-rank basis for all users, simplex weights for each, under the prior of
+    `joint_gradient`. The start is ours.
+
     First the shared direction alone (a convex problem: every row the same). Then the users' own score vectors at that
     point, projected on their leading directions, say where users differ: the rows start as the vertices of a randomly
     turned simplex in that plane. Both solves are L-BFGS in coordinates divided by the root of the objective's
@@ -105,6 +108,12 @@ def simplex_vertices(n_basis: int, *, generator: Generator) -> Float[Tensor, "n_
     Args:
         n_basis: Number of corners, at least 2.
         generator: Source of the turn.
+
+    Example:
+        >>> import torch
+        >>> corners = simplex_vertices(3, generator=torch.Generator().manual_seed(0))
+        >>> corners.shape, bool(corners.sum(dim=0).abs().max() < 1e-5)
+        (torch.Size([3, 2]), True)
     """
     centred = torch.eye(n_basis, dtype=torch.float64) - 1 / n_basis
     corners = torch.linalg.svd(centred).U[:, : n_basis - 1]

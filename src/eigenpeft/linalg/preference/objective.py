@@ -101,6 +101,11 @@ def simplex(logits: Float[Tensor, "*n b"]) -> Float[Tensor, "*n b"]:
 
     Args:
         logits: Any real numbers.
+
+    Example:
+        >>> import torch
+        >>> simplex(torch.zeros(1, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return logits.softmax(dim=-1)
 

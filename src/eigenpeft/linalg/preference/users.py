@@ -52,6 +52,9 @@ def fit_user_weights(
 ) -> Float[Tensor, "n_users n_basis"]:
     """Weights of many users at once: the minimum over the simplex of `Σ_i -log σ(z_i · w) - Σ_b c_b log w_b`.
 
+    The few-shot step of LoRe (arXiv 2504.14439): the basis stays as it is and a user's weights alone are fitted, here with a
+    Dirichlet prior.
+
     The problem is strictly convex and its minimum is inside the simplex. Newton's method for all users together, in
     coordinates relative to the present weights, with the sum held at one; steps that leave the simplex or do not
     lower the objective enough are halved; users who have arrived are left alone. Without pairs the minimum is
@@ -66,6 +69,12 @@ def fit_user_weights(
 
     Returns:
         Weights, float64.
+
+    Example:
+        >>> import torch
+        >>> margins, present = torch.zeros(1, 0, 2), torch.ones(1, 0, dtype=torch.bool)
+        >>> fit_user_weights(margins, present, concentration=torch.tensor([3.0, 1.0])).tolist()  # without pairs: the population
+        [[0.75, 0.25]]
     """
     margins, concentration = margins.double(), concentration.double()
     mask = present.double()

@@ -56,6 +56,11 @@ def dare_ties(
 
     Raises:
         ValueError: As `dare` and `ties`.
+
+    Example:
+        >>> import torch
+        >>> dare_ties(torch.stack([torch.ones(1, 2), -3 * torch.ones(1, 2)]), drop=0.0)  # the stronger sign is elected
+        tensor([[-3., -3.]])
     """
     return elect(drop_entries(weighted(cores, weights), drop=drop, seeds=seeds), agreement=agreement)
 

@@ -55,5 +55,10 @@ def scale_to_mean(norm: Float[Tensor, ""], norms: Float[Tensor, " t"]) -> Float[
     Args:
         norm: ‖M‖, norm of what is scaled.
         norms: ‖M_t‖, norms of the updates.
+
+    Example:
+        >>> import torch
+        >>> scale_to_mean(torch.tensor(4.0), torch.tensor([1.0, 3.0])).item()
+        0.5
     """
     return torch.where(norm > 0, norms.mean() / norm.where(norm > 0, 1.0), 1.0)

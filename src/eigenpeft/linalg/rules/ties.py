@@ -58,6 +58,11 @@ def elect(trimmed: Float[Tensor, "t k_out k_in"], *, agreement: Agreement = "mea
 
     Raises:
         ValueError: If `agreement` is unknown.
+
+    Example:
+        >>> import torch
+        >>> elect(torch.tensor([[[4.0]], [[-1.0]], [[2.0]]]))
+        tensor([[3.]])
     """
     if agreement not in ("mean", "sum"):
         raise ValueError(f"agreement={agreement!r} is unknown; pass 'mean' or 'sum'.")

@@ -132,6 +132,14 @@ def cosines(stacks: Stacks) -> Float[Tensor, "n_adapters n_adapters"]:
 
     Returns:
         Symmetric, ones on the diagonal, float64.
+
+    Example:
+        >>> import torch
+        >>> from eigenpeft.linalg.bases.stacking import stack_factors
+        >>> B, A = torch.ones(3, 1), torch.ones(1, 2)
+        >>> cosines(stack_factors([(B, A), (-B, A)], rows="balanced", weighting="equal")).round(decimals=4)
+        tensor([[ 1., -1.],
+                [-1.,  1.]], dtype=torch.float64)
     """
     rows_in = stacks.rows_in.to(torch.float64)
     rows_out = stacks.middle.to(torch.float64)[:, None] * stacks.rows_out.to(torch.float64)

@@ -35,7 +35,8 @@ class OrthogonalSubspaceCallback(TrainerCallback):
 
     Examples:
         >>> history = SubspaceHistory()
-        >>> trainer = Trainer(model, callbacks=[OrthogonalSubspaceCallback(history)])  # doctest: +SKIP
+        >>> callback = OrthogonalSubspaceCallback(history, mode="project")
+        >>> trainer = Trainer(model, callbacks=[callback])  # doctest: +SKIP
         >>> trainer.train(), history.add(model)  # doctest: +SKIP
     """
 
