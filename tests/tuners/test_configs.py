@@ -8,14 +8,20 @@ import pathlib
 import re
 
 import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
 
 from eigenpeft import AdapterStore, EigenLoraConfig, MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.trainers import LoReConfig
 from eigenpeft.tuners import ShardLoraConfig
 from eigenpeft.tuners.gated import GatedLoraConfig
+from eigenpeft.tuners.starts.config import StartedLoraConfig
 from tests.tuners.conftest import random_subspace, tiny_llama
 
 CONFIGS = [EigenLoraConfig, MosLoraConfig, ShardLoraConfig, GatedLoraConfig]
+ALL_CONFIGS = [*CONFIGS, StartedLoraConfig, LoReConfig]
 NOWHERE = pathlib.Path("nowhere/at-all")
 # Folders that are not there: whoever looks for one of them while the config is made meets an error.
 SETTINGS = {
@@ -93,12 +99,39 @@ def test_what_is_in_memory_stays_beside_the_fields():
         assert json.loads(json.dumps(config.to_dict()))["subspace_sha256"] == subspace.fingerprint
 
 
+def test_a_start_stays_beside_the_fields_and_only_targets_are_written(tmp_path):
+    start = {"0": (torch.ones(3, 2), torch.ones(2, 4))}
+    config = StartedLoraConfig(r=2, lora_alpha=6)
+    config.start = start
+    assert json.loads(json.dumps(config.to_dict())) == LoraConfig(r=2, lora_alpha=6).to_dict()
+    config.save_pretrained(str(tmp_path))
+    assert type(PeftConfig.from_pretrained(str(tmp_path))) is LoraConfig
+    before = dict(vars(config))
+    for _ in range(2):  # the config is as it was, and starts a second model too
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+        assert torch.equal(model.base_model.model[0].get_delta_weight("default"), 3 * torch.full((3, 4), 2.0))
+    changed = {name for name, value in vars(config).items() if before.get(name) is not value}
+    assert changed == {"target_modules"}
+    assert config.start is start
+
+
+def test_the_settings_of_a_trainer_go_through_json(tmp_path):
+    config = LoReConfig(str(tmp_path / "out"), n_basis=3, strength=2, user_column="who", use_cpu=True, bf16=False)
+    values = json.loads(config.to_json_string())
+    # transformers writes a mask in the place of every token
+    values = {name: value for name, value in values.items() if value != f"<{name.upper()}>"}
+    assert LoReConfig(**values).to_dict() == config.to_dict()
+    assert values["n_basis"] == 3
+    assert [field.name for field in own_fields(LoReConfig) if field.name not in values] == []
+    assert not (tmp_path / "out").exists()  # making one writes nothing
+
+
 def test_sources_are_a_store_or_its_place():
     with pytest.raises(AdapterConfigError, match=r"sources=3 are adapters and no store: put them into one with"):
         EigenLoraConfig(core="mixture", sources=3)
 
 
-@pytest.mark.parametrize("cls", CONFIGS)
+@pytest.mark.parametrize("cls", ALL_CONFIGS)
 def test_every_number_that_is_a_default_has_its_source(cls):
     numbers = [field for field in own_fields(cls) if type(field.default) in (int, float)]
     for field in numbers:

@@ -27,7 +27,7 @@ from eigenpeft.tuners.serving.bank import AdapterBank
 from eigenpeft.tuners.shardlora import ShardLoraConfig, ShardLoraModel
 from eigenpeft.tuners.starts.adapters import init_lora_from_adapter, lora_config_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace, lora_config_from_subspace
-from eigenpeft.tuners.starts.config import after_injection, before_injection
+from eigenpeft.tuners.starts.filling import injecting
 
 _LORA_KEYS = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "use_bdlora", "kasa_config")
 
@@ -57,7 +57,7 @@ register(
 )
 admit_to_mixed_models(OWN_METHODS, tuner=FactorMixedModel)
 check_lorafa(check_lorafa_pairs)
-extend_lora(before=before_injection, after=after_injection)
+extend_lora(injecting)
 replace_rank_padding(pad_ranks, is_ours=has_our_factors)
 prepare_swapped_tensors(pad_mixers)
 replace_name_filter(own_tensors)

@@ -1,6 +1,7 @@
 """Make an outside method known to PEFT: the only code that touches PEFT's enum, registry and tables."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -166,12 +167,11 @@ def check_lorafa(check: Callable[[Sequence[str]], None]) -> None:
     LoraFAOptimizer.__init__ = checked
 
 
-def extend_lora(*, before: Callable[..., None], after: Callable[..., None]) -> None:
-    """Have PEFT's LoRA call two functions around the making of an adapter's layers; doing so again is harmless.
+def extend_lora(injecting: Callable[..., AbstractContextManager[None]]) -> None:
+    """Have PEFT's LoRA make an adapter's layers inside a context; doing so again is harmless.
 
     Args:
-        before: Takes the adapter's configuration and the model.
-        after: Takes the configuration, the model and the adapter's name.
+        injecting: Takes the model, the adapter's configuration and its name.
     """
     inject = LoraModel.inject_adapter
     if hasattr(inject, "__wrapped__"):
@@ -179,8 +179,7 @@ def extend_lora(*, before: Callable[..., None], after: Callable[..., None]) -> N
 
     @wraps(inject)
     def inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        before(self.peft_config[adapter_name], model)
-        inject(self, model, adapter_name, *args, **kwargs)
-        after(self.peft_config[adapter_name], model, adapter_name)
+        with injecting(model, self.peft_config[adapter_name], adapter_name):
+            inject(self, model, adapter_name, *args, **kwargs)
 
     LoraModel.inject_adapter = inject_adapter

@@ -1,6 +1,5 @@
 """A plain LoRA that goes on from an adapter that exists, such as the nearest to a new task, without its head."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.eigenlora.merged_start import open_adapters
-from eigenpeft.tuners.starts.config import Start, StartedLoraConfig
+from eigenpeft.tuners.starts.config import StartedLoraConfig
 
 
 def init_lora_from_adapter(
@@ -77,17 +76,11 @@ def lora_config_from_adapter(
         )
     factors = _factors_of(source, name)
     rank = max(len(rows) for _, rows in factors.values())
-    shapes = {module: (len(columns), rows.shape[1]) for module, (columns, rows) in factors.items()}
     settings = {"r": rank, "fan_in_fan_out": _is_transposed(source)} | lora
     config = StartedLoraConfig(**{"lora_alpha": settings["r"]} | settings)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    config.start = Start(shapes, partial(_scaled, factors, 1 / scaling))
+    config.start = {module: (columns * (1 / scaling), rows) for module, (columns, rows) in factors.items()}
     return config
-
-
-def _scaled(factors: dict[str, Factors], scale: float, module: str) -> Factors:
-    columns, rows = factors[module]
-    return columns * scale, rows
 
 
 def _factors_of(source: AdapterCollection | AdapterStore, name: str) -> dict[str, Factors]:

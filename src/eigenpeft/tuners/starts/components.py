@@ -1,7 +1,6 @@
 """EigenLoRAx-INIT: a plain LoRA that starts at the principal components, in which everything is trained."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.tuners.starts.config import Start, StartedLoraConfig
+from eigenpeft.tuners.starts.config import StartedLoraConfig
 
 
 def _at_in(components_out: Tensor, components_in: Tensor, rank: int) -> Factors:
@@ -114,14 +113,8 @@ def lora_config_from_subspace(
                 f"r={r} with side={side!r} needs {needed} components, and {name!r} has {fewest}; choose a smaller r or a larger "
                 "subspace."
             )
-    shapes = {name: (bank.out_features, bank.in_features) for name, bank in subspace.items()}
     config = StartedLoraConfig(
         r=r, **{"lora_alpha": 2 * r, "fan_in_fan_out": bool(subspace.info.fan_in_fan_out)} | lora
     )
-    config.start = Start(shapes, partial(_factors, subspace, side, r))
+    config.start = {name: SIDES[side](bank.components_out, bank.components_in, r) for name, bank in subspace.items()}
     return config
-
-
-def _factors(subspace: PrincipalSubspace, side: str, rank: int, module: str) -> Factors:
-    bank = subspace[module]
-    return SIDES[side](bank.components_out, bank.components_in, rank)
