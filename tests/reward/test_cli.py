@@ -95,7 +95,10 @@ def test_from_text_to_a_users_own_classifier(text):
     [
         (["fit", "missing.jsonl", "--out", "x"], "There is no file or folder"),
         (["fit", "{text}/text.jsonl", "--out", "x"], "are text: name a reward model"),
-        (["fit", "{text}/text.jsonl", "--out", "x", "--user-column", "who"], r"has no column \['who'\]"),
+        (
+            ["fit", "{text}/text.jsonl", "--out", "x", "--user-column", "who"],
+            "There is no column 'who': name the users' column with --user-column",
+        ),
         (
             ["fit", "{text}/text.jsonl", "--out", "x", "--n-basis", "many", "--model", "{text}/backbone"],
             "must be a whole",
@@ -119,7 +122,7 @@ def test_texts_are_scored_for_one_user_or_each_by_its_own(text):
     run("fit", text / "text.jsonl", "--model", text / "backbone", "--n-basis", 2, "--out", text / "m")
     run("add-user", text / "m", "ada", text / "ada.jsonl")
     rows = [
-        {"prompt": "a joke cats ", "completion": word, "user_id": user}
+        {"prompt": "a joke cats ", "completion": word, "user_id": user, "asked": {"at": 7}}
         for word, user in (("dogs", "ada"), ("yes", "ada"), ("yes", "1"))
     ]
     (text / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -132,6 +135,9 @@ def test_texts_are_scored_for_one_user_or_each_by_its_own(text):
     assert [row["reward"] for row in found["rows"]] == pytest.approx(expected, rel=1e-5)
     assert [json.loads(line) for line in (text / "scores.jsonl").read_text().splitlines()] == found["rows"]
     assert len({row["reward"] for row in found["rows"]}) == 3
+    # A result is joined to its row by number, and has its columns.
+    for i, (row, own) in enumerate(zip(found["rows"], rows, strict=True)):
+        assert row == {"row": i, **own, "user": own["user_id"], "reward": row["reward"]}
     same = json.loads(run("score", text / "m", text / "answers.jsonl", "--user", "ada", "--json").stdout)["rows"]
     assert [row["user"] for row in same] == ["ada"] * 3
     assert same[1]["reward"] == same[2]["reward"] != expected[2]
@@ -171,4 +177,48 @@ def test_whose_rewards_must_be_said_and_known(features, tmp_path):
     with pytest.raises(RewardModelError, match="must be one of error, population"):
         run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "guess")
     everybody = run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "population", "--json")
-    assert json.loads(everybody.stdout)["rows"] == [{"user": "nobody", "reward": 0.0}]
+    assert json.loads(everybody.stdout)["rows"] == [{"row": 0, "user": "nobody", "reward": 0.0}]
+    assert json.loads(everybody.stdout)["unknown"] == ["nobody"]
+    told = run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "population").stdout
+    assert "1 users are unknown and scored as everybody: nobody" in " ".join(told.split())
+
+
+def test_the_best_rows_of_each_user_and_columns_that_results_replace(features, tmp_path):
+    run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 2)
+    vectors = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [
+        {"features": vector, "user": user, "reward": "old", "missing": missing, "item": i}
+        for i, (vector, missing) in enumerate(zip(vectors, (1.5, None, 2.0, 0.0), strict=True))
+        for user in ("user-3", "user-5")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = ("score", tmp_path / "rewards", path, "--user-column", "user")
+    every = json.loads(run(*asked, "--json").stdout)
+    best = json.loads(run(*asked, "--top", 2, "--json").stdout)["rows"]
+    assert every["replaced_columns"] == ["reward"]
+    assert every["rows"][2]["missing"] is None
+    for user in ("user-3", "user-5"):
+        own = sorted((row for row in every["rows"] if row["user"] == user), key=lambda row: -row["reward"])
+        assert [row for row in best if row["user"] == user] == own[:2]
+    assert [rows[row["row"]]["item"] for row in best] == [row["item"] for row in best]
+    told = " ".join(run(*asked, "--top", 1).stdout.split())
+    assert "2 rows, 2 users" in told
+    assert "The data's own columns reward are left out" in told
+    assert "one shared head" not in told
+
+
+def test_one_shared_head_is_said_to_score_all_users_alike(features, tmp_path):
+    fitted = run("fit", features, "--out", tmp_path / "rewards", "--n-basis", 1).stdout
+    assert "1 basis reward, 30 users" in " ".join(fitted.split())
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"features": [1.0] * 8}))
+    for arguments in (("add-user", "rewards", "user-3", features), ("score", "rewards", path, "--user", "user-3")):
+        command, folder, *others = arguments
+        told = " ".join(run(command, tmp_path / folder, *others).stdout.split())
+        assert told.count("This model has one shared head: all users' rewards are the same.") == 1
+    assert "a head that all users share" in (tmp_path / "rewards" / "README.md").read_text()
+    run("fit", features, "--out", tmp_path / "two", "--n-basis", 2)
+    told = " ".join(run("add-user", tmp_path / "two", "user-3", features).stdout.split())
+    assert "shared head" not in told
+    assert "user-3, which was known and is fitted anew: weights" in told

@@ -15,6 +15,7 @@ _TWICE = re.compile(r"(--[a-z-]+) \(\1 on the command line\)")
 _CALLS = {
     "(AdapterStore.from_pretrained(...).add(...))": "(`eigenpeft store add`)",
     "Call refresh(), or open it again": "Run the command again",
+    "another cache_dir": "another folder as --cache",
     "call compact() once (`eigenpeft store compact`)": "run `eigenpeft store compact` once",
     "with eigenpeft.export_lora, which can be projected": "with `eigenpeft export`, which can be projected",
     "with method='paired'": "with `eigenpeft build --method paired`",

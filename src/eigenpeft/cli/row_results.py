@@ -1,7 +1,8 @@
-"""Results with a row per row of the input: written as JSON lines, and the first of them shown."""
+"""Results with a row per row of the input: joined to its columns, written as JSON lines, and the first of them shown."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,47 @@ def shortened(text: str) -> str:
         text: Of a row.
     """
     return escape(text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}...")
+
+
+def with_input(table: Any, results: Sequence[dict[str, Any]], *, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Results as a user joins them to the rows that they are of: number of the row, its own columns, then the results.
+
+    A column of the input that has the name of a result is left out; `replaced_columns` names them.
+
+    Args:
+        table: Rows of the input, a `datasets.Dataset`.
+        results: JSON-able, one per row, in the same order.
+        without: Columns that are not kept, such as features.
+    """
+    replaced = replaced_columns(table, results)
+    kept = [name for name in table.column_names if name not in (*without, *replaced)]
+    own = table.select_columns(kept) if kept else [{}] * len(results)
+    return [
+        {"row": i, **{name: _plain(value) for name, value in row.items()}, **result}
+        for i, (row, result) in enumerate(zip(own, results, strict=True))
+    ]
+
+
+def replaced_columns(table: Any, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Columns of the input that have the name of a result, or of the row's number.
+
+    Args:
+        table: Rows of the input.
+        results: One per row.
+    """
+    taken = {"row", *(results[0] if results else ())}
+    return [name for name in table.column_names if name in taken]
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: a number that is not finite is null, and what JSON does not know is its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def write_rows(rows: Sequence[dict[str, Any]], out: Path | None, *, overwrite: bool) -> None:

@@ -6,6 +6,15 @@ from eigenpeft.report.plots import new_figure, save_figure
 from eigenpeft.reward.evaluation.evaluate import LoReEvaluation
 
 
+def check_plots() -> None:
+    """Refuse before anything long is computed for a figure that cannot be drawn.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+    """
+    new_figure(1, 1, width=1, height=1)
+
+
 def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool = False) -> None:
     """Draw the few-shot curve with its intervals, and the calibration of the Bradley-Terry probabilities.
 

@@ -1,8 +1,10 @@
 """Comparisons of a file as features: columns checked, text embedded by a backbone, one user's rows where one is named."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -10,7 +12,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from eigenpeft.cli.rows import feature_column, naming_the_base, open_rows, open_tokenizer, without_load_reports
 from eigenpeft.errors import RewardModelError
 from eigenpeft.reward import embed_preferences
-from eigenpeft.reward.text.backbone import reference_head
+from eigenpeft.reward.text.backbone import head_module, reference_head
+
+_LONGEST_NAME = 100  # characters of a user's id in a file's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +57,16 @@ def read_comparisons(
     table = open_rows(path)
     if user is not None and user_column not in table.column_names:
         table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
-    missing = {"chosen", "rejected", user_column} - set(table.column_names)
-    if missing:
-        raise RewardModelError(
-            f"{str(path)!r} has no column {sorted(missing)}, only {sorted(table.column_names)}; name the users' "
-            "column with --user-column."
-        )
+    _check_columns(table, user_column, prompt_column, path)
     if user is not None:
         rows = [row for row, name in enumerate(table[user_column]) if str(name) == user]
         if not rows:
-            raise RewardModelError(f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}.")
+            others = [str(name) for name in dict.fromkeys(table[user_column])]
+            raise RewardModelError(
+                f"{str(path)!r} has no comparisons of {user!r} in its column {user_column!r}, which names {len(others)} users: "
+                f"{', '.join(map(repr, others[:5]))}{', ...' if len(others) > 5 else ''}. Name one of these, or leave the column "
+                "out where all rows are this user's."
+            )
         table = table.select(rows)
     users = user_ids(table, user_column, path=path)
     prompt_column = prompt_column or ("prompt" if "prompt" in table.column_names else None)
@@ -76,8 +80,11 @@ def read_comparisons(
     if backbone is None:
         raise RewardModelError(
             "The comparisons are text: name a reward model or an encoder to embed them with, --model."
+            if user is None
+            else "The comparisons are text, and this reward model was fitted on features and has no backbone to embed text with: "
+            "give lists of numbers in chosen and rejected, or fit the model on text with `eigenpeft lore fit --model`."
         )
-    place = cache or path.with_name(f"{path.stem}.features" + (f".{user}" if user else ""))
+    place = cache or path.with_name(f"{path.stem}.features" + (f".{_file_name(user)}" if user else ""))
     features = embed_preferences(
         table, model=backbone, processing_class=processing_class, cache_dir=place, user_column=user_column
     )
@@ -85,6 +92,35 @@ def read_comparisons(
     if model is not None and _is_reward_model(model):
         reference = reference_head(backbone)
     return Comparisons(features["chosen"], features["rejected"], users, prompts, reference, backbone, processing_class)
+
+
+def _check_columns(table: Any, user_column: str, prompt_column: str | None, path: Path) -> None:
+    """The message says which columns there are, which are expected, and what names each that is missing."""
+    found = table.column_names
+    sides = [name for name in ("chosen", "rejected") if name not in found]
+    remedies = []
+    if sides:
+        remedies.append(
+            f"There is no column {' and no column '.join(map(repr, sides))}: rename the columns that hold what was preferred and "
+            "what it was preferred to."
+        )
+    if sides and any("rating" in name.lower() for name in found):
+        remedies.append("Ratings have to become comparisons first: see 'From ratings to a ranking' in docs/lore.md.")
+    if user_column not in found:
+        remedies.append(f"There is no column {user_column!r}: name the users' column with --user-column.")
+    if prompt_column is not None and prompt_column not in found:
+        remedies.append(f"There is no column {prompt_column!r}: --prompt-column must name one, or be left out.")
+    if remedies:
+        raise RewardModelError(
+            f"{str(path)!r} has the columns {', '.join(map(repr, sorted(found)))}; comparisons need 'chosen', 'rejected' and the "
+            f"user of each, here {user_column!r}. {' '.join(remedies)}"
+        )
+
+
+def _file_name(user: str) -> str:
+    """A user's id as part of a file's name: what a path cannot hold is quoted, and a long one is its hash."""
+    quoted = quote(user, safe=" @+,")
+    return quoted if len(quoted) <= _LONGEST_NAME else hashlib.sha256(user.encode()).hexdigest()[:16]
 
 
 def user_ids(table: Any, user_column: str, *, path: Path) -> list[str]:
@@ -108,14 +144,24 @@ def user_ids(table: Any, user_column: str, *, path: Path) -> list[str]:
 
 
 def _check_texts(table: Any, path: Path) -> None:
-    """Every row must have text, or messages, on both sides."""
+    """Every row must have text, or messages, on both sides, and a prompt of the same kind where it has one."""
+    prompts = list(table["prompt"]) if "prompt" in table.column_names else [None] * len(table)
     for side in ("chosen", "rejected"):
-        for row, value in enumerate(table[side]):
+        for row, (value, prompt) in enumerate(zip(table[side], prompts, strict=True)):
             if not isinstance(value, str | list) or not value:
                 raise RewardModelError(
                     f"Row {row} of {str(path)!r} has {value!r:.60} in its column {side!r}; it must be text, a list of messages, "
                     "or a list of numbers."
                 )
+            if prompt and isinstance(prompt, str) != isinstance(value, str):
+                raise RewardModelError(
+                    f"Row {row} of {str(path)!r} has a prompt of {_kind(prompt)} and {side} of {_kind(value)}; both must be text, "
+                    "or both lists of messages."
+                )
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "messages"
 
 
 def _is_reward_model(name: str) -> bool:
@@ -127,6 +173,13 @@ def _is_reward_model(name: str) -> bool:
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    with without_load_reports():  # a new head is expected where an encoder is named
-        backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    try:
+        with naming_the_base(name), without_load_reports():  # a new head is expected where an encoder is named
+            backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+        head_module(backbone)
+    except ValueError as error:  # of an architecture that is no classifier, or of one whose head lies elsewhere
+        raise RewardModelError(
+            f"--model {name!r} cannot be taken as a reward model or encoder ({str(error).splitlines()[0][:160]}); name one that "
+            "AutoModelForSequenceClassification loads."
+        ) from error
     return backbone.eval(), open_tokenizer(name)

@@ -1,19 +1,18 @@
 """The commands lore fit, add-user, score, evaluate and export: personalised reward models from files of comparisons."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
-import torch
 import typer
-from rich.table import Table
 
 from eigenpeft.artifacts.atomic import atomic_folder, check_file, check_output
 from eigenpeft.cli.app import Json, Out, Overwrite, app, console, print_json, quiet
-from eigenpeft.cli.row_results import SHOWN, shortened, show_rows, write_rows
-from eigenpeft.cli.rows import feature_column, open_rows
-from eigenpeft.cli.training.comparisons import read_comparisons, user_ids
+from eigenpeft.cli.row_results import replaced_columns, show_rows, with_input, write_rows
+from eigenpeft.cli.rows import open_rows
+from eigenpeft.cli.training.comparisons import read_comparisons
+from eigenpeft.cli.training.lore_scores import ALL_ALIKE, best_of_each, check_known, rewards_of, score_table, users_of
 from eigenpeft.errors import RewardModelError
-from eigenpeft.report.lore_figure import plot_evaluation
+from eigenpeft.report.lore_figure import check_plots, plot_evaluation
 from eigenpeft.report.lore_tables import accuracy_table, candidate_table, few_shot_table
 from eigenpeft.report.markup import escape
 from eigenpeft.reward import LoReFitter, LowRankRewardModel, evaluate_lore
@@ -29,9 +28,9 @@ app.add_typer(lore, name="lore")
 Data = Annotated[
     Path,
     typer.Argument(
-        help="Comparisons: .jsonl, .csv, .parquet or a folder saved by datasets, with the columns chosen, rejected, a user "
-        "and perhaps prompt. Text or messages, which a backbone embeds (--model; add-user has the kept one), or lists of "
-        "numbers: features."
+        help="Comparisons: .jsonl, .csv, .parquet or a folder saved by datasets, with the columns chosen, rejected, user_id "
+        "(or --user-column) and perhaps prompt. Text or messages, which a backbone embeds (--model; add-user has the kept "
+        "one), or lists of numbers: features."
     ),
 ]
 Backbone = Annotated[
@@ -43,7 +42,7 @@ PromptColumn = Annotated[
     str | None, typer.Option(help="Column that tells prompts apart when some are held out; default: prompt, if text.")
 ]
 NBasis = Annotated[str, typer.Option(help="Rows of the basis, or auto to choose by held-out comparisons.")]
-NComponents = Annotated[int | None, typer.Option(help="Keep this many leading directions of wide features.")]
+NComponents = Annotated[int | None, typer.Option(min=1, help="Keep this many leading directions of wide features.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -88,14 +87,14 @@ def fit(
     if compared:
         console.print(candidate_table(fitter))
     shared = (
-        f" One shared head won, the same for all users: held-out comparisons of these {len(found.users)} users gave no reason for "
-        "more. `eigenpeft lore evaluate` says how sure that is."
+        " One shared head won, the same for all users: no basis of several rows predicted the held-out comparisons better by two "
+        "standard errors. `eigenpeft lore evaluate` says what a basis of several rows would bring to users, and how sure that is."
         if compared
         else " It is one head for all users, and nothing could be held out that would say whether more pays: there are too few "
         "comparisons, or all hang together by common texts. Give more, or a number to --n-basis."
     )
     console.print(
-        f"Wrote {escape(str(out))}: {found.n_basis} basis rewards, {len(found.users)} users."
+        f"Wrote {escape(str(out))}: {found.n_basis} basis reward{'s' if found.n_basis > 1 else ''}, {len(found.users)} users."
         + (shared if found.n_basis == 1 and size != 1 else "")
         + (
             ""
@@ -122,16 +121,29 @@ def add_user(
     model = LowRankRewardModel.from_pretrained(path)
     embedder = (model.backbone, model.processing_class)
     pairs = read_comparisons(data, user_column=user_column, cache=cache, embedder=embedder, user=user)
-    change = model.update_user if user in model.users else model.add_user
+    known = user in model.users
+    change = model.update_user if known else model.add_user
     found = change(user, chosen=pairs.chosen[:], rejected=pairs.rejected[:])
     model.save_users(path)
     if as_json:
         print_json(
-            {"user": user, "n_pairs": found.n_pairs, "weights": found.weights.tolist(), "users": len(model.users)}
+            {
+                "user": user,
+                "n_pairs": found.n_pairs,
+                "weights": found.weights.tolist(),
+                "users": len(model.users),
+                "was_known": known,
+                "n_basis": model.n_basis,
+            }
         )
         return
     weights = ", ".join(f"{weight:.2f}" for weight in found.weights.tolist())
-    console.print(f"{escape(user)}: weights {weights} from {found.n_pairs} comparisons; {len(model.users)} users now.")
+    anew = ", which was known and is fitted anew" if known else ""
+    console.print(
+        f"{escape(user)}{anew}: weights {weights} from {found.n_pairs} comparisons; {len(model.users)} users now."
+    )
+    if model.n_basis == 1:
+        console.print(ALL_ALIKE)
 
 
 @lore.command()
@@ -149,6 +161,10 @@ def score(
     unknown: Annotated[
         str, typer.Option(help="What an unknown user is: error, or population to score as for everybody.")
     ] = "error",
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep this many rows of each user, the best first; default: all, as they come."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File of JSON lines to write.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -157,7 +173,8 @@ def score(
 
     Example: eigenpeft lore score rewards answers.jsonl --user ada
 
-    Rewards are known up to a constant: only differences between texts of one user mean something.
+    A result has the row's number, from 0, the data's own columns but for features, the user and the reward. Rewards are known up
+    to a constant: only differences between texts of one user mean something.
     """
     quiet(as_json)
     if out is not None:
@@ -165,50 +182,29 @@ def score(
     if unknown not in get_args(Unknown):
         raise RewardModelError(f"--unknown {unknown!r} must be one of {', '.join(get_args(Unknown))}.")
     model, table = LowRankRewardModel.from_pretrained(path), open_rows(data)
-    if user is None and user_column not in table.column_names:
-        raise RewardModelError(
-            f"{str(data)!r} has no column {user_column!r}, only {sorted(table.column_names)}; name one user for all rows with "
-            "--user, or the users' column with --user-column."
-        )
-    users = [user] * len(table) if user is not None else user_ids(table, user_column, path=data)
-    rows = [
-        {"user": name, "reward": value}
-        for name, value in zip(users, _rewards(model, table, users, unknown=unknown, path=data), strict=True)
-    ]
+    users = users_of(table, user, user_column, path=data)
+    refused = "score as for everybody with --unknown population" if unknown == "error" else ""
+    strangers = check_known(model, users, otherwise=refused)
+    values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=data)
+    results = [{"user": name, "reward": value} for name, value in zip(users, values, strict=True)]
+    rows = with_input(table, results, without=["features"])
+    rows = rows if top is None else best_of_each(rows, top)
     write_rows(rows, out, overwrite=overwrite)
+    replaced = [name for name in replaced_columns(table, results) if name != user_column]
     if as_json:
-        print_json({"path": path, "rows": rows})
+        print_json(
+            {"path": path, "n_basis": model.n_basis, "unknown": strangers, "replaced_columns": replaced, "rows": rows}
+        )
         return
-    show_rows(_score_table(table, rows), rows, out)
-
-
-def _rewards(model: LowRankRewardModel, table: Any, users: list[str], *, unknown: Any, path: Path) -> list[float]:
-    """The reward of each row's text, or features, to its user."""
-    if "features" in table.column_names:
-        features = torch.as_tensor(feature_column(table, "features", path)[:])
-        return model.rewards(features, users, unknown=unknown).tolist()
-    if "completion" not in table.column_names:
-        raise RewardModelError(
-            f"{str(path)!r} has the columns {sorted(table.column_names)}; texts to score are in one called completion, or "
-            "embedded in one called features."
+    show_rows(score_table(rows), rows, out)
+    if strangers:
+        console.print(
+            f"{len(strangers)} users are unknown and scored as everybody: {escape(', '.join(strangers[:5]))}."
         )
-    if model.backbone is None:
-        raise RewardModelError(
-            "This model was fitted on features and has no backbone to embed text with: give rows with a column features."
-        )
-    prompts = list(table["prompt"]) if "prompt" in table.column_names else None
-    reward = model.reward_func(user_column="user_id", unknown=unknown)
-    return reward(completions=list(table["completion"]), prompts=prompts, user_id=users)
-
-
-def _score_table(table: Any, rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=f"{len(rows)} rows, {len({row['user'] for row in rows})} users")
-    for title in ("text", "user", "reward"):
-        shown.add_column(title, justify="right" if title == "reward" else "left")
-    for i, row in enumerate(rows[:SHOWN]):
-        text = str(table[i]["completion"]) if "completion" in table.column_names else f"row {i}"
-        shown.add_row(shortened(text), escape(row["user"]), f"{row['reward']:.3f}")
-    return shown
+    if replaced:
+        console.print(f"The data's own columns {escape(', '.join(replaced))} are left out: results have these names.")
+    if model.n_basis == 1:
+        console.print(ALL_ALIKE)
 
 
 @lore.command()
@@ -225,13 +221,14 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Hold out users and prompts, and compare LoRe with its controls: does personalisation pay?
+    """Hold out users and prompts (without prompts, texts), and compare LoRe with its controls: does personalisation pay?
 
     Example: eigenpeft lore evaluate comparisons.jsonl --model my-reward-model
     """
     quiet(as_json)
     if plot is not None:
         check_file(plot, overwrite=overwrite, inputs=[data])
+        check_plots()
     size = _n_basis(n_basis)  # before hours of embedding
     pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     found = evaluate_lore(
@@ -268,6 +265,13 @@ def export_user(
     quiet(as_json)
     check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path])
     model = LowRankRewardModel.from_pretrained(path)
+    if user is not None:
+        check_known(model, [user], otherwise="leave out --user for the population's rewards")
+    if model.backbone is None:
+        raise RewardModelError(
+            f"{path!r} was fitted on features and has no backbone, so that there is no classifier to write; fit it on text with "
+            "`eigenpeft lore fit --model`."
+        )
     classifier = model.to_sequence_classification(user)
     with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path]) as scratch:
         classifier.save_pretrained(scratch)

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from eigenpeft.artifacts.plain_text import for_card
 from eigenpeft.collection.base_models import hub_id
 
-_WITH_BACKBONE = """The folder is a stock sequence classifier with {n_basis} labels, one per row of the basis; every server of
+_WITH_BACKBONE = """The folder is a stock sequence classifier with {labels}, one per row of the basis; every server of
 classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
 _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
 _USERS_ARE_IN = """The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that
@@ -42,11 +42,13 @@ def reward_card(
     )
     verdict = info.get("verdict")
     told = for_card(verdict) if verdict else _NOT_EVALUATED
-    body = f"""# Low-rank reward model: {n_basis} basis rewards
+    labels = f"{n_basis} label{'s' if n_basis > 1 else ''}"
+    alike = "" if n_basis > 1 else "\nThere is one row, a head that all users share: their rewards are the same."
+    body = f"""# Low-rank reward model: {n_basis} basis reward{"s" if n_basis > 1 else ""}
 
 The reward of user u is `w_u @ (reward_basis @ features)` with `w_u` on the simplex (LoRe, arXiv 2504.14439). A user without
-history has the population's weights {[round(weight, 3) for weight in population]}.
-{(_WITH_BACKBONE if backbone else _WITHOUT_BACKBONE).format(n_basis=n_basis, n_features=n_features)}
+history has the population's weights {[round(weight, 3) for weight in population]}.{alike}
+{(_WITH_BACKBONE if backbone else _WITHOUT_BACKBONE).format(labels=labels, n_features=n_features)}
 
 {told}
 

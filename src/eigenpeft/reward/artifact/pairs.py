@@ -74,7 +74,8 @@ def pair_margins(chosen: Features, rejected: Features, reward_basis: Tensor) -> 
     for start, part in difference_chunks(chosen, rejected):
         if part.shape[1] != reward_basis.shape[1]:
             raise RewardModelError(
-                f"Features of width {part.shape[1]} do not fit a basis of width {reward_basis.shape[1]}."
+                f"Features of width {part.shape[1]} do not fit a basis of width {reward_basis.shape[1]}; embed the texts with the "
+                "model that the basis was fitted on."
             )
         margins[start : start + len(part)] = part @ reward_basis.mT
     return margins

@@ -192,7 +192,7 @@ def _sidecar(folder: Path, *, origin: str) -> tuple[dict[str, Any], dict[str, Te
     if missing:
         raise ArtifactError(
             f"{origin!r} is not a whole low-rank reward model: it has no {', no '.join(missing)}. Pass a folder written "
-            "by save_pretrained."
+            "by `eigenpeft lore fit` or save_pretrained."
         )
     try:
         config = read_json(folder / CONFIG)

@@ -119,12 +119,17 @@ def join(prompt: Text, completion: Text, processing_class: Any) -> str:
         processing_class: Tokenizer, whose template is used for conversations.
 
     Raises:
-        RewardModelError: If one is text and the other a list of messages.
+        RewardModelError: If one is text and the other a list of messages, or messages have no template.
     """
     if isinstance(completion, str) and isinstance(prompt, str):
         return prompt + completion
     if isinstance(completion, str) or isinstance(prompt, str) and prompt:
         raise RewardModelError("A prompt and its completion must both be text, or both be lists of messages.")
+    if not getattr(processing_class, "chat_template", None):
+        raise RewardModelError(
+            "The texts are lists of messages, and the tokenizer has no chat template that would join them; give plain text, or "
+            "take a model whose tokenizer has one."
+        )
     return processing_class.apply_chat_template([*(prompt or []), *completion], tokenize=False)
 
 
