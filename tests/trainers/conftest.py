@@ -1,5 +1,7 @@
 """Users of two kinds who compare tiny texts, and tiny models."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,6 +9,8 @@ from datasets import Dataset
 from tests.reward.conftest import tiny_bert, tiny_llama, tokenizer
 
 __all__ = ["tokenizer"]
+
+collect_ignore = [] if find_spec("trl") else ["test_lore_trainer.py", "test_recipe.py"]  # need the extra trl
 
 CATS = ["cats", "the cats", "a cats is", "cats is funny", "about cats"]
 DOGS = ["dogs", "the dogs", "a dogs is", "dogs is funny", "about dogs"]

@@ -13,8 +13,6 @@ from eigenpeft.reward.text.features import embed_texts
 from eigenpeft.reward.text.rewards import classify
 from eigenpeft.trainers import LoReConfig, LoReTrainer
 
-pytest.importorskip("trl", reason="needs the extra trl")
-
 
 def config(tmp_path, **options):
     defaults = {

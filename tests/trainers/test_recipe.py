@@ -11,7 +11,6 @@ import yaml
 from eigenpeft import LowRankRewardModel
 from tests.tuners.conftest import random_subspace
 
-pytest.importorskip("trl", reason="needs the extra trl")
 ROOT = Path(__file__).parents[2]
 
 
