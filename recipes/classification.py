@@ -164,6 +164,7 @@ def main(arguments: Arguments, training: TrainingArguments) -> None:
             scores.append(trainer.evaluate()["eval_score"])
             if seed == arguments.seeds[0]:
                 model.save_pretrained(f"{training.output_dir}/{method}")
+                model.config.save_pretrained(f"{training.output_dir}/{method}")  # the names of the labels
         mean = sum(scores) / len(scores)
         print(f"{method:10s} {size:9,d} trainable parameters  {mean:.3f} ({min(scores):.3f} to {max(scores):.3f})")
 

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
-from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder, export_lora
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report import plots
-from eigenpeft.report.summaries import condition, store_summary, subspace_summary
-from eigenpeft.report.tables import adapter_table, findings_text, module_table
+from eigenpeft.report.summaries import condition, store_sizes, store_summary, subspace_summary
+from eigenpeft.report.tables import adapter_table, findings_text, module_table, sizes_text
+from eigenpeft.subspace import AdapterMember, Core
 from tests.factories import make_collection
 
 
@@ -57,6 +59,28 @@ def test_store_summary_is_the_mean_and_the_largest(builder, tmp_path):
     assert summary["adapters"]["adapter-0"]["mean_error"] == pytest.approx(sum(errors) / len(errors))
     assert summary["adapters"]["adapter-0"]["largest_error"] == max(errors)
     assert f"{max(errors):.3g}"[:4] in shown(adapter_table(summary))
+
+
+def test_sizes_stand_beside_those_of_the_original_files(builder, tmp_path):
+    """Of LoRA files the sizes on disk; of a member that was trained in the bases the size of what it exports to."""
+    folder = tmp_path / "adapters"
+    store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(folder))
+    files = {name: (folder / name / "adapter_model.safetensors").stat().st_size for name in store.names}
+    cores = {module: Core("diagonal", {"coefficients_out": torch.ones(5)}) for module in store.subspace}
+    store.add(AdapterMember(cores, {"name": "trained"}))
+    export_lora(store, tmp_path / "lora", adapter_name="trained")
+    exported = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    files["trained"] = sum(tensor.numel() * tensor.element_size() for tensor in exported.values())
+    summary = store_summary(store)
+    assert {name: row["original_bytes"] for name, row in summary["adapters"].items()} == files
+    assert store_sizes(store) == {
+        name: summary[name] for name in ("bytes", "subspace_bytes", "original_bytes", "ratio")
+    }
+    assert summary["ratio"] == pytest.approx(store.n_bytes / sum(files.values()))
+    told = sizes_text(summary, n_adapters=len(store))
+    for number in (sum(files.values()), store.n_bytes, store.subspace.n_bytes, store.n_bytes - store.subspace.n_bytes):
+        assert f"{number / 1000:,.1f} kB" in told
+    assert f"{files['adapter-0'] / 1000:.1f}" in shown(adapter_table(summary))
 
 
 def test_the_members_of_a_store_fit_eighty_columns_with_rank_size_and_base_model(builder, tmp_path):

@@ -1,5 +1,8 @@
 """An audit as rich tables for a terminal."""
 
+import shlex
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -9,18 +12,23 @@ from eigenpeft.report.markup import escape
 
 _SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _NEAREST = 5
+_TYPED = 200  # characters of a command line that are repeated
 
 
-def answers_text(report: AuditReport) -> Group:
+def answers_text(report: AuditReport, *, adapters: Sequence[str] = ()) -> Group:
     """The three answers, question by question, each with its table where there is one.
 
     Args:
         report: From `audit_adapters`.
+        adapters: What was audited as it was typed, for the commands in the answers; without it they say ADAPTERS.
     """
+    typed = shlex.join(adapters)
+    typed = typed if 0 < len(typed) <= _TYPED else "ADAPTERS"
     parts: list[RenderableType] = []
     tables = (compress_table(report), train_table(report), reuse_table(report))
     for (question, _, text), table in zip(report.answers, tables, strict=True):
-        parts += [f"[bold]{escape(question)}[/bold]", escape(text), *([table] if table is not None else []), ""]
+        told = text.replace("ADAPTERS", typed)
+        parts += [f"[bold]{escape(question)}[/bold]", escape(told), *([table] if table is not None else []), ""]
     return Group(*parts)
 
 

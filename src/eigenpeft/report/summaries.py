@@ -53,23 +53,63 @@ def store_summary(store: AdapterStore) -> dict[str, Any]:
     adapters = {}
     for name in store.names:
         member = store[name]
-        adapters[name] = member_summary(member)
+        adapters[name] = member_summary(member, store.subspace)
         for module, error in member.relative_errors.items():
             errors[module][name] = error
     return {
         "n_adapters": len(store),
-        "bytes": store.n_bytes,
-        "subspace_bytes": store.subspace.n_bytes,
+        **_sizes(store, sum(row["original_bytes"] for row in adapters.values())),
         "adapters": adapters,
         "relative_errors": errors,
     }
 
 
-def member_summary(member: AdapterMember) -> dict[str, Any]:
+def store_sizes(store: AdapterStore) -> dict[str, Any]:
+    """Sizes of a store in bytes, and of its members as plain LoRAs; every member is read once.
+
+    Args:
+        store: What to describe.
+
+    Returns:
+        `bytes` of the whole store, `subspace_bytes` of the bases that all share, `original_bytes` of all members as plain
+        LoRAs, and their `ratio`, None where there is no member.
+    """
+    return _sizes(store, sum(original_bytes(store[name], store.subspace) for name in store.names))
+
+
+def _sizes(store: AdapterStore, original: int) -> dict[str, Any]:
+    return {
+        "bytes": store.n_bytes,
+        "subspace_bytes": store.subspace.n_bytes,
+        "original_bytes": original,
+        "ratio": store.n_bytes / original if original else None,
+    }
+
+
+def original_bytes(member: AdapterMember, subspace: PrincipalSubspace) -> int:
+    """Size of a member as the plain LoRA that it was; of one that was trained in the subspace, of the one that it exports to.
+
+    Args:
+        member: The member. One that was added from a LoRA file knows the file's size; for others r (in_features +
+            out_features) numbers of four bytes are counted per module, and what it keeps besides.
+        subspace: Its bases.
+    """
+    known = member.record.get("file_bytes")
+    if isinstance(known, int) and known > 0:
+        return known
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in member.kept.values())
+    ranks = dict(zip(member, member.ranks, strict=True))
+    return kept + 4 * sum(
+        rank * (subspace[module].in_features + subspace[module].out_features) for module, rank in ranks.items()
+    )
+
+
+def member_summary(member: AdapterMember, subspace: PrincipalSubspace) -> dict[str, Any]:
     """What one member of a store is: its cores, its size, what it keeps besides updates, and its errors.
 
     Args:
         member: The member. One that was trained in the subspace is exact and has no errors.
+        subspace: Its bases.
     """
     return {
         "cores": list(member.kinds),
@@ -77,6 +117,7 @@ def member_summary(member: AdapterMember) -> dict[str, Any]:
         "base_model": member.record.get("base_model"),
         "n_modules": len(member),
         "bytes": member.n_bytes,
+        "original_bytes": original_bytes(member, subspace),
         "task_type": member.record.get("task_type"),
         "license": license_of(member.record) or None,
         "kept": [key.removeprefix("base_model.model.") for key in member.kept],

@@ -59,7 +59,7 @@ def _largest(values: Sequence[float | None]) -> str:
 
 
 def adapter_table(summary: dict[str, Any]) -> Table:
-    """One row per adapter: core, rank, size, what it keeps besides updates, mean and largest relative ΔW error over its modules.
+    """One row per adapter: core, rank, size as a LoRA and here, what it keeps besides, mean and largest relative ΔW error.
 
     Args:
         summary: From `store_summary`, or its `adapters` alone.
@@ -70,14 +70,15 @@ def adapter_table(summary: dict[str, Any]) -> Table:
     others = [f"{name} ({row['base_model']})" for name, row in rows.items() if row["base_model"] not in (base, None)]
     table = Table(title=f"{len(rows)} adapter{'' if len(rows) == 1 else 's'}{escape(f' of {base}') if base else ''}")
     table.caption = (
-        "kB: with heads. Errors: relative, of ΔW (Frobenius), over the modules of each; exact: trained in these bases."
+        "kB: with heads; LoRA kB: as a plain LoRA. Errors: relative, of ΔW (Frobenius), over the modules of each; exact: "
+        "trained in these bases."
     )
     if others:
         more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
         table.caption += escape(f" Their configs name another base model: {', '.join(others[:_LISTED])}{more}.")
     for title in ("adapter", "core"):
         table.add_column(title, overflow="fold")
-    for title in ("rank", "kB"):
+    for title in ("rank", "LoRA\nkB", "kB"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("kept besides", overflow="fold")
     for title in ("mean error", "largest"):
@@ -86,9 +87,28 @@ def adapter_table(summary: dict[str, Any]) -> Table:
         errors = [_number(row["mean_error"]), _number(row["largest_error"])]
         if row["mean_error"] is None:
             errors = ["exact", "exact"]
-        sizes = _range(row["ranks"]) if row["ranks"] else "-", f"{row['bytes'] / 1000:.1f}"
-        table.add_row(escape(name), ", ".join(row["cores"]), *sizes, escape(_kept(row)), *errors)
+        sizes = [f"{row[size] / 1000:.1f}" for size in ("original_bytes", "bytes")]
+        rank = _range(row["ranks"]) if row["ranks"] else "-"
+        table.add_row(escape(name), ", ".join(row["cores"]), rank, *sizes, escape(_kept(row)), *errors)
     return table
+
+
+def sizes_text(sizes: Mapping[str, Any], *, n_adapters: int) -> str:
+    """One sentence on the size of a store beside that of its members as plain LoRAs.
+
+    Args:
+        sizes: As `store_sizes` gives them, or `store_summary`.
+        n_adapters: Members of the store.
+    """
+    shared = sizes["subspace_bytes"]
+    members = sizes["bytes"] - shared
+    if sizes["ratio"] is None:
+        return f"The store has no adapters; its bases are {shared / 1000:,.1f} kB."
+    are = "1 adapter is" if n_adapters == 1 else f"{n_adapters} adapters are"
+    return (
+        f"{are} {sizes['original_bytes'] / 1000:,.1f} kB as plain LoRAs and {sizes['bytes'] / 1000:,.1f} kB here, "
+        f"{sizes['ratio']:.0%} of that: shared bases {shared / 1000:,.1f} kB, members {members / 1000:,.1f} kB."
+    )
 
 
 def absorb_table(summary: dict[str, Any]) -> Table:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from eigenpeft import AdapterStore, EigenLoraConfig, PrincipalSubspace
+from eigenpeft import AdapterStore, EigenLoraConfig, PrincipalSubspace, export_lora
+from eigenpeft.collection.formats.labels import label_file, labels_of
 from eigenpeft.subspace import SubspaceInfo
 from tests.recipes.tiny import tiny_model, tiny_tokenizer
 from tests.tuners.conftest import random_subspace, tiny_bert
@@ -121,3 +122,44 @@ def test_a_store_that_does_not_name_its_base_model_asks_for_it(run, tmp_path, mo
     ran = run("predict", "store", written(tmp_path / "rows.jsonl", [{"text": "w1"}]), "--member", "anna")
     assert ran.code == 1
     assert "does not name its base model; pass it as --model" in " ".join(ran.err.split())
+
+
+def test_label_names_go_from_the_training_to_the_prediction(run, place, tmp_path):
+    """By each way in which an adapter comes with them; where none does, there is no name."""
+    names = {"anna": ["no", "yes"], "bert": ["low", "middle", "high"]}
+    place["anna"].config.id2label = dict(enumerate(names["anna"]))
+    store = AdapterStore.from_pretrained("store")
+    store.add(place["anna"], name="anna", replace=True)  # of a model
+    (tmp_path / "adapters" / "bert" / "labels.json").write_bytes(label_file(names["bert"]))
+    assert run("store", "add", "store", "adapters/bert", "--replace").code == 0  # of a folder
+    export_lora(place["anna"], "anna-lora")
+    assert run("store", "add", "store", "anna-lora").code == 0  # of an exported LoRA
+    assert run("export", "store", "anna-lora", "--out", "again").code == 0
+    assert labels_of(tmp_path / "again") == names["anna"]
+    data = written(
+        tmp_path / "rows.jsonl",
+        [{"text": t, "member": m} for t in TEXTS for m in ("anna", "bert", "carla", "anna-lora")],
+    )
+    found = json.loads(run("predict", "store", data, "--model", "base", "--json").out)["rows"]
+    for row in found:
+        known = names.get(row["member"].removesuffix("-lora"))
+        assert row["label_name"] == (known[row["label"]] if known else None)
+    assert {row["label_name"] for row in found} > {None}
+    shown = run("predict", "store", data, "--model", "base").out
+    assert f"{found[0]['label']} {found[0]['label_name']}" in " ".join(shown.split())
+
+
+def test_an_adapter_of_a_language_model_is_refused_with_a_way_to_generate(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_subspace(tiny_model(), ("q_proj", "v_proj")).save_pretrained("subspace")
+    config = EigenLoraConfig(subspace="subspace", r=4, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), config).save_pretrained("adapters/writer")
+    assert run("store", "add", "store", "adapters", "--subspace", "subspace").code == 0
+    data = written(tmp_path / "rows.jsonl", [{"text": "w1"}])
+    ran = run("predict", "store", data, "--member", "writer")  # before any model is looked for
+    assert ran.code == 1
+    told = " ".join(ran.err.split())
+    assert "'writer' of 'store': an adapter of a language model (task type CAUSAL_LM)" in told
+    assert "AdapterBank" in told
+    assert "eigenpeft export store writer --out writer-lora" in told
+    assert run("export", "store", "writer", "--out", "writer-lora").code == 0

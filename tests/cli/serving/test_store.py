@@ -49,6 +49,22 @@ def test_a_store_from_the_command_line_alone(run, folder):
     assert AdapterStore.from_pretrained("store").subspace == PrincipalSubspace.from_pretrained("subspace")
 
 
+def test_sizes_of_originals_and_store_are_said(run, folder):
+    """In words and in JSON, by add, list and inspect, and all the same."""
+    added = run("store", "add", "store", "adapters", "--subspace", "subspace").out
+    original = sum(path.stat().st_size for path in Path("adapters").rglob("adapter_model.safetensors"))
+    store = AdapterStore.from_pretrained("store")
+    sizes = {"bytes": store.n_bytes, "subspace_bytes": store.subspace.n_bytes, "original_bytes": original}
+    sizes["ratio"] = store.n_bytes / original
+    sentence = f"5 adapters are {original / 1000:,.1f} kB as plain LoRAs and {store.n_bytes / 1000:,.1f} kB here"
+    for told in (added, run("store", "list", "store").out, run("inspect", "store").out):
+        assert sentence in " ".join(told.split())
+    listed = json.loads(run("store", "list", "store", "--json").out)
+    again = json.loads(run("store", "add", "store", "adapters/adapter-0", "--replace", "--json").out)
+    for found in (listed, json.loads(run("inspect", "store", "--json").out)["store"], again):
+        assert {name: found[name] for name in sizes} == pytest.approx(sizes)
+
+
 def test_the_card_says_what_is_there_after_every_change(run, folder):
     def card():
         return " ".join(Path("store/README.md").read_text().split())

@@ -1,6 +1,8 @@
 """The audit command prints what the library measures, and writes figure and page whole."""
 
 import json
+import re
+import shlex
 from importlib.util import find_spec
 from statistics import fmean
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 from transformers import BertModel
 
+from eigenpeft import AdapterStore
 from eigenpeft.cli.rows import load_new_task, load_task
 from eigenpeft.recycling.training import judge
 from eigenpeft.report import plots
-from tests.factories import make_collection, tiny_bert, tiny_llama
+from tests.factories import make_collection, random_factors, tiny_bert, tiny_llama, write_adapter
 from tests.recipes.tiny import tiny_tokenizer
 
 
@@ -171,3 +174,34 @@ def test_audit_refuses_a_task_it_cannot_read(run, language_adapters, language_mo
     assert (without.code, "--train-head goes with --model and --dataset" in without.err) == (1, True)
     alone = run(*start)
     assert (alone.code, "Pass both --model and --dataset" in alone.err) == (1, True)
+
+
+@pytest.mark.parametrize("method", ["-k", "--method paired -k"])
+def test_the_commands_of_the_compress_answer_do_what_it_says(run, tmp_path, monkeypatch, method):
+    """Typed as printed, they make a store of the size and the error that were printed."""
+    monkeypatch.chdir(tmp_path)
+    modules = {"layer.0.query": (60, 80), "layer.1.query": (60, 80)}
+    if method == "-k":
+        make_collection(tmp_path / "adapters", n_adapters=20, modules=modules, n_shared=6, rank=8, noise=0.01)
+    else:
+        pairs = random_factors(modules=modules, rank=8, seed=0)
+        for i in range(20):
+            generator = torch.Generator().manual_seed(i + 1)
+            own = {name: (left * torch.randn(8, generator=generator), right) for name, (left, right) in pairs.items()}
+            write_adapter(tmp_path / "adapters" / f"adapter-{i}", own)
+    told = " ".join(run("audit", "adapters", "-k", 32).out.split())
+    build, add = re.findall(r"`(eigenpeft (?:build|store add) [^`]*)`", told)
+    assert re.fullmatch(rf"eigenpeft build adapters {method} \d+ --out subspace", build)
+    for command in (build, add):
+        assert run(*shlex.split(command)[1:]).code == 0
+    written, original = (float(each) for each in re.findall(r"writes ([\d]+) kB for ([\d]+) kB", told)[0])
+    store = AdapterStore.from_pretrained("store")
+    bases = sum(bank.components_in.numel() + bank.components_out.numel() for bank in store.subspace.values())
+    assert (4 * bases + sum(store[name].n_bytes for name in store.names)) / 1000 == pytest.approx(written, abs=1)
+    assert original == pytest.approx(4e-3 * 20 * 2 * 8 * (60 + 80), abs=1)
+    kept = fmean(1 - error**2 for errors in store.relative_errors.values() for error in errors.values())
+    said = float(re.findall(r"keeps ([\d.]+)% of ‖ΔW‖²", told)[0])
+    assert (
+        100 * kept > said - 0.2
+    )  # paired directions are fitted quickly by the audit: the build finds at least as much
+    assert method != "-k" or 100 * kept == pytest.approx(said, abs=0.2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer
 
 if not find_spec("trl"):
@@ -71,6 +72,15 @@ def test_two_steps_in_a_subspace(run, place, name):
     assert ran.code == 0, ran.err
     config = json.loads((place / "out" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["core"], config["n_components"]) == ("EIGENLORA", "full", 6)
+    assert "Training " in ran.out
+    card = (place / "out" / "README.md").read_text()
+    assert "core full, K 6 in the subspace subspace" in " ".join(ran.out.split())
+    assert "core full, K 6 in the subspace subspace" in card
+    assert f"Trained with `eigenpeft {name}`" in card
+    assert "## Loading this adapter" in card
+    assert not any(
+        word in card for word in ("None", "[More Information Needed]", "time machine")
+    )  # drafts of PEFT and TRL
     trainer = "reward" if name == "reward" else "sft"
     loaded = PeftModel.from_pretrained(tiny_model(trainer), place / "out")
     assert all(p.any() for key, p in loaded.named_parameters() if "lora_B" in key)
@@ -78,6 +88,19 @@ def test_two_steps_in_a_subspace(run, place, name):
         assert config["task_type"] == "SEQ_CLS"
         saved = loaded.get_submodule("base_model.model.score").modules_to_save["default"].weight
         assert not torch.equal(saved, tiny_model("reward").score.weight)
+
+
+def test_the_number_of_trained_values_is_said_and_on_the_card(run, place):
+    ran = run(*arguments("sft", "--subspace", "subspace", "--save_strategy", "steps", "--save_steps", "1"))
+    assert ran.code == 0, ran.err
+    trained = sum(p.numel() for key, p in load_file("out/adapter_model.safetensors").items())
+    total = sum(p.numel() for p in tiny_model().parameters())
+    said = " ".join(ran.out.split())
+    assert f"Training {trained:,} values (" in said
+    share = float(said.partition(" values (")[2].partition("%")[0]) / 100
+    assert share == pytest.approx(trained / total, rel=0.5)
+    assert f"| {trained:,} values (" in Path("out/README.md").read_text()
+    assert "Supervised fine-tuning, 2 steps, learning rate 0.05" in Path("out/README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ from eigenpeft.audit.answers import Compress, CompressRow
 # Of ‖ΔW‖², which is an error of 22 % of ‖ΔW‖. And how much smaller the whole must be. Conventions: the table has the rest.
 KEPT_ENOUGH, SMALL_ENOUGH = 0.95, 0.9
 _NAMES = {"full": "components", "diagonal": "paired directions (method='paired', one number each)"}
+_HOW = {
+    "full": "eigenpeft build ADAPTERS -k {k} --out subspace",
+    "diagonal": "eigenpeft build ADAPTERS --method paired -k {k} --out subspace",
+}
 _SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -33,15 +37,15 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
             answer="yes",
             text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept:.1%} of "
             f"‖ΔW‖² (an error of {best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of "
-            f"them share, that is {best.ratio:.0%} of the plain LoRAs. Judge one adapter on its own "
-            "task before you throw its LoRA away.",
+            f"them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, lora_numbers)} Judge one adapter on "
+            "its own task before you throw its LoRA away.",
             lora_numbers=each,
             rows=rows,
         )
     nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
     best_found = (
         f"The best that is smaller than the LoRAs, {nearest.n_components} {_NAMES[nearest.core]} per module, keeps "
-        f"{nearest.kept:.1%} (an error of {nearest.error:.1%})."
+        f"{nearest.kept:.1%} (an error of {nearest.error:.1%}). {_how(measured, nearest, lora_numbers)}"
         if nearest
         else "No number of components looked at is smaller than the LoRAs."
     )
@@ -51,6 +55,25 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
         f"saved. {best_found} More adapters share the cost of the bases: ask again with more.",
         lora_numbers=each,
         rows=rows,
+    )
+
+
+def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, lora_numbers: int) -> str:
+    """The commands that make a row, and the size of the store that comes out."""
+    if any(len(module.real.explained) < row.n_components for module in measured.values()):
+        return (
+            f"Some modules have fewer than {row.n_components} directions: make it with `eigenpeft build ADAPTERS --out subspace` "
+            "and `-k 'PATTERN=NUMBER'` for each kind of module."
+        )
+    numbers = 0
+    for module in measured.values():
+        width = sum(module.shape)
+        # A store keeps a diagonal core of K numbers, or a projected LoRA's two factors on the components: 2 r K.
+        each = len(module.adapters) if row.core == "diagonal" else 2 * module.lora_numbers / width
+        numbers += row.n_components * (width + each)
+    return (
+        f"To do it: `{_HOW[row.core].format(k=row.n_components)}` and `eigenpeft store add store ADAPTERS --subspace subspace`, "
+        f"which writes {4e-3 * numbers:,.0f} kB for {4e-3 * lora_numbers:,.0f} kB of LoRAs (in float32, beside heads and records)."
     )
 
 

@@ -1,4 +1,4 @@
-"""The command predict: rows of a file by members of a store, each with its own core and head, mixed in one batch."""
+"""The command predict: rows of a file by classifiers or reward models of a store, each with its own core and head."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from eigenpeft.artifacts.atomic import check_file
 from eigenpeft.cli.app import Json, Overwrite, app, print_json, quiet
 from eigenpeft.cli.row_results import SHOWN, shortened, show_rows, write_rows
 from eigenpeft.cli.rows import open_rows, open_tokenizer, without_load_reports
+from eigenpeft.collection.formats.labels import label_names
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
 from eigenpeft.subspace import AdapterStore
@@ -20,6 +21,8 @@ from eigenpeft.subspace.stores.changing import BASE
 from eigenpeft.tuners.serving.bank import AdapterBank
 from eigenpeft.tuners.serving.heads import heads_of
 from eigenpeft.tuners.serving.texts import classify_texts
+
+_LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 @app.command()
@@ -44,9 +47,12 @@ def predict(
 ) -> None:
     """Classify texts, or score them with reward models: each row by its own member of a store, mixed in one batch.
 
+    For classifiers, regression and reward models alone; adapters of language models generate with an AdapterBank, or exported.
+
     Example: eigenpeft predict store rows.jsonl --out predictions.jsonl
 
-    A row of the result has the member, the logits of its head, and the number of the label with the largest one.
+    A row of the result has the member, the logits of its head, the number of the label with the largest one, and its name, where
+    the adapter came with labels.json or a config.json that names its labels (id2label).
     """
     quiet(as_json)
     if out is not None:
@@ -58,6 +64,7 @@ def predict(
     base = model or opened.subspace.info.base_model_name_or_path
     if base is None:
         raise EigenPeftError(f"The store {store!r} does not name its base model; pass it as --model.")
+    _check_kinds(store, opened, set(members))
     tokenizer = open_tokenizer(base)
     classifier = _classifier(base, opened, set(members))
     if tokenizer.pad_token is None:
@@ -68,7 +75,8 @@ def predict(
     logits = classify_texts(
         bank, classifier, tokenizer, texts, members=members, batch_size=batch_size, max_length=max_length
     )
-    predicted = [_row(name, each) for name, each in zip(members, logits, strict=True)]
+    names = {name: _label_names(opened, name, classifier) for name in set(members)}
+    predicted = [_row(name, each, names[name]) for name, each in zip(members, logits, strict=True)]
     write_rows(predicted, out, overwrite=overwrite)
     if as_json:
         print_json({"store": store, "model": base, "rows": predicted})
@@ -119,9 +127,31 @@ def _classifier(base: str, store: AdapterStore, members: set[str]) -> Any:
     return model.eval()
 
 
-def _row(member: str, logits: Tensor) -> dict[str, Any]:
+def _check_kinds(store: str, opened: AdapterStore, members: set[str]) -> None:
+    """Refuse members that answer with texts."""
+    kinds = {name: opened[name].record.get("task_type") for name in sorted(members - {BASE})}
+    generating = {name: kind for name, kind in kinds.items() if kind in _LANGUAGE_MODELS}
+    if generating:
+        name, kind = next(iter(generating.items()))
+        more = f" and {len(generating) - 1} more" if len(generating) > 1 else ""
+        raise EigenPeftError(
+            f"{name!r}{more} of {store!r}: an adapter of a language model (task type {kind}), and predict is for classifiers, "
+            "regression and reward models. To generate with several members in one batch, use AdapterBank.from_store and "
+            "model.generate in Python ('A batch of a language model' in docs/serving.md); to generate with one, write it as a "
+            f"plain LoRA: eigenpeft export {store} {name} --out {name}-lora"
+        )
+
+
+def _label_names(opened: AdapterStore, name: str, classifier: Any) -> list[str] | None:
+    found = label_names(classifier.config) if name == BASE else opened[name].record.get("labels")
+    return found if isinstance(found, list) else None
+
+
+def _row(member: str, logits: Tensor, names: list[str] | None) -> dict[str, Any]:
     values = logits.float().tolist()
-    return {"member": member, "label": int(logits.argmax()) if len(values) > 1 else None, "logits": values}
+    label = int(logits.argmax()) if len(values) > 1 else None
+    name = names[label] if names and label is not None and len(names) == len(values) else None
+    return {"member": member, "label": label, "label_name": name, "logits": values}
 
 
 def _shown(texts: list[tuple[str, ...]], predicted: list[dict[str, Any]]) -> Table:
@@ -130,6 +160,7 @@ def _shown(texts: list[tuple[str, ...]], predicted: list[dict[str, Any]]) -> Tab
         table.add_column(title)
     for text, row in list(zip(texts, predicted, strict=True))[:SHOWN]:
         label = "-" if row["label"] is None else str(row["label"])
+        label += "" if row["label_name"] is None else f" {shortened(str(row['label_name']))}"
         logits = " ".join(f"{value:.3f}" for value in row["logits"][:8]) + (" ..." if len(row["logits"]) > 8 else "")
         table.add_row(shortened(" / ".join(text)), escape(row["member"]), label, logits)
     return table

@@ -21,8 +21,8 @@ from eigenpeft.collection.formats.settings import CONFIG_NAME
 from eigenpeft.collection.formats.weights import BIN_NAME, SAFETENSORS_NAME
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.markup import escape
-from eigenpeft.report.summaries import absorb_summary, member_summary, store_summary
-from eigenpeft.report.tables import absorb_table, adapter_table
+from eigenpeft.report.summaries import absorb_summary, member_summary, store_sizes, store_summary
+from eigenpeft.report.tables import absorb_table, adapter_table, sizes_text
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.moving import move_member
 from eigenpeft.subspace.stores.store_files import check_store_output, renew_card
@@ -33,6 +33,7 @@ store_app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 
+_MOST_READ = 1000  # members that are read for the size of the whole store
 Store = Annotated[str, typer.Argument(help="Folder of a store.")]
 
 
@@ -71,20 +72,24 @@ def add(
             before = set(opened.names)
             member = opened.add(source, name=name, **options)
             own = name or next((other for other in opened.names if other not in before), str(member.record.get("name")))
-            added[own] = member_summary(member)
+            added[own] = member_summary(member, opened.subspace)
     finally:
         if added:  # also where a later one was refused
             _renew_card(opened, store, as_json)
+    # Of a large store only what was added: every member would have to be read.
+    sizes = store_sizes(opened) if len(opened) <= _MOST_READ else {}
     if as_json:
-        print_json({"path": store, "added": added, "n_adapters": len(opened)})
+        print_json({"path": store, "added": added, "n_adapters": len(opened), **sizes})
         return
     console.print(adapter_table({"adapters": added}))
     console.print(f"Added {len(added)} to {escape(store)}, which has {len(opened)} adapters now.")
+    if sizes:
+        console.print(sizes_text(sizes, n_adapters=len(opened)))
 
 
 @store_app.command("list")
 def list_members(store: Store, as_json: Json = False) -> None:
-    """Show every member: its core, rank and size, what it keeps besides, and what its projection lost.
+    """Show every member: its core, rank, size and its LoRA's, what it keeps besides, and what its projection lost.
 
     Example: eigenpeft store list store
     """
@@ -94,10 +99,7 @@ def list_members(store: Store, as_json: Json = False) -> None:
         print_json({"path": store, **summary})
         return
     console.print(adapter_table(summary))
-    console.print(
-        f"{summary['n_adapters']} adapters in {summary['bytes'] / 1e6:.2f} MB, of which the shared bases are "
-        f"{summary['subspace_bytes'] / 1e6:.2f} MB."
-    )
+    console.print(sizes_text(summary, n_adapters=summary["n_adapters"]))
 
 
 @store_app.command()
@@ -228,7 +230,7 @@ def rebase(
         print_json({"path": str(out), **summary})
         return
     console.print(adapter_table(summary))
-    console.print(f"Wrote {escape(str(out))}: {len(moved)} adapters.")
+    console.print(f"Wrote {escape(str(out))}. {sizes_text(summary, n_adapters=len(moved))}")
 
 
 def _renew_card(opened: AdapterStore, store: str, as_json: bool) -> None:

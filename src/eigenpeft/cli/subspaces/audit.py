@@ -112,13 +112,13 @@ def audit(
     if as_json:
         print_json(report.to_dict())
         return
-    _show(report)
+    _show(report, adapters)
     for path in (plot, html):
         if path is not None:
             console.print(f"Wrote {escape(str(path))}.")
 
 
-def _show(report: AuditReport) -> None:
+def _show(report: AuditReport, adapters: list[str]) -> None:
     console.print(share_table(report))
     console.print(unshared_table(report))
     if report.gradient is not None:
@@ -130,4 +130,4 @@ def _show(report: AuditReport) -> None:
         console.print("Noticed about the adapters:")
         console.print(findings_text(report.findings))
     console.print(f"A detail, how much the adapters share: {escape(report.verdict)}. {escape(report.advice)}\n")
-    console.print(answers_text(report))
+    console.print(answers_text(report, adapters=adapters))

@@ -30,7 +30,7 @@ from eigenpeft.errors import SubspaceError
 from eigenpeft.report.markup import escape
 from eigenpeft.report.plots import plot_spectra
 from eigenpeft.report.summaries import store_summary, subspace_summary
-from eigenpeft.report.tables import adapter_table, findings_text, module_table
+from eigenpeft.report.tables import adapter_table, findings_text, module_table, sizes_text
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.store_files import check_store_output
 
@@ -161,7 +161,7 @@ def inspect(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Show components, explained share and condition of the modules, and the members of a store.
+    """Show components, explained share and condition of the modules, and a store's members with their sizes.
 
     Example: eigenpeft inspect subspace --plot spectra.png
     """
@@ -175,11 +175,17 @@ def inspect(
     if plot is not None:
         plot_spectra(subspace, plot, overwrite=overwrite)
     if as_json:
-        print_json(summary if members is None else summary | {"members": members["adapters"]})
+        sizes = ("bytes", "subspace_bytes", "original_bytes", "ratio")
+        print_json(
+            summary
+            if members is None
+            else summary | {"members": members["adapters"], "store": {name: members[name] for name in sizes}}
+        )
         return
     console.print(module_table(summary, every=every))
     if members is not None:
         console.print(adapter_table(members))
+        console.print(sizes_text(members, n_adapters=members["n_adapters"]))
     if plot is not None:
         console.print(f"Wrote {escape(str(plot))}.")
 
@@ -214,7 +220,4 @@ def project(
         print_json({"path": str(out), **summary})
         return
     console.print(adapter_table(summary))
-    console.print(
-        f"Wrote {escape(str(out))}: {len(store)} adapters in {summary['bytes'] / 1e6:.2f} MB, of which the shared "
-        f"bases are {summary['subspace_bytes'] / 1e6:.2f} MB."
-    )
+    console.print(f"Wrote {escape(str(out))}. {sizes_text(summary, n_adapters=len(store))}")

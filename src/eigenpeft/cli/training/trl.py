@@ -54,15 +54,15 @@ def run_script(name: str, arguments: list[str]) -> None:
     # TRL is an optional extra, so that nothing may import it when eigenpeft is imported.
     trl = importlib.import_module("trl")
     ours = importlib.import_module("eigenpeft.cli.training.trl_arguments")
+    trained = importlib.import_module("eigenpeft.cli.training.trained")
     callbacks = importlib.import_module("eigenpeft.trainers.float32_callback")
     script = importlib.import_module(f"trl.scripts.{name}")
     # The scripts look these names up in `trl` when they run. Their arguments can only describe a LoraConfig, and their
     # trainers round what is trained over a quantised base.
     trainer = f"{_TRAINERS[name]}Trainer"
-    replacements = {
+    replacements: dict[str, Any] = {
         "ModelConfig": ours.EigenModelConfig,
         "get_peft_config": ours.peft_config_from,
-        trainer: partial(getattr(trl, trainer), callbacks=[callbacks.Float32Callback()]),
     }
     with _replaced(trl, replacements):
         parser = script.make_parser(prog=f"eigenpeft {name}")
@@ -87,7 +87,11 @@ def run_script(name: str, arguments: list[str]) -> None:
                 control=model_arguments.control,
             )
             settle_learning_rate(training, suggested=suggested, given=_names_a_rate(arguments, training))
-        script.main(*parsed)
+        data = script_arguments.dataset_name or ", ".join(part.data_files or part.path for part in mixture.datasets)
+        own = {"command": name, "title": SCRIPTS[name], "data": str(data)}
+        speaking: Any = type(trainer, (trained.SaysWhatItTrains, getattr(trl, trainer)), own)
+        with _replaced(trl, {trainer: partial(speaking, callbacks=[callbacks.Float32Callback()])}):
+            script.main(*parsed)
 
 
 def _for_this_machine(words: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from eigenpeft.artifacts.reading import read_json
 from eigenpeft.collection.adapter import SourceAdapter
 from eigenpeft.collection.formats.keys import canonical_module, natural_order
+from eigenpeft.collection.formats.labels import label_names, labels_of
 from eigenpeft.collection.formats.settings import CONFIG_NAME, LoraSettings, license_of, settings_of
 from eigenpeft.collection.formats.weights import WeightsFile, file_sha256, open_weights
 from eigenpeft.collection.opening import open_adapter, some
@@ -110,7 +111,10 @@ def read_model(model: Any, subspace: PrincipalSubspace, *, adapter_name: str) ->
         folder = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
         location = AdapterLocation(adapter_name, adapter_name, folder)
         member = _read(location, subspace, allow_different_base_models=False)
-    return replace(member, record={**member.record, "source": "a model in memory"})
+    record = {**member.record, "source": "a model in memory"}
+    if labels := label_names(getattr(model.get_base_model(), "config", None)):
+        record["labels"] = labels
+    return replace(member, record=record)
 
 
 def projected(
@@ -152,9 +156,17 @@ def projected(
         cores[own] = subspace.project({own: (pair.lora_B, pair.lora_A)})[own]
         errors[own] = relative_error(pair.lora_B, pair.lora_A, subspace[own])
         paths[own] = original.get(module, module)
-    config = _short_config(_config_of(Path(only[name].weights_path).parent))
-    left_out = {"left_out": unknown} if unknown else {}
-    return AdapterMember(cores, {**only[name].record(), "config": config, **left_out}, kept, errors, paths)
+    weights = Path(only[name].weights_path)
+    record = {
+        **only[name].record(),
+        "file_bytes": weights.stat().st_size,
+        "config": _short_config(_config_of(weights.parent)),
+    }
+    if unknown:
+        record["left_out"] = unknown
+    if labels := labels_of(weights.parent):
+        record["labels"] = labels
+    return AdapterMember(cores, record, kept, errors, paths)
 
 
 def relative_error(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> float:
@@ -241,6 +253,7 @@ def _record(
     location: AdapterLocation, config: Mapping[str, Any], settings: LoraSettings, weights: WeightsFile, n_modules: int
 ) -> dict[str, Any]:
     source = location.source if location.revision else location.folder.resolve().name
+    labels = labels_of(location.folder)
     return {
         "name": location.name,
         "source": source,
@@ -254,6 +267,7 @@ def _record(
         "sha256": file_sha256(weights.path),
         "n_modules": n_modules,
         "config": _short_config(config),
+        **({"labels": labels} if labels else {}),
     }
 
 

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from eigenpeft.collection.formats.keys import without_wrappers
+from eigenpeft.collection.formats.labels import LABELS_NAME, label_file, label_names
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.factored import truncate
 from eigenpeft.subspace import AdapterStore
@@ -69,7 +70,9 @@ def export_lora(
     updates, fields, others = read_adapter(model_or_store, adapter_name, rank=rank)
     origin = model_or_store.origin if isinstance(model_or_store, AdapterStore) else None
     inputs = () if origin is None else (origin,)
-    write_lora(Path(out_dir), updates, fields, others, overwrite=overwrite, inputs=inputs)
+    labels = _labels(model_or_store, adapter_name, fields.get("task_type"))
+    files = {LABELS_NAME: label_file(labels)} if labels else None
+    write_lora(Path(out_dir), updates, fields, others, files=files, overwrite=overwrite, inputs=inputs)
 
 
 Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]
@@ -136,6 +139,15 @@ def contents_of_model(model: nn.Module, name: str) -> Contents:
         if not key.startswith(own)
     }
     return updates, fields, others
+
+
+def _labels(model_or_store: Any, name: str, task: Any) -> list[str] | None:
+    """Names of a classifier's labels, where they are known."""
+    if isinstance(model_or_store, AdapterStore):
+        found = model_or_store[name].record.get("labels")
+        return found if isinstance(found, list) else None
+    is_classifier = getattr(task, "value", task) in ("SEQ_CLS", "TOKEN_CLS")
+    return label_names(getattr(_unwrapped(model_or_store), "config", None)) if is_classifier else None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,11 +1,16 @@
-"""What an adapter's README tells a reader who opens it without this package."""
+"""What an adapter's README tells a reader who opens it without this package, and how it was trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, PeftModel
 
+from eigenpeft.artifacts.plain_text import for_card
+from eigenpeft.collection.base_models import hub_id
+from eigenpeft.subspace.card import shown_base
 from eigenpeft.version import __version__
 
 HEADING = "## Loading this adapter"
@@ -83,6 +88,43 @@ def explain_loading(folder: Path, *, config: LoraConfig, method: str) -> None:
     note = _NOTE.format(
         heading=HEADING, article=article, method=method, kind=kind, loader=loader, call=call, export=export
     )
+    _write(path, f"{text.rstrip()}\n\n{note}".lstrip())
+
+
+def trained_card(folder: Path, model: PeftModel, *, made_by: str, facts: Mapping[str, str]) -> None:
+    """Write README.md of a folder into which a trained adapter was saved, complete without editing.
+
+    Args:
+        folder: Folder of the adapter.
+        model: The trained model.
+        made_by: The command that trained it.
+        facts: Name and text of each row of its table.
+    """
+    config: Any = model.peft_config[str(model.active_adapter)]
+    base = config.base_model_name_or_path
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    data = ModelCardData(base_model=hub_id(base), library_name="peft", tags=["eigenpeft", kind])
+    rows = {"base model": shown_base(base), **{name: for_card(text) for name, text in facts.items()}}
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {for_card(Path(folder).resolve().name)}
+
+Trained with `{made_by}` (eigenpeft {__version__}).
+
+| | |
+|---|---|
+{table}
+"""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "README.md", text)
+    if isinstance(config, ExplainedConfig):
+        explain_loading(folder, config=config, method=config.method_name)
+
+
+def _write(path: Path, text: str) -> None:
     scratch = path.with_name(".README.md.partial")
-    scratch.write_text(f"{text.rstrip()}\n\n{note}".lstrip(), encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
