@@ -99,6 +99,24 @@ def test_generation_greedy_and_with_beams(made, store):
             assert mixed[row, : len(expected)].tolist() == expected.tolist()
 
 
+def test_prompts_of_several_lengths_padded_on_the_left_generate_what_each_does_alone(made, store):
+    names, prompts = ["adapter-0", "__base__", "partial"], [batch(1, length)[0] for length in (4, 7, 2)]
+    model, bank = tiny_llama(), AdapterBank.from_store(store)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    pads = [7 - len(prompt) for prompt in prompts]
+    tokens = torch.stack([torch.nn.functional.pad(each, (pad, 0)) for each, pad in zip(prompts, pads, strict=True)])
+    mask = torch.stack([(torch.arange(7) >= pad).long() for pad in pads])
+    with bank.attached(model), bank.use(names):
+        mixed = model.generate(tokens, attention_mask=mask, **settings)[:, 7:]
+    answers = []
+    for row, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        alone = tiny_llama() if name == "__base__" else PeftModel.from_pretrained(tiny_llama(), made[0][name]).eval()
+        expected = alone.generate(input_ids=prompt[None], **settings)[0, len(prompt) :]
+        assert mixed[row, : len(expected)].tolist() == expected.tolist()
+        answers.append(tuple(expected.tolist()))
+    assert len(set(answers)) > 1
+
+
 def test_unknown_tasks_are_one_error_with_their_likeness(store):
     bank = AdapterBank.from_store(store)
     with (
