@@ -5,9 +5,12 @@ import sys
 from importlib import import_module
 
 import pytest
+from typer.main import get_command
 
-from eigenpeft.cli import COMMANDS
+from eigenpeft.cli import COMMANDS, SHORT_HELP, load
 from eigenpeft.version import __version__
+
+PARTS = {"peft", "transformers", "datasets"}
 
 
 def test_the_table_has_every_command_at_its_place():
@@ -25,12 +28,19 @@ def test_the_table_has_every_command_at_its_place():
             assert callback.__module__ == f"eigenpeft.cli.{COMMANDS[name]}", name
 
 
-@pytest.mark.parametrize("command", ["build", "store"])
-def test_what_needs_no_peft_does_not_import_it(command):
+def test_the_list_of_commands_says_what_their_help_says():
+    root = get_command(load())
+    assert {name: command.help.strip().partition("\n")[0] for name, command in root.commands.items()} == SHORT_HELP
+
+
+@pytest.mark.parametrize(
+    ("command", "libraries"), [("build", PARTS), ("store", PARTS), ("audit", {"peft", "datasets"})]
+)
+def test_what_needs_no_peft_does_not_import_it(command, libraries):
     script = (
         f"import sys; sys.argv = ['eigenpeft', {command!r}, '--help']\n"
         "from eigenpeft.cli import main\n"
-        "try:\n    main()\nfinally:\n    assert not {'peft', 'transformers', 'datasets'} & set(sys.modules)\n"
+        f"try:\n    main()\nfinally:\n    assert not {libraries!r} & set(sys.modules)\n"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
@@ -41,6 +51,8 @@ def test_what_needs_no_peft_does_not_import_it(command):
     ("arguments", "code", "words"),
     [
         (["--version"], 0, __version__),
+        (["--help"], 0, "Stores of many adapters in one subspace"),
+        ([], 2, "Usage: eigenpeft"),
         (["biuld", "adapters"], 2, "there is no command 'biuld'. Did you mean 'build'?"),
     ],
 )

@@ -8,9 +8,10 @@ from eigenpeft.audit.answers import Compress, CompressRow
 # Of ‖ΔW‖², which is an error of 22 % of ‖ΔW‖. And how much smaller the whole must be. Conventions: the table has the rest.
 KEPT_ENOUGH, SMALL_ENOUGH = 0.95, 0.9
 _NAMES = {"full": "components", "diagonal": "paired directions (method='paired', one number each)"}
+# Options of `eigenpeft build` that make the bases of a row.
 _HOW = {
-    "full": "eigenpeft build ADAPTERS -k {k} --out subspace",
-    "diagonal": "eigenpeft build ADAPTERS --method paired -k {k} --out subspace",
+    "full": "",
+    "diagonal": "--method paired ",
 }
 _SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -69,10 +70,11 @@ def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, lora_numbers:
     for module in measured.values():
         width = sum(module.shape)
         # A store keeps a diagonal core of K numbers, or a projected LoRA's two factors on the components: 2 r K.
-        each = len(module.adapters) if row.core == "diagonal" else 2 * module.lora_numbers / width
+        each = len(module.adapters) if _HOW[row.core] else 2 * module.lora_numbers / width
         numbers += row.n_components * (width + each)
     return (
-        f"To do it: `{_HOW[row.core].format(k=row.n_components)}` and `eigenpeft store add store ADAPTERS --subspace subspace`, "
+        f"To do it: `eigenpeft build ADAPTERS {_HOW[row.core]}-k {row.n_components} --out subspace` and `eigenpeft store add "
+        "store ADAPTERS --subspace subspace`, "
         f"which writes {4e-3 * numbers:,.0f} kB for {4e-3 * lora_numbers:,.0f} kB of LoRAs (in float32, beside heads and records)."
     )
 

@@ -1,5 +1,6 @@
 """The command audit: what can be done with a collection of adapters."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,6 @@ from eigenpeft.cli.app import (
     print_json,
     quiet,
 )
-from eigenpeft.cli.rows import load_task
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report.audit_figure import plot_audit, write_page
@@ -84,11 +84,11 @@ def audit(
             check_file(path, overwrite=overwrite, inputs=adapters)
     if train_head and model is None:
         raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
-    task = (
-        None
-        if model is None or dataset is None
-        else load_task(model, dataset, n_rows=n_rows, train_head=train_head, seed=seed)
-    )
+    task = None
+    if model is not None and dataset is not None:
+        # Imported here, since it takes as long as all else: most audits look at the adapters alone.
+        rows = import_module("eigenpeft.cli.rows")
+        task = rows.load_task(model, dataset, n_rows=n_rows, train_head=train_head, seed=seed)
     with AdapterCollection.from_pretrained(
         adapters, allow_different_base_models=allow_different_base_models
     ) as collection:

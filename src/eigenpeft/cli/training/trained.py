@@ -7,6 +7,7 @@ from peft import PeftModel
 
 from eigenpeft.cli.app import console
 from eigenpeft.report.markup import escape
+from eigenpeft.subspace.cores import core_kind
 from eigenpeft.tuners.host.adapter_card import trained_card
 
 
@@ -73,7 +74,7 @@ def trained_text(model: PeftModel) -> str:
     if kind == "EIGENLORA":
         place = config.subspace or config.sources
         where = f"the subspace {_shown(place)}" if isinstance(place, str) else "a subspace in memory"
-        rank = f", r {config.r}" if config.core == "low_rank" else ""
+        rank = f", r {config.r}" if core_kind(config.core).is_factored else ""
         number = f", K {config.n_components}" if config.n_components else ""
         what = f"core {config.core}{rank}{number} in {where}"
     else:
