@@ -74,7 +74,7 @@ def control_config(
 
 def _used(config: EigenLoraConfig) -> PrincipalSubspace:
     """The modules and components of the subspace that the config trains on."""
-    subspace = find_bases(config).subspace
+    subspace = find_bases(**config.named_bases).subspace
     if subspace is None:
         raise AdapterConfigError(
             f"This adapter's file embeds the components of {len(config.embedded_n_components or ())} modules, and a control is "

@@ -65,7 +65,7 @@ def test_it_trains_one_number_per_source_or_per_source_and_module(zoo, weights, 
 def test_opening_writes_nothing_to_the_config_and_making_a_model_writes_what_its_file_must_say(zoo):
     config = EigenLoraConfig(core="mixture", sources=str(zoo / "store"), task_type="CAUSAL_LM")
     before = dict(vars(config))
-    opened = find_bases(config)
+    opened = find_bases(**config.named_bases)
     assert vars(config) == before
     assert opened.subspace is opened.sources.subspace
     assert config.subspace_sha256 is config.source_names is None

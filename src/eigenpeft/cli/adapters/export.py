@@ -80,8 +80,7 @@ def _opened(source: str, name: str | None) -> tuple[AdapterStore, str]:
             else "a plain LoRA needs no export, and other methods have none"
         )
         raise EigenPeftError(f"{source!r} is an adapter of peft_type {kind!r}; this command exports EIGENLORA: {way}.")
-    config = EigenLoraConfig.from_pretrained(source)
-    subspace = find_bases(config).subspace  # pyright: ignore[reportArgumentType] (a config of that type)
+    subspace = find_bases(**EigenLoraConfig.from_pretrained(source).named_bases).subspace
     if subspace is None:
         raise EigenPeftError(
             f"{source!r} holds its bases in its own file (save_subspace='embed'); load it with PEFT and call "

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace import AdapterStore, ModuleSubspace, PrincipalSubspace
 from eigenpeft.subspace.cores import CoreKind
 from eigenpeft.subspace.matching import ModuleMatches
-from eigenpeft.tuners.eigenlora.config import NO_STORE, EigenLoraConfig
+from eigenpeft.tuners.eigenlora.config import NO_STORE
 from eigenpeft.tuners.eigenlora.merged_start import open_adapters
 from eigenpeft.tuners.eigenlora.mixture import Mixture
 from eigenpeft.tuners.eigenlora.warm_start import WarmStart
@@ -95,23 +96,41 @@ class Bases:
     sources: AdapterStore | None
 
 
-def find_bases(config: EigenLoraConfig) -> Bases:
-    """Open the subspace and the sources that a configuration names; nothing is written to it.
+def find_bases(
+    *,
+    subspace: str | None = None,
+    revision: str | None = None,
+    sha256: str | None = None,
+    sources: AdapterStore | str | None = None,
+    is_embedded: bool = False,
+    adapter: Path | None = None,
+    is_from_file: bool = False,
+) -> Bases:
+    """Open the subspace and the sources that a configuration names (`EigenLoraConfig.named_bases`).
 
     Where it names sources and no subspace, the subspace is theirs.
 
     Args:
-        config: Configuration of the adapter.
+        subspace: Folder or Hub id of the subspace; None where it was never saved.
+        revision: Its Hub revision.
+        sha256: Fingerprint that it must have; None takes any.
+        sources: Store whose members a mixture weighs, or its place.
+        is_embedded: Whether the adapter's own file brings the components, so that no subspace is needed.
+        adapter: Folder that the adapter was read from.
+        is_from_file: Whether a file says all this, which warns of one without a fingerprint.
 
     Raises:
         AdapterConfigError: If no subspace is named at all, or the sources of a mixture are no store.
         SubspaceNotFoundError: If it is nowhere.
         ArtifactError: If the store or the subspace is damaged.
     """
-    sources = _open_sources(config.given_sources)
-    if sources is not None and config.subspace is None and config.subspace_sha256 is None:
-        return Bases(sources.subspace, sources)
-    return Bases(_find_subspace(config), sources)
+    store = _open_sources(sources)
+    if store is not None and subspace is None and sha256 is None:
+        return Bases(store.subspace, store)
+    found = recall(sha256)
+    if found is None and not is_embedded:
+        found = _find_subspace(subspace, revision=revision, sha256=sha256, adapter=adapter, is_from_file=is_from_file)
+    return Bases(found, store)
 
 
 def _open_sources(given: AdapterStore | str | None) -> AdapterStore | None:
@@ -123,28 +142,22 @@ def _open_sources(given: AdapterStore | str | None) -> AdapterStore | None:
     return found
 
 
-def _find_subspace(config: EigenLoraConfig) -> PrincipalSubspace | None:
-    """The subspace, or None when the adapter's own file brings the components."""
-    subspace = recall(config.subspace_sha256)
-    if subspace is None and config.embedded_n_components is not None:
-        return None
-    if subspace is None:
-        if config.subspace is None and config.subspace_sha256 is None:
-            raise AdapterConfigError(
-                "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the "
-                "PrincipalSubspace that SubspaceBuilder made."
-            )
-        place = config.subspace if isinstance(config.subspace, str) else None
-        subspace = resolve(
-            place, revision=config.subspace_revision, sha256=config.subspace_sha256, adapter=config.read_from
+def _find_subspace(
+    place: str | None, *, revision: str | None, sha256: str | None, adapter: Path | None, is_from_file: bool
+) -> PrincipalSubspace:
+    if place is None and sha256 is None:
+        raise AdapterConfigError(
+            "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the "
+            "PrincipalSubspace that SubspaceBuilder made."
         )
-        if config.subspace_sha256 is None and config.is_from_file:
-            warnings.warn(
-                f"The adapter's config has no fingerprint of its subspace (subspace_sha256), so that nothing says whether "
-                f"{place!r} holds the components that it was trained on. Its outputs are right only if it does; write "
-                f"{subspace.fingerprint!r} into its config once you know.",
-                stacklevel=2,
-            )
+    subspace = resolve(place, revision=revision, sha256=sha256, adapter=adapter)
+    if sha256 is None and is_from_file:
+        warnings.warn(
+            f"The adapter's config has no fingerprint of its subspace (subspace_sha256), so that nothing says whether "
+            f"{place!r} holds the components that it was trained on. Its outputs are right only if it does; write "
+            f"{subspace.fingerprint!r} into its config once you know.",
+            stacklevel=2,
+        )
     return subspace
 
 

@@ -290,9 +290,17 @@ class EigenLoraConfig(ExplainedConfig):
             raise AdapterConfigError(NO_STORE.format(self.sources))
 
     @property
-    def given_sources(self) -> AdapterStore | str | None:
-        """What `sources` was given: an open store, or where one is."""
-        return self.sources if self._sources is None else self._sources  # an open store without members is false
+    def named_bases(self) -> dict[str, Any]:
+        """Where the subspace and the sources are, as `eigenpeft.tuners.eigenlora.bases.find_bases` takes it."""
+        return {
+            "subspace": self.subspace,
+            "revision": self.subspace_revision,
+            "sha256": self.subspace_sha256,
+            "sources": self.sources if self._sources is None else self._sources,  # an open one without members is false
+            "is_embedded": self.embedded_n_components is not None,
+            "adapter": self.read_from,
+            "is_from_file": self.is_from_file,
+        }
 
     @property
     def start_adapters(self) -> Any:

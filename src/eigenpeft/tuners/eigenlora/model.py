@@ -60,7 +60,7 @@ class EigenLoraModel(FactorModel):
         Yields:
             What `swap` needs for every layer.
         """
-        opened = find_bases(config)
+        opened = find_bases(**config.named_bases)
         subspace = opened.subspace
         if subspace is not None:
             if config.subspace is None and config.subspace_sha256 is None:
