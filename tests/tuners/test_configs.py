@@ -2,9 +2,11 @@
 
 import builtins
 import dataclasses
+import gc
 import json
 import os
 import pathlib
+import pickle
 import re
 
 import pytest
@@ -16,7 +18,9 @@ from eigenpeft import AdapterStore, EigenLoraConfig, MosLoraConfig
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.trainers import LoReConfig
 from eigenpeft.tuners import ShardLoraConfig
+from eigenpeft.tuners.eigenlora.bases import adapted_layers, find_bases
 from eigenpeft.tuners.gated import GatedLoraConfig
+from eigenpeft.tuners.layers.shared_bases import recall
 from eigenpeft.tuners.starts.config import StartedLoraConfig
 from tests.tuners.conftest import random_subspace, tiny_llama
 
@@ -124,6 +128,27 @@ def test_the_settings_of_a_trainer_go_through_json(tmp_path):
     assert values["n_basis"] == 3
     assert [field.name for field in own_fields(LoReConfig) if field.name not in values] == []
     assert not (tmp_path / "out").exists()  # making one writes nothing
+
+
+def test_a_subspace_in_memory_is_found_by_copies_of_its_config():
+    subspace = random_subspace(tiny_llama(), ["q_proj"])
+    config = EigenLoraConfig(subspace=subspace, task_type="CAUSAL_LM")
+    values = json.loads(json.dumps(config.to_dict()))
+    again = EigenLoraConfig(**{name: value for name, value in values.items() if name != "peft_type"})
+    for copied in (dataclasses.replace(config, peft_type=None, r=2), again):
+        assert copied.named_bases["held"] is None
+        assert find_bases(**copied.named_bases).subspace is subspace
+
+
+def test_a_pickled_config_brings_the_subspace_that_it_was_given():
+    subspace = random_subspace(tiny_llama(), ["q_proj"])
+    fingerprint, banks = subspace.fingerprint, dict(subspace)
+    text = pickle.dumps(EigenLoraConfig(subspace=subspace, task_type="CAUSAL_LM"))
+    del subspace
+    gc.collect()
+    assert recall(fingerprint) is None  # as in another process
+    model = get_peft_model(tiny_llama(), pickle.loads(text))
+    assert {name.removeprefix("base_model.model.") for name, _, _ in adapted_layers(model, "default")} == set(banks)
 
 
 def test_sources_are_a_store_or_its_place():

@@ -98,6 +98,7 @@ class Bases:
 
 def find_bases(
     *,
+    held: PrincipalSubspace | None = None,
     subspace: str | None = None,
     revision: str | None = None,
     sha256: str | None = None,
@@ -111,6 +112,7 @@ def find_bases(
     Where it names sources and no subspace, the subspace is theirs.
 
     Args:
+        held: The subspace itself, where it was passed open.
         subspace: Folder or Hub id of the subspace; None where it was never saved.
         revision: Its Hub revision.
         sha256: Fingerprint that it must have; None takes any.
@@ -127,7 +129,7 @@ def find_bases(
     store = _open_sources(sources)
     if store is not None and subspace is None and sha256 is None:
         return Bases(store.subspace, store)
-    found = recall(sha256)
+    found = recall(sha256) if held is None else held
     if found is None and not is_embedded:
         found = _find_subspace(subspace, revision=revision, sha256=sha256, adapter=adapter, is_from_file=is_from_file)
     return Bases(found, store)

@@ -169,6 +169,7 @@ class EigenLoraConfig(ExplainedConfig):
         self._check_reference()
         self._check_start()
         self._take_sources()
+        self._subspace: PrincipalSubspace | None = None
         if isinstance(self.subspace, PrincipalSubspace):
             self.name_subspace(self.subspace)
         elif self._sources is not None and self.subspace is None and self.subspace_sha256 is None:
@@ -176,6 +177,9 @@ class EigenLoraConfig(ExplainedConfig):
 
     def name_subspace(self, subspace: PrincipalSubspace) -> None:
         """Keep a subspace beside the fields, which must stay plain values that JSON and `asdict` can take, and its name in them.
+
+        Its name is its fingerprint, and is computed here because the fields say it at once. The subspace is remembered by it, so
+        that a configuration made from these fields (`dataclasses.replace`, `to_dict`, a file) finds it before any model is made.
 
         Args:
             subspace: An open one.
@@ -292,7 +296,9 @@ class EigenLoraConfig(ExplainedConfig):
     @property
     def named_bases(self) -> dict[str, Any]:
         """Where the subspace and the sources are, as `eigenpeft.tuners.eigenlora.bases.find_bases` takes it."""
+        held = self._subspace
         return {
+            "held": held if held is not None and held.fingerprint == self.subspace_sha256 else None,
             "subspace": self.subspace,
             "revision": self.subspace_revision,
             "sha256": self.subspace_sha256,
