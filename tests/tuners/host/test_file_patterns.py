@@ -1,6 +1,7 @@
 """Patterns in an adapter's file: what they mean in the model takes their place, and none hangs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from eigenpeft import EigenLoraConfig, MosLoraConfig
 from eigenpeft.collection.formats import patterns
 from eigenpeft.errors import AdapterConfigError
+from eigenpeft.tuners.host.file_patterns import settle_patterns
 from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
 
 ENDLESS = r"(?:[\w.]|[\w.][\w.])*(?<![\w.])"  # fits no name, and takes 1.6^n steps to find out
@@ -34,6 +36,23 @@ def ranks(model):
 def edit(folder, **change):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_only_what_has_to_be_said_otherwise_is_returned():
+    said = {"target_modules": ["q_proj"], "exclude_modules": None, "rank_pattern": {"q_proj": 2}}
+    assert settle_patterns(said, base()) == {}
+    q0, q1 = (f"model.layers.{number}.self_attn.q_proj" for number in range(2))
+    found = settle_patterns({"target_modules": r".*\.q_proj", "alpha_pattern": {r".*1.*q_proj": 3}}, base())
+    assert found == {
+        "target_modules": {q0, q1},
+        "exclude_modules": None,
+        "alpha_pattern": {f"^{re.escape(q1)}": 3},
+    }
+    assert settle_patterns({"target_modules": ["q_proj"], "exclude_modules": r".*0.*"}, base())["target_modules"] == {
+        q1
+    }
+    every = settle_patterns({"target_modules": "all-linear", "exclude_modules": r".*q_proj"}, base())
+    assert every == {"exclude_modules": [q0, q1]}
 
 
 @pytest.mark.parametrize(

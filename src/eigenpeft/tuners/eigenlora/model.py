@@ -36,7 +36,7 @@ from eigenpeft.tuners.eigenlora.mixture import read_mixture
 from eigenpeft.tuners.eigenlora.placing import place, start, warn_of_idle_rank
 from eigenpeft.tuners.eigenlora.warm_start import read_warm_start
 from eigenpeft.tuners.host.factor_model import FactorModel, sum_biases
-from eigenpeft.tuners.host.target_names import exclude, strays
+from eigenpeft.tuners.host.target_names import excluding, strays
 from eigenpeft.tuners.layers.kinds import kind_of
 from eigenpeft.tuners.layers.shared_bases import drop_unused_bases
 
@@ -78,7 +78,7 @@ class EigenLoraModel(FactorModel):
             found = matching_modules(model, matches, **layers)
             wanted = {without_wrappers(name) for name in found}
             config.target_modules = wanted  # pyright: ignore[reportAttributeAccessIssue]
-            exclude(config, strays(model, wanted))
+            config.exclude_modules = excluding(config.exclude_modules, strays(model, wanted))
         if subspace is not None and subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True  # the adapters' Conv1D; PEFT would set it with a warning
         warm_start = None

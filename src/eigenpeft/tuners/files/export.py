@@ -116,7 +116,7 @@ def contents_of_model(model: nn.Module, name: str) -> Contents:
         raise AdapterConfigError(
             f"adapter_name={name!r} is not in the model; it has {', '.join(map(repr, configs)) or 'none'}."
         )
-    fields = kept_fields(inner, configs[name], name)
+    fields = kept_fields(inner, vars(configs[name]), name)
     layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
     updates = [
         _update(without_wrappers(path).removeprefix(PREFIX), layer, name)

@@ -1,5 +1,6 @@
 """What becomes of each of LoRA's options when an adapter is written as a plain LoRA."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -65,12 +66,12 @@ REFUSED = {
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def kept_fields(model: nn.Module, config: Any, adapter_name: str) -> dict[str, Any]:
+def kept_fields(model: nn.Module, said: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
     """The options that a plain LoRA with the same logits keeps.
 
     Args:
         model: Model with the adapter, as PEFT or transformers made it.
-        config: Configuration of the adapter.
+        said: LoRA's options of the adapter, by the name of the field.
         adapter_name: The adapter.
 
     Raises:
@@ -78,22 +79,22 @@ def kept_fields(model: nn.Module, config: Any, adapter_name: str) -> dict[str, A
             know, by name.
     """
     for name, what in REFUSED.items():
-        if getattr(config, name, None):
+        if said.get(name):
             raise AdapterConfigError(f"{adapter_name!r} uses {what} ({name}); merge it into the base model instead.")
-    start = str(config.init_lora_weights).lower()
+    start = str(said.get("init_lora_weights")).lower()
     if start.startswith(_CHANGE_THE_BASE):
         raise AdapterConfigError(
-            f"{adapter_name!r} started with init_lora_weights={config.init_lora_weights!r}, which changes the base model's own "
+            f"{adapter_name!r} started with init_lora_weights={said['init_lora_weights']!r}, which changes the base model's own "
             "weights: on the published model its factors mean something else. Write it with PEFT's own "
             "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it into the base model."
         )
-    unknown = [field.name for field in fields(LoraConfig) if field.name not in _KNOWN and _is_set(config, field)]
+    unknown = [field.name for field in fields(LoraConfig) if field.name not in _KNOWN and _is_set(said, field)]
     if unknown:
         raise AdapterConfigError(
             f"{adapter_name!r} sets {', '.join(unknown)}, which this version of eigenpeft does not know and will not lose; leave "
             "it out, or merge the adapter into the base model."
         )
-    kept = {name: getattr(config, name) for name in KEPT if getattr(config, name, None) is not None}
+    kept = {name: said[name] for name in KEPT if said.get(name) is not None}
     if kept.get("task_type") is None:
         base = type(model.get_base_model() if isinstance(model, PeftModel) else model)
         kept["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
@@ -103,7 +104,7 @@ def kept_fields(model: nn.Module, config: Any, adapter_name: str) -> dict[str, A
 _KNOWN = frozenset((*KEPT, *WRITTEN, *TRAINING, *REFUSED))
 
 
-def _is_set(config: Any, field: Any) -> bool:
-    value = getattr(config, field.name, None)
+def _is_set(said: Mapping[str, Any], field: Any) -> bool:
+    value = said.get(field.name)
     default = field.default if field.default is not MISSING else None
     return bool(value) and value != default

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners.host.file_patterns import settle_patterns
+from eigenpeft.tuners.host.factor_model import write_names
 
 LOADERS = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
 # Merging rounds the weights to their own dtype; more than this share of the largest output is another model.
@@ -81,7 +81,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = _reading(lambda: PeftConfig.from_pretrained(adapter), what)
-        _reading(lambda: settle_patterns(config, model), what)
+        _reading(lambda: write_names(config, model), what)
         adapted = _reading(lambda: PeftModel.from_pretrained(model, adapter, config=config), what)
     missing = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
     if missing:

@@ -16,7 +16,7 @@ from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.matching import match_modules
 from eigenpeft.tuners.gated.config import GatedLoraConfig
 from eigenpeft.tuners.host.factor_model import FactorModel
-from eigenpeft.tuners.host.target_names import exclude, strays
+from eigenpeft.tuners.host.target_names import excluding, strays
 from eigenpeft.tuners.layers.gated import ComponentsFactor, GatedFactor
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, replace_factor, weight_shape
 
@@ -108,7 +108,7 @@ class GatedLoraModel(FactorModel):
                     "that the subspace was built for."
                 )
             config.target_modules = wanted  # pyright: ignore[reportAttributeAccessIssue]
-            exclude(config, strays(model, wanted))
+            config.exclude_modules = excluding(config.exclude_modules, strays(model, wanted))
         if subspace.info.fan_in_fan_out:
             config.fan_in_fan_out = True
         given = GateSources(subspace, store, names, dict(matches.found), {})

@@ -18,7 +18,7 @@ from torch import nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.host.adapter_names import without_adapter_name
 from eigenpeft.tuners.host.exact_merging import make_exact
-from eigenpeft.tuners.host.file_patterns import settle_patterns
+from eigenpeft.tuners.host.file_patterns import FIELDS, settle_patterns
 from eigenpeft.tuners.host.restrictions import check_sizes
 from eigenpeft.tuners.host.twins import copy_frozen, twin_of
 from eigenpeft.tuners.layers.kinds import factor_dicts, replace_factor, settle, tuned_layers, weight_name
@@ -83,8 +83,8 @@ class FactorModel(LoraModel):
         """
         config: Any = self.peft_config[adapter_name]
         if getattr(config, "is_from_file", False):
-            check_sizes(config, model)
-            settle_patterns(config, model)
+            check_sizes(model, r=config.r, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
+            write_names(config, model)
         with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._given = None
@@ -177,6 +177,20 @@ class FactorModel(LoraModel):
                     key = "^" + weight_name(path, layer).replace(".", r"\.")
                     values["rank_pattern"][key] = values["alpha_pattern"][key] = layer.r[adapter_name] = rank
         return LoraConfig(**values)
+
+
+def write_names(config: Any, model: nn.Module) -> None:
+    """Write into the configuration of an adapter's file the names that its patterns mean (`file_patterns.settle_patterns`).
+
+    Args:
+        config: PEFT's configuration of an adapter that is about to be injected, as a file had it.
+        model: Model to adapt.
+
+    Raises:
+        AdapterConfigError: If a pattern cannot be taken.
+    """
+    for name, value in settle_patterns({name: getattr(config, name, None) for name in FIELDS}, model).items():
+        setattr(config, name, value)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from peft.tuners.mixed import MixedModel
 from torch import nn
 
 from eigenpeft.tuners.host.exact_merging import make_exact
-from eigenpeft.tuners.host.factor_model import FactorModel, give_factors, has_adapter
-from eigenpeft.tuners.host.file_patterns import settle_patterns
+from eigenpeft.tuners.host.factor_model import FactorModel, give_factors, has_adapter, write_names
 from eigenpeft.tuners.host.restrictions import check_sizes
 
 
@@ -59,13 +58,13 @@ def _method(config: PeftConfig) -> type[FactorModel] | None:
 
 
 @contextmanager
-def _injecting(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[Any]:
+def _injecting(model: nn.Module, config: Any, adapter_name: str) -> Iterator[Any]:
     method = _method(config)
     if method is None:
         yield None
     else:
         if getattr(config, "is_from_file", False):
-            check_sizes(config, model)
-            settle_patterns(config, model)
+            check_sizes(model, r=config.r, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
+            write_names(config, model)
         with method.injecting(model, config, adapter_name) as given:
             yield given

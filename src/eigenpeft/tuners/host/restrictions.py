@@ -1,7 +1,7 @@
 """Which of LoRA's own options our methods take, checked when a config is made."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -50,25 +50,29 @@ def check_lora_options(
         raise AdapterConfigError(f"{method} cannot be set up as asked: {'; '.join(problems)}.")
 
 
-def check_sizes(config: Any, model: nn.Module) -> None:
+def check_sizes(
+    model: nn.Module, *, r: Any, rank_pattern: Mapping[str, Any] | None, alpha_pattern: Mapping[str, Any] | None
+) -> None:
     """Refuse the ranks and scalings of an adapter's file that no training writes, before memory is taken for them.
 
     Args:
-        config: Configuration of an adapter that is about to be injected, as a file had it.
         model: Model to adapt.
+        r: Rank that the file names.
+        rank_pattern: Ranks by pattern, or None.
+        alpha_pattern: Alphas by pattern, or None.
 
     Raises:
         AdapterConfigError: If a rank is not a whole number of at least 1, or more than four times the model's largest width (a
             converted start has twice the rank of the adapter); or an alpha is not a finite number.
     """
     most = _MOST_RANK * max((max(value.shape) for value in model.parameters() if value.ndim > 1), default=1)
-    for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():
+    for name, rank in {"r": r, **(rank_pattern or {})}.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
             raise AdapterConfigError(
                 f"The adapter's file has the rank {str(rank)[:40]} ({str(name)[:80]!r}), which must be a whole number from 1 to "
                 f"{most}, {_MOST_RANK} times the model's largest width. Get a fresh copy of the adapter."
             )
-    for name, alpha in (config.alpha_pattern or {}).items():
+    for name, alpha in (alpha_pattern or {}).items():
         if not _is_number(alpha) or not math.isfinite(alpha):
             raise AdapterConfigError(
                 f"The adapter's file has the alpha {str(alpha)[:40]} ({str(name)[:80]!r}), which must be a finite number. Get a "

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-from peft import LoraConfig
 from torch import nn
 
 from eigenpeft.collection.formats.keys import without_wrappers
@@ -32,21 +31,25 @@ def _ends_in_one(name: str, targets: set[str]) -> bool:
     return any(".".join(parts[start:]) in targets for start in range(1, len(parts)))
 
 
-def exclude(config: LoraConfig, names: Collection[str]) -> None:
-    """Leave modules out of what PEFT targets, beside those that the configuration leaves out already.
+def excluding(excluded: list[str] | str | None, names: Collection[str]) -> list[str] | str | None:
+    """`exclude_modules` with further modules, which PEFT would otherwise adapt.
 
     Args:
-        config: Configuration of an adapter that is about to be injected.
-        names: Modules in full.
+        excluded: `exclude_modules` of a configuration.
+        names: Modules in full; without any, `excluded` stays as it is.
 
     Raises:
-        AdapterConfigError: If `exclude_modules` is a pattern, to which nothing can be added.
+        AdapterConfigError: If `excluded` is a pattern, to which nothing can be added.
+
+    Example:
+        >>> excluding(["lm_head"], ["vision.q"])
+        ['lm_head', 'vision.q']
     """
     if not names:
-        return
-    if isinstance(config.exclude_modules, str):
+        return excluded
+    if isinstance(excluded, str):
         raise AdapterConfigError(
             f"{some(list(names))} would be adapted too, whose names end as the subspace's modules' do, and "
-            f"exclude_modules={config.exclude_modules!r} is a pattern. Pass exclude_modules as a list."
+            f"exclude_modules={excluded!r} is a pattern. Pass exclude_modules as a list."
         )
-    config.exclude_modules = sorted({*(config.exclude_modules or ()), *names})
+    return sorted({*(excluded or ()), *names})

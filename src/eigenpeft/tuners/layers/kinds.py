@@ -256,7 +256,7 @@ def settle(layer: LoraLayer, adapter_name: str, *, lora_config: LoraConfig, acti
     Args:
         layer: LoRA layer.
         adapter_name: Adapter whose factors were swapped.
-        lora_config: Its configuration, which PEFT's own variants start from.
+        lora_config: Its configuration, which PEFT's `LoraVariant.init` takes whole and reads for each variant its own fields.
         active_adapters: Those of the whole model: an adapter added to others is not trainable until it is activated.
     """
     layer._move_adapter_to_device_of_base_layer(adapter_name)

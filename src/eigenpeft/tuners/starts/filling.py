@@ -13,7 +13,7 @@ from eigenpeft.collection.opening import some
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.subspace.matching import match_modules
-from eigenpeft.tuners.host.target_names import exclude, strays
+from eigenpeft.tuners.host.target_names import excluding, strays
 from eigenpeft.tuners.layers.kinds import factor_dicts, kind_of, weight_name
 from eigenpeft.tuners.starts.config import StartedLoraConfig
 
@@ -38,7 +38,7 @@ def injecting(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterat
     found = find_modules(model, config.start)
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = set(found)  # pyright: ignore[reportAttributeAccessIssue] (as PEFT itself keeps them)
-        exclude(config, strays(model, set(found)))
+        config.exclude_modules = excluding(config.exclude_modules, strays(model, found))
     yield
     fill(model, adapter_name, {module: config.start[name] for module, name in found.items()})
 
