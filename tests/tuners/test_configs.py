@@ -8,15 +8,15 @@ import os
 import pathlib
 import pickle
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from eigenpeft import AdapterStore, EigenLoraConfig, MosLoraConfig
+from eigenpeft import AdapterStore, EigenLoraConfig, MosLoraConfig, trainers
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.trainers import LoReConfig
 from eigenpeft.tuners import ShardLoraConfig
 from eigenpeft.tuners.eigenlora.bases import adapted_layers, find_bases
 from eigenpeft.tuners.gated import GatedLoraConfig
@@ -25,7 +25,7 @@ from eigenpeft.tuners.starts.config import StartedLoraConfig
 from tests.tuners.conftest import random_subspace, tiny_llama
 
 CONFIGS = [EigenLoraConfig, MosLoraConfig, ShardLoraConfig, GatedLoraConfig]
-ALL_CONFIGS = [*CONFIGS, StartedLoraConfig, LoReConfig]
+ALL_CONFIGS = [*CONFIGS, StartedLoraConfig, *([trainers.LoReConfig] if find_spec("trl") else [])]
 NOWHERE = pathlib.Path("nowhere/at-all")
 # Folders that are not there: whoever looks for one of them while the config is made meets an error.
 SETTINGS = {
@@ -119,14 +119,16 @@ def test_a_start_stays_beside_the_fields_and_only_targets_are_written(tmp_path):
     assert config.start is start
 
 
+@pytest.mark.skipif(not find_spec("trl"), reason="needs the extra trl")
 def test_the_settings_of_a_trainer_go_through_json(tmp_path):
-    config = LoReConfig(str(tmp_path / "out"), n_basis=3, strength=2, user_column="who", use_cpu=True, bf16=False)
+    cls = trainers.LoReConfig
+    config = cls(str(tmp_path / "out"), n_basis=3, strength=2, user_column="who", use_cpu=True, bf16=False)
     values = json.loads(config.to_json_string())
     # transformers writes a mask in the place of every token
     values = {name: value for name, value in values.items() if value != f"<{name.upper()}>"}
-    assert LoReConfig(**values).to_dict() == config.to_dict()
+    assert cls(**values).to_dict() == config.to_dict()
     assert values["n_basis"] == 3
-    assert [field.name for field in own_fields(LoReConfig) if field.name not in values] == []
+    assert [field.name for field in own_fields(cls) if field.name not in values] == []
     assert not (tmp_path / "out").exists()  # making one writes nothing
 
 
