@@ -34,47 +34,50 @@ from eigenpeft.report.tables import adapter_table, findings_text, module_table, 
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.subspace.stores.store_files import check_store_output
 
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--n-components",
+        "-k",
+        help="Components per module: a number, a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated. Default: 32, or all "
+        "that a module has.",
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="Hub id of the base model, in place of what the adapters' configs name (a local folder, say)."),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Memory for one module's tensors, such as 500MB; more adapters are merged in one pass."),
+]
+WorkDir = Annotated[Path | None, typer.Option(help="Folder for finished modules while building; default: OUT.work.")]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="'layers' for one bank for all layers of a kind, or a pattern of modules that share one; repeated."
+    ),
+]
+Embeddings = Annotated[
+    bool, typer.Option("--embeddings", help="Read the factors of embeddings too, which are otherwise kept aside.")
+]
+
 
 @app.command()
 def build(
     adapters: Adapters,
     out: Out,
-    n_components: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--n-components",
-            "-k",
-            help="Components per module: a number, a share such as 0.9, auto, or 'PATTERN=NUMBER', repeated. Default: 32, or all "
-            "that a module has.",
-        ),
-    ] = None,
+    n_components: Components = None,
     method: Annotated[str, typer.Option(help="balanced, hosvd, hooi, eigenlorax or paired.")] = "balanced",
     weighting: Annotated[str, typer.Option(help="equal or none.")] = "equal",
     n_pseudo_components: Annotated[int, typer.Option(help="Random directions to add to each module.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     exclude: Exclude = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id of the base model, in place of what the adapters' configs name (a local folder, say)."
-        ),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="Memory for one module's tensors, such as 500MB; more adapters are merged in one pass."),
-    ] = None,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for finished modules while building; default: OUT.work.")
-    ] = None,
-    share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="'layers' for one bank for all layers of a kind, or a pattern of modules that share one; repeated."
-        ),
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Read the factors of embeddings too, which are otherwise kept aside.")
-    ] = False,
+    base_model: BaseModel = None,
+    memory_limit: MemoryLimit = None,
+    work_dir: WorkDir = None,
+    share: Share = None,
+    embeddings: Embeddings = False,
     allow_different_base_models: AllowDifferentBaseModels = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -88,6 +91,15 @@ def build(
     """
     team = join_team()
     quiet(as_json)
+    builder = SubspaceBuilder(
+        components(n_components) if n_components else None,
+        method=method,  # pyright: ignore[reportArgumentType] (checked by fit)
+        weighting=weighting,  # pyright: ignore[reportArgumentType]
+        n_pseudo_components=n_pseudo_components,
+        seed=seed,
+        memory_limit=None if memory_limit is None else number_of_bytes(memory_limit),
+        share="layers" if share == ["layers"] else share or None,
+    )
     work = work_dir or Path(f"{out}.work")
     # With a work folder an interrupted build goes on, also one that was interrupted just after its result was written.
     resumes = is_work_folder(work)
@@ -99,18 +111,15 @@ def build(
         embeddings=embeddings,
     ) as collection:
         kept = collection.without(*exclude) if exclude else collection
-        builder = SubspaceBuilder(
-            components(n_components) if n_components else None,
-            method=method,  # pyright: ignore[reportArgumentType] (checked by fit)
-            weighting=weighting,  # pyright: ignore[reportArgumentType]
-            n_pseudo_components=n_pseudo_components,
-            seed=seed,
-            memory_limit=None if memory_limit is None else number_of_bytes(memory_limit),
-            share="layers" if share == ["layers"] else share or None,
-        ).fit(kept, work_dir=work, keep_work_dir=True)
+        builder.fit(kept, work_dir=work, keep_work_dir=True)
         alone = _alone(builder, kept) if share and team.is_main else None
-    if not team.is_main:
-        return
+    if team.is_main:
+        _write_build(builder, out, alone, overwrite=overwrite, as_json=as_json)
+
+
+def _write_build(
+    builder: SubspaceBuilder, out: Path, alone: PrincipalSubspace | None, *, overwrite: bool, as_json: bool
+) -> None:
     builder.subspace_.save_pretrained(out, overwrite=overwrite)
     builder.remove_work_dir()
     summary = subspace_summary(builder.subspace_, findings=builder.findings_)
