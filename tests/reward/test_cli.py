@@ -180,7 +180,7 @@ def test_whose_rewards_must_be_said_and_known(features, tmp_path):
     assert json.loads(everybody.stdout)["rows"] == [{"row": 0, "user": "nobody", "reward": 0.0}]
     assert json.loads(everybody.stdout)["unknown"] == ["nobody"]
     told = run("score", tmp_path / "rewards", path, "--user", "nobody", "--unknown", "population").stdout
-    assert "1 users are unknown and scored as everybody: nobody" in " ".join(told.split())
+    assert "1 user is unknown and scored as everybody: nobody" in " ".join(told.split())
 
 
 def test_the_best_rows_of_each_user_and_columns_that_results_replace(features, tmp_path):

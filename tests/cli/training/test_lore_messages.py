@@ -42,6 +42,7 @@ def made(tmp_path_factory):
     ])  # fmt: skip
     write(folder / "mixed.jsonl", [texts[0] | {"prompt": "a"}, texts[1] | {"prompt": "a"}])
     write(folder / "ratings.jsonl", [{"user_id": "ada", "joke_id": 3, "rating": 4.5}])
+    (folder / "tabs.csv").write_text("user_id\tjoke_id\trating\nada\t3\t4.5\n")
     write(folder / "renamed.jsonl", [{"good": "yes", "rejected": "no", "who": "ada"}])
     write(
         folder / "answers.jsonl", [{"completion": "yes", "user_id": "user-1"}, {"completion": "no", "user_id": "eve"}]
@@ -84,6 +85,7 @@ def lore(run, made, tmp_path, monkeypatch):
         (("evaluate", "ratings.jsonl"), [
             "no column 'chosen' and no column 'rejected': rename", "Ratings have to become comparisons first"
         ]),
+        (("evaluate", "tabs.csv"), ["has one column, 'user_id", "separated by '\\t'; separate them by commas."]),
         (("fit", "text.jsonl", "--out", "x", "--prompt-column", "what"), ["no column 'what': --prompt-column must name one"]),
         (("fit", "text.jsonl", "--out", "x"), ["The comparisons are text: name a reward model", "--model."]),
         (("fit", "text.jsonl", "--out", "t", "--model", "encoder"), ["pass --overwrite to replace it"]),

@@ -95,6 +95,11 @@ def test_one_shared_head_alone_is_not_compared_with_itself():
     text = said((0.0, 0.0), (0.0, 0.0), n_basis=1, chosen=1)
     assert text.startswith("Unknown whether personalisation pays on this data: one shared head was asked for")
     assert "points" not in text
+    # Two users: the fit had one of them, and could not take more than one row.
+    few = said((0.0, 0.0), (0.0, 0.0), users=(1, 1), n_basis=1, chosen=1)
+    assert few.startswith("Unknown whether personalisation pays on this data: 1 known and 1 new users were asked")
+    assert "asked for" not in few
+    assert "points" not in few
 
 
 def test_one_user_has_no_interval_and_few_have_a_wide_one():

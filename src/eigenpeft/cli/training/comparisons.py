@@ -97,6 +97,10 @@ def read_comparisons(
 def _check_columns(table: Any, user_column: str, prompt_column: str | None, path: Path) -> None:
     """The message says which columns there are, which are expected, and what names each that is missing."""
     found = table.column_names
+    if len(found) == 1 and path.suffix == ".csv" and (mark := next((one for one in "\t;|" if one in found[0]), None)):
+        raise RewardModelError(
+            f"{str(path)!r} has one column, {found[0]!r:.80}, since its columns are separated by {mark!r}; separate them by commas."
+        )
     sides = [name for name in ("chosen", "rejected") if name not in found]
     remedies = []
     if sides:

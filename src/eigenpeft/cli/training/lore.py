@@ -198,9 +198,9 @@ def score(
         return
     show_rows(score_table(rows), rows, out)
     if strangers:
-        console.print(
-            f"{len(strangers)} users are unknown and scored as everybody: {escape(', '.join(strangers[:5]))}."
-        )
+        are = "user is" if len(strangers) == 1 else "users are"
+        names = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+        console.print(f"{len(strangers)} {are} unknown and scored as everybody: {escape(names)}.")
     if replaced:
         console.print(f"The data's own columns {escape(', '.join(replaced))} are left out: results have these names.")
     if model.n_basis == 1:

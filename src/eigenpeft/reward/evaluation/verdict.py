@@ -23,6 +23,8 @@ def verdict(
         n_unused: Comparisons left out because a text of theirs stands on both sides.
         other: Name of the best of the other ways to personalise, and its gain over LoRe for known users.
     """
+    if n_basis == 1 and min(known.n_users, new.n_users) < FEW_USERS:
+        return _too_few(known, new)
     if n_basis == 1:
         return (
             "Unknown whether personalisation pays on this data: one shared head was asked for, the same for all users, and "
@@ -52,13 +54,16 @@ def _points(share: Share) -> str:
     return f"{100 * share.mean:+.1f} points [{100 * share.low:+.1f}, {100 * share.high:+.1f}]"
 
 
+def _too_few(known: Share, new: Share) -> str:
+    return (
+        f"Unknown whether personalisation pays on this data: {known.n_users} known and {new.n_users} new users were asked, and "
+        f"fewer than {FEW_USERS} of either say too little about others. Collect comparisons of more users."
+    )
+
+
 def _answer(n_basis: int, chosen: int, known: Share, new: Share) -> str:
-    few = min(known.n_users, new.n_users)
-    if few < FEW_USERS:
-        return (
-            f"Unknown whether personalisation pays on this data: {known.n_users} known and {new.n_users} new users were asked, and "
-            f"fewer than {FEW_USERS} of either say too little about others. Collect comparisons of more users."
-        )
+    if min(known.n_users, new.n_users) < FEW_USERS:
+        return _too_few(known, new)
     pays = [who for share, who in ((known, "known"), (new, "new")) if share.low > 0]
     if pays:
         # What the fit chose by fewer comparisons is not what these say.
