@@ -126,6 +126,13 @@ def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(
     assert report.lead == (pytest.approx(mean, abs=1e-6), pytest.approx(error, abs=1e-6))
     assert (mean > error) == (winner == "eigenlora")
     assert ("ahead of that by" in report.text) == (winner == "eigenlora")
+    best = rival if winner == "eigenlora" else control
+    assert report.decisive == best
+    assert f"after {best.steps} steps: {best.loss:.3f} (score {best.score:.3f})" in report.text
+    if winner == "eigenlora":
+        assert f"a fresh LoRA r 8 had {control.loss:.3f} (score {control.score:.3f}), and it was ahead" in report.text
+    weights = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    assert (report.rank, report.n_bytes) == (8, weights.stat().st_size)
 
 
 def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path):
@@ -135,6 +142,7 @@ def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path)
     # The head on the merged start is trained for λ, whether or not it is a candidate of the rounds.
     assert set(small.skipped) - {"merged_head"} == set(CANDIDATES) - tried
     assert "random_subspace" in small.skipped
+    assert small.text.startswith(f"Best of {len(tried - set(small.skipped))} candidates") or small.is_at_chance
     assert sum(trial.steps for trial in small.trials) <= 40
     assert len({trial.learning_rate for trial in small.trials if trial.candidate == "lora_r8"}) == 1
 

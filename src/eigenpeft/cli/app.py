@@ -54,6 +54,8 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace what eigenpeft wrote there before; files of others are never replaced."),
 ]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the texts. Default: text.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of a classifier's labels. Default: label.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else.")]
 AllowDifferentBaseModels = Annotated[
     bool, typer.Option(help="Take adapters whose configs name other base models, as long as shapes fit.")

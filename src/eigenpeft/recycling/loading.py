@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 base, adapter = {base!r}, {adapter!r}  # {where}
 labels = {labels!r}
+# Transformers reports a new head here, as it should: the adapter brings the trained one.
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels), ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, adapter).eval()  # a plain LoRA with the task's head: needs no eigenpeft
 tokenizer = AutoTokenizer.from_pretrained(base)
@@ -48,4 +49,8 @@ def readme(*, base: str, adapter: str, config: Any, task_type: str | None, text:
     lines = _KINDS.get(task_type or "", _OTHER).format(
         base=base, adapter=adapter, labels=labels, where="or wherever they lie now"
     )
-    return f"# A LoRA adapter, chosen by `eigenpeft recycle`\n\n{text}\n\n## How to load it\n\n{lines}\n"
+    serving = (
+        "## How to keep it in a store\n\nBeside the adapters of other tasks, a few numbers each: "
+        f"`eigenpeft store add STORE {adapter} --name NAME`\n"
+    )
+    return f"# A LoRA adapter, chosen by `eigenpeft recycle`\n\n{text}\n\n## How to load it\n\n{lines}\n\n{serving}"

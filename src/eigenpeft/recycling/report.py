@@ -77,6 +77,8 @@ class RecycleReport:
         lead: By how much the rival's loss was below the fresh LoRA's on the same rows, and the standard error of that.
         skipped: Candidates that the budget did not reach.
         candidates: What was asked for, in order; empty in reports of older versions.
+        rank: Rank of the LoRA that was written; None in reports of older versions.
+        n_bytes: Size of its weights file, head included; None in reports of older versions.
         budget: Cost of everything before the last training that was allowed, in full trainings; None in reports of older versions.
     """
 
@@ -97,6 +99,8 @@ class RecycleReport:
     skipped: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     budget: float | None = None
+    rank: int | None = None
+    n_bytes: int | None = None
 
     @property
     def is_at_chance(self) -> bool:
@@ -107,6 +111,17 @@ class RecycleReport:
     def _margin(self) -> float:
         share = self.majority or 0.0
         return 2 * (share * (1 - share) / self.n_held_out) ** 0.5
+
+    @property
+    def decisive(self) -> Trial:
+        """The winner's last trial, which the choice rests on."""
+        own = [trial for trial in self.trials if trial.candidate == self.winner]
+        same = [trial for trial in own if (trial.learning_rate, trial.score) == (self.learning_rate, self.score)]
+        return (same or own)[-1]
+
+    def _held_out(self, trial: Trial) -> str:
+        """Loss of a trial, and its score where that is something else."""
+        return f"{trial.loss:.3f}" + ("" if self.majority is None else f" (score {trial.score:.3f})")
 
     @property
     def text(self) -> str:
@@ -121,7 +136,7 @@ class RecycleReport:
                 f"(max_steps, --max-steps; the last round had {longest}). {self.winner} was trained on all "
                 f"{self.n_train + self.n_held_out} rows nevertheless.{early}"
             )
-        numbers = next(trial.numbers for trial in self.trials if trial.candidate == self.winner)
+        best, tried = self.decisive, {trial.candidate for trial in self.trials} - set(self.skipped)
         beside = "no fresh LoRA r 8 was tried beside it"
         lead = "" if self.lead is None else f"by {self.lead[0]:.3f} ± {self.lead[1]:.3f} of the loss on the same rows"
         if self.winner == "lora_r8" and self.rival in (None, "lora_r8"):  # the same at another rate is no rival
@@ -130,12 +145,16 @@ class RecycleReport:
             beside = "that is a fresh LoRA: nothing that was recycled did better here by more than chance"
             beside += "" if self.rival is None else f" ({self.rival} was ahead {lead})" if lead else ""
         elif self.control is not None:
-            beside = f"a fresh LoRA r 8 had {self.control[0]:.3f} after {self.control[1]} steps"
+            score, steps = self.control
+            every = [trial for trial in self.trials if (trial.candidate, trial.steps) == ("lora_r8", steps)]
+            fresh = min(every, key=lambda trial: abs(trial.score - score))
+            after = "" if fresh.steps == best.steps else f" after {fresh.steps} steps"
+            beside = f"a fresh LoRA r 8 had {self._held_out(fresh)}{after}"
             beside += f", and it was ahead of that {lead}" if lead else ""
         return (
-            f"Best of {len({trial.candidate for trial in self.trials})} candidates: {self.winner} at the learning rate "
-            f"{self.learning_rate:g}, with {numbers:,} trained values beside the head. On {self.n_held_out} held-out rows "
-            f"it scored {self.score:.3f}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
+            f"Best of {len(tried)} candidates: {self.winner} at the learning rate {self.learning_rate:g}, with {best.numbers:,} "
+            f"trained values beside the head. What decided was the loss on {self.n_held_out} held-out rows after {best.steps} "
+            f"steps: {self._held_out(best)}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
         )
 
     def to_dict(self) -> dict[str, Any]:

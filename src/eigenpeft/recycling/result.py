@@ -4,8 +4,9 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from eigenpeft.artifacts.reading import read_json
 from eigenpeft.tuners.files.export import contents_of_model
-from eigenpeft.tuners.files.lora_files import write_lora
+from eigenpeft.tuners.files.lora_files import CONFIG_NAME, WEIGHTS_NAME, write_lora
 
 
 def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card: str) -> None:
@@ -29,3 +30,12 @@ def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card
         files={"README.md": card.encode()},
         overwrite=True,
     )
+
+
+def size_of_result(folder: Path) -> tuple[int, int]:
+    """Rank of a plain LoRA that was written, and bytes of its weights file.
+
+    Args:
+        folder: That `write_result` made.
+    """
+    return int(read_json(folder / CONFIG_NAME)["r"]), (folder / WEIGHTS_NAME).stat().st_size

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from eigenpeft.recycling.loading import readme
 from eigenpeft.recycling.planning import announce, entrants_within
 from eigenpeft.recycling.preparing import prepared
 from eigenpeft.recycling.report import RecycleReport
-from eigenpeft.recycling.result import write_result
+from eigenpeft.recycling.result import size_of_result, write_result
 from eigenpeft.recycling.search import Decision, Search, halved
 
 
@@ -121,8 +122,7 @@ def recycle(
         candidates=tuple(candidates),
         budget=budget,
     )
-    _write(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
-    return report
+    return _written(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
 
 
 def _chosen(
@@ -154,10 +154,10 @@ def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
     }
 
 
-def _write(
+def _written(
     model: PeftModel, report: RecycleReport, out: Path, *, task_type: str | None, base_model: str | None
-) -> None:
-    """The adapter with its README.md, and the report."""
+) -> RecycleReport:
+    """The adapter with its README.md, and the report, which then has the adapter's size."""
     config = model.get_base_model().config
     card = readme(
         base=getattr(config, "name_or_path", "") or base_model or "the-base-model",
@@ -167,8 +167,11 @@ def _write(
         text=report.text,
     )
     write_result(model, out / ADAPTER, base_model=base_model, card=card)
+    rank, n_bytes = size_of_result(out / ADAPTER)
+    report = replace(report, rank=rank, n_bytes=n_bytes)
     with atomic_file(out / REPORT, overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def _majority(rows: Any) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from transformers import BertModel
 
 from eigenpeft import AdapterStore
-from eigenpeft.cli.rows import load_new_task, load_task
+from eigenpeft.cli.tasks import load_new_task, load_task
 from eigenpeft.recycling.training import judge
 from eigenpeft.report import plots
 from tests.factories import make_collection, random_factors, tiny_bert, tiny_llama, write_adapter

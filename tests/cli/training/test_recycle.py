@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
+from eigenpeft.recycling import RecycleReport
 from tests.factories import make_collection, random_factors, tiny_bert, tiny_llama, write_adapter
 from tests.recipes.tiny import tiny_tokenizer
 
@@ -57,14 +59,25 @@ def test_a_classifier(run, classifier, tmp_path, capsys):
     data = written(tmp_path / "task.jsonl", rows)
     arguments = ("recycle", adapters, "--model", model, "--dataset", data, "--out", tmp_path / "out", "-k", 2)
     settings = ("--max-steps", 4, "--batch-size", 4, "--candidate", "lora_r8", "--candidate", "merged_head")
-    with noted("transformers") as records:
+    with noted("transformers") as records, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         shown = run(*arguments, *settings)
     assert shown.code == 0, shown.err
+    assert not [each for each in warned if issubclass(each.category, FutureWarning)]
     assert not records  # a head that is new is no news
+    assert (
+        "3 adapters: a0, a1, a2. The 24 rows are taken for a classifier of 2 labels, by the columns text, label."
+        in shown.err
+    )
     assert "2 candidates: 4 short trainings to prepare, 4 trials of" in shown.err
     assert "The first trial took" in shown.err
     report = json.loads(run(*arguments, *settings, "--json").out)
     assert report["n_train"] + report["n_held_out"] == 24
+    size = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"a plain LoRA of rank {report['rank']}, {size / 1e6:.1f} MB" in shown.out
+    adapter = tmp_path / "out" / "adapter"
+    assert f"eigenpeft store add STORE {adapter} --name NAME" in shown.out
+    assert f"`eigenpeft store add STORE {adapter} --name NAME`" in (adapter / "README.md").read_text()
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2, ignore_mismatched_sizes=True)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     lines = re.search(r"```python\n(.+?)```", (tmp_path / "out" / "adapter" / "README.md").read_text(), re.S)
@@ -113,6 +126,13 @@ def test_a_language_model(run, tmp_path):
     assert shown.code == 0, shown.err
     assert "Not tried: merged_head" in shown.out  # a language model has no new head
     assert "Scores on 3 held-out rows" in shown.out
+    assert "held-out loss" in shown.out
+    assert "accuracy" not in shown.out  # of a language model
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (marked,) = [line for line in shown.out.splitlines() if re.match(r"│ \* +│", line)]
+    best = RecycleReport.from_dict(report).decisive
+    assert [best.candidate, f"{best.steps}", f"{best.loss:.3f}"] == [re.split(r" *│ *", marked)[i] for i in (2, 5, 6)]
+    assert "by the columns prompt, completion." in shown.err
     assert "AutoModelForCausalLM" in (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -123,3 +143,56 @@ def test_one_label_alone_is_refused(run, classifier, tmp_path):
     shown = run("recycle", adapters, "--model", model, "--dataset", data, "--out", tmp_path / "out")
     assert shown.code == 1
     assert "a classifier needs two or more" in shown.err
+
+
+def test_rows_of_a_classifier_whose_label_has_another_name_are_not_taken_for_text(run, classifier, tmp_path):
+    model, adapters = classifier
+    rows = [{"text": f"w{i % 7} w{i % 5}", "category": ["no", "yes"][i % 2]} for i in range(8)]
+    data = written(tmp_path / "task.jsonl", rows)
+    start = ("recycle", adapters, "--model", model, "--dataset", data, "--out", tmp_path / "out", "-k", 2)
+    refused = run(*start)
+    assert refused.code == 1
+    assert "has the columns ['category', 'text'], and 3 of the 3 adapters are classifiers, such as 'a0'" in refused.err
+    assert "Name the column of the labels with --label-column" in refused.err
+    assert not (tmp_path / "out").exists()
+    wrong = run(*start, "--label-column", "kind")
+    assert (wrong.code, "has no column 'kind', which --label-column names" in wrong.err) == (1, True)
+    shown = run(*start, "--label-column", "category", "--max-steps", 1, "--candidate", "lora_r8")
+    assert shown.code == 0, shown.err
+    assert "a classifier of 2 labels, by the columns text, category." in shown.err
+    audited = run("audit", adapters, "-k", 2, "--model", model, "--dataset", data)
+    assert (audited.code, "3 of the 3 adapters are classifiers" in audited.err) == (1, True)
+    merged = run("merge", adapters, "--model", model, "--scale", "1,2", "--dataset", data, "--out", tmp_path / "merged")
+    assert (merged.code, "the adapters are classifiers, and the rows have no column 'label'" in merged.err) == (1, True)
+
+
+def test_the_result_of_recycle_is_an_adapter_by_the_name_of_its_folder(run, classifier, tmp_path):
+    model, adapters = classifier
+    rows = [{"text": f"w{i % 7} w{i % 5}", "label": i % 2} for i in range(8)]
+    data = written(tmp_path / "task.jsonl", rows)
+    settings = ("--model", model, "--dataset", data, "-k", 2, "--max-steps", 1, "--candidate", "lora_r8")
+    first = run("recycle", adapters, *settings, "--out", tmp_path / "first")
+    assert first.code == 0, first.err
+    second = run("recycle", tmp_path / "first", *settings, "--out", tmp_path / "second")
+    assert second.code == 0, second.err
+    assert "1 adapter: first." in second.err
+    itself = run("recycle", tmp_path / "first", *settings, "--out", tmp_path / "first", "--overwrite")
+    assert (itself.code, "which is read" in itself.err) == (1, True)
+
+
+def test_a_missing_file_of_rows_is_named_before_anything_is_looked_for_on_the_hub(run, tmp_path, monkeypatch):
+    def looked(*_, **__):
+        raise AssertionError("looked for on the Hub")
+
+    monkeypatch.setattr("eigenpeft.collection.sources.snapshot_download", looked)
+    monkeypatch.setattr("eigenpeft.artifacts.storage.snapshot_download", looked)
+    missing = tmp_path / "absent.jsonl"
+    settings = ("owner/adapter", "--model", "owner/base", "--dataset")
+    for command in (
+        ("recycle", *settings, missing, "--out", tmp_path / "out"),
+        ("audit", *settings, missing),
+        ("merge", "owner/adapter", "--dataset", f"task={missing}", "--out", tmp_path / "out"),
+        ("which", missing, "--index", "owner/index"),
+    ):
+        shown = run(*command)
+        assert (shown.code, "There is no file or folder" in shown.err) == (1, True), shown.err

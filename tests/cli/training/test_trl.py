@@ -209,6 +209,9 @@ def test_a_file_is_data_and_a_cpu_is_chosen_where_there_is_nothing_else(run, pla
     Path("data.txt").write_text("no rows")
     words[words.index("data/sft/train.jsonl")] = "data.txt"
     assert "is a file of no known kind; pass .jsonl, .json, .csv, .parquet" in run(*words).err
+    for missing in ("absent.jsonl", "./absent", "/absent/data"):  # no Hub id, so that nothing is looked for there
+        words[words.index("--dataset_name") + 1] = missing
+        assert f"There is no file or folder '{Path(missing)}'" in run(*words).err
 
 
 def test_help_names_their_flags_and_ours(run):

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from eigenpeft.artifacts.atomic import check_output
 from eigenpeft.cli.app import AllowDifferentBaseModels, Json, Out, app, console, join_team, print_json, quiet
-from eigenpeft.cli.rows import load_task, open_rows, open_tokenizer
+from eigenpeft.cli.rows import check_there, open_rows, open_tokenizer, without_load_reports
+from eigenpeft.cli.tasks import load_task
 from eigenpeft.combining import MergedAdapter, load_statistics, merge
 from eigenpeft.combining.recipe import MergeRecipe, read_recipe
 from eigenpeft.combining.scoring import HeldOutTask, held_out_score
@@ -84,10 +85,16 @@ def merge_command(
     given = {"method": method, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
     arguments |= {name: value for name, value in given.items() if value is not None}
     arguments |= {name: yaml.safe_load(value) for name, value in _pairs(option, "--option").items()}
+    for text in dataset or ():
+        check_there(text.rpartition("=")[2])  # before adapters are looked for on the Hub
     sources = open_sources(list(written.adapters), allow_different_base_models=allow_different_base_models)
     typed = {name: _number(value, f"--weight {name}") for name, value in _pairs(weight, "--weight").items()}
     score = (
-        None if dataset is None else _score(dataset, model or sources.base_model, metric, n_rows, sources.parts.heads)
+        None
+        if dataset is None
+        else _score(
+            dataset, model or sources.base_model, metric, n_rows, sources.parts.heads, sources.task_type == "SEQ_CLS"
+        )
     )
     merged = merge(
         list(written.adapters),
@@ -162,15 +169,21 @@ def _number(text: str, flag: str) -> float:
 
 
 def _score(
-    datasets: list[str], base: str | None, metric: str | None, n_rows: int, heads: Any
+    datasets: list[str], base: str | None, metric: str | None, n_rows: int, heads: Any, are_classifiers: bool
 ) -> Callable[[MergedAdapter], float]:
     """Held-out tasks as a score: classifiers get the head of the adapter they are named after."""
     if base is None:
         raise EigenPeftError("The adapters name no base model; pass --model for --dataset.")
+    is_classifier = are_classifiers or bool(heads)
     tasks, labelled = [], False
     for text in datasets:
         name, sign, path = text.rpartition("=")
         if not sign:
+            if is_classifier and not {"label", "messages", "completion"} & set(open_rows(Path(path)).column_names):
+                raise EigenPeftError(
+                    f"--dataset {path}: the adapters are classifiers, and the rows have no column 'label'. Call the column of "
+                    f"their labels so, and write TASK={path}, where TASK is an adapter with a head (here {sorted(heads)})."
+                )
             task = load_task(base, Path(path), n_rows=n_rows)
             batches = [task.collator(task.rows[i : i + _BATCH]) for i in range(0, len(task.rows), _BATCH)]
             tasks.append(HeldOutTask(path, task.model.eval(), batches))
@@ -202,5 +215,6 @@ def _classifier(name: str, path: Path, base: str, head: Any, n_rows: int) -> Hel
         }
         for row in rows
     ]
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels).eval()
+    with without_load_reports():  # the head is put in place later
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels).eval()
     return HeldOutTask(name, model, [collate(encoded[i : i + _BATCH]) for i in range(0, len(encoded), _BATCH)])

@@ -94,7 +94,8 @@ def which_command(
     quiet(as_json)
     if n_rows < 1:
         raise EigenPeftError(f"--rows {n_rows} must be at least 1.")
-    answer = AdapterIndex.from_pretrained(index, encoder=model).query(_first_rows(rows, n_rows), top=top)
+    first = _first_rows(rows, n_rows)  # before the index is looked for on the Hub
+    answer = AdapterIndex.from_pretrained(index, encoder=model).query(first, top=top)
     if as_json:
         print_json(answer.to_dict())
         return

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +14,12 @@ from eigenpeft.cli.app import (
     AllowDifferentBaseModels,
     Exclude,
     Json,
+    LabelColumn,
     Overwrite,
+    TextColumn,
     app,
     console,
+    errors,
     print_json,
     quiet,
 )
@@ -47,6 +50,8 @@ def audit(
             "and completion; or text and label."
         ),
     ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
     train_head: Annotated[
         bool,
@@ -84,16 +89,20 @@ def audit(
             check_file(path, overwrite=overwrite, inputs=adapters)
     if train_head and model is None:
         raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
-    task = None
-    if model is not None and dataset is not None:
-        # Imported here, since it takes as long as all else: most audits look at the adapters alone.
-        rows = import_module("eigenpeft.cli.rows")
-        task = rows.load_task(model, dataset, n_rows=n_rows, train_head=train_head, seed=seed)
-    with AdapterCollection.from_pretrained(
-        adapters, allow_different_base_models=allow_different_base_models
-    ) as collection:
+    if dataset is not None:
+        import_module("eigenpeft.cli.rows").check_there(dataset)  # before adapters are looked for on the Hub
+    with AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models) as opened:
+        collection = opened.without(*exclude) if exclude else opened
+        task = None
+        if model is not None and dataset is not None:
+            # Imported here, since it takes as long as all else: most audits look at the adapters alone.
+            tasks = import_module("eigenpeft.cli.tasks")
+            settings: dict[str, Any] = {"n_rows": n_rows, "train_head": train_head, "seed": seed}
+            columns = tasks.Columns(text_column, label_column)
+            task = tasks.load_task(model, dataset, columns=columns, adapters=collection.adapters, **settings)
+            errors.print(f"The rows of --dataset are taken for {escape(task.kind)}.", soft_wrap=True)
         report = run_audit(
-            collection.without(*exclude) if exclude else collection,
+            collection,
             model=None if task is None else task.model,
             dataset=None if task is None else task.rows,
             data_collator=None if task is None else task.collator,

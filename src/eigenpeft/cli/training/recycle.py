@@ -1,28 +1,32 @@
 """The command recycle: from adapters, a base model and rows of a new task to the best adapter within a budget."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from transformers import TrainingArguments
 
 from eigenpeft.cli.app import (
     Adapters,
     AllowDifferentBaseModels,
     Json,
+    LabelColumn,
     Out,
     Overwrite,
+    TextColumn,
     app,
     console,
     errors,
     print_json,
     quiet,
 )
-from eigenpeft.cli.rows import load_new_task, without_load_reports
+from eigenpeft.cli.rows import check_there, without_load_reports
+from eigenpeft.cli.tasks import Columns, load_new_task
+from eigenpeft.cli.training.recycle_table import result_text, scales_text, trials_table
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.recycling import CANDIDATES, RecycleReport
+from eigenpeft.recycling import CANDIDATES
 from eigenpeft.recycling import recycle as run_recycle
 from eigenpeft.report.markup import escape
 
@@ -39,6 +43,8 @@ def recycle_command(
         ),
     ],
     out: Out,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
@@ -68,9 +74,13 @@ def recycle_command(
     Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
     """
     quiet(as_json)
-    task = load_new_task(model, dataset)
+    check_there(dataset)  # before adapters are looked for on the Hub
     opened = AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models)
     with opened as collection, tempfile.TemporaryDirectory() as scratch, without_load_reports():
+        task = load_new_task(model, dataset, columns=Columns(text_column, label_column), adapters=collection.adapters)
+        _say(
+            f"{_many(len(collection))}: {_some(collection.names)}. The {len(task.rows)} rows are taken for {task.kind}."
+        )
         report = run_recycle(
             collection,
             make_model=task.make_model,
@@ -93,39 +103,30 @@ def recycle_command(
             time_limit=time_limit,
             overwrite=overwrite,
             progress=not as_json,
-            say=lambda line: errors.print(escape(line), soft_wrap=True),
+            say=_say,
         )
     if as_json:
         print_json(report.to_dict())
         return
     if not report.is_at_chance:  # an order would be read as a finding
-        console.print(_table(report))
+        console.print(trials_table(report))
+    if (scales := scales_text(report)) is not None:
+        console.print(escape(scales), soft_wrap=True)
     if report.skipped:
-        console.print(f"Not reached within the budget (--budget): {', '.join(report.skipped)}")
+        console.print(f"Not reached within the budget (--budget): {', '.join(report.skipped)}", soft_wrap=True)
     for name, reason in report.refused.items():
-        console.print(f"Not tried: {escape(name)}: {escape(reason)}")
-    console.print(f"[bold]{escape(report.text)}[/bold]")
-    console.print(
-        f"Wrote {escape(str(out / 'adapter'))} (its README.md has the lines that load it) and {escape(str(out / 'report.json'))}."
-    )
+        console.print(f"Not tried: {escape(name)}: {escape(reason)}", soft_wrap=True)
+    console.print(f"[bold]{escape(report.text)}[/bold]", soft_wrap=True)
+    console.print(escape(result_text(report, out)), soft_wrap=True)
 
 
-def _table(report: RecycleReport) -> Table:
-    """Every candidate at its best rate, with its score after each round."""
-    table = Table(title=f"Scores on {report.n_held_out} held-out rows")
-    rounds = sorted({trial.steps for trial in report.trials})
-    for title in ("candidate", "rate", "trained values", *(f"{steps} steps" for steps in rounds), "seconds"):
-        table.add_column(title, justify="left" if title == "candidate" else "right")
-    for name, rate, scale in dict.fromkeys(
-        (trial.candidate, trial.learning_rate, trial.scale) for trial in report.trials
-    ):
-        own = [
-            trial
-            for trial in report.trials
-            if (trial.candidate, trial.learning_rate, trial.scale) == (name, rate, scale)
-        ]
-        by_steps = {trial.steps: f"{trial.score:.3f}" for trial in own}
-        shown = name if scale is None else f"{name}, λ = {scale:g}"
-        scores = (by_steps.get(steps, "") for steps in rounds)
-        table.add_row(shown, f"{rate:g}", f"{own[0].numbers:,}", *scores, f"{sum(trial.seconds for trial in own):.0f}")
-    return table
+def _say(line: str) -> None:
+    errors.print(escape(line), soft_wrap=True)
+
+
+def _many(number: int) -> str:
+    return "1 adapter" if number == 1 else f"{number} adapters"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -13,6 +13,7 @@ import torch
 import typer
 
 from eigenpeft.cli.app import app
+from eigenpeft.cli.rows import check_there, looks_like_path
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.tuners.learning_rates import settle_learning_rate, suggested_learning_rate
 
@@ -106,7 +107,11 @@ def _for_this_machine(words: list[str]) -> list[str]:
 def _take_file(script_arguments: Any, mixture: Any) -> None:
     """A local file as the data set: the scripts load folders and Hub ids alone, and files as parts of a mixture."""
     name = script_arguments.dataset_name
-    if mixture.datasets or not name or not Path(name).is_file():
+    if mixture.datasets or not name:
+        return
+    if looks_like_path(name):
+        check_there(Path(name).expanduser())
+    if not Path(name).is_file():
         return
     kind = _FILES.get(Path(name).suffix)
     if kind is None:
