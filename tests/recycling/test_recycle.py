@@ -128,11 +128,44 @@ def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(
     assert ("ahead of that by" in report.text) == (winner == "eigenlora")
     best = rival if winner == "eigenlora" else control
     assert report.decisive == best
-    assert f"after {best.steps} steps: {best.loss:.3f} (score {best.score:.3f})" in report.text
     if winner == "eigenlora":
+        assert f"after {best.steps} steps: {best.loss:.3f} (score {best.score:.3f})" in report.text
         assert f"a fresh LoRA r 8 had {control.loss:.3f} (score {control.score:.3f}), and it was ahead" in report.text
     weights = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
     assert (report.rank, report.n_bytes) == (8, weights.stat().st_size)
+
+
+def test_test_rows_are_for_scores_alone(adapters, tmp_path):
+    rows = [{"input_ids": [3 + i % 2] * 7, "labels": i % 2} for i in range(32)]
+    others = [{"input_ids": [3 + i % 2] * 6 + [9], "labels": i % 2 if i else 1} for i in range(9)] + rows[:2]
+    options = {"rows": rows, "candidates": ["lora_r8", "same_parameters"], "args": arguments(tmp_path, max_steps=16)}
+    plain = recycled(adapters, tmp_path / "plain", **options)
+    report = recycled(adapters, tmp_path / "tested", test_rows=others, **options)
+    figures = [(each.candidate, each.steps, each.losses) for each in report.trials]
+    assert figures == [(each.candidate, each.steps, each.losses) for each in plain.trials]
+    weights = [tmp_path / name / "out" / "adapter" / "adapter_model.safetensors" for name in ("plain", "tested")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    model = PeftModel.from_pretrained(make_model(), weights[1].parent).eval()
+    with torch.no_grad():
+        right = torch.tensor(
+            [
+                float(model(input_ids=torch.tensor([row["input_ids"]])).logits.argmax() == row["labels"])
+                for row in others
+            ]
+        )
+    result = report.tested[0]
+    assert result.name == report.winner
+    assert result.score == pytest.approx(float(right.mean()))
+    assert result.error == pytest.approx(float(right.std() / len(others) ** 0.5))
+    assert {each.name for each in report.tested} == {report.winner, "lora_r8", "head alone"}
+    for each in report.tested[1:]:
+        assert each.lead is not None
+        assert each.lead[0] == pytest.approx(result.score - each.score)
+    assert (report.n_test, report.n_test_seen) == (11, 2)
+    assert "On 11 test rows, used for nothing else, accuracy ± standard error over rows: the result" in report.text
+    assert "2 of the test rows are among the training rows too" in report.text
+    saved = json.loads((tmp_path / "tested" / "out" / "report.json").read_text())
+    assert RecycleReport.from_dict(saved) == report
 
 
 def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path):

@@ -12,6 +12,10 @@ def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"learning_rate" if name == "rate" else name: value for name, value in data.items()}
 
 
+def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One training of one candidate, judged on held-out rows.
@@ -57,6 +61,30 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """One trained model on rows that were used for nothing else.
+
+    Attributes:
+        name: Candidate, "head alone" or "base model".
+        learning_rate: Its learning rate; None for the base model.
+        score: Accuracy of a classifier; minus the loss of everything else.
+        error: Standard error of that over rows; None where it cannot be known.
+        loss: Mean loss.
+        lead: By how much the result's score is above this one's on the same rows, and the standard error; None for the result.
+    """
+
+    name: str
+    learning_rate: float | None
+    score: float
+    error: float | None
+    loss: float
+    lead: tuple[float, float | None] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "lead", None if self.lead is None else tuple(self.lead))  # JSON has lists
+
+
+@dataclass(frozen=True)
 class RecycleReport:
     """The whole run.
 
@@ -79,6 +107,9 @@ class RecycleReport:
         candidates: What was asked for, in order; empty in reports of older versions.
         rank: Rank of the LoRA that was written; None in reports of older versions.
         n_bytes: Size of its weights file, head included; None in reports of older versions.
+        tested: The result, a fresh LoRA r 8 and the head alone (or the base model) on test rows, where there were some.
+        n_test: Test rows.
+        n_test_seen: Test rows that are among the others too, word for word.
         budget: Cost of everything before the last training that was allowed, in full trainings; None in reports of older versions.
     """
 
@@ -101,6 +132,9 @@ class RecycleReport:
     budget: float | None = None
     rank: int | None = None
     n_bytes: int | None = None
+    tested: tuple[Tested, ...] = ()
+    n_test: int = 0
+    n_test_seen: int = 0
 
     @property
     def is_at_chance(self) -> bool:
@@ -126,6 +160,25 @@ class RecycleReport:
     @property
     def text(self) -> str:
         """The end in plain words."""
+        return " ".join(part for part in (self._choice, self._test) if part)
+
+    @property
+    def _test(self) -> str:
+        """Scores on the test rows."""
+        if not self.tested:
+            return ""
+        parts = []
+        for number, each in enumerate(self.tested):
+            lead = "" if each.lead is None else f" (the result is ahead by {_with_error(*each.lead, sign='+')})"
+            name = "a fresh LoRA r 8" if each.name == "lora_r8" else f"the {each.name}"
+            name = name if number else f"the result ({each.name})"
+            parts.append(f"{name} {_with_error(each.score, each.error)}{lead}")
+        what = "minus the loss" if self.majority is None else "accuracy"
+        seen = f" {self.n_test_seen} of the test rows are among the training rows too." if self.n_test_seen else ""
+        return f"On {self.n_test} test rows, used for nothing else, {what} ± standard error over rows: {', '.join(parts)}.{seen}"
+
+    @property
+    def _choice(self) -> str:
         early = " The time limit ended the search early." if self.stopped else ""
         if self.is_at_chance:
             scores, longest = [trial.score for trial in self.trials], max(trial.steps for trial in self.trials)
@@ -176,6 +229,7 @@ class RecycleReport:
             trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
             names = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
+            names["tested"] = tuple(Tested(**each) for each in data.get("tested", ()))
             return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error

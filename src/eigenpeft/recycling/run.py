@@ -26,6 +26,7 @@ from eigenpeft.recycling.preparing import prepared
 from eigenpeft.recycling.report import RecycleReport
 from eigenpeft.recycling.result import size_of_result, write_result
 from eigenpeft.recycling.search import Decision, Search, halved
+from eigenpeft.recycling.testing import tested
 
 
 def recycle(
@@ -45,6 +46,7 @@ def recycle(
     budget: float = 3.0,
     time_limit: float | None = None,
     overwrite: bool = False,
+    test_rows: Any = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> RecycleReport:
@@ -77,6 +79,8 @@ def recycle(
         time_limit: Seconds after which no new trial starts; the best so far is then trained on all rows.
         overwrite: Replace a finished result that was chosen otherwise; its trials count where they have the same settings, and
             are thrown away where the rows, the adapters or other settings differ.
+        test_rows: Rows that are used for nothing but scores at the end: of the result, a fresh LoRA r 8, and the head alone (the
+            untouched base model, where there is no new head), the last two trained as long on all of `rows`.
         progress: Show a progress bar.
         say: Called with a line before the first trial, how many there are, and one after it, how long all may take.
 
@@ -121,6 +125,7 @@ def recycle(
         skipped=tuple(name for name in candidates if name not in tried),
         candidates=tuple(candidates),
         budget=budget,
+        **tested(search, sources, best, model=model, rows=rows, test_rows=test_rows),
     )
     return _written(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
 

@@ -62,9 +62,24 @@ def train(
         made.train()
 
 
-@torch.no_grad()
 def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[float, list[float]]:
-    """Score and losses on rows: accuracy where one row of logits per example meets whole labels, minus the loss otherwise.
+    """Mean score and losses on rows, as `judge_rows` gives them.
+
+    Args:
+        model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
+        rows: With labels.
+        collator: Makes batches of rows.
+
+    Raises:
+        EigenPeftError: If the model gives no loss.
+    """
+    scores, losses = judge_rows(model, rows, collator=collator)
+    return fmean(scores), losses
+
+
+@torch.no_grad()
+def judge_rows(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[list[float], list[float]]:
+    """Score and loss of each row: 1 or 0 where one row of logits per example meets whole labels, minus the loss otherwise.
 
     Args:
         model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
@@ -72,14 +87,16 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
         collator: Makes batches of rows.
 
     Returns:
-        The score, and the loss of each row. A run that diverged has infinite losses, which is the worst result and no error.
+        Scores and losses. A run that diverged has infinite losses, which is the worst result and no error.
 
     Raises:
         EigenPeftError: If the model gives no loss.
     """
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    right, losses, classifies, size = 0, [], True, _BATCH
+    right: list[float] = []
+    losses: list[float] = []
+    classifies, size = True, _BATCH
     while len(losses) < len(rows):
         chosen = [rows[i] for i in range(len(losses), min(len(losses) + size, len(rows)))]
         batch = {name: value.to(device) for name, value in collator(chosen).items()}
@@ -90,7 +107,7 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
         of_rows = logits.ndim == 2 and logits.shape[1] > 1 and labels.ndim == 1 and not labels.is_floating_point()
         classifies = classifies and of_rows
         if of_rows:
-            right += int((logits.argmax(1) == labels).sum())
+            right += (logits.argmax(1) == labels).float().tolist()
             losses += nn.functional.cross_entropy(logits.float(), labels, reduction="none").tolist()
         elif len(chosen) == 1:
             losses.append(float(found.loss))
@@ -98,4 +115,4 @@ def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) 
             size = 1
     model.train(was)
     losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return (right / max(len(losses), 1) if classifies else -fmean(losses)), losses
+    return (right if classifies else [-loss for loss in losses]), losses

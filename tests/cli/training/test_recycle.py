@@ -122,7 +122,10 @@ def test_a_language_model(run, tmp_path):
     chosen = [
         part for name in ("lora_r8", "eigenlora", "merged_head", "nearest_continued") for part in ("--candidate", name)
     ]
-    shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen)
+    held = written(
+        tmp_path / "test.jsonl", [{"prompt": "w1 w2", "completion": " w4"}, {"prompt": "w1", "completion": " w3"}]
+    )
+    shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen, "--test", held)
     assert shown.code == 0, shown.err
     assert "Not tried: merged_head" in shown.out  # a language model has no new head
     assert "Scores on 3 held-out rows" in shown.out
@@ -133,6 +136,8 @@ def test_a_language_model(run, tmp_path):
     best = RecycleReport.from_dict(report).decisive
     assert [best.candidate, f"{best.steps}", f"{best.loss:.3f}"] == [re.split(r" *│ *", marked)[i] for i in (2, 5, 6)]
     assert "by the columns prompt, completion." in shown.err
+    assert "On 2 test rows, used for nothing else, minus the loss ± standard error over rows: the result" in shown.out
+    assert report["tested"][-1]["name"] == "base model"
     assert "AutoModelForCausalLM" in (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -157,6 +162,9 @@ def test_rows_of_a_classifier_whose_label_has_another_name_are_not_taken_for_tex
     assert not (tmp_path / "out").exists()
     wrong = run(*start, "--label-column", "kind")
     assert (wrong.code, "has no column 'kind', which --label-column names" in wrong.err) == (1, True)
+    new = written(tmp_path / "test.jsonl", [{"text": "w1", "category": "perhaps"}])
+    unknown = run(*start, "--label-column", "category", "--test", new)
+    assert (unknown.code, "has the label 'perhaps', which none of the rows has" in unknown.err) == (1, True)
     shown = run(*start, "--label-column", "category", "--max-steps", 1, "--candidate", "lora_r8")
     assert shown.code == 0, shown.err
     assert "a classifier of 2 labels, by the columns text, category." in shown.err

@@ -45,6 +45,13 @@ def recycle_command(
     out: Out,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows like those of --dataset, used for nothing but a score at the end: of the result, a fresh LoRA and the "
+            "head alone."
+        ),
+    ] = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
@@ -74,7 +81,8 @@ def recycle_command(
     Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
     """
     quiet(as_json)
-    check_there(dataset)  # before adapters are looked for on the Hub
+    for path in (dataset, *([test] if test else [])):
+        check_there(path)  # before adapters are looked for on the Hub
     opened = AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models)
     with opened as collection, tempfile.TemporaryDirectory() as scratch, without_load_reports():
         task = load_new_task(model, dataset, columns=Columns(text_column, label_column), adapters=collection.adapters)
@@ -102,6 +110,7 @@ def recycle_command(
             budget=budget,
             time_limit=time_limit,
             overwrite=overwrite,
+            test_rows=None if test is None else task.read(test),
             progress=not as_json,
             say=_say,
         )

@@ -1,0 +1,65 @@
+"""The result on rows that were used for nothing else, beside a fresh LoRA and the head alone or the untouched base model."""
+
+import math
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from eigenpeft.errors import EigenPeftError
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.earlier import row_text
+from eigenpeft.recycling.halving import paired_lead
+from eigenpeft.recycling.preparing import with_start
+from eigenpeft.recycling.report import Tested, Trial
+from eigenpeft.recycling.search import Search
+from eigenpeft.recycling.training import judge_rows
+
+
+def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: Any, test_rows: Any) -> dict[str, Any]:
+    """What the report has of the test rows: scores with standard errors over rows, and the result's lead on the same rows.
+
+    A fresh LoRA r 8 is trained on all rows for as many steps as the result; so is the head alone, where the task has a new one.
+
+    Args:
+        search: Of the run.
+        sources: The adapters.
+        best: The winner's trial.
+        model: The result.
+        rows: All rows that it was trained on.
+        test_rows: Others; None for none.
+    """
+    if test_rows is None:
+        return {}
+    scores, losses = judge_rows(model, test_rows, collator=search.collator)
+    found = [Tested(best.candidate, best.learning_rate, fmean(scores), _error(scores), fmean(losses))]
+    for name, learning_rate, other in _beside(search, sources, best, rows):
+        theirs, their_losses = judge_rows(other, test_rows, collator=search.collator)
+        lead, error = paired_lead(theirs, scores)
+        both = (lead, error if math.isfinite(error) else None)
+        found.append(Tested(name, learning_rate, fmean(theirs), _error(theirs), fmean(their_losses), both))
+    seen = {row_text(rows[i]) for i in range(len(rows))}
+    n_seen = sum(row_text(test_rows[i]) in seen for i in range(len(test_rows)))
+    return {"tested": tuple(found), "n_test": len(test_rows), "n_test_seen": n_seen}
+
+
+def _beside(search: Search, sources: Sources, best: Trial, rows: Any) -> list[tuple[str, float | None, Any]]:
+    """Name, learning rate and model of what the result is compared with."""
+    steps, rate = search.args.max_steps, CANDIDATES[CONTROL].learning_rates[0]
+    found: list[tuple[str, float | None, Any]] = []
+    if (best.candidate, best.learning_rate) != (CONTROL, rate):
+        found.append((CONTROL, rate, search.trained(CONTROL, sources, learning_rate=rate, steps=steps, rows=rows)))
+    head, rate = "merged_head", CANDIDATES["merged_head"].learning_rates[0]
+    try:  # of no update at all
+        zero = with_start(sources, scale=0.0)
+        found.append(("head alone", rate, search.trained(head, zero, learning_rate=rate, steps=steps, rows=rows)))
+    except EigenPeftError:
+        torch.manual_seed(search.args.seed)
+        found.append(("base model", None, search.make_model()))
+    return found
+
+
+def _error(values: list[float]) -> float | None:
+    """Standard error of a mean; None below two rows, or where a value is not finite."""
+    error = paired_lead([0.0] * len(values), values)[1]
+    return error if math.isfinite(error) else None
