@@ -155,10 +155,6 @@ def test_nothing_unpickles(path):
             assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get("weights_only") == "True"
 
 
-def _after_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
-    return node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
-
-
 def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.body[0].end_lineno or 0) - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
 
@@ -167,11 +163,7 @@ def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_functions_fit_a_screen(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            # The signature of a typer command lists its options with their help, and cannot be split.
-            is_command = any(".command(" in ast.unparse(decorator) for decorator in node.decorator_list)
-            first = _after_docstring(node).lineno if is_command else node.lineno
-            docstring = 0 if is_command else _docstring_lines(node)
-            lines = (node.end_lineno or 0) - first + 1 - docstring
+            lines = (node.end_lineno or 0) - node.lineno + 1 - _docstring_lines(node)
             assert lines <= 60, f"{path.name}:{node.lineno} {node.name} has {lines} lines without its docstring"
 
 

@@ -27,49 +27,50 @@ _BATCH = 32
 _MAX_LENGTH = 512
 
 
+SomeAdapters = Annotated[
+    list[str] | None,
+    typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids, in any mix; none with --recipe."),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of every module; default: what is needed to lose nothing.")]
+Weight = Annotated[
+    list[str] | None, typer.Option(help="NAME=NUMBER, once for each adapter that does not have the weight 1.")
+]
+Scale = Annotated[
+    str | None,
+    typer.Option(help="Final multiplier: a number, auto, or several with commas to choose by --dataset."),
+]
+Dataset = Annotated[
+    list[str] | None,
+    typer.Option(help="Held-out rows to choose the scale by: FILE for a language model, TASK=FILE for a classifier."),
+]
+Model = Annotated[str | None, typer.Option(help="Base model for --dataset; default: the one the adapters name.")]
+Metric = Annotated[str | None, typer.Option(help="accuracy or loss; default: accuracy where rows have labels.")]
+WorkDir = Annotated[
+    Path | None, typer.Option(help="Folder for finished modules, to go on after an interruption or under torchrun.")
+]
+OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that eigenpeft wrote there.")]
+
+
 @app.command("merge")
 def merge_command(
     out: Out,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(help="Adapter folders, folders of adapter folders, or Hub ids, in any mix; none with --recipe."),
-    ] = None,
+    adapters: SomeAdapters = None,
     method: Annotated[str | None, typer.Option(help=f"One of {', '.join(RULES)}; default: task_arithmetic.")] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Rank of every module; default: what is needed to lose nothing.")
-    ] = None,
-    weight: Annotated[
-        list[str] | None, typer.Option(help="NAME=NUMBER, once for each adapter that does not have the weight 1.")
-    ] = None,
-    scale: Annotated[
-        str | None,
-        typer.Option(help="Final multiplier: a number, auto, or several with commas to choose by --dataset."),
-    ] = None,
+    rank: Rank = None,
+    weight: Weight = None,
+    scale: Scale = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the method, such as density=0.2.")] = None,
     calibrate: Annotated[list[str] | None, typer.Option(help="pico (before) or svc (after) around any method.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with adapters, weights and settings.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Folder that save_statistics wrote, for regmean.")] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Held-out rows to choose the scale by: FILE for a language model, TASK=FILE for a classifier."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model for --dataset; default: the one the adapters name.")
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="accuracy or loss; default: accuracy where rows have labels.")
-    ] = None,
+    dataset: Dataset = None,
+    model: Model = None,
+    metric: Metric = None,
     n_rows: Annotated[int, typer.Option(help="Rows of each dataset to use.")] = 100,
     head: Annotated[str | None, typer.Option(help="Adapter whose head becomes the merged adapter's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws of dare.")] = 0,
-    work_dir: Annotated[
-        Path | None, typer.Option(help="Folder for finished modules, to go on after an interruption or under torchrun.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that eigenpeft wrote there.")
-    ] = False,
+    work_dir: WorkDir = None,
+    overwrite: OverwriteAdapter = False,
     allow_different_base_models: AllowDifferentBaseModels = False,
     as_json: Json = False,
 ) -> None:
@@ -81,21 +82,16 @@ def merge_command(
     team = join_team()
     written = _recipe(adapters, recipe)
     check_output(out, kind=KIND, overwrite=overwrite, inputs=written.adapters)
-    arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **written.settings, **written.options}
     given = {"method": method, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
-    arguments |= {name: value for name, value in given.items() if value is not None}
-    arguments |= {name: yaml.safe_load(value) for name, value in _pairs(option, "--option").items()}
+    arguments = _arguments(written, given, option, seed=seed)
     for text in dataset or ():
         check_there(text.rpartition("=")[2])  # before adapters are looked for on the Hub
     sources = open_sources(list(written.adapters), allow_different_base_models=allow_different_base_models)
     typed = {name: _number(value, f"--weight {name}") for name, value in _pairs(weight, "--weight").items()}
-    score = (
-        None
-        if dataset is None
-        else _score(
-            dataset, model or sources.base_model, metric, n_rows, sources.parts.heads, sources.task_type == "SEQ_CLS"
-        )
-    )
+    score = None
+    if dataset is not None:
+        are_classifiers = sources.task_type == "SEQ_CLS"
+        score = _score(dataset, model or sources.base_model, metric, n_rows, sources.parts.heads, are_classifiers)
     merged = merge(
         list(written.adapters),
         weights=_weights(written, sources.names) | typed,
@@ -133,6 +129,13 @@ def _recipe(adapters: list[str] | None, path: Path | None) -> MergeRecipe:
     if (path is None) == (not adapters):
         raise EigenPeftError("Name adapters, or a --recipe that lists them: one of the two.")
     return MergeRecipe(tuple(adapters or ()), ()) if path is None else read_recipe(path)
+
+
+def _arguments(recipe: MergeRecipe, given: dict[str, Any], options: list[str] | None, *, seed: int) -> dict[str, Any]:
+    """The method and its options: what the recipe says, and in its place what is typed."""
+    arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **recipe.settings, **recipe.options}
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    return arguments | {name: yaml.safe_load(value) for name, value in _pairs(options, "--option").items()}
 
 
 def _weights(recipe: MergeRecipe, names: Sequence[str]) -> dict[str, float]:

@@ -30,6 +30,33 @@ from eigenpeft.report.audit_tables import answers_text, gradient_table, share_ta
 from eigenpeft.report.markup import escape
 from eigenpeft.report.tables import findings_text
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model (folder or Hub id) for the gradient of a new task; for labels a trained classifier, or --train-head."
+    ),
+]
+Dataset = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text, messages, or prompt "
+        "and completion; or text and label."
+    ),
+]
+TrainHead = Annotated[
+    bool,
+    typer.Option(
+        "--train-head", help="Give --model a new head for the labels of --dataset, trained lightly on these rows."
+    ),
+]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Also what shared banks would cost: 'layers' for one bank for all layers of a kind, or a pattern of modules "
+        "that share one; repeated. About doubles the time."
+    ),
+]
+
 
 @app.command()
 def audit(
@@ -37,37 +64,15 @@ def audit(
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Largest number of components.")] = 64,
     n_nulls: Annotated[int, typer.Option(help="Draws of random adapters to compare with.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model (folder or Hub id) for the gradient of a new task; for labels a trained classifier, or --train-head."
-        ),
-    ] = None,
-    dataset: Annotated[
-        Path | None,
-        typer.Option(
-            help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text, messages, or prompt "
-            "and completion; or text and label."
-        ),
-    ] = None,
+    model: Model = None,
+    dataset: Dataset = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
     n_rows: Annotated[int, typer.Option(help="Rows of the new task to use.")] = 64,
-    train_head: Annotated[
-        bool,
-        typer.Option(
-            "--train-head", help="Give --model a new head for the labels of --dataset, trained lightly on these rows."
-        ),
-    ] = False,
+    train_head: TrainHead = False,
     n_train: Annotated[int, typer.Option(help="Training rows that the new task has, for the second answer.")] = 64,
     exclude: Exclude = None,
-    share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Also what shared banks would cost: 'layers' for one bank for all layers of a kind, or a pattern of modules "
-            "that share one; repeated. About doubles the time."
-        ),
-    ] = None,
+    share: Share = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the figure to.")] = None,
     html: Annotated[Path | None, typer.Option(help="HTML page to write, complete in itself.")] = None,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -82,15 +87,10 @@ def audit(
     Example: eigenpeft audit adapters/ --html audit.html
     """
     quiet(as_json)
-    if (model is None) != (dataset is None):
-        raise EigenPeftError("Pass both --model and --dataset: the gradient of a new task needs the two of them.")
+    _check_task(model, dataset, train_head=train_head)
     for path in (plot, html):
         if path is not None:
             check_file(path, overwrite=overwrite, inputs=adapters)
-    if train_head and model is None:
-        raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
-    if dataset is not None:
-        import_module("eigenpeft.cli.rows").check_there(dataset)  # before adapters are looked for on the Hub
     with AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models) as opened:
         collection = opened.without(*exclude) if exclude else opened
         task = None
@@ -114,10 +114,7 @@ def audit(
             seed=seed,
             progress=not as_json,
         )
-    if plot is not None:
-        plot_audit(report, plot, overwrite=overwrite)
-    if html is not None:
-        write_page(report, html, overwrite=overwrite)
+    _write(report, plot, html, overwrite=overwrite)
     if as_json:
         print_json(report.to_dict())
         return
@@ -125,6 +122,23 @@ def audit(
     for path in (plot, html):
         if path is not None:
             console.print(f"Wrote {escape(str(path))}.")
+
+
+def _check_task(model: str | None, dataset: Path | None, *, train_head: bool) -> None:
+    """Refuse half a task, before adapters are looked for on the Hub."""
+    if (model is None) != (dataset is None):
+        raise EigenPeftError("Pass both --model and --dataset: the gradient of a new task needs the two of them.")
+    if train_head and model is None:
+        raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
+    if dataset is not None:
+        import_module("eigenpeft.cli.rows").check_there(dataset)
+
+
+def _write(report: AuditReport, plot: Path | None, html: Path | None, *, overwrite: bool) -> None:
+    if plot is not None:
+        plot_audit(report, plot, overwrite=overwrite)
+    if html is not None:
+        write_page(report, html, overwrite=overwrite)
 
 
 def _show(report: AuditReport, adapters: list[str]) -> None:

@@ -26,46 +26,50 @@ from eigenpeft.cli.rows import check_there, without_load_reports
 from eigenpeft.cli.tasks import Columns, load_new_task
 from eigenpeft.cli.training.recycle_table import result_text, scales_text, trials_table
 from eigenpeft.collection import AdapterCollection
-from eigenpeft.recycling import CANDIDATES
+from eigenpeft.recycling import CANDIDATES, RecycleReport
 from eigenpeft.recycling import recycle as run_recycle
 from eigenpeft.report.markup import escape
+
+Dataset = Annotated[
+    Path,
+    typer.Option(
+        help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text and label; or text, "
+        "messages, or prompt and completion."
+    ),
+]
+Test = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rows like those of --dataset, used for nothing but a score at the end: of the result, a fresh LoRA and the "
+        "head alone."
+    ),
+]
+HeadLearningRate = Annotated[float, typer.Option(help="Peak learning rate of a new head beside an adapter.")]
+Candidate = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
+]
+Budget = Annotated[
+    float,
+    typer.Option(help="Cost of the search in trainings of --max-steps; more reaches more candidates and rates."),
+]
 
 
 @app.command("recycle")
 def recycle_command(
     adapters: Adapters,
     model: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    dataset: Annotated[
-        Path,
-        typer.Option(
-            help="Rows of the new task: .jsonl, .csv, .parquet or a folder saved by datasets, with text and label; or text, "
-            "messages, or prompt and completion."
-        ),
-    ],
+    dataset: Dataset,
     out: Out,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
-    test: Annotated[
-        Path | None,
-        typer.Option(
-            help="Rows like those of --dataset, used for nothing but a score at the end: of the result, a fresh LoRA and the "
-            "head alone."
-        ),
-    ] = None,
+    test: Test = None,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
-    head_learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of a new head beside an adapter.")
-    ] = 3e-2,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
-    ] = None,
-    budget: Annotated[
-        float,
-        typer.Option(help="Cost of the search in trainings of --max-steps; more reaches more candidates and rates."),
-    ] = 3.0,
+    head_learning_rate: HeadLearningRate = 3e-2,
+    candidate: Candidate = None,
+    budget: Budget = 3.0,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no new trial starts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     allow_different_base_models: AllowDifferentBaseModels = False,
@@ -116,7 +120,11 @@ def recycle_command(
         )
     if as_json:
         print_json(report.to_dict())
-        return
+    else:
+        _show(report, out)
+
+
+def _show(report: RecycleReport, out: Path) -> None:
     if not report.is_at_chance:  # an order would be read as a finding
         console.print(trials_table(report))
     if (scales := scales_text(report)) is not None:
