@@ -85,7 +85,7 @@ def recipe(text):
 BAD = {
     "no such folder": (["nowhere"], None, "nowhere"),
     "nothing named": ([], None, "Name adapters, or a --recipe"),
-    "unknown method": (["adapters", "--method", "average"], None, "method='average' is unknown"),
+    "unknown method": (["adapters", "--method", "average"], None, "--method average is unknown"),
     "density out of range": (["adapters", "--method", "ties", "--option", "density=2"], None, "density=2"),
     "density that is no number": (
         ["adapters", "--method", "ties", "--option", "density=much"],
@@ -100,8 +100,8 @@ BAD = {
     "an option without a value": (["adapters", "--option", "density"], None, "must be written NAME=VALUE"),
     "weight of nobody": (["adapters", "--weight", "nobody=1"], None, "['nobody'] are not among them"),
     "weight that is no number": (["adapters", "--weight", "adapter-0=big"], None, "'big' must be a number"),
-    "rank above what is there": (["adapters", "--rank", "500"], None, "rank=500 is too large"),
-    "rank of zero": (["adapters", "--rank", "0"], None, "rank=0 must be None or a whole number"),
+    "rank above what is there": (["adapters", "--rank", "500"], None, "--rank 500 is too large"),
+    "rank of zero": (["adapters", "--rank", "0"], None, "--rank 0 must be None or a whole number"),
     "scale that is no number": (["adapters", "--scale", "much"], None, "--scale 'much' must be a number"),
     "scales without rows": (["adapters", "--scale", "0.1,0.2"], None, "several scales and a score"),
     "regmean without statistics": (["adapters", "--method", "regmean"], None, "needs statistics of each task's inputs"),
@@ -110,7 +110,7 @@ BAD = {
         None,
         "No statistics can be read",
     ),
-    "head of nobody": (["adapters", "--head", "adapter-0"], None, "head='adapter-0' is not one of []"),
+    "head of nobody": (["adapters", "--head", "adapter-0"], None, "--head adapter-0 is not one of []"),
     "DoRA": (
         ["adapters"],
         lambda tmp: write_adapter(tmp / "adapters" / "dora", random_factors(), use_dora=True),
