@@ -5,6 +5,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from eigenpeft.artifacts.reading import read_json
+from eigenpeft.collection.formats.labels import LABELS_NAME, label_file, label_names
 from eigenpeft.tuners.files.export import contents_of_model
 from eigenpeft.tuners.files.lora_files import CONFIG_NAME, WEIGHTS_NAME, write_lora
 
@@ -13,7 +14,7 @@ def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card
     """Write a plain LoRA: the update of the trained adapter, and the merged start where there is one (their ranks add up).
 
     Args:
-        model: The trained model; its head is written too.
+        model: The trained model; its head is written too, and the names of its labels where its configuration has some.
         folder: Folder to make.
         base_model: Name that the adapter's config gets.
         card: Text of README.md; `write_lora` adds its section.
@@ -22,12 +23,14 @@ def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
     """
     updates, fields, others = contents_of_model(model, "default")
+    names = label_names(model.get_base_model().config)
+    labels = {LABELS_NAME: label_file(names)} if names else {}
     write_lora(
         folder,
         updates,
         {**fields, "base_model_name_or_path": base_model},
         others,
-        files={"README.md": card.encode()},
+        files={"README.md": card.encode(), **labels},
         overwrite=True,
     )
 

@@ -87,6 +87,7 @@ def test_a_classifier(run, classifier, tmp_path, capsys):
         expected = adapted(**found["tokenizer"](["a text"], return_tensors="pt")).logits
     torch.testing.assert_close(found["logits"], expected)
     assert found["labels"] == ["no", "yes"]
+    assert json.loads((adapter / "labels.json").read_text()) == {"id2label": {"0": "no", "1": "yes"}}
     assert capsys.readouterr().out.strip() in found["labels"]
 
 
