@@ -146,6 +146,14 @@ class RecycleReport:
         share = self.majority or 0.0
         return 2 * (share * (1 - share) / self.n_held_out) ** 0.5
 
+    def is_ranked(self, trial: Trial) -> bool:
+        """Whether a trial is one of the rounds; the others were for λ of the merged start.
+
+        Args:
+            trial: One of `trials`.
+        """
+        return trial.candidate not in self.skipped and trial.candidate in (self.candidates or (trial.candidate,))
+
     @property
     def decisive(self) -> Trial:
         """The winner's last trial, which the choice rests on."""
@@ -189,7 +197,7 @@ class RecycleReport:
                 f"(max_steps, --max-steps; the last round had {longest}). {self.winner} was trained on all "
                 f"{self.n_train + self.n_held_out} rows nevertheless.{early}"
             )
-        best, tried = self.decisive, {trial.candidate for trial in self.trials} - set(self.skipped)
+        best, tried = self.decisive, {trial.candidate for trial in self.trials if self.is_ranked(trial)}
         beside = "no fresh LoRA r 8 was tried beside it"
         lead = "" if self.lead is None else f"by {self.lead[0]:.3f} ± {self.lead[1]:.3f} of the loss on the same rows"
         if self.winner == "lora_r8" and self.rival in (None, "lora_r8"):  # the same at another rate is no rival

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from eigenpeft.recycling import RecycleReport, Trial
@@ -15,13 +16,18 @@ def trials_table(report: RecycleReport) -> Table:
         report: Of a run.
     """
     is_classifier = report.majority is not None
-    table = Table(title=f"Scores on {report.n_held_out} held-out rows (*: the winner)")
-    scores = ("held-out loss", *(("accuracy",) if is_classifier else ()))
-    for title in ("", "candidate", "learning rate", "trained values", "steps", *scores, "seconds"):
-        table.add_column(title, justify="left" if title in ("", "candidate") else "right")
+    table = Table(
+        title=f"Scores on {report.n_held_out} held-out rows (*: the winner; trained: values beside the head)",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    scores = ("loss", *(("accuracy",) if is_classifier else ()))
+    for title in ("", "candidate", "rate", "trained", "steps", *scores, "seconds"):
+        is_name = title in ("", "candidate")
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=True)
     winner, ranked = report.decisive, _ranked(report)
     for trial, seconds in ranked:
-        shown = trial.candidate if trial.scale is None else f"{trial.candidate}, λ = {trial.scale:g}"
+        shown = trial.candidate if trial.scale is None else f"{trial.candidate}, λ {trial.scale:g}"
         figures = [f"{trial.loss:.3f}", *([f"{trial.score:.3f}"] if is_classifier else [])]
         row = [shown, f"{trial.learning_rate:g}", f"{trial.numbers:,}", f"{trial.steps}", *figures, f"{seconds:.0f}"]
         is_winner = trial == winner
@@ -33,7 +39,7 @@ def _ranked(report: RecycleReport) -> list[tuple[Trial, float]]:
     """The longest trial of each candidate at each rate, and the seconds of all of its trials."""
     of: dict[tuple[object, ...], list[Trial]] = {}
     for trial in report.trials:
-        if trial.candidate not in report.skipped:
+        if report.is_ranked(trial):
             of.setdefault((trial.candidate, trial.learning_rate, trial.scale, trial.nearest), []).append(trial)
     longest = [(max(own, key=lambda trial: trial.steps), sum(trial.seconds for trial in own)) for own in of.values()]
     return sorted(longest, key=lambda pair: (-pair[0].steps, pair[0].loss))
@@ -45,7 +51,7 @@ def scales_text(report: RecycleReport) -> str | None:
     Args:
         report: Of a run.
     """
-    tried = [trial for trial in report.trials if trial.candidate in report.skipped and trial.scale is not None]
+    tried = [trial for trial in report.trials if not report.is_ranked(trial) and trial.scale is not None]
     if not tried:
         return None
     best = min(tried, key=lambda trial: trial.loss)
