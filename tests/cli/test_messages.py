@@ -1,9 +1,13 @@
-"""Errors name the options of the command that was typed, in the place of Python's arguments."""
+"""Errors name the options of the command that was typed, in the place of Python's arguments; JSON on stdout is JSON."""
+
+import json
+import math
 
 import click
 import pytest
 
 from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft.cli.app import print_json
 from eigenpeft.cli.messages import as_options
 
 PROGRAM = click.Group(
@@ -87,3 +91,8 @@ def test_a_store_is_replaced_by_one_in_other_bases(run, folder):
     told = run("store", "rebase", "store-subspace", "subspace", "--out", "moved", "--overwrite")
     assert (told.code, told.err) == (0, "")
     assert "adapter-1" in run("store", "list", "moved").out
+
+
+def test_json_has_null_for_what_is_not_finite(capsys):
+    print_json({"loss": [math.inf, 1.5], "lead": (math.nan, 2)})
+    assert json.loads(capsys.readouterr().out) == {"loss": [None, 1.5], "lead": [None, 2]}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import signal
 import sys
@@ -203,6 +204,14 @@ def print_json(value: Any) -> None:
     """JSON on stdout, as it is: rich would wrap and colour what another program is to parse.
 
     Args:
-        value: JSON-able.
+        value: JSON-able; infinite numbers and NaN, which JSON has not, are written as null.
     """
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
