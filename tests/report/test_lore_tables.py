@@ -6,6 +6,7 @@ from rich.console import Console
 
 from eigenpeft.report.lore_tables import accuracy_table, candidate_table, few_shot_table
 from eigenpeft.reward import LoReFitter, SimulatedUsers, evaluate_lore
+from eigenpeft.reward.evaluation.verdict import FEW_USERS
 
 SETTINGS = {"n_basis": (1, 3), "deviation_scale": (1.0, 2.0)}
 
@@ -79,4 +80,8 @@ def test_one_shared_head_stands_beside_the_best_basis_above_one(alike):
     assert "+0.000 [+0.000, +0.000]" not in gains
     seen = found.best_personal.gain_over_shared["seen users, new prompts"]
     assert f"{seen.mean:+.3f} [{seen.low:+.3f}, {seen.high:+.3f}]" in gains
-    assert "LoRe, basis of 3" in shown(few_shot_table(found))
+    table = shown(few_shot_table(found))
+    assert "LoRe, basis of 3" in table
+    asked = found.best_personal.few_shot_gain[2].n_users
+    assert f"│ {asked} │" in " ".join(table.split())
+    assert ("too few users" in table) == ("give more of each user" in " ".join(table.split())) == (asked < FEW_USERS)

@@ -43,6 +43,7 @@ def text(tmp_path, backbone, tokenizer):
             "user_id": i % 3,
         }
         for i in range(24)
+        if i % 5 != 5 - i % 4  # a tie is refused
     ]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "ada.jsonl").write_text("\n".join(json.dumps({**row, "user_id": "ada"}) for row in rows[:4]))

@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from eigenpeft.reward import LoReEvaluation, LoReFitter
+from eigenpeft.reward.evaluation.verdict import FEW_USERS
 from eigenpeft.reward.fitting.selection import lowest_loss
 
 _RULE = (
@@ -87,13 +88,24 @@ def few_shot_table(found: LoReEvaluation) -> Table:
     """
     judged = found.best_personal or found
     table = Table(title=f"New users by number of comparisons, on new {found.held_out}")
-    for title in ("comparisons", "shared head", f"LoRe, basis of {judged.n_basis}", "gain over its population"):
+    for title in (
+        "comparisons",
+        "users",
+        "shared head",
+        f"LoRe, basis of {judged.n_basis}",
+        "gain over its population",
+    ):
         table.add_column(title, justify="right")
     for n, gain in judged.few_shot_gain.items():
         table.add_row(
             str(n),
+            str(gain.n_users),
             f"{judged.few_shot['shared head'][n].mean:.3f}",
             f"{judged.few_shot['LoRe'][n].mean:.3f}",
-            f"{gain.mean:+.3f} \\[{gain.low:+.3f}, {gain.high:+.3f}]",
+            "too few users" if gain.n_users < FEW_USERS else f"{gain.mean:+.3f} \\[{gain.low:+.3f}, {gain.high:+.3f}]",
+        )
+    if any(gain.n_users < FEW_USERS for gain in judged.few_shot_gain.values()):
+        table.caption = (
+            "Only new users who keep as many comparisons as the last line asks are in it: give more of each user."
         )
     return table

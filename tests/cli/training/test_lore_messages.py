@@ -43,6 +43,7 @@ def made(tmp_path_factory):
     write(folder / "mixed.jsonl", [texts[0] | {"prompt": "a"}, texts[1] | {"prompt": "a"}])
     write(folder / "ratings.jsonl", [{"user_id": "ada", "joke_id": 3, "rating": 4.5}])
     (folder / "tabs.csv").write_text("user_id\tjoke_id\trating\nada\t3\t4.5\n")
+    write(folder / "tied.jsonl", [texts[0], texts[1] | {"rejected": texts[1]["chosen"]}])
     write(folder / "renamed.jsonl", [{"good": "yes", "rejected": "no", "who": "ada"}])
     write(
         folder / "answers.jsonl", [{"completion": "yes", "user_id": "user-1"}, {"completion": "no", "user_id": "eve"}]
@@ -97,6 +98,7 @@ def lore(run, made, tmp_path, monkeypatch):
         ]),
         (("fit", "features.jsonl", "--out", "x", "--n-components", 99), ["--n-components 99 must be from 1 to the 6 features"]),
         (("evaluate", "text.jsonl", "--model", "encoder", "--n-basis", "lots"), ["--n-basis 'lots' must be a whole number"]),
+        (("add-user", "t", "user-1", "tied.jsonl"), ["Row 1 of ", "has the same in 'chosen' and 'rejected'", "Leave ties out."]),
         (("add-user", "f", "ada", "text.jsonl"), ["has no comparisons of 'ada' in its column 'user_id', which names 3 users"]),
         (("add-user", "f", "user-1", "text.jsonl"), ["was fitted on features and has no backbone", "`eigenpeft lore fit --model`"]),
         (("add-user", "t", "user-1", "features.jsonl"), ["of width 6 do not fit a basis of width 8; embed the texts with"]),

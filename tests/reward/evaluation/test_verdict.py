@@ -29,6 +29,11 @@ def said(known, new, *, users=(40, 20), n_basis=3, chosen=3, other=(0.06, 0.14))
         ),
         ((-0.01, 0.03), (-0.01, 0.05), "Unknown whether personalisation pays on this data: the intervals hold zero"),
         ((-0.01, 0.005), (-0.02, 0.009), "Personalisation does not pay on this data: the intervals leave no gain"),
+        (
+            (-0.04, -0.01),
+            (-0.02, 0.03),
+            "Unknown whether personalisation pays on this data: for known users it predicts worse than one shared",
+        ),
     ],
 )
 def test_gains_and_their_intervals(known, new, start):
@@ -36,12 +41,13 @@ def test_gains_and_their_intervals(known, new, start):
     assert text.startswith(start)
     assert "for 40 known users and" in text
     assert "for 20 new users" in text
-    assert text.endswith(" For known users 'head per user' is ahead of LoRe by +10.0 points [+6.0, +14.0].")
+    assert " For known users 'head per user' is ahead of LoRe by +10.0 points [+6.0, +14.0]." in text
+    assert text.endswith("so try two more before you rely on it.")
 
 
 def test_another_way_that_is_ahead_has_its_interval_too():
-    assert said((0.01, 0.03), (0.01, 0.05), other=(-0.02, 0.06)).endswith(
-        "'head per user' is ahead of LoRe by +2.0 points [-2.0, +6.0], which may be chance."
+    assert "'head per user' is ahead of LoRe by +2.0 points [-2.0, +6.0], which may be chance." in said(
+        (0.01, 0.03), (0.01, 0.05), other=(-0.02, 0.06)
     )
     assert "head per user" not in said((0.01, 0.03), (0.01, 0.05), other=(-0.06, 0.06))
 

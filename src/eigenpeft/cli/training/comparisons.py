@@ -58,6 +58,7 @@ def read_comparisons(
     if user is not None and user_column not in table.column_names:
         table = table.add_column(user_column, [user] * len(table))  # pyright: ignore[reportCallIssue]
     _check_columns(table, user_column, prompt_column, path)
+    _check_sides(table, path)
     if user is not None:
         rows = [row for row, name in enumerate(table[user_column]) if str(name) == user]
         if not rows:
@@ -162,6 +163,19 @@ def _check_texts(table: Any, path: Path) -> None:
                     f"Row {row} of {str(path)!r} has a prompt of {_kind(prompt)} and {side} of {_kind(value)}; both must be text, "
                     "or both lists of messages."
                 )
+
+
+def _check_sides(table: Any, path: Path) -> None:
+    """A row whose two sides are equal prefers nothing."""
+    equal = [
+        row for row, sides in enumerate(zip(table["chosen"], table["rejected"], strict=True)) if sides[0] == sides[1]
+    ]
+    if equal:
+        more = f" and {len(equal) - 1:,} more" if len(equal) > 1 else ""
+        raise RewardModelError(
+            f"Row {equal[0]}{more} of {str(path)!r} has the same in 'chosen' and 'rejected', which says nothing of what a user "
+            "prefers. Leave ties out."
+        )
 
 
 def _kind(value: Any) -> str:

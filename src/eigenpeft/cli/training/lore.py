@@ -137,10 +137,13 @@ def add_user(
             }
         )
         return
-    weights = ", ".join(f"{weight:.2f}" for weight in found.weights.tolist())
+    weights, common = (
+        ", ".join(f"{weight:.2f}" for weight in each.tolist()) for each in (found.weights, model.population_weights)
+    )
     anew = ", which was known and is fitted anew" if known else ""
     console.print(
-        f"{escape(user)}{anew}: weights {weights} from {found.n_pairs} comparisons; {len(model.users)} users now."
+        f"{escape(user)}{anew}: weights {weights} from {found.n_pairs} comparisons (of a user who gave none: {common}); "
+        f"{len(model.users)} users now."
     )
     if model.n_basis == 1:
         console.print(ALL_ALIKE)

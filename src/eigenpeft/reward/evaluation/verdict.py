@@ -6,6 +6,10 @@ from eigenpeft.reward.evaluation.intervals import Share
 FEW_USERS = 10
 # A difference worth a word: a control that is ahead by so much is named, and a gain that is surely below does not pay.
 CLEARLY = 0.01
+_ANOTHER_SEED = (
+    "These intervals are over the users of one split: another seed leaves out other users and texts and may say otherwise, so try "
+    "two more before you rely on it."
+)
 
 
 def verdict(
@@ -42,7 +46,7 @@ def verdict(
     )
     return (
         f"{_answer(n_basis, chosen, known, new)} Judged on what was held out (by {split}{unused}), against the better of two "
-        f"heads for everybody, with {basis}: {gained} (95 % intervals over users).{same}{_better_control(*other)}"
+        f"heads for everybody, with {basis}: {gained} (95 % intervals over users).{same}{_better_control(*other)} {_ANOTHER_SEED}"
     )
 
 
@@ -75,6 +79,14 @@ def _answer(n_basis: int, chosen: int, known: Share, new: Share) -> str:
     if max(known.high, new.high) < CLEARLY:
         return "Personalisation does not pay on this data: the intervals leave no gain of a point." + (
             " The fit chose one shared head, the same for all users." if chosen == 1 else ""
+        )
+    worse = [who for share, who in ((known, "known"), (new, "new")) if share.high < 0]
+    if worse:
+        (other,) = {"known", "new"} - set(worse)  # both below zero would not pay
+        return (
+            f"Unknown whether personalisation pays on this data: for {worse[0]} users it predicts worse than one shared head, and "
+            f"for {other} users a gain of a point or more is possible. Stay with one shared head, or collect comparisons of more "
+            "users."
         )
     found = (
         "no personalisation was found that surely predicts better than one shared head, which the fit chose, but the"
