@@ -283,3 +283,28 @@ def test_the_same_again_with_replace_changes_nothing(store, tmp_path):
     store.absorb(tmp_path / "new", share=1.0, replace=True)
     assert {name: store._records.read(name) for name in store} == before
     assert store.subspace.info == info
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_members_that_have_gone_do_not_stop_it(store, made, tmp_path, how):
+    store = AdapterStore.from_pretrained(tmp_path / "store")
+    first, second = store.names[:2]
+    store.add(tmp_path / "new" / "new-1", name="passing")
+    if how == "removed":
+        store.remove("passing")
+    else:
+        store.add(tmp_path / "new" / "new-0", name="passing", replace=True)
+    kept = {name: store._records.read(name) for name in (first, second)}
+    store.absorb(tmp_path / "new" / "new-0", share=1.0)
+    again = AdapterStore.from_pretrained(tmp_path / "store")
+    assert again.names == store.names
+    assert {name: again._records.read(name) for name in kept} == kept
+    assert len(list((tmp_path / "store" / "members").iterdir())) <= len(again.names)
+
+
+def test_a_file_that_no_index_names_stops_it(store, tmp_path):
+    store = AdapterStore.from_pretrained(tmp_path / "store")
+    (tmp_path / "store" / "members" / "0123456789abcdef.shard").write_bytes(b"mine")
+    with pytest.raises(ArtifactError, match="holds files that eigenpeft did not write: members/0123456789abcdef.shard"):
+        store.absorb(tmp_path / "new" / "new-0")
+    assert (tmp_path / "store" / "members" / "0123456789abcdef.shard").read_bytes() == b"mine"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,18 @@ class IndexState:
         size: Bytes of the file that were read: the end of the last whole line.
         check: Hash of the last whole line, which the next one continues.
         head: First line of the file; another one means that the file was written anew.
+        shards: Stems of all shard files that a line names, also of records that have gone since.
     """
 
     places: dict[str, Place] = field(default_factory=dict)
     size: int = 0
     check: str = ""
     head: bytes = b""
+    shards: set[str] = field(default_factory=set)
+
+    def copy(self) -> "IndexState":
+        """One that changes apart from this one."""
+        return replace(self, places=dict(self.places), shards=set(self.shards))
 
 
 def new_index(token: str) -> tuple[bytes, IndexState]:
@@ -67,7 +73,7 @@ def lines_of(changes: list[dict[str, Any]], state: IndexState) -> tuple[bytes, I
         state: Before them; not changed.
     """
     text = b""
-    after = IndexState(dict(state.places), state.size, state.check, state.head)
+    after = state.copy()
     lines = []
     for change in changes:
         body = json.dumps(change, ensure_ascii=False, separators=(",", ":")).encode()
@@ -76,7 +82,7 @@ def lines_of(changes: list[dict[str, Any]], state: IndexState) -> tuple[bytes, I
         if not after.head:
             after.head = lines[0]
         else:
-            _apply(change, after.places)
+            _apply(change, after)
     text = b"".join(lines)
     after.size += len(text)
     return text, after
@@ -99,7 +105,7 @@ def read_index(path: Path, *, known: IndexState | None = None) -> IndexState:
             state = IndexState()
             if known is not None and file.readline() == known.head:
                 file.seek(known.size)
-                state = IndexState(dict(known.places), known.size, known.check, known.head)
+                state = known.copy()
             else:
                 file.seek(0)
             data = file.read()
@@ -119,7 +125,7 @@ def read_index(path: Path, *, known: IndexState | None = None) -> IndexState:
                 _check_head(change)
                 state.head = line
             else:
-                _apply(change, state.places)
+                _apply(change, state)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _altered(path, state, f"{type(error).__name__}: {error}") from error
         state.check, state.size = expected, state.size + len(line)
@@ -134,7 +140,8 @@ def _check_head(change: Any) -> None:
         raise ValueError(f"format {version!r}, and this version of eigenpeft reads {_FORMAT}; upgrade eigenpeft")
 
 
-def _apply(change: dict[str, Any], places: dict[str, Place]) -> None:
+def _apply(change: dict[str, Any], state: IndexState) -> None:
+    places = state.places
     if "add" in change:
         name, place = change["add"], Place(change["shard"], change["start"], change["size"], change["sha256"])
         numbers = place.start, place.size
@@ -143,6 +150,7 @@ def _apply(change: dict[str, Any], places: dict[str, Place]) -> None:
         if not all(type(number) is int and 0 <= number < 1 << 60 for number in numbers):
             raise ValueError(f"a record at {numbers}")
         places[name] = place
+        state.shards.add(place.shard)
     elif "remove" in change:
         del places[change["remove"]]
     elif "rename" in change:

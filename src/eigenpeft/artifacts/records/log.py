@@ -74,6 +74,12 @@ class RecordLog:
         shards = dict.fromkeys(place.shard for place in self._state.places.values())
         return (*(f"{SHARDS}/{shard}{SUFFIX}" for shard in shards), INDEX_NAME)
 
+    def left_over(self) -> tuple[str, ...]:
+        """Paths of the files that lie there still and held records that have gone since: the next `compact` deletes them."""
+        needed = {place.shard for place in self._state.places.values()}
+        gone = (f"{SHARDS}/{shard}{SUFFIX}" for shard in sorted(self._state.shards - needed))
+        return tuple(path for path in gone if (self.folder / path).is_file())
+
     def refresh(self) -> bool:
         """Read what other processes have written since; returns whether there was anything.
 

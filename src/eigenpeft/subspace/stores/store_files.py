@@ -249,7 +249,7 @@ def _claim(folder: Path, lock: str) -> None:
         log = RecordLog(folder)
         for name in log.names:
             log.read(name)
-        names = (lock, *log.files())
+        names = (lock, *log.files(), *log.left_over())
     files = {name: hashes for name, hashes in manifest.files.items() if (folder / name).is_file()}
     files |= {name: (file_sha256(folder / name),) for name in names if (folder / name).is_file()}
     write_manifest(folder, Manifest(manifest.kind, files))
