@@ -50,7 +50,8 @@ def readme(*, base: str, adapter: str, config: Any, task_type: str | None, text:
         base=base, adapter=adapter, labels=labels, where="or wherever they lie now"
     )
     serving = (
-        "## How to keep it in a store\n\nBeside the adapters of other tasks, a few numbers each: "
-        f"`eigenpeft store add STORE {adapter} --name NAME`\n"
+        "## How to keep it in a store\n\nBeside the adapters of other tasks, in bases that grow by what they lack of it: "
+        f"`eigenpeft store absorb STORE {adapter}`. `eigenpeft store add` keeps only what the store's bases hold, and says how "
+        "much that is.\n"
     )
     return f"# A LoRA adapter, chosen by `eigenpeft recycle`\n\n{text}\n\n## How to load it\n\n{lines}\n\n{serving}"

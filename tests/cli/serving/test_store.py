@@ -100,6 +100,18 @@ def test_a_card_that_was_edited_by_hand_stays(run, folder):
     assert "README.md of store was edited by hand and stays as it is" in told.out
 
 
+def test_add_warns_of_an_adapter_that_the_bases_do_not_hold(run, folder):
+    write_adapter(folder / "new", random_factors(rank=2, seed=9))
+    shown = " ".join(run("store", "add", "store", "adapters", "new", "--subspace", "subspace").out.split())
+    assert "new may not do what it did: the store's bases hold " in shown
+    assert "`eigenpeft store absorb store ADAPTER --replace`" in shown
+    assert shown.count("may not do") == 1
+    run("store", "absorb", "store", "new", "--replace", "--share", "1")
+    assert AdapterStore.from_pretrained("store")["new"].relative_errors == pytest.approx(
+        dict.fromkeys(AdapterStore.from_pretrained("store")["new"].relative_errors, 0.0), abs=1e-3
+    )
+
+
 def test_absorb_says_what_grew_and_what_was_lost(run, folder):
     run("store", "add", "store", "adapters", "--subspace", "subspace")
     shutil.copytree("store", "bounded")

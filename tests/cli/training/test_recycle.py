@@ -80,8 +80,8 @@ def test_a_classifier(run, classifier, tmp_path, capsys):
     size = (tmp_path / "out" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert f"a plain LoRA of rank {report['rank']}, {size / 1e6:.1f} MB" in shown.out
     adapter = tmp_path / "out" / "adapter"
-    assert f"eigenpeft store add STORE {adapter} --name NAME" in shown.out
-    assert f"`eigenpeft store add STORE {adapter} --name NAME`" in (adapter / "README.md").read_text()
+    assert f"eigenpeft store absorb STORE {tmp_path / 'out'}" in " ".join(shown.out.split())
+    assert f"`eigenpeft store absorb STORE {adapter}`" in (adapter / "README.md").read_text()
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2, ignore_mismatched_sizes=True)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
     lines = re.search(r"```python\n(.+?)```", (tmp_path / "out" / "adapter" / "README.md").read_text(), re.S)

@@ -24,12 +24,16 @@ def test_names_are_those_of_the_configuration_in_order(config, names):
     assert label_names(config) == names
 
 
-def test_they_are_read_from_either_file(tmp_path):
+def test_they_are_read_from_either_file(tmp_path, caplog):
     assert labels_of(tmp_path) is None
     BertConfig(id2label={0: "a", 1: "b"}).save_pretrained(tmp_path)
     assert labels_of(tmp_path) == ["a", "b"]
     (tmp_path / "labels.json").write_bytes(label_file(["ä", "|"]))
     assert labels_of(tmp_path) == ["ä", "|"]
-    (tmp_path / "labels.json").write_text("{")
-    assert labels_of(tmp_path) == ["a", "b"]
+    assert not caplog.records
+    for other in ("{", '["a", "b"]', '{"0": "a", "1": "b"}'):
+        (tmp_path / "labels.json").write_text(other)
+        assert labels_of(tmp_path) == ["a", "b"]
+        assert "does not name labels" in caplog.messages[-1]
+        assert 'write {"id2label": {"0": "first"' in caplog.messages[-1]
     assert json.loads(label_file(["x"])) == {"id2label": {"0": "x"}}

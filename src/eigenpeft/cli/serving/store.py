@@ -33,6 +33,7 @@ store_app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 
+_MUCH_LOST = 0.5  # mean error above which a member is warned of: a quarter of its squared norm is gone
 _MOST_READ = 1000  # members that are read for the size of the whole store
 Store = Annotated[str, typer.Argument(help="Folder of a store.")]
 
@@ -85,6 +86,13 @@ def add(
     console.print(f"Added {len(added)} to {escape(store)}, which has {len(opened)} adapters now.")
     if sizes:
         console.print(sizes_text(sizes, n_adapters=len(opened)))
+    for own, summary in added.items():
+        if (error := summary["mean_error"]) is not None and error > _MUCH_LOST:
+            console.print(
+                f"{escape(own)} may not do what it did: the store's bases hold {1 - error**2:.0%} of its update (mean error "
+                f"{error:.2f}). `eigenpeft store absorb {escape(store)} ADAPTER --replace` lets the bases grow by what they lack; "
+                "the other adapters stay as they are."
+            )
 
 
 @store_app.command("list")

@@ -71,5 +71,6 @@ def result_text(report: RecycleReport, out: Path) -> str:
     start = "" if report.decisive.scale is None else " (the ranks of the merged start and of what was trained add up)"
     return (
         f"Wrote {adapter}: a plain LoRA{size}{start}. Its README.md has the lines that load it; all figures are in "
-        f"{out / 'report.json'}.\nTo keep it in a store: eigenpeft store add STORE {adapter} --name NAME"
+        f"{out / 'report.json'}.\nTo keep it in a store, whose bases grow by what they lack of it: "
+        f"eigenpeft store absorb STORE {out}"
     )

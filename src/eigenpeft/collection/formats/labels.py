@@ -1,6 +1,7 @@
 """Names of a classifier's labels, in a file beside its adapter: adapter_config.json has no place for them."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from eigenpeft.artifacts.reading import read_json
 
 LABELS_NAME = "labels.json"
+_logger = logging.getLogger(__name__)
+_FORMAT = 'write {"id2label": {"0": "first", "1": "second"}} with a name for every class, or delete it'
 _MODEL_CONFIG = "config.json"  # what `model.config.save_pretrained` writes
 
 
@@ -34,16 +37,23 @@ def label_names(config: Any) -> list[str] | None:
 def labels_of(folder: Path) -> list[str] | None:
     """The names of an adapter's labels, from labels.json or a model's config.json beside it; None if neither says.
 
+    A labels.json of another form is passed over with a warning.
+
     Args:
         folder: Folder of the adapter.
     """
     for name in (LABELS_NAME, _MODEL_CONFIG):
         try:
-            found = label_names(read_json(folder / name))
-        except (OSError, ValueError):
+            content = read_json(folder / name)
+        except FileNotFoundError:
             continue
-        if found:
+        except (OSError, ValueError) as error:
+            content = error
+        if found := label_names(content):
             return found
+        if name == LABELS_NAME:
+            reason = f" ({content})" if isinstance(content, Exception) else ""
+            _logger.warning("%s does not name labels%s and is passed over; %s.", folder / name, reason, _FORMAT)
     return None
 
 
