@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from eigenpeft import AdapterCollection
 from eigenpeft.errors import ArtifactError, EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
+from eigenpeft.recycling.report import Tested, _beside_fresh
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.training import judge
 from tests.factories import random_factors, tiny_bert, tiny_llama, write_adapter
@@ -164,8 +165,31 @@ def test_test_rows_are_for_scores_alone(adapters, tmp_path):
     assert (report.n_test, report.n_test_seen) == (11, 2)
     assert "On 11 test rows, used for nothing else, accuracy ± standard error over rows: the result" in report.text
     assert "2 of the test rows are among the training rows too" in report.text
+    (fresh,) = (each for each in report.tested[1:] if each.name == "lora_r8") if report.winner != "lora_r8" else (None,)
+    if fresh is not None:
+        assert (
+            f"(the result is {'ahead' if fresh.lead[0] >= 0 else 'behind'} by {abs(fresh.lead[0]):.3f} ± "
+            in report.text
+        )
     saved = json.loads((tmp_path / "tested" / "out" / "report.json").read_text())
     assert RecycleReport.from_dict(saved) == report
+
+
+@pytest.mark.parametrize(
+    ("lead", "said"),
+    [
+        ((0.05, 0.02), "recycling was ahead by more than two standard errors, with this one seed."),
+        ((-0.05, 0.02), "a fresh LoRA was ahead by more than two standard errors, with this one seed."),
+        ((-0.048, 0.05), "recycling did not surely beat a fresh LoRA, nor the other way round"),
+        ((0.02, None), ""),
+    ],
+)
+def test_the_test_rows_end_in_a_sentence_about_a_fresh_lora(lead, said):
+    own = Tested("merged_head", 1e-2, -0.674, 0.17, 0.674)
+    text = _beside_fresh((own, Tested("lora_r8", 1e-2, -0.626, 0.127, 0.626, lead)))
+    assert text.removeprefix(" There ").startswith(said)
+    assert bool(text) == bool(said)
+    assert _beside_fresh((own,)) == ""
 
 
 def test_candidates_that_the_budget_does_not_reach_are_named(adapters, tmp_path):

@@ -3,17 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
-CORE_NAMES = {"full": "full", "diagonal": "paired"}
-"""What tables call the cores of the first answer: K² numbers per module, or K on paired directions."""
+CORE_NAMES = {"full": "full", "diagonal": "paired", "truncated": "none: each LoRA cut to rank K"}
+"""What tables call the cores of the first answer: K² numbers per module, K on paired directions, or the control."""
 
 
 @dataclass(frozen=True)
 class CompressRow:
-    """One way to keep these adapters in a subspace that is fitted to all of them.
+    """One way to keep these adapters in fewer numbers.
 
     Attributes:
-        core: "full" (K² numbers per module) on balanced bases, or "diagonal" (K) on paired directions.
-        n_components: K.
+        core: "full" (K² numbers per module) on balanced bases, or "diagonal" (K) on paired directions; or "truncated", the control
+            without a subspace: each LoRA cut to a lower rank on its own.
+        n_components: K, or that rank.
         numbers: Per adapter, over all modules.
         kept: Share of ‖ΔW‖², mean over modules.
         error: Relative error of ΔW, `sqrt(1 - kept)`.

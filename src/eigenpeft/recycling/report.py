@@ -1,6 +1,6 @@
 """What `recycle` tried and found, as frozen plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,14 +176,17 @@ class RecycleReport:
         if not self.tested:
             return ""
         parts = []
+        is_loss = self.majority is None
         for number, each in enumerate(self.tested):
-            lead = "" if each.lead is None else f" (the result is ahead by {_with_error(*each.lead, sign='+')})"
             name = "a fresh LoRA r 8" if each.name == "lora_r8" else f"the {each.name}"
             name = name if number else f"the result ({each.name})"
-            parts.append(f"{name} {_with_error(each.score, each.error)}{lead}")
-        what = "minus the loss" if self.majority is None else "accuracy"
+            parts.append(f"{name} {_with_error(-each.score if is_loss else each.score, each.error)}{_compared(each)}")
+        what = "loss" if is_loss else "accuracy"
         seen = f" {self.n_test_seen} of the test rows are among the training rows too." if self.n_test_seen else ""
-        return f"On {self.n_test} test rows, used for nothing else, {what} ± standard error over rows: {', '.join(parts)}.{seen}"
+        return (
+            f"On {self.n_test} test rows, used for nothing else, {what} ± standard error over rows: {', '.join(parts)}."
+            f"{_beside_fresh(self.tested)}{seen}"
+        )
 
     @property
     def _choice(self) -> str:
@@ -241,3 +244,21 @@ class RecycleReport:
             return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error
+
+
+def _compared(each: Tested) -> str:
+    """How far the result is ahead of one of the others, or behind."""
+    if each.lead is None:
+        return ""
+    lead, error = each.lead
+    return f" (the result is {'ahead' if lead >= 0 else 'behind'} by {_with_error(abs(lead), error)})"
+
+
+def _beside_fresh(tested: Sequence[Tested]) -> str:
+    """What the test rows say of recycling, in a sentence; nothing where a fresh LoRA was not beside it."""
+    lead, error = next((each.lead for each in tested if each.name == "lora_r8" and each.lead), (None, None))
+    if lead is None or error is None:
+        return ""
+    if abs(lead) <= 2 * error:
+        return " There recycling did not surely beat a fresh LoRA, nor the other way round: that is within two standard errors."
+    return f" There {'recycling' if lead > 0 else 'a fresh LoRA'} was ahead by more than two standard errors, with this one seed."

@@ -184,13 +184,17 @@ def _compress(axes, report: AuditReport) -> None:
     by_core: dict[str, list[CompressRow]] = {}
     for row in rows:
         by_core.setdefault(row.core, []).append(row)
-    for core, color in (("full", "tab:blue"), ("diagonal", "tab:orange")):
+    for core, color in (("full", "tab:blue"), ("diagonal", "tab:orange"), ("truncated", "tab:grey")):
         own = by_core.get(core, [])
-        label = f"core {CORE_NAMES[core]}"
+        label = "each LoRA cut to a lower rank" if core == "truncated" else f"core {CORE_NAMES[core]}"
         axes.plot([row.numbers for row in own], [row.error for row in own], color=color, marker="o", label=label)
     for row in rows:
         axes.annotate(
-            f"K {row.n_components}", (row.numbers, row.error), xytext=(4, 4), textcoords="offset points", fontsize=7
+            f"{'r' if row.core == 'truncated' else 'K'} {row.n_components}",
+            (row.numbers, row.error),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=7,
         )
     axes.axvline(report.compress.lora_numbers, color="tab:grey", linestyle=":", label="one plain LoRA")
     axes.set(xlabel="numbers per adapter", ylabel="error of ΔW", xscale="log", ylim=(0, 1.02))

@@ -100,6 +100,14 @@ def test_a_card_that_was_edited_by_hand_stays(run, folder):
     assert "README.md of store was edited by hand and stays as it is" in told.out
 
 
+def test_add_to_a_store_that_is_not_there_names_what_makes_one(run, folder):
+    told = run("store", "add", "store", "adapters")
+    assert (told.code, "There is no store 'store' yet; --subspace FOLDER makes one" in " ".join(told.err.split())) == (
+        1,
+        True,
+    )
+
+
 def test_add_warns_of_an_adapter_that_the_bases_do_not_hold(run, folder):
     write_adapter(folder / "new", random_factors(rank=2, seed=9))
     shown = " ".join(run("store", "add", "store", "adapters", "new", "--subspace", "subspace").out.split())

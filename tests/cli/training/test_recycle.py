@@ -140,7 +140,7 @@ def test_a_language_model(run, tmp_path):
     best = RecycleReport.from_dict(report).decisive
     assert [best.candidate, f"{best.steps}", f"{best.loss:.3f}"] == [marked.split()[i] for i in (1, -3, -2)]
     assert "by the columns prompt, completion." in shown.err
-    assert "On 2 test rows, used for nothing else, minus the loss ± standard error over rows: the result" in shown.out
+    assert "On 2 test rows, used for nothing else, loss ± standard error over rows: the result" in shown.out
     assert report["tested"][-1]["name"] == "base model"
     assert "AutoModelForCausalLM" in (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""The first answer: what error the adapters have in how many numbers, in a subspace fitted to all of them."""
+"""The first answer: what error the adapters have in how many numbers, in a subspace fitted to all of them or cut one by one."""
 
 from collections.abc import Mapping
 
@@ -13,6 +13,7 @@ _HOW = {
     "full": "",
     "diagonal": "--method paired ",
 }
+_ALL_RANKS = 8  # ranks up to here are all shown
 _SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -30,6 +31,7 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     # A number of pairs is shown where every module has as many.
     counts = sorted(set.intersection(*(set(module.paired) for module in measured.values())))
     rows += tuple(_paired_row(measured, n_components, lora_numbers) for n_components in counts)
+    cut = _cut_rows(measured, n_adapters, lora_numbers)
     enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
     each = round(lora_numbers / n_adapters)
     if enough:
@@ -38,10 +40,10 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
             answer="yes",
             text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept:.1%} of "
             f"‖ΔW‖² (an error of {best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of "
-            f"them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, lora_numbers)} Judge one adapter on "
-            "its own task before you throw its LoRA away.",
+            f"them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, lora_numbers)}"
+            f"{_control(best, cut)} Judge one adapter on its own task before you throw its LoRA away.",
             lora_numbers=each,
-            rows=rows,
+            rows=rows + cut,
         )
     nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
     best_found = (
@@ -53,9 +55,9 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     return Compress(
         answer="no",
         text=f"No. {n_adapters} adapters of {each:,} numbers need so many components to keep 95 % of ‖ΔW‖² that nothing is "
-        f"saved. {best_found} More adapters share the cost of the bases: ask again with more.",
+        f"saved. {best_found}{_control(nearest, cut)} More adapters share the cost of the bases: ask again with more.",
         lora_numbers=each,
-        rows=rows,
+        rows=rows + cut,
     )
 
 
@@ -76,6 +78,32 @@ def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, lora_numbers:
         f"To do it: `eigenpeft build ADAPTERS {_HOW[row.core]}-k {row.n_components} --out subspace` and `eigenpeft store add "
         "store ADAPTERS --subspace subspace`, "
         f"which writes {4e-3 * numbers:,.0f} kB for {4e-3 * lora_numbers:,.0f} kB of LoRAs (in float32, beside heads and records)."
+    )
+
+
+def _cut_rows(measured: Mapping[str, ModuleMeasures], n_adapters: int, lora_numbers: int) -> tuple[CompressRow, ...]:
+    """The control: each LoRA cut to a lower rank on its own, which needs no subspace."""
+    rows = []
+    for rank in range(1, max(len(module.truncated) for module in measured.values())):
+        kept = sum(module.truncated[min(rank, len(module.truncated)) - 1] for module in measured.values()) / len(
+            measured
+        )
+        numbers = sum(sum(min(rank, own) for own in module.ranks) * sum(module.shape) for module in measured.values())
+        rows.append(_shown("truncated", rank, round(numbers / n_adapters), kept, numbers / max(lora_numbers, 1)))
+    return tuple(row for row in rows if row.n_components <= _ALL_RANKS or row.n_components in _SHOWN)
+
+
+def _control(best: CompressRow | None, cut: tuple[CompressRow, ...]) -> str:
+    """A sentence where cutting each LoRA alone keeps as much in as little."""
+    enough = KEPT_ENOUGH if best is None else best.kept
+    size = SMALL_ENOUGH if best is None else best.ratio
+    ahead = [row for row in cut if row.kept >= enough and row.ratio <= size]
+    if not ahead:
+        return ""
+    row = min(ahead, key=lambda each: each.ratio)
+    return (
+        f" But no subspace is needed for that: each LoRA cut to rank {row.n_components} on its own keeps {row.kept:.1%} in "
+        f"{row.ratio:.0%} of the numbers."
     )
 
 

@@ -10,6 +10,7 @@ from eigenpeft.collection.adapter import AdapterFactors
 from eigenpeft.linalg.bases.paired import paired_shares
 from eigenpeft.linalg.bases.stacking import Factors, Stacks, share_curve, stack_factors
 from eigenpeft.linalg.decompose import leading_components
+from eigenpeft.linalg.factored import factored_svd
 from eigenpeft.linalg.scores.leave_one_out import HeldOut, cosines, held_out_curves, overlaps
 from eigenpeft.linalg.scores.nulls import effective_rank, matched_null
 
@@ -49,6 +50,8 @@ class ModuleMeasures:
         overlap: (n, n) overlaps of the row spaces.
         lora_numbers: Numbers of all adapters' factors together.
         paired: Number of paired directions to the share of ‖ΔW‖² that diagonal cores on them hold, of all adapters together.
+        ranks: Rank of each adapter's factors, in the order of `adapters`.
+        truncated: Share of ‖ΔW‖² that each adapter keeps, cut to rank 1, 2, ... on its own; mean over the adapters.
     """
 
     shape: tuple[int, int]
@@ -60,6 +63,8 @@ class ModuleMeasures:
     overlap: Tensor
     lora_numbers: int
     paired: Mapping[int, float]
+    ranks: tuple[int, ...]
+    truncated: tuple[float, ...]
 
 
 def measure(
@@ -104,6 +109,8 @@ def measure(
             [count for count in PAIRED_COUNTS if count <= n_components],
             tol=_PAIRED_TOL,
         ),
+        ranks=tuple(len(each.lora_A) for each in trained),
+        truncated=_truncated(pairs),
     )
 
 
@@ -118,6 +125,17 @@ def trained_stacks(factors: Sequence[AdapterFactors]) -> tuple[list[AdapterFacto
     if len(stacks.sizes) != len(trained):  # factors that cancel: no update although neither is zero
         trained = [each for each in trained if _stacked(_pairs([each])).sizes]
     return trained, stacks
+
+
+def _truncated(pairs: Sequence[Factors]) -> tuple[float, ...]:
+    """Mean share of ‖ΔW‖² in the leading 1, 2, ... singular values of each update."""
+    most = max(len(lora_A) for _, lora_A in pairs)
+    total = torch.zeros(most, dtype=torch.float64)
+    for lora_B, lora_A in pairs:
+        squares = factored_svd(lora_B, lora_A).S.double().square()
+        curve = squares.cumsum(dim=0) / squares.sum()
+        total += torch.cat([curve, curve.new_ones(most - len(curve))])
+    return tuple((total / len(pairs)).tolist())
 
 
 def _pairs(factors: Sequence[AdapterFactors]) -> list[Factors]:

@@ -248,6 +248,10 @@ def _renew_card(opened: AdapterStore, store: str, as_json: bool) -> None:
 
 
 def _open_or_make(store: str, subspace: str | None) -> AdapterStore:
+    if subspace is None and not Path(store).exists() and store.count("/") != 1:  # else it may be a Hub id
+        raise EigenPeftError(
+            f"There is no store {store!r} yet; --subspace FOLDER makes one, with the bases of that subspace."
+        )
     if subspace is None or Path(store).exists():
         opened = AdapterStore.from_pretrained(store)
         if subspace is not None and PrincipalSubspace.from_pretrained(subspace) != opened.subspace:
