@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-CORE_NAMES = {"full": "full", "diagonal": "paired", "truncated": "none: each LoRA cut to rank K"}
+CORE_NAMES = {"full": "full", "diagonal": "paired", "truncated": "LoRA cut to rank K"}
 """What tables call the cores of the first answer: K² numbers per module, K on paired directions, or the control."""
 
 

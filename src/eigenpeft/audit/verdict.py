@@ -85,8 +85,7 @@ def judge(curves: HeldOutCurves, *, n_components: int) -> Judgement:
         "not shared",
         f"The adapters do not share a subspace: {numbers}, where chance gives {null:.1%}. {_relatives(curves, index)}{excess}"
         "There is nothing to recycle by projection; a new task may still train in this subspace, as it may in a random one: "
-        "compare both. To compress just these adapters, build with a share in place of a number: "
-        "`eigenpeft build ADAPTERS -k 0.999 --out SUBSPACE`.",
+        "compare both. How to keep just these adapters in fewer numbers, Compress says.",
     )
 
 

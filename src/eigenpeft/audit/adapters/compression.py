@@ -94,17 +94,14 @@ def _cut_rows(measured: Mapping[str, ModuleMeasures], n_adapters: int, lora_numb
 
 
 def _control(best: CompressRow | None, cut: tuple[CompressRow, ...]) -> str:
-    """A sentence where cutting each LoRA alone keeps as much in as little."""
-    enough = KEPT_ENOUGH if best is None else best.kept
-    size = SMALL_ENOUGH if best is None else best.ratio
-    ahead = [row for row in cut if row.kept >= enough and row.ratio <= size]
-    if not ahead:
+    """What cutting each LoRA alone keeps, in as little as the best row where that is as good, else the least that keeps enough."""
+    as_good = [row for row in cut if best is not None and row.kept >= best.kept and row.ratio <= best.ratio]
+    enough = [row for row in cut if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
+    if not as_good and not enough:
         return ""
-    row = min(ahead, key=lambda each: each.ratio)
-    return (
-        f" But no subspace is needed for that: each LoRA cut to rank {row.n_components} on its own keeps {row.kept:.1%} in "
-        f"{row.ratio:.0%} of the numbers."
-    )
+    row = min(as_good or enough, key=lambda each: each.ratio)
+    start = "But no subspace is needed for that: each" if as_good else "Beside that, each"
+    return f" {start} LoRA cut to rank {row.n_components} on its own keeps {row.kept:.1%} in {row.ratio:.0%} of the numbers."
 
 
 def _row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers: int) -> CompressRow:
