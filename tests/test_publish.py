@@ -160,7 +160,7 @@ def test_the_card_embeds_an_audit(tmp_path, hub):
     card = ModelCard.load(hub / "README.md")
     assert "](audit.png)" in card.text
     for question, _, text in report.answers:
-        assert f"**{question}** {text}" in card.text
+        assert f"**{question}** {for_card(text)}" in card.text
     assert f"A detail: {report.verdict}." in card.text
     for k in (1, 4, 6):
         assert f"| {k} | {report.explained.real[k - 1]:.3f} |" in card.text

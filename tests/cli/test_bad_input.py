@@ -83,14 +83,18 @@ BUILDS = {
     "rank zero": (lambda a: config_of(a, {"r": 0, "rank_pattern": {}}), [], "r"),
     "alpha that is no number": (lambda a: config_of(a, {"lora_alpha": "much"}), [], "much"),
     "more components than the rank": (lambda a: None, ["-k", 13], "numerical rank"),
-    "no components": (lambda a: None, ["-k", 0], "n_components=0"),
-    "a negative share": (lambda a: None, ["-k", "-0.5"], "n_components=-0.5"),
+    "no components": (lambda a: None, ["-k", 0], "--n-components 0 must be"),
+    "a negative share": (lambda a: None, ["-k", "-0.5"], "--n-components -0.5 must be"),
     "components that are no number": (lambda a: None, ["-k", "many"], "many"),
     "a pattern without a number": (lambda a: None, ["-k", "*.query=many"], "many"),
     "modules that no pattern fits": (lambda a: None, ["-k", "*.query=3"], "no pattern"),
     "an unknown method": (lambda a: None, ["--method", "pca"], "pca"),
     "an unknown weighting": (lambda a: None, ["--weighting", "sum"], "sum"),
-    "too many pseudo-components": (lambda a: None, ["-k", 5, "--n-pseudo-components", 50], "n_pseudo_components=50"),
+    "too many pseudo-components": (
+        lambda a: None,
+        ["-k", 5, "--n-pseudo-components", 50],
+        "--n-pseudo-components 50 directions",
+    ),
     "an unknown adapter to leave out": (lambda a: None, ["--exclude", "../../x"], "../../x"),
     "every adapter untrained": (
         lambda a: [tensors_of(a, lambda t: [t[k].zero_() for k in t if "lora_B" in k], name) for name in a.names],
@@ -169,7 +173,9 @@ def test_export_refuses_names_that_are_no_members(run, adapters, subspace, tmp_p
 
 def test_export_refuses_a_rank_below_one_and_a_folder_of_something_else(run, adapters, subspace, tmp_path):
     run("project", subspace, adapters.folder, "-o", tmp_path / "store")
-    assert_refused(run("export", tmp_path / "store", "adapter-1", "--rank", 0, "-o", tmp_path / "lora"), "rank=0")
+    assert_refused(
+        run("export", tmp_path / "store", "adapter-1", "--rank", 0, "-o", tmp_path / "lora"), "--rank 0 must be"
+    )
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "thesis.txt").write_text("three years of work")
     assert_refused(run("export", tmp_path / "store", "adapter-1", "-o", tmp_path / "lora"), "thesis.txt")

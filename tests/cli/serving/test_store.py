@@ -162,7 +162,7 @@ def test_rebase_takes_trained_adapters(run, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("add", "nowhere", "adapters/adapter-1"), "No adapter store at 'nowhere'"),
+        (("add", "nowhere", "adapters/adapter-1"), "There is no store 'nowhere' yet"),
         (("add", "store", "adapters/adapter-1"), "'adapter-1' is in the store already"),
         (("add", "store", "adapters", "--name", "x"), "goes with one adapter, and 5 are named"),
         (("add", "store", "adapters/adapter-1", "--subspace", "wide"), "is not the subspace of the store"),
