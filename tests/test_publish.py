@@ -16,6 +16,7 @@ from eigenpeft import (
     MosLoraConfig,
     SubspaceBuilder,
 )
+from eigenpeft.artifacts.plain_text import for_card
 from eigenpeft.audit import AuditReport, audit_adapters
 from eigenpeft.errors import ArtifactError
 from eigenpeft.publish import prepare, push

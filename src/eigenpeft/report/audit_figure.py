@@ -179,18 +179,25 @@ def _figure(report: AuditReport):
     return figure
 
 
+# Colour, label, and what the number at a point is, by the core of a row of the first answer.
+_SERIES = {
+    "full": ("tab:blue", "core full", "K"),
+    "diagonal": ("tab:orange", "core paired", "K"),
+    "truncated": ("tab:grey", "each LoRA cut to a lower rank", "r"),
+}
+
+
 def _compress(axes, report: AuditReport) -> None:
     rows = report.compress.rows
     by_core: dict[str, list[CompressRow]] = {}
     for row in rows:
         by_core.setdefault(row.core, []).append(row)
-    for core, color in (("full", "tab:blue"), ("diagonal", "tab:orange"), ("truncated", "tab:grey")):
+    for core, (color, label, _) in _SERIES.items():
         own = by_core.get(core, [])
-        label = "each LoRA cut to a lower rank" if core == "truncated" else f"core {CORE_NAMES[core]}"
         axes.plot([row.numbers for row in own], [row.error for row in own], color=color, marker="o", label=label)
     for row in rows:
         axes.annotate(
-            f"{'r' if row.core == 'truncated' else 'K'} {row.n_components}",
+            f"{_SERIES[row.core][2]} {row.n_components}",
             (row.numbers, row.error),
             xytext=(4, 4),
             textcoords="offset points",
