@@ -5,12 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 from eigenpeft.cli import COMMANDS
 
@@ -33,10 +31,6 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(navigation()) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.skipif(
-    Version(version("typer")) < Version("0.20"),
-    reason="the page is made with a newer typer, which keeps arguments' help",
-)
 def test_the_page_of_the_commands_has_every_command_with_its_options():
     path = ROOT / "docs" / ".hooks" / "commands.py"
     spec = importlib.util.spec_from_file_location("commands_hook", path)

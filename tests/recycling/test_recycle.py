@@ -165,12 +165,14 @@ def test_test_rows_are_for_scores_alone(adapters, tmp_path):
     assert (report.n_test, report.n_test_seen) == (11, 2)
     assert "On 11 test rows, used for nothing else, accuracy ± standard error over rows: the result" in report.text
     assert "2 of the test rows are among the training rows too" in report.text
-    (fresh,) = (each for each in report.tested[1:] if each.name == "lora_r8") if report.winner != "lora_r8" else (None,)
-    if fresh is not None:
-        assert (
-            f"(the result is {'ahead' if fresh.lead[0] >= 0 else 'behind'} by {abs(fresh.lead[0]):.3f} ± "
-            in report.text
-        )
+    fresh = next((each for each in report.tested[1:] if each.name == "lora_r8"), result)  # or the result is one
+    if fresh is not result:
+        way = "ahead" if fresh.lead[0] >= 0 else "behind"
+        assert f"(the result is {way} by {abs(fresh.lead[0]):.3f} ± " in report.text
+    own = [each for each in report.trials if each.candidate == "lora_r8"]
+    longest = max(each.steps for each in own)
+    best = min((each for each in own if each.steps == longest), key=lambda each: each.loss)
+    assert fresh.learning_rate == best.learning_rate  # chosen for the control as for the result
     saved = json.loads((tmp_path / "tested" / "out" / "report.json").read_text())
     assert RecycleReport.from_dict(saved) == report
 

@@ -1,7 +1,6 @@
 """Results with a row per row of the input: joined to its columns, written as JSON lines, and the first of them shown."""
 
 import json
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from eigenpeft.artifacts.atomic import atomic_file
-from eigenpeft.cli.app import console
+from eigenpeft.cli.app import console, finite
 from eigenpeft.report.markup import escape
 
 SHOWN = 20  # rows on a terminal; all are in --out and --json
@@ -39,7 +38,7 @@ def with_input(table: Any, results: Sequence[dict[str, Any]], *, without: Collec
     kept = [name for name in table.column_names if name not in (*without, *replaced)]
     own = table.select_columns(kept) if kept else [{}] * len(results)
     return [
-        {"row": i, **{name: _plain(value) for name, value in row.items()}, **result}
+        {"row": i, **json.loads(json.dumps(row, default=str)), **result}
         for i, (row, result) in enumerate(zip(own, results, strict=True))
     ]
 
@@ -55,17 +54,6 @@ def replaced_columns(table: Any, results: Sequence[dict[str, Any]]) -> list[str]
     return [name for name in table.column_names if name in taken]
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: a number that is not finite is null, and what JSON does not know is its text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
 def write_rows(rows: Sequence[dict[str, Any]], out: Path | None, *, overwrite: bool) -> None:
     """Write results as JSON lines, whole or not at all; nothing without a file.
 
@@ -79,7 +67,7 @@ def write_rows(rows: Sequence[dict[str, Any]], out: Path | None, *, overwrite: b
     """
     if out is not None:
         with atomic_file(out, overwrite=overwrite) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            scratch.write_text("".join(json.dumps(finite(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def show_rows(table: Table, rows: Sequence[Any], out: Path | None) -> None:

@@ -19,7 +19,8 @@ from eigenpeft.recycling.training import judge_rows
 def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: Any, test_rows: Any) -> dict[str, Any]:
     """What the report has of the test rows: scores with standard errors over rows, and the result's lead on the same rows.
 
-    A fresh LoRA r 8 is trained on all rows for as many steps as the result; so is the head alone, where the task has a new one.
+    A fresh LoRA r 8 is trained on all rows for as many steps as the result, at the rate that was best for it; so is the head
+    alone, where the task has a new one.
 
     Args:
         search: Of the run.
@@ -45,7 +46,7 @@ def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: A
 
 def _beside(search: Search, sources: Sources, best: Trial, rows: Any) -> list[tuple[str, float | None, Any]]:
     """Name, learning rate and model of what the result is compared with."""
-    steps, rate = search.args.max_steps, CANDIDATES[CONTROL].learning_rates[0]
+    steps, rate = search.args.max_steps, _control_rate(search)
     found: list[tuple[str, float | None, Any]] = []
     if (best.candidate, best.learning_rate) != (CONTROL, rate):
         found.append((CONTROL, rate, search.trained(CONTROL, sources, learning_rate=rate, steps=steps, rows=rows)))
@@ -57,6 +58,15 @@ def _beside(search: Search, sources: Sources, best: Trial, rows: Any) -> list[tu
         torch.manual_seed(search.args.seed)
         found.append(("base model", None, search.make_model()))
     return found
+
+
+def _control_rate(search: Search) -> float:
+    """The rate at which a fresh LoRA did best where it was trained longest; its first where there are no trials."""
+    own = [trial for trial in search.used if trial.candidate == CONTROL]
+    if not own:
+        return CANDIDATES[CONTROL].learning_rates[0]
+    longest = max(trial.steps for trial in own)
+    return min((trial for trial in own if trial.steps == longest), key=lambda trial: trial.loss).learning_rate
 
 
 def _error(values: list[float]) -> float | None:
