@@ -12,15 +12,7 @@ from eigenpeft.collection.formats.keys import without_wrappers
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.subspace.cores import core_kind
 from eigenpeft.subspace.matching import match_modules
-from eigenpeft.tuners.eigenlora.bases import (
-    Injection,
-    bank_for,
-    embedded_counts,
-    embedded_tensors,
-    fill_embedded,
-    find_bases,
-    matching_modules,
-)
+from eigenpeft.tuners.eigenlora.bases import Injection, bank_for, find_bases, matching_modules
 from eigenpeft.tuners.eigenlora.combining import (
     can_combine,
     check_core_rule,
@@ -30,6 +22,7 @@ from eigenpeft.tuners.eigenlora.combining import (
     with_offsets,
 )
 from eigenpeft.tuners.eigenlora.config import START_FIELDS, EigenLoraConfig
+from eigenpeft.tuners.eigenlora.embedded import embedded_counts, embedded_tensors, fill_embedded
 from eigenpeft.tuners.eigenlora.frozen import check_frozen, check_one_core, empty_offset, offset_ranks
 from eigenpeft.tuners.eigenlora.layer import adopt
 from eigenpeft.tuners.eigenlora.mixture import read_mixture
