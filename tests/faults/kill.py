@@ -132,7 +132,7 @@ def jobs(place: Path) -> dict[str, Job]:
     older = LowRankRewardModel(2 * torch.eye(3, 16), backbone=backbone)
     (place / "rows.jsonl").write_text(
         "".join(
-            f'{{"user_id": "u{i % 4}", "chosen": [{i % 3}, 1.0, {i % 5}], "rejected": [0.0, {i % 2}, 1.0]}}\n'
+            f'{{"user_id": "u{i % 4}", "chosen": [{i % 3}, 1.0, {i % 5}], "rejected": [0.0, {i % 2}, 0.5]}}\n'
             for i in range(40)
         )
     )

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from eigenpeft import AdapterCollection
 from eigenpeft.errors import ArtifactError, EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
-from eigenpeft.recycling.report import Tested, _beside_fresh
+from eigenpeft.recycling.report import FinalScore, _beside_fresh
 from eigenpeft.recycling.result import write_result
 from eigenpeft.recycling.training import judge
 from tests.factories import random_factors, tiny_bert, tiny_llama, write_adapter
@@ -187,8 +187,8 @@ def test_test_rows_are_for_scores_alone(adapters, tmp_path):
     ],
 )
 def test_the_test_rows_end_in_a_sentence_about_a_fresh_lora(lead, said):
-    own = Tested("merged_head", 1e-2, -0.674, 0.17, 0.674)
-    text = _beside_fresh((own, Tested("lora_r8", 1e-2, -0.626, 0.127, 0.626, lead)))
+    own = FinalScore("merged_head", 1e-2, -0.674, 0.17, 0.674)
+    text = _beside_fresh((own, FinalScore("lora_r8", 1e-2, -0.626, 0.127, 0.626, lead)))
     assert text.removeprefix(" There ").startswith(said)
     assert bool(text) == bool(said)
     assert _beside_fresh((own,)) == ""

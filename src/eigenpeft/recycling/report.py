@@ -61,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tested:
+class FinalScore:
     """One trained model on rows that were used for nothing else.
 
     Attributes:
@@ -132,7 +132,7 @@ class RecycleReport:
     budget: float | None = None
     rank: int | None = None
     n_bytes: int | None = None
-    tested: tuple[Tested, ...] = ()
+    tested: tuple[FinalScore, ...] = ()
     n_test: int = 0
     n_test_seen: int = 0
 
@@ -240,13 +240,13 @@ class RecycleReport:
             trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
             names = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
-            names["tested"] = tuple(Tested(**each) for each in data.get("tested", ()))
+            names["tested"] = tuple(FinalScore(**each) for each in data.get("tested", ()))
             return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
         except (KeyError, TypeError, IndexError) as error:
             raise ArtifactError(f"This is not a report of recycle ({error}); run it again.") from error
 
 
-def _compared(each: Tested) -> str:
+def _compared(each: FinalScore) -> str:
     """How far the result is ahead of one of the others, or behind."""
     if each.lead is None:
         return ""
@@ -254,7 +254,7 @@ def _compared(each: Tested) -> str:
     return f" (the result is {'ahead' if lead >= 0 else 'behind'} by {_with_error(abs(lead), error)})"
 
 
-def _beside_fresh(tested: Sequence[Tested]) -> str:
+def _beside_fresh(tested: Sequence[FinalScore]) -> str:
     """What the test rows say of recycling, in a sentence; nothing where a fresh LoRA was not beside it."""
     lead, error = next((each.lead for each in tested if each.name == "lora_r8" and each.lead), (None, None))
     if lead is None or error is None:

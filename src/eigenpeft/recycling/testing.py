@@ -11,7 +11,7 @@ from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
 from eigenpeft.recycling.earlier import row_text
 from eigenpeft.recycling.halving import paired_lead
 from eigenpeft.recycling.preparing import with_start
-from eigenpeft.recycling.report import Tested, Trial
+from eigenpeft.recycling.report import FinalScore, Trial
 from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge_rows
 
@@ -33,12 +33,12 @@ def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: A
     if test_rows is None:
         return {}
     scores, losses = judge_rows(model, test_rows, collator=search.collator)
-    found = [Tested(best.candidate, best.learning_rate, fmean(scores), _error(scores), fmean(losses))]
+    found = [FinalScore(best.candidate, best.learning_rate, fmean(scores), _error(scores), fmean(losses))]
     for name, learning_rate, other in _beside(search, sources, best, rows):
         theirs, their_losses = judge_rows(other, test_rows, collator=search.collator)
         lead, error = paired_lead(theirs, scores)
         both = (lead, error if math.isfinite(error) else None)
-        found.append(Tested(name, learning_rate, fmean(theirs), _error(theirs), fmean(their_losses), both))
+        found.append(FinalScore(name, learning_rate, fmean(theirs), _error(theirs), fmean(their_losses), both))
     seen = {row_text(rows[i]) for i in range(len(rows))}
     n_seen = sum(row_text(test_rows[i]) in seen for i in range(len(test_rows)))
     return {"tested": tuple(found), "n_test": len(test_rows), "n_test_seen": n_seen}
