@@ -14,6 +14,7 @@ from eigenpeft.errors import ArtifactError, EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport, Trial, recycle, run
 from eigenpeft.recycling.report import FinalScore, _beside_fresh
 from eigenpeft.recycling.result import write_result
+from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge
 from tests.factories import random_factors, tiny_bert, tiny_llama, write_adapter
 
@@ -349,6 +350,32 @@ def test_with_overwrite_other_rows_start_anew(adapters, tmp_path):
     (tmp_path / "out" / "settings.json").write_text('{"mine": 1}')  # of another program
     with pytest.raises(EigenPeftError, match="or remove it"):
         recycled(adapters, tmp_path, candidates=["lora_r8"], overwrite=True)
+
+
+def test_trials_of_another_base_model_do_not_count(adapters, tmp_path, monkeypatch):
+    def of(name):
+        def make():
+            model = make_model()
+            model.config.name_or_path = name
+            return model
+
+        return make
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    recycled(adapters, tmp_path, candidates=["lora_r8"], make_model=of("base"))
+    recycled(adapters, tmp_path, candidates=["lora_r8"], make_model=of(str(tmp_path / "base")))  # the same folder
+    with pytest.raises(EigenPeftError, match="holds trials with another base_model"):
+        recycled(adapters, tmp_path, candidates=["lora_r8"], make_model=of("other/base"))
+
+
+def test_the_estimate_counts_the_trainings_for_test_rows(adapters, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(Search, "_estimate", lambda search, first: planned.append(search.work))
+    recycled(adapters, tmp_path / "alone", candidates=["lora_r8"])
+    recycled(adapters, tmp_path / "tested", candidates=["lora_r8"], test_rows=task_rows(8))
+    alone, tested = planned[0], planned[-1]
+    assert tested - alone == 2 * arguments(tmp_path).max_steps
 
 
 def test_an_adapter_that_is_read_is_not_written_over(adapters, tmp_path):

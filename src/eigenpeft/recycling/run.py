@@ -26,7 +26,7 @@ from eigenpeft.recycling.preparing import prepared
 from eigenpeft.recycling.report import RecycleReport
 from eigenpeft.recycling.result import size_of_result, write_result
 from eigenpeft.recycling.search import Decision, Search, halved
-from eigenpeft.recycling.testing import tested
+from eigenpeft.recycling.testing import N_COMPARED, tested
 
 
 def recycle(
@@ -97,7 +97,8 @@ def recycle(
     own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}
     inputs = [Path(adapter.weights_path).parent for adapter in collection.adapters]
     check_result(out, candidates=candidates, budget=budget, inputs=inputs, overwrite=overwrite)
-    trials = remembered(out, settings_of(collection, rows, args, **own), overwrite=overwrite)
+    settings = settings_of(collection, rows, args, base_model=_name_of(make_model()), **own)
+    trials = remembered(out, settings, overwrite=overwrite)
     search = Search(
         make_model,
         train_rows,
@@ -109,6 +110,7 @@ def recycle(
         out / TRIALS,
         time.monotonic() + (math.inf if time_limit is None else time_limit),
         say,
+        work=0 if test_rows is None else N_COMPARED * args.max_steps,
         trials=trials,
     )
     plain = Sources(collection, n_components, 1.0, task_type, args.seed, collection.names[0])
@@ -137,7 +139,7 @@ def _chosen(
     max_steps = search.args.max_steps
     entrants, steps = entrants_within(candidates, max_steps=max_steps, budget=budget)
     tried = list(dict.fromkeys(name for name, _ in entrants))
-    search.work = announce(entrants, steps=steps, max_steps=max_steps, say=search.say)
+    search.work += announce(entrants, steps=steps, max_steps=max_steps, say=search.say)
     sources = prepared(search, plain, tried, steps=steps)
     with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
         return halved(search, sources, entrants, steps=steps, bar=bar), sources, tried
@@ -177,6 +179,12 @@ def _written(
     with atomic_file(out / REPORT, overwrite=True) as path:
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """The base model's id, or its folder as a path from the root, so that it is the same from everywhere."""
+    name = getattr(model.config, "name_or_path", "")
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def _majority(rows: Any) -> float | None:

@@ -35,7 +35,7 @@ class Search:
     log: Path
     deadline: float
     say: Callable[[str], None] = lambda _: None
-    work: int = 0  # steps that are planned, the last training included
+    work: int = 0  # steps that are planned, the last training and those for the test rows included
     trials: list[Trial] = field(default_factory=list)
     used: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)

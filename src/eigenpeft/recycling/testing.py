@@ -15,6 +15,8 @@ from eigenpeft.recycling.report import FinalScore, Trial
 from eigenpeft.recycling.search import Search
 from eigenpeft.recycling.training import judge_rows
 
+N_COMPARED = 2  # trainings at most beside the result's: a fresh LoRA, and the head alone
+
 
 def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: Any, test_rows: Any) -> dict[str, Any]:
     """What the report has of the test rows: scores with standard errors over rows, and the result's lead on the same rows.

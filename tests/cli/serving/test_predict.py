@@ -149,6 +149,17 @@ def test_label_names_go_from_the_training_to_the_prediction(run, place, tmp_path
     assert f"{found[0]['label']} {found[0]['label_name']}" in " ".join(shown.split())
 
 
+def test_too_few_label_names_are_said_and_not_used(run, place, tmp_path, caplog):
+    (tmp_path / "adapters" / "bert" / "labels.json").write_bytes(
+        label_file(["low", "high"])
+    )  # its head has three outputs
+    assert run("store", "add", "store", "adapters/bert", "--replace").code == 0
+    data = written(tmp_path / "rows.jsonl", [{"text": "w1", "member": "bert"}])
+    ran = run("predict", "store", data, "--model", "base", "--json")
+    assert json.loads(ran.out)["rows"][0]["label_name"] is None
+    assert "'bert' has names for 2 labels (low, high) and its head has 3 outputs" in caplog.text
+
+
 def test_an_adapter_of_a_language_model_is_refused_with_a_way_to_generate(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_subspace(tiny_model(), ("q_proj", "v_proj")).save_pretrained("subspace")

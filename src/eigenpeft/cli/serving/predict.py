@@ -1,5 +1,6 @@
 """The command predict: rows of a file by classifiers or reward models of a store, each with its own core and head."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from eigenpeft.tuners.serving.bank import AdapterBank
 from eigenpeft.tuners.serving.heads import heads_of
 from eigenpeft.tuners.serving.texts import classify_texts
 
+_logger = logging.getLogger(__name__)
 _LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
@@ -75,7 +77,8 @@ def predict(
     logits = classify_texts(
         bank, classifier, tokenizer, texts, members=members, batch_size=batch_size, max_length=max_length
     )
-    names = {name: _label_names(opened, name, classifier) for name in set(members)}
+    n_outputs = {name: len(each) for name, each in zip(members, logits, strict=True)}
+    names = {name: _label_names(opened, name, classifier, n_outputs=n) for name, n in n_outputs.items()}
     predicted = [_row(name, each, names[name]) for name, each in zip(members, logits, strict=True)]
     write_rows(predicted, out, overwrite=overwrite)
     if as_json:
@@ -142,15 +145,29 @@ def _check_kinds(store: str, opened: AdapterStore, members: set[str]) -> None:
         )
 
 
-def _label_names(opened: AdapterStore, name: str, classifier: Any) -> list[str] | None:
+def _label_names(opened: AdapterStore, name: str, classifier: Any, *, n_outputs: int) -> list[str] | None:
+    """The names of a member's labels; None where there are none, or not one for each output of its head."""
     found = label_names(classifier.config) if name == BASE else opened[name].record.get("labels")
-    return found if isinstance(found, list) else None
+    if not isinstance(found, list):
+        return None
+    if len(found) != n_outputs:
+        _logger.warning(
+            "%r has names for %d labels (%s) and its head has %d outputs: its labels are shown by number. Write a labels.json with "
+            "%d names beside the adapter and add it to the store again with --replace.",
+            name,
+            len(found),
+            ", ".join(map(str, found[:3])),
+            n_outputs,
+            n_outputs,
+        )
+        return None
+    return found
 
 
 def _row(member: str, logits: Tensor, names: list[str] | None) -> dict[str, Any]:
     values = logits.float().tolist()
     label = int(logits.argmax()) if len(values) > 1 else None
-    name = names[label] if names and label is not None and len(names) == len(values) else None
+    name = names[label] if names and label is not None else None
     return {"member": member, "label": label, "label_name": name, "logits": values}
 
 
