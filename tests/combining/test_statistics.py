@@ -138,6 +138,9 @@ def test_statistics_come_back_from_disk(tmp_path):
     save_statistics(statistics, tmp_path / "statistics")
     loaded = load_statistics(tmp_path / "statistics")
     assert list(loaded) == list(statistics)
+    with pytest.raises(ArtifactError, match="statistics"):
+        save_statistics({}, tmp_path / "statistics")
+    assert list(load_statistics(tmp_path / "statistics")) == list(statistics)
     for name, one in statistics.items():
         assert (loaded[name].counts, loaded[name].layout, loaded[name].sha256) == (one.counts, one.layout, one.sha256)
         assert all(torch.equal(loaded[name].grams[module], gram) for module, gram in one.grams.items())

@@ -84,7 +84,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_artifact(
-    directory: str | Path,
+    folder: str | Path,
     kind: ArtifactKind,
     *,
     config: Mapping[str, Any],
@@ -93,10 +93,10 @@ def write_artifact(
     overwrite: bool = False,
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Write config, tensors and card to `directory`; whole or not at all.
+    """Write config, tensors and card to `folder`; whole or not at all.
 
     Args:
-        directory: Folder to make, or to replace.
+        folder: Folder to make, or to replace.
         kind: Which artifact; gives the file names.
         config: JSON-serialisable; `format_version` is added.
         tensors: Tensors by name.
@@ -107,7 +107,7 @@ def write_artifact(
     Raises:
         ArtifactError: If the folder cannot be written, or holds something that must not be replaced.
     """
-    with atomic_folder(directory, kind=kind.label, overwrite=overwrite, inputs=inputs) as scratch:
+    with atomic_folder(folder, kind=kind.label, overwrite=overwrite, inputs=inputs) as scratch:
         write_files(scratch, kind, config=config, tensors=tensors)
         (scratch / "README.md").write_text(card, encoding="utf-8")
 

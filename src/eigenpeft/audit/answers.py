@@ -15,7 +15,7 @@ class CompressRow:
         core: "full" (K² numbers per module) on balanced bases, or "diagonal" (K) on paired directions; or "truncated", the control
             without a subspace: each LoRA cut to a lower rank on its own.
         n_components: K, or that rank.
-        numbers: Per adapter, over all modules.
+        n_parameters: Numbers per adapter, over all modules.
         kept: Share of ‖ΔW‖², mean over modules.
         error: Relative error of ΔW, `sqrt(1 - kept)`.
         ratio: Numbers of the bases and of all adapters in them, over the numbers of the plain LoRAs.
@@ -23,7 +23,7 @@ class CompressRow:
 
     core: str
     n_components: int
-    numbers: int
+    n_parameters: int
     kept: float
     error: float
     ratio: float
@@ -36,13 +36,13 @@ class Compress:
     Attributes:
         answer: "yes", or "no" where nothing that keeps enough is smaller.
         text: The answer in plain words.
-        lora_numbers: Numbers of one plain LoRA, mean over the adapters.
+        n_lora_parameters: Numbers of one plain LoRA, mean over the adapters.
         rows: Error against numbers, by K.
     """
 
     answer: Literal["yes", "no"]
     text: str
-    lora_numbers: int
+    n_lora_parameters: int
     rows: tuple[CompressRow, ...]
 
 

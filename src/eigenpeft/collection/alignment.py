@@ -26,7 +26,7 @@ def align_modules(adapters: Sequence[Shapes]) -> dict[str, str]:
     }
     longer: dict[str, list[str]] = {}
     for name, shape in seen:
-        for end in _ends(name):
+        for end in shorter_ends(name):
             if (end, shape) in seen:
                 longer.setdefault(end, []).append(name)
     full = {name: [other for other in others if other not in longer] for name, others in longer.items()}
@@ -34,7 +34,16 @@ def align_modules(adapters: Sequence[Shapes]) -> dict[str, str]:
     return _without_clashes(aligned, adapters)
 
 
-def _ends(name: str) -> Iterator[str]:
+def shorter_ends(name: str) -> Iterator[str]:
+    """Every shorter end of a dotted name, the longest first.
+
+    Args:
+        name: Such as "model.layers.0.q_proj".
+
+    Examples:
+        >>> list(shorter_ends("layers.0.q"))
+        ['0.q', 'q']
+    """
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(1, len(parts)))
 

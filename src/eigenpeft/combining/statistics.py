@@ -180,12 +180,12 @@ def collect_statistics(
     return found
 
 
-def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Path, *, overwrite: bool = False) -> None:
+def save_statistics(statistics: Mapping[str, InputStatistics], out_dir: str | Path, *, overwrite: bool = False) -> None:
     """Write statistics of several adapters into a folder, whole or not at all.
 
     Args:
         statistics: As `collect_statistics` gives them.
-        folder: Folder to make.
+        out_dir: Folder to make.
         overwrite: Whether to replace statistics that are there.
 
     Raises:
@@ -205,7 +205,7 @@ def save_statistics(statistics: Mapping[str, InputStatistics], folder: str | Pat
         for i, one in enumerate(statistics.values())
         for module, gram in one.grams.items()
     }
-    with atomic_folder(folder, kind="input statistics", overwrite=True) as scratch:
+    with atomic_folder(out_dir, kind="input statistics", overwrite=overwrite) as scratch:
         save_file(tensors, scratch / TENSORS_NAME)
         (scratch / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

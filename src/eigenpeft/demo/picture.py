@@ -6,6 +6,7 @@ from statistics import fmean
 from eigenpeft.audit import AuditReport
 from eigenpeft.demo.methods import OURS
 from eigenpeft.demo.result import DemoResult
+from eigenpeft.linalg.scores.intervals import share_error
 from eigenpeft.report.plots import new_figure, save_figure
 
 
@@ -21,10 +22,10 @@ def draw(result: DemoResult, audit: AuditReport, path: Path, *, overwrite: bool)
     figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
     for place, row in enumerate(reversed(result.rows)):
         mean = fmean(row.accuracies)
-        error = 2 * (mean * (1 - mean) / result.n_test) ** 0.5
+        error = 2 * share_error(mean, result.n_test)
         color = "tab:red" if row.method == OURS else "tab:grey"
         left.errorbar(mean, place, xerr=error, marker="o", capsize=3, color=color)
-    labels = [f"{row.method}\n{row.parameters:,} numbers" for row in reversed(result.rows)]
+    labels = [f"{row.method}\n{row.n_parameters:,} numbers" for row in reversed(result.rows)]
     left.set_yticks(range(len(labels)), labels, fontsize=8)
     left.set(
         xlabel="accuracy and twice its standard error", title=f"{result.n_customers} customers no adapter has seen"

@@ -11,7 +11,7 @@ class Row:
 
     Attributes:
         method: Its name.
-        parameters: Trained numbers, the classification head not counted (it is the same for all).
+        n_parameters: Trained numbers, the classification head not counted (it is the same for all).
         accuracies: One per new customer.
         gap: EigenLoRA's accuracy minus this one's, over the test rows of all customers.
         gap_error: Twice the standard error of that gap; EigenLoRA and this method were judged on the same test rows.
@@ -19,7 +19,7 @@ class Row:
     """
 
     method: str
-    parameters: int
+    n_parameters: int
     accuracies: tuple[float, ...]
     gap: float
     gap_error: float

@@ -21,6 +21,7 @@ from eigenpeft.demo.result import Checks, DemoResult, Row
 from eigenpeft.demo.training import Task, Trained, accuracy, fresh_base, load_task, predict, train
 from eigenpeft.demo.trunk import padded
 from eigenpeft.errors import ArtifactError, EigenPeftError
+from eigenpeft.linalg.scores.intervals import mean_error
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace
 from eigenpeft.tuners import AdapterBank, export_lora
 
@@ -29,7 +30,7 @@ SERVED_BATCH = 64
 
 
 def run_demo(
-    out: str | Path,
+    out_dir: str | Path,
     *,
     n_customers: int = N_CUSTOMERS,
     seed: int = 0,
@@ -41,7 +42,7 @@ def run_demo(
     """Run the demo.
 
     Args:
-        out: Folder to write into: `subspace`, `store`, `plain-lora`, `demo.png`.
+        out_dir: Folder to write into: `subspace`, `store`, `plain-lora`, `demo.png`.
         n_customers: New customers, 1 to 4; each is one training per method.
         seed: Seed of heads, adapters and batches.
         steps: Optimizer steps of each training.
@@ -53,7 +54,7 @@ def run_demo(
         EigenPeftError: If a part that the demo needs is not installed, or `n_customers` is out of range.
         ArtifactError: If the folder is not empty and `overwrite` is False, or holds something that is not replaced.
     """
-    out = Path(out)
+    out = Path(out_dir)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ArtifactError(
             f"{str(out)!r} is not empty; pass overwrite=True (--overwrite on the command line) to replace an earlier demo, "
@@ -144,7 +145,7 @@ def _row(method: Method, results: Sequence[Trained]) -> Row:
     trainable = {name: p.numel() for name, p in results[0].model.named_parameters() if p.requires_grad}
     return Row(
         method=method.name,
-        parameters=sum(count for name, count in trainable.items() if "classifier" not in name),
+        n_parameters=sum(count for name, count in trainable.items() if "classifier" not in name),
         accuracies=tuple(result.accuracy for result in results),
         gap=0.0,
         gap_error=0.0,
@@ -154,7 +155,7 @@ def _row(method: Method, results: Sequence[Trained]) -> Row:
 
 def _compared(row: Row, difference: np.ndarray) -> Row:
     """The row with its gap; `difference` (n_test,) is EigenLoRA's score of each test row minus the method's."""
-    error = 2 * float(difference.std(ddof=1)) / len(difference) ** 0.5
+    error = 2 * mean_error(difference.tolist())
     return replace(row, gap=float(difference.mean()), gap_error=error)
 
 

@@ -21,7 +21,7 @@ def demo_table(result: DemoResult) -> Table:
         table.add_column(heading, justify="right")
     for row in result.rows:
         gap = "" if row.method == OURS else f"{row.gap:+.3f} ± {row.gap_error:.3f}"
-        table.add_row(row.method, f"{row.parameters:,}", f"{fmean(row.accuracies):.3f}", gap, f"{row.seconds:.1f}")
+        table.add_row(row.method, f"{row.n_parameters:,}", f"{fmean(row.accuracies):.3f}", gap, f"{row.seconds:.1f}")
     return table
 
 
@@ -34,9 +34,9 @@ def demo_verdict(result: DemoResult) -> str:
     by_name = {row.method: row for row in result.rows}
     ours, checks = by_name[OURS], result.checks
     parts = [_against(row) for row in result.rows if row.method != OURS]
-    large = by_name["LoRA, equal rank"].parameters / ours.parameters
+    large = by_name["LoRA, equal rank"].n_parameters / ours.n_parameters
     return (
-        f"{OURS} with {ours.parameters:,} numbers is {'; '.join(parts)}. LoRA of equal rank trains {large:.0f} times as "
+        f"{OURS} with {ours.n_parameters:,} numbers is {'; '.join(parts)}. LoRA of equal rank trains {large:.0f} times as "
         f"many.\n"
         f"The store keeps a customer in {checks.member_bytes / 1000:.1f} kB, head included, beside bases of "
         f"{checks.subspace_bytes / 1000:.0f} kB that all share; as a plain LoRA it takes {checks.lora_bytes / 1000:.0f} kB.\n"

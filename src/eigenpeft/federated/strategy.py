@@ -191,7 +191,7 @@ class AdapterFedAvg(FedAvg):
         }
         self.rounds.append(record)
         if self.folder is not None:
-            save_rounds(self.folder, Rounds(averaged.tensors, tuple(self.rounds), self.settings))
+            save_rounds(Rounds(averaged.tensors, tuple(self.rounds), self.settings), self.folder)
         if not averaged.used:
             return None, None
         used = [contents[name] for name in averaged.used]

@@ -29,6 +29,19 @@ def fix_signs(components: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     return components * signs + 0.0  # no negative zeros: equal results should also look equal
 
 
+def unit_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """Each row divided by its Euclidean norm; a row of zeros stays one.
+
+    Args:
+        rows: (k, n).
+
+    Examples:
+        >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
 def orthonormal_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     """Orthonormal rows with the span of `rows`: row j of the result lies in the span of the first j + 1 rows.
 

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TypeVar
+
+from eigenpeft.linalg.scores.intervals import mean_error
 
 Entrant = TypeVar("Entrant", bound=Hashable)
 
@@ -102,4 +104,4 @@ def paired_lead(losses: Sequence[float], control: Sequence[float]) -> tuple[floa
     gaps = [theirs - ours for ours, theirs in zip(losses, control, strict=True)]
     if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
         return (fmean(gaps) if gaps else 0.0), math.inf
-    return fmean(gaps), stdev(gaps) / len(gaps) ** 0.5
+    return fmean(gaps), mean_error(gaps)

@@ -5,11 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eigenpeft.errors import ArtifactError
+from eigenpeft.linalg.scores.intervals import share_error
+
+_EARLIER_NAMES = {"rate": "learning_rate", "numbers": "n_parameters"}  # before 0.1.0
 
 
 def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by their names of today: `learning_rate` was `rate` before 0.1.0."""
-    return {"learning_rate" if name == "rate" else name: value for name, value in data.items()}
+    """The fields by their names of today."""
+    return {_EARLIER_NAMES.get(name, name): value for name, value in data.items()}
 
 
 def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
@@ -27,7 +30,7 @@ class Trial:
         scale: λ of a merged start; None where there is none.
         score: Accuracy of a classifier; minus the loss of everything else. Higher is better.
         loss: Mean loss on the held-out rows.
-        numbers: Trained values beside the head.
+        n_parameters: Trained values beside the head.
         seconds: Seconds of training and judging.
         losses: Loss on each held-out row.
         nearest: The adapter that `nearest_continued` starts at; None for the others.
@@ -39,7 +42,7 @@ class Trial:
     scale: float | None
     score: float
     loss: float
-    numbers: int
+    n_parameters: int
     seconds: float
     losses: tuple[float, ...] = ()
     nearest: str | None = None
@@ -143,8 +146,7 @@ class RecycleReport:
 
     @property
     def _margin(self) -> float:
-        share = self.majority or 0.0
-        return 2 * (share * (1 - share) / self.n_held_out) ** 0.5
+        return 2 * share_error(self.majority or 0.0, self.n_held_out)
 
     def is_ranked(self, trial: Trial) -> bool:
         """Whether a trial is one of the rounds; the others were for λ of the merged start.
@@ -216,9 +218,10 @@ class RecycleReport:
             beside = f"a fresh LoRA r 8 had {self._held_out(fresh)}{after}"
             beside += f", and it was ahead of that {lead}" if lead else ""
         return (
-            f"Best of {len(tried)} candidates: {self.winner} at the learning rate {self.learning_rate:g}, with {best.numbers:,} "
-            f"trained values beside the head. What decided was the loss on {self.n_held_out} held-out rows after {best.steps} "
-            f"steps: {self._held_out(best)}; {beside}. It was then trained on all {self.n_train + self.n_held_out} rows.{early}"
+            f"Best of {len(tried)} candidates: {self.winner} at the learning rate {self.learning_rate:g}, with "
+            f"{best.n_parameters:,} trained values beside the head. What decided was the loss on {self.n_held_out} held-out rows "
+            f"after {best.steps} steps: {self._held_out(best)}; {beside}. It was then trained on all "
+            f"{self.n_train + self.n_held_out} rows.{early}"
         )
 
     def to_dict(self) -> dict[str, Any]:

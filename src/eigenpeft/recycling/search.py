@@ -77,12 +77,12 @@ class Search:
             return done
         start = time.perf_counter()
         model = self.trained(candidate, sources, learning_rate=learning_rate, steps=steps, rows=self.rows)
-        numbers = sum(
+        n_parameters = sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
         )
         score, losses = judge(model, self.held_out, collator=self.collator)
         asked = _asked(candidate, sources, learning_rate=learning_rate, steps=steps)
-        measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "numbers": numbers}
+        measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "n_parameters": n_parameters}
         found = Trial(**asked, **measured, seconds=time.perf_counter() - start)
         self.trials.append(found)
         self._use(found)

@@ -1,11 +1,13 @@
 """Which modules of a model are a subspace's: one function with one report, by the names that PEFT would load them under."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from eigenpeft.collection.alignment import shorter_ends
 
 try:  # transformers 5 knows the names that its models had before
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -80,7 +82,7 @@ def _by_end(names: Mapping[str, tuple[str, ...]], modules: Iterable[str]) -> dic
     wanted = {spelling for spellings in names.values() for spelling in spellings}
     longer: dict[str, list[str]] = {}
     for path in modules:
-        for end in _ends(path):
+        for end in shorter_ends(path):
             if end in wanted:
                 longer.setdefault(end, []).append(path)
     return {
@@ -88,16 +90,11 @@ def _by_end(names: Mapping[str, tuple[str, ...]], modules: Iterable[str]) -> dic
             dict.fromkeys(
                 path
                 for spelling in spellings
-                for path in (*longer.get(spelling, ()), *(end for end in _ends(spelling) if end in modules))
+                for path in (*longer.get(spelling, ()), *(end for end in shorter_ends(spelling) if end in modules))
             )
         )
         for name, spellings in names.items()
     }
-
-
-def _ends(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(1, len(parts)))
 
 
 def _fits(module: Any, shape: tuple[int, int]) -> bool:

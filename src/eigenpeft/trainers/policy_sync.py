@@ -20,13 +20,13 @@ from eigenpeft.tuners.files.lora_files import write_lora
 _ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer"
 
 
-def save_plain_lora(model: Any, adapter_name: str, folder: str | Path) -> None:
+def save_plain_lora(model: Any, adapter_name: str, out_dir: str | Path) -> None:
     """Write an adapter in training as a plain LoRA of a rank that vLLM takes; whole or not at all.
 
     Args:
         model: PEFT model with the adapter.
         adapter_name: The adapter.
-        folder: Folder to make.
+        out_dir: Folder to make.
 
     Raises:
         AdapterConfigError: If a plain LoRA cannot express the adapter, its parameters are sharded, or it has heads.
@@ -44,7 +44,7 @@ def save_plain_lora(model: Any, adapter_name: str, folder: str | Path) -> None:
         )
     largest = max(update.rank for update in updates)
     rank = min((rank for rank in VLLM_RANKS if rank >= largest), default=largest)
-    write_lora(Path(folder), updates, fields, {}, rank=rank, overwrite=True)
+    write_lora(Path(out_dir), updates, fields, {}, rank=rank, overwrite=True)
 
 
 class PolicySyncCallback(TrainerCallback):

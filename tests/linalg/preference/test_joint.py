@@ -55,8 +55,8 @@ def test_planted_basis_is_recovered():
 
 def test_fit_is_stationary_and_the_same_by_seed():
     differences, users, _, _ = planted(n_users=40, n_pairs=20)
-    found = fit(differences, users, max_iter=1000, tolerance=1e-13)
-    again = fit(differences, users, max_iter=1000, tolerance=1e-13)
+    found = fit(differences, users, max_iter=1000, tol=1e-13)
+    again = fit(differences, users, max_iter=1000, tol=1e-13)
     assert torch.equal(found.deviations, again.deviations)
     gradient = joint_gradient(
         found.deviations,

@@ -25,30 +25,30 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
         n_adapters: All of them; a module that an adapter does not have costs it nothing.
     """
     most = max(len(module.real.explained) for module in measured.values())
-    lora_numbers = sum(module.lora_numbers for module in measured.values())
+    n_lora_parameters = sum(module.n_lora_parameters for module in measured.values())
     shown = sorted({*(size for size in _SHOWN if size <= most), most})
-    rows = tuple(_row(measured, n_components, lora_numbers) for n_components in shown)
+    rows = tuple(_row(measured, n_components, n_lora_parameters) for n_components in shown)
     # A number of pairs is shown where every module has as many.
     counts = sorted(set.intersection(*(set(module.paired) for module in measured.values())))
-    rows += tuple(_paired_row(measured, n_components, lora_numbers) for n_components in counts)
-    cut = _cut_rows(measured, n_adapters, lora_numbers)
+    rows += tuple(_paired_row(measured, n_components, n_lora_parameters) for n_components in counts)
+    cut = _cut_rows(measured, n_adapters, n_lora_parameters)
     enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
-    each = round(lora_numbers / n_adapters)
+    each = round(n_lora_parameters / n_adapters)
     if enough:
         best = min(enough, key=lambda row: row.ratio)
         return Compress(
             answer="yes",
             text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept:.1%} of "
-            f"‖ΔW‖² (an error of {best.error:.1%}) in {best.numbers:,} numbers instead of {each:,}; with the bases, which all of "
-            f"them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, lora_numbers)}"
+            f"‖ΔW‖² (an error of {best.error:.1%}) in {best.n_parameters:,} numbers instead of {each:,}; with the bases, which "
+            f"all of them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, n_lora_parameters)}"
             f"{_control(best, cut)} Judge one adapter on its own task before you throw its LoRA away.",
-            lora_numbers=each,
+            n_lora_parameters=each,
             rows=rows + cut,
         )
     nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
     best_found = (
         f"The best that is smaller than the LoRAs, {nearest.n_components} {_NAMES[nearest.core]} per module, keeps "
-        f"{nearest.kept:.1%} (an error of {nearest.error:.1%}). {_how(measured, nearest, lora_numbers)}"
+        f"{nearest.kept:.1%} (an error of {nearest.error:.1%}). {_how(measured, nearest, n_lora_parameters)}"
         if nearest
         else "No number of components looked at is smaller than the LoRAs."
     )
@@ -56,12 +56,12 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
         answer="no",
         text=f"No. {n_adapters} adapters of {each:,} numbers need so many components to keep 95 % of ‖ΔW‖² that nothing is "
         f"saved. {best_found}{_control(nearest, cut)} More adapters share the cost of the bases: ask again with more.",
-        lora_numbers=each,
+        n_lora_parameters=each,
         rows=rows + cut,
     )
 
 
-def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, lora_numbers: int) -> str:
+def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, n_lora_parameters: int) -> str:
     """The commands that make a row, and the size of the store that comes out."""
     if any(len(module.real.explained) < row.n_components for module in measured.values()):
         return (
@@ -72,16 +72,19 @@ def _how(measured: Mapping[str, ModuleMeasures], row: CompressRow, lora_numbers:
     for module in measured.values():
         width = sum(module.shape)
         # A store keeps a diagonal core of K numbers, or a projected LoRA's two factors on the components: 2 r K.
-        each = len(module.adapters) if _HOW[row.core] else 2 * module.lora_numbers / width
+        each = len(module.adapters) if _HOW[row.core] else 2 * module.n_lora_parameters / width
         numbers += row.n_components * (width + each)
     return (
         f"To do it: `eigenpeft build ADAPTERS {_HOW[row.core]}-k {row.n_components} --out subspace` and `eigenpeft store add "
         "store ADAPTERS --subspace subspace`, "
-        f"which writes {4e-3 * numbers:,.0f} kB for {4e-3 * lora_numbers:,.0f} kB of LoRAs (in float32, beside heads and records)."
+        f"which writes {4e-3 * numbers:,.0f} kB for {4e-3 * n_lora_parameters:,.0f} kB of LoRAs (in float32, beside heads and "
+        "records)."
     )
 
 
-def _cut_rows(measured: Mapping[str, ModuleMeasures], n_adapters: int, lora_numbers: int) -> tuple[CompressRow, ...]:
+def _cut_rows(
+    measured: Mapping[str, ModuleMeasures], n_adapters: int, n_lora_parameters: int
+) -> tuple[CompressRow, ...]:
     """The control: each LoRA cut to a lower rank on its own, which needs no subspace."""
     rows = []
     for rank in range(1, max(len(module.truncated) for module in measured.values())):
@@ -89,7 +92,7 @@ def _cut_rows(measured: Mapping[str, ModuleMeasures], n_adapters: int, lora_numb
             measured
         )
         numbers = sum(sum(min(rank, own) for own in module.ranks) * sum(module.shape) for module in measured.values())
-        rows.append(_shown("truncated", rank, round(numbers / n_adapters), kept, numbers / max(lora_numbers, 1)))
+        rows.append(_shown("truncated", rank, round(numbers / n_adapters), kept, numbers / max(n_lora_parameters, 1)))
     return tuple(row for row in rows if row.n_components <= _ALL_RANKS or row.n_components in _SHOWN)
 
 
@@ -104,7 +107,7 @@ def _control(best: CompressRow | None, cut: tuple[CompressRow, ...]) -> str:
     return f" {start} LoRA cut to rank {row.n_components} on its own keeps {row.kept:.1%} in {row.ratio:.0%} of the numbers."
 
 
-def _row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers: int) -> CompressRow:
+def _row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_parameters: int) -> CompressRow:
     kept, core, bases, total = 0.0, 0, 0, 0
     for module in measured.values():
         own = min(n_components, *module.shape, len(module.real.explained))
@@ -112,17 +115,22 @@ def _row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers
         core += own * own
         bases += own * sum(module.shape)
         total += own * own * len(module.adapters)
-    return _shown("full", n_components, core, kept, (bases + total) / max(lora_numbers, 1))
+    return _shown("full", n_components, core, kept, (bases + total) / max(n_lora_parameters, 1))
 
 
-def _paired_row(measured: Mapping[str, ModuleMeasures], n_components: int, lora_numbers: int) -> CompressRow:
+def _paired_row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_parameters: int) -> CompressRow:
     kept = sum(module.paired[n_components] for module in measured.values()) / len(measured)
     numbers = sum(n_components * (sum(module.shape) + len(module.adapters)) for module in measured.values())
-    return _shown("diagonal", n_components, n_components * len(measured), kept, numbers / max(lora_numbers, 1))
+    return _shown("diagonal", n_components, n_components * len(measured), kept, numbers / max(n_lora_parameters, 1))
 
 
-def _shown(core: str, n_components: int, numbers: int, kept: float, ratio: float) -> CompressRow:
+def _shown(core: str, n_components: int, n_parameters: int, kept: float, ratio: float) -> CompressRow:
     kept = min(kept, 1.0)
     return CompressRow(
-        core=core, n_components=n_components, numbers=numbers, kept=kept, error=max(1.0 - kept, 0.0) ** 0.5, ratio=ratio
+        core=core,
+        n_components=n_components,
+        n_parameters=n_parameters,
+        kept=kept,
+        error=max(1.0 - kept, 0.0) ** 0.5,
+        ratio=ratio,
     )

@@ -48,7 +48,7 @@ class ModuleMeasures:
         seed_nulls: The same, adapters of one group sharing their input directions; empty where no group has two.
         similarity: (n, n) cosines of ΔW.
         overlap: (n, n) overlaps of the row spaces.
-        lora_numbers: Numbers of all adapters' factors together.
+        n_lora_parameters: Numbers of all adapters' factors together.
         paired: Number of paired directions to the share of ‖ΔW‖² that diagonal cores on them hold, of all adapters together.
         ranks: Rank of each adapter's factors, in the order of `adapters`.
         truncated: Share of ‖ΔW‖² that each adapter keeps, cut to rank 1, 2, ... on its own; mean over the adapters.
@@ -61,7 +61,7 @@ class ModuleMeasures:
     seed_nulls: tuple[Shares, ...]
     similarity: Tensor
     overlap: Tensor
-    lora_numbers: int
+    n_lora_parameters: int
     paired: Mapping[int, float]
     ranks: tuple[int, ...]
     truncated: tuple[float, ...]
@@ -103,7 +103,7 @@ def measure(
         seed_nulls=tuple(draw(labels) for _ in range(n_nulls)) if grouped else (),
         similarity=cosines(stacks),
         overlap=overlaps(stacks),
-        lora_numbers=sum(each.lora_A.numel() + each.lora_B.numel() for each in trained),
+        n_lora_parameters=sum(each.lora_A.numel() + each.lora_B.numel() for each in trained),
         paired=paired_shares(
             stack_factors(pairs, rows="moments", weighting="equal"),
             [count for count in PAIRED_COUNTS if count <= n_components],

@@ -29,7 +29,14 @@ def trials_table(report: RecycleReport) -> Table:
     for trial, seconds in ranked:
         shown = trial.candidate if trial.scale is None else f"{trial.candidate}, λ {trial.scale:g}"
         figures = [f"{trial.loss:.3f}", *([f"{trial.score:.3f}"] if is_classifier else [])]
-        row = [shown, f"{trial.learning_rate:g}", f"{trial.numbers:,}", f"{trial.steps}", *figures, f"{seconds:.0f}"]
+        row = [
+            shown,
+            f"{trial.learning_rate:g}",
+            f"{trial.n_parameters:,}",
+            f"{trial.steps}",
+            *figures,
+            f"{seconds:.0f}",
+        ]
         is_winner = trial == winner
         table.add_row("*" if is_winner else "", *map(escape, row), style="bold" if is_winner else "")
     return table

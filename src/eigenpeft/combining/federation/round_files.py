@@ -34,18 +34,18 @@ class Rounds:
     settings: Mapping[str, Any]
 
 
-def save_rounds(folder: str | Path, rounds: Rounds) -> None:
+def save_rounds(rounds: Rounds, out_dir: str | Path) -> None:
     """Write the state, whole or not at all, in the place of the round before.
 
     Args:
-        folder: Its folder.
         rounds: What to write.
+        out_dir: Folder of the federation, made where there is none.
 
     Raises:
         ArtifactError: If the folder cannot be written, or holds something else.
     """
     config = {"format_version": _FORMAT, "settings": dict(rounds.settings), "rounds": [*map(dict, rounds.rounds)]}
-    with atomic_folder(folder, kind=KIND, overwrite=True) as scratch:
+    with atomic_folder(out_dir, kind=KIND, overwrite=True) as scratch:
         save_file({key: tensor.contiguous() for key, tensor in rounds.tensors.items()}, scratch / _TENSORS)
         (scratch / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

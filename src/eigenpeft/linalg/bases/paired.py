@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eigenpeft.linalg.bases.stacking import Stacks
-from eigenpeft.linalg.orthogonal import fix_signs
+from eigenpeft.linalg.orthogonal import fix_signs, unit_rows
 
 RIDGE = 1e-8
 """Added to the normal equations, relative to their mean diagonal: keeps nearly parallel pairs from cancelling each other."""
@@ -180,14 +180,14 @@ def leading_pairs(stacks: Stacks, n_pairs: int) -> tuple[Float[Tensor, "k n"], F
         n_pairs: K, at most the number of rows.
     """
     largest = stacks.rows_in.to(torch.float64).norm(dim=1).argsort(descending=True, stable=True)[:n_pairs]
-    return _unit(stacks.rows_in[largest]), _unit(stacks.rows_out[largest])
+    return unit_rows(stacks.rows_in[largest].double()), unit_rows(stacks.rows_out[largest].double())
 
 
 def _alternate(
     stacks: Stacks, components_in: Float[Tensor, "k n"], components_out: Float[Tensor, "k m"], *, tol: float
 ) -> Pairs:
     places, middle = _places(stacks), stacks.middle[:, None]
-    p_in, p_out = _unit(components_in), _unit(components_out)
+    p_in, p_out = unit_rows(components_in.double()), unit_rows(components_out.double())
     best: Pairs | None = None
     last = float("inf")
     for _ in range(_MAX_SWEEPS):
@@ -259,11 +259,6 @@ def _loss(
     return stacks.squared_norm - float(held)
 
 
-def _unit(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
-    rows = rows.to(torch.float64)
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
-
-
 def _axes(rows: Float[Tensor, "p n"]) -> Float[Tensor, "q n"] | None:
     """Orthonormal axes of the rows; None where there are no fewer of them than features."""
     return torch.linalg.qr(rows.mT).Q.mT if len(rows) < rows.shape[1] else None
@@ -274,4 +269,4 @@ def _on(axes: Float[Tensor, "q n"] | None, rows: Float[Tensor, "k n"]) -> Float[
 
 
 def _back(axes: Float[Tensor, "q n"] | None, rows: Float[Tensor, "k q"]) -> Float[Tensor, "k n"]:
-    return _unit(rows if axes is None else rows @ axes)
+    return unit_rows((rows if axes is None else rows @ axes).double())

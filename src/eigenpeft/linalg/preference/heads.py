@@ -14,7 +14,7 @@ def fit_user_heads(
     offsets: Float[Tensor, "n_users n_pairs"],
     ridge: float,
     max_iter: int = 50,
-    tolerance: float = 1e-8,
+    tol: float = 1e-8,
 ) -> Float[Tensor, "n_users d"]:
     """Each user's own minimum of `Σ_i -log σ(o_i + x_i · h) + λ/2 ‖h‖²`, for all users at once.
 
@@ -28,7 +28,7 @@ def fit_user_heads(
         offsets: Margins of whatever the heads are added to.
         ridge: λ, positive.
         max_iter: Newton steps at most.
-        tolerance: Stops when no user's objective falls by more.
+        tol: Stops when no user's objective falls by more.
 
     Returns:
         Heads, float64.
@@ -69,6 +69,6 @@ def fit_user_heads(
             size = torch.where(bad[:, None], size / 2, size)
         fallen = value - after
         dual, f, value = trial, trial_f, after
-        if not bool((fallen > tolerance).any()):
+        if not bool((fallen > tol).any()):
             break
     return (dual[:, None, :] @ x)[:, 0, :] / ridge

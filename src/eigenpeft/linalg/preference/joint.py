@@ -40,7 +40,7 @@ def fit_joint(
     prior: JointPrior,
     generator: Generator,
     max_iter: int = 100,
-    tolerance: float = 1e-5,
+    tol: float = 1e-5,
 ) -> JointFit:
     """Basis and user weights of least negative log posterior near a start that the data suggest.
 
@@ -61,7 +61,7 @@ def fit_joint(
         prior: Precisions.
         generator: Turns the start, on the CPU; another seed is another restart.
         max_iter: Iterations of the joint solve.
-        tolerance: Stops when an iteration lowers the objective by less than this share of a pair's ln 2, a pair.
+        tol: Stops when an iteration lowers the objective by less than this share of a pair's ln 2, a pair.
 
     Returns:
         `JointFit` in the precision of `differences`.
@@ -75,7 +75,7 @@ def fit_joint(
         offsets=offsets,
         prior=prior,
         max_iter=max_iter,
-        tolerance=tolerance,
+        tol=tol,
     )
     if n_basis == 1:
         return JointFit(*shared, evaluations, converged)
@@ -97,7 +97,7 @@ def fit_joint(
         offsets=offsets,
         prior=prior,
         max_iter=max_iter,
-        tolerance=tolerance,
+        tol=tol,
     )
     return JointFit(*found, evaluations + more, converged)
 
@@ -160,7 +160,7 @@ def _minimize(
     offsets: Float[Tensor, " n"],
     prior: JointPrior,
     max_iter: int,
-    tolerance: float,
+    tol: float,
 ) -> tuple[tuple[Tensor, Tensor, float], int, bool]:
     """L-BFGS with strong Wolfe steps in preconditioned coordinates."""
     # In units of a pair's ln 2, a pair, and with coordinates to match: the tolerances then mean the same for any number.
@@ -198,7 +198,7 @@ def _minimize(
         max_eval=2 * max_iter + 10,
         history_size=20,
         tolerance_grad=0.0,
-        tolerance_change=tolerance,
+        tolerance_change=tol,
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)  # pyright: ignore[reportArgumentType] (a tensor is what it takes)

@@ -48,7 +48,7 @@ def fit_user_weights(
     *,
     concentration: Float[Tensor, " n_basis"],
     max_iter: int = 100,
-    tolerance: float = 1e-9,
+    tol: float = 1e-9,
 ) -> Float[Tensor, "n_users n_basis"]:
     """Weights of many users at once: the minimum over the simplex of `Σ_i -log σ(z_i · w) - Σ_b c_b log w_b`.
 
@@ -65,7 +65,7 @@ def fit_user_weights(
         present: Which pairs exist.
         concentration: c, Dirichlet pseudo-counts of the population, positive.
         max_iter: Newton steps at most.
-        tolerance: A user has arrived when half its squared Newton decrement (the promised decrease) is below this.
+        tol: A user has arrived when half its squared Newton decrement (the promised decrease) is below this.
 
     Returns:
         Weights, float64.
@@ -88,7 +88,7 @@ def fit_user_weights(
         step, decrement = _newton_step(w, z, kept, concentration)
         w = _search(w, step, decrement, z, kept, concentration)
         weights[active] = w / w.sum(dim=1, keepdim=True)
-        going = decrement / 2 > tolerance
+        going = decrement / 2 > tol
         if not bool(going.all()):
             active, z, kept = active[going], z[going], kept[going]
     return weights

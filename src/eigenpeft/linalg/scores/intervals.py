@@ -1,10 +1,40 @@
-"""Bootstrap intervals that stay honest with few observations: the expanded percentile interval."""
+"""Standard errors, and bootstrap intervals that are honest with few observations: the expanded percentile interval."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 _LARGE = 1000  # degrees of freedom beyond which Student's t is the normal distribution to three digits
+
+
+def mean_error(values: Sequence[float]) -> float:
+    """Standard error of a mean, `s / sqrt(n)` with s over n - 1; NaN below two values.
+
+    Args:
+        values: Independent observations.
+
+    Example:
+        >>> round(mean_error([0.2, 0.1, 0.3]), 3)
+        0.058
+    """
+    if len(values) < 2:
+        return math.nan
+    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
+
+
+def share_error(share: float, n: int) -> float:
+    """Standard error of a share, `sqrt(p (1 - p) / n)`; NaN without observations.
+
+    Args:
+        share: p, between 0 and 1.
+        n: Observations that it was counted on.
+
+    Example:
+        >>> round(share_error(0.5, 100), 3)
+        0.05
+    """
+    return math.sqrt(share * (1 - share) / n) if n else math.nan
 
 
 def expanded_tail(n: int, *, tail: float = 0.025) -> float:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from eigenpeft.linalg.orthogonal import unit_rows
+
 
 @dataclass(frozen=True)
 class HeldOutQueries:
@@ -46,7 +48,7 @@ def task_cosines(queries: Float[Tensor, "q d"], vectors: Float[Tensor, "t d"]) -
     if len(vectors) > 1:
         middle = vectors.mean(dim=0)
         queries, vectors = queries - middle, vectors - middle
-    return _unit(queries) @ _unit(vectors).mT
+    return unit_rows(queries) @ unit_rows(vectors).mT
 
 
 def held_out_queries(
@@ -74,7 +76,3 @@ def held_out_queries(
                 found.append((size, first - second, float(cosines[own]), float(cosines.argmax() == own)))
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 4).unbind(dim=1)
     return HeldOutQueries(*columns)
-
-
-def _unit(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)

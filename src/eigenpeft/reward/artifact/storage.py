@@ -52,7 +52,7 @@ class Parts:
 
 
 def write(
-    directory: str | Path,
+    folder: str | Path,
     *,
     reward_basis: Tensor,
     concentration: Tensor,
@@ -66,7 +66,7 @@ def write(
     """Write everything; whole or not at all.
 
     Args:
-        directory: Folder to make, or to replace.
+        folder: Folder to make, or to replace.
         reward_basis: (n_basis, n_features).
         concentration: (n_basis,).
         users: Table of users.
@@ -90,7 +90,7 @@ def write(
         "info": dict(info),
     }
     text = json.dumps(config, indent=2, allow_nan=False)
-    with atomic_folder(directory, kind=KIND, overwrite=overwrite) as scratch:
+    with atomic_folder(folder, kind=KIND, overwrite=overwrite) as scratch:
         if backbone is not None:
             backbone.save_pretrained(scratch)
         if processing_class is not None:
@@ -101,25 +101,23 @@ def write(
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def write_users(directory: str | Path, *, reward_basis: Tensor, users: UserTable) -> None:
+def write_users(folder: str | Path, *, reward_basis: Tensor, users: UserTable) -> None:
     """Write what changed in a table of users into the table of a saved model, and touch nothing else of it.
 
     The table on disk is read again under a lock: users that other processes added meanwhile stay.
 
     Args:
-        directory: Folder written by `write`.
+        folder: Folder written by `write`.
         reward_basis: The basis the weights belong to.
         users: Table of users.
 
     Raises:
         ArtifactError: If there is no model, it has another basis, or the file cannot be written.
     """
-    folder = Path(directory)
-    _check_basis(
-        folder, reward_basis, origin=str(directory)
-    )  # before a lock is made beside a folder that is not a model
+    folder, origin = Path(folder), str(folder)
+    _check_basis(folder, reward_basis, origin=origin)  # before a lock is made beside a folder that is not a model
     with one_writer(folder):
-        _check_basis(folder, reward_basis, origin=str(directory))
+        _check_basis(folder, reward_basis, origin=origin)
         merged = users.onto(UserTable.open(folder / USERS, n_basis=len(reward_basis)))
         with atomic_update(folder, last=USERS) as update:
             merged.save(update.scratch / USERS)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from eigenpeft.linalg.orthogonal import unit_rows
+
 
 @dataclass(frozen=True, eq=False)
 class SimulatedPairs:
@@ -67,8 +69,8 @@ class SimulatedUsers:
         self.n_users = n_users
         self._axes = torch.linalg.qr(_normal(n_features, n_features, generator=generator)).Q
         self._deviations = torch.arange(1, n_features + 1).float().rsqrt()
-        common = _unit(_normal(1, n_signal, generator=generator))
-        own = _unit(_normal(n_basis, n_signal, generator=generator))
+        common = unit_rows(_normal(1, n_signal, generator=generator))
+        own = unit_rows(_normal(n_basis, n_signal, generator=generator))
         # Differences of two texts have twice the variance; every signal axis carries the same share of a margin.
         whitened = math.sqrt(shared) * common + math.sqrt(1 - shared) * own
         on_axes = torch.zeros(n_basis, n_features)
@@ -111,7 +113,3 @@ class SimulatedUsers:
 
 def _normal(*shape: int, generator: Generator) -> Tensor:
     return torch.randn(*shape, generator=generator)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)

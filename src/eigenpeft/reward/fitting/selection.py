@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenpeft.linalg.preference.joint import JointFit
 from eigenpeft.linalg.preference.objective import bradley_terry_nll, simplex
 from eigenpeft.linalg.preference.users import fit_all_user_weights
+from eigenpeft.linalg.scores.intervals import mean_error, share_error
 from eigenpeft.reward.fitting.preparation import PreparedPairs
 from eigenpeft.reward.fitting.splitting import draw_sides
 
@@ -73,12 +74,12 @@ class LoReCandidate:
     @property
     def seen_accuracy_error(self) -> float:
         """Binomial standard error of `seen_accuracy`; NaN without such comparisons."""
-        return _share_error(self.seen_accuracy, self.n_seen)
+        return share_error(self.seen_accuracy, self.n_seen)
 
     @property
     def unseen_accuracy_error(self) -> float:
         """Binomial standard error of `unseen_accuracy`; NaN without such comparisons."""
-        return _share_error(self.unseen_accuracy, len(self.losses) - self.n_seen)
+        return share_error(self.unseen_accuracy, len(self.losses) - self.n_seen)
 
     def worse_than(self, other: "LoReCandidate") -> tuple[float, float]:
         """Mean of the paired differences of the held-out losses, and its standard error; positive where `other` is better.
@@ -225,11 +226,7 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and its standard error, which is 0 for a single value; both NaN without values."""
     if len(values) < 2:
         return (float(values[0]), 0.0) if len(values) else (float("nan"), float("nan"))
-    return float(values.mean()), float(values.std()) / len(values) ** 0.5
-
-
-def _share_error(share: float, n: int) -> float:
-    return (share * (1 - share) / n) ** 0.5 if n else float("nan")
+    return float(values.mean()), mean_error(values.tolist())
 
 
 def _score(by_basis: Tensor, weights: Tensor) -> tuple[Tensor, float]:
