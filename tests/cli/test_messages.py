@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 
 import click
 import pytest
 
-from eigenpeft import AdapterCollection, SubspaceBuilder
+from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.cli.app import print_json
 from eigenpeft.cli.messages import as_options
+from tests.factories import make_collection
 
 PROGRAM = click.Group(
     commands={
@@ -47,17 +49,28 @@ def test_arguments_become_options(words, message, expected):
     assert as_options(message, PROGRAM, words) == expected
 
 
-@pytest.fixture
-def folder(adapters, tmp_path, monkeypatch, run):
-    """A working folder with a subspace, a paired one, a store, and an adapter of another base model."""
-    with AdapterCollection.from_pretrained(adapters.folder) as collection:
-        SubspaceBuilder(5).fit(collection).subspace_.save_pretrained(tmp_path / "subspace")
-        SubspaceBuilder(5, method="paired").fit(collection).subspace_.save_pretrained(tmp_path / "paired")
-    monkeypatch.chdir(tmp_path)
-    for name in ("subspace", "paired"):
-        assert run("store", "add", f"store-{name}", "adapters/adapter-1", "--subspace", name).code == 0
-    config = tmp_path / "adapters" / "adapter-2" / "adapter_config.json"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a subspace, a paired one, a store in each, and adapters, one of them of another base model."""
+    place = tmp_path_factory.mktemp("made")
+    make_collection(place / "adapters", rank=(2, 4), n_shared=6, noise=0.05)
+    with AdapterCollection.from_pretrained(place / "adapters") as collection:
+        for name, options in (("subspace", {}), ("paired", {"method": "paired"})):
+            subspace = SubspaceBuilder(5, **options).fit(collection).subspace_
+            subspace.save_pretrained(place / name)
+            store = AdapterStore(subspace)
+            store.add(place / "adapters" / "adapter-1")
+            store.save_pretrained(place / f"store-{name}")
+    config = place / "adapters" / "adapter-2" / "adapter_config.json"
     config.write_text(config.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "other-'))
+    return place
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    """The working folder: a copy of what was made."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
