@@ -32,7 +32,7 @@ Batches = Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]
 class InputStatistics:
     """Sums over the inputs x of one task, on the input directions Z of all adapters that it was collected for.
 
-    They are what RegMean (arXiv 2212.09849) keeps of a task, `Σ x xᵀ`, restricted to Z (R, in_features), R the sum of
+    They are what RegMean (arXiv 2212.09849, equation 2) keeps of a task, `Σ x xᵀ`, restricted to Z (R, in_features), R the sum of
     the adapters' ranks. Statistics of the same adapters add up: over rows, over machines.
 
     Attributes:
@@ -105,8 +105,8 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Second moments of every adapted module's inputs on each task's own rows, each adapter at work on its rows.
 
-    For `merge(..., method="regmean", statistics=...)`: the inputs `E_t[x xᵀ]` of RegMean (arXiv 2212.09849) without an n x n
-    matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
+    For `merge(..., method="regmean", statistics=...)`: the inputs `E_t[x xᵀ]` of RegMean (arXiv 2212.09849, equation 2) without
+    an n x n matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
 
     With `merged`, the merged adapter is at work on the rows of every task: a layer's inputs are those that the merged layers
     before it give, as in RegMean++ (arXiv 2508.03121). A layer's inputs depend on earlier layers alone, so that merging and

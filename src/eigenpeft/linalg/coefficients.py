@@ -79,8 +79,8 @@ def change_of_bases(
     """What moves a core to other bases: `M' = L M R` with `L = V'_out V_outᵀ` and `R = V_in V'_inᵀ`.
 
     `V'_outᵀ M' V'_in` is the orthogonal projection of `V_outᵀ M V_in` on the new bases: exact while the old span lies in the
-    new one, as when components were added, else the nearest that the new bases hold ("Shared LoRA Subspaces", arXiv
-    2602.06043, for growing subspaces).
+    new one, as when components were added, else the nearest that the new bases hold. "Shared LoRA
+    Subspaces" (arXiv 2602.06043) projects earlier tasks on its new basis in this way, in its merge phase.
 
     Args:
         old_out: V_out.

@@ -73,7 +73,9 @@ def orthonormal_rows(rows: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
 def random_complement(
     components: Float[Tensor, "k n"], *, n_pseudo_components: int, generator: Generator
 ) -> Float[Tensor, "n_pseudo_components n"]:
-    """Random orthonormal directions orthogonal to the given ones (pseudo-components; EigenLoRAx, arXiv 2502.04700).
+    """Random orthonormal directions orthogonal to the given ones: `q` of the QR decomposition of `N (I - VᵀV)`, N normal.
+
+    The pseudo-components ("pseudo-PCs") that EigenLoRAx (arXiv 2502.04700) adds by Gram-Schmidt where adapters are few.
 
     Args:
         components: Orthonormal rows.

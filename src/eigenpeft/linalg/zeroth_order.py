@@ -29,8 +29,8 @@ def directions(values: Sequence[Tensor], *, seed: int, n: int) -> list[list[Tens
     """N directions at right angles to one another, each of length √d for d numbers in all, so that `E[z zᵀ] = I`.
 
     The mean of `g z` over d of them is the gradient up to O(ε²); over fewer, an estimate with less variance than independent
-    directions have (Choromanski et al., "Structured Evolution with Compact Architectures", arXiv 1804.02395). More than d of them
-    are several such sets.
+    directions have (orthogonal exploration: Choromanski et al., "Structured Evolution with Compact Architectures", arXiv
+    1804.02395). More than d of them are several such sets.
 
     Args:
         values: Give the shapes, dtypes and devices.
@@ -94,8 +94,8 @@ def projected_gradient(
 ) -> tuple[float, float]:
     """`slope_along` a standard normal direction (SPSA: Spall, IEEE Trans. Autom. Control 37, 1992).
 
-    `E[g z]` is the gradient up to O(ε²), with a variance that grows with the number of values (MeZO, arXiv 2305.17333). L may be
-    any function of θ, also one that has no gradient.
+    `E[g z]` is the gradient up to O(ε²), with a variance that grows with the number of values (MeZO, arXiv 2305.17333,
+    definition 1 and equation 1). L may be any function of θ, also one that has no gradient.
 
     Args:
         objective: L; called twice, with values of these shapes.
@@ -120,7 +120,7 @@ def replay(values: Sequence[Tensor], seeds: Sequence[int], steps: Sequence[float
     """`θ_T = θ_0 - Σ_t a_t z_t`, one step after another, z_t redrawn from its seed: weights as a list of pairs of numbers.
 
     Whoever has θ_0 and the pairs gets the same bits ("Just One Byte", arXiv 2306.10015; FedKSeed, arXiv 2312.06353). With
-    `a = η g` these are the steps of MeZO's descent.
+    `a = η g` these are the steps of MeZO's descent (arXiv 2305.17333, algorithm 1).
 
     Args:
         values: θ_0; not changed.

@@ -191,7 +191,7 @@ class _LowRank(CoreKind):
 
 
 class _Full(CoreKind):
-    """All entries of M (LoRA-XS, arXiv 2405.17604; the mixer of MoSLoRA on a recycled subspace)."""
+    """All entries of M: LoRA-XS' `B R A` (arXiv 2405.17604) and MoSLoRA's mixer (arXiv 2406.11909, equation 3) on a subspace."""
 
     name = "full"
 
@@ -212,7 +212,7 @@ class _Full(CoreKind):
 
 
 class _Diagonal(CoreKind):
-    """`M = diag(d)` (JD-Diag of "Compress then Serve", arXiv 2407.00066)."""
+    """`M = diag(d)`: the scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066)."""
 
     name = "diagonal"
     is_matrix = False
@@ -246,7 +246,7 @@ class _Diagonal(CoreKind):
 
 
 class _Mixture(CoreKind):
-    """`M = Σ_t w_t M_t` of frozen cores, with one trained weight per core (LoRA-Soups' CAT, arXiv 2410.13025)."""
+    """`M = Σ_t w_t M_t` of frozen cores, a trained weight per core: learnable concatenation (CAT; LoRA Soups, arXiv 2410.13025)."""
 
     name = "mixture"
     trained = ("weights",)

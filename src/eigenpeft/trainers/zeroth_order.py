@@ -24,8 +24,9 @@ class ZerothOrderMixin:
     """Put before a Trainer's class, it lets the Trainer train by forward passes alone, in the memory of inference.
 
     Each step moves all trained values by ±ε along a random direction z and writes `g z` into their `.grad`, with g the slope
-    along z (MeZO, arXiv 2305.17333; SPSA, Spall 1992). So the optimizer, schedule, clipping and accumulation of the Trainer go on
-    as they are. No activations are kept and nothing is back-propagated; any score of the model's outputs may be the objective.
+    along z (MeZO, arXiv 2305.17333, equation 1; SPSA, Spall 1992). So the optimizer, schedule, clipping and accumulation of the
+    Trainer go on as they are. No activations are kept and nothing is back-propagated; any score of the model's outputs may be the
+    objective.
     Noise grows with the number of trained values: it suits cores of K or K² numbers per module, not a LoRA of a million, and needs
     many more steps than gradients do (docs/zeroth-order.md has figures).
 

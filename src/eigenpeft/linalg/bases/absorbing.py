@@ -53,7 +53,8 @@ def lacking_directions(
     With the rows `A'` of all balanced factors and the old components V, the new ones are the leading right singular vectors
     of `A' (I - VᵀV)`, and those of `B'ᵀ (I - VᵀV)` on the other side: one step of the sequential Karhunen-Loève transform
     (Levy and Lindenbaum, IEEE Trans. Image Processing 9, 2000) that adds and never turns what is there, so that every core in
-    the old bases is a core in the new ones ("Shared LoRA Subspaces", arXiv 2602.06043, grows its subspace in this way).
+    the old bases is a core in the new ones. "Shared LoRA Subspaces" (arXiv 2602.06043), in its merge phase, decomposes old and new
+    together and turns them.
 
     Args:
         factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each new adapter, the scaling folded into lora_B; ranks may differ.

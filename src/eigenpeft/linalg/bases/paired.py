@@ -59,7 +59,7 @@ def pair_coefficients(
     components_out: Float[Tensor, "k m"],
     components_in: Float[Tensor, "k n"],
 ) -> Float[Tensor, " k"]:
-    """The d of the nearest `P_outᵀ diag(d) P_in` to `B A` (JD-Diag of "Compress then Serve", arXiv 2407.00066).
+    """The d of the nearest `P_outᵀ diag(d) P_in` to `B A`: the scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066).
 
     `d = ((P_outP_outᵀ) ∘ (P_inP_inᵀ))⁻¹ diag(P_out B A P_inᵀ)`; on orthonormal rows the diagonal itself.
 

@@ -46,9 +46,10 @@ class CoreSpace:
 def core_space(factors: Sequence[Factors]) -> CoreSpace:
     """The core space of updates given as factors; no information is lost and no (m, n) matrix is formed.
 
-    Core Space (arXiv 2509.17786) on balanced factors. With `ΔW_t = U_t S_t V_tᵀ`, the axes of the input side are the
-    right singular vectors of the stack of all `(S_t / ‖S_t‖)^{1/2} V_tᵀ`, those of the output side the left singular vectors
-    of all `U_t (S_t / ‖S_t‖)^{1/2}`; `Axes.signed` says which way they point. The published method takes the raw
+    Core Space (Panariello et al., arXiv 2509.17786) on balanced factors: `M_t = U_Bᵀ ΔW_t V_A`, with U_B and V_A the singular
+    vectors of all B side by side and of all A on top of each other. With `ΔW_t = U_t S_t V_tᵀ`, the axes of the input side are
+    the right singular vectors of the stack of all `(S_t / ‖S_t‖)^{1/2} V_tᵀ`, those of the output side the left singular
+    vectors of all `U_t (S_t / ‖S_t‖)^{1/2}`; `Axes.signed` says which way they point. The published method takes the raw
     factors and forgets lora_alpha: its axes depend on how an update is split into factors, and every rule that works entry by
     entry depends on the axes. These depend on the updates alone: `(B G⁻¹, G A)`, another scale of an update, or another
     order of the updates leaves them where they are. Costs `O((m + n) R² + R³)` with `R = Σ r_t`.
@@ -84,7 +85,7 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
 def with_model_inputs(space: CoreSpace) -> CoreSpace:
     """The same updates on the model's own input coordinates: `ΔW_t = components_outᵀ cores[t]`, cores (T, K_out, n).
 
-    For rules that are defined on the entries of input vectors (KnOTS, arXiv 2410.19735); as large as T lora_A factors of
+    For rules that are defined on the entries of input vectors (KnOTS, arXiv 2410.19735, section 4); as large as T lora_A factors of
     rank K_out.
 
     Args:

@@ -17,7 +17,7 @@ def add_off_directions(
 
     Let `S_{t-1} = U S Vᵀ`, and let r be the smallest number with `Σ_{p≤r} σ_p ≥ α Σσ`. P sets two parts of `Uᵀ ΔW_t V` to zero: the
     leading r × r block and the diagonal. The zero diagonal gives `⟨P(ΔW_t), S_{t-1}⟩ = 0`. The merged update is `λ_t S_t`, with λ_t
-    from `mean_norm_scale`; nothing but S_t is kept of the earlier tasks.
+    from `mean_norm_scale` (the paper writes 1 / λ_t); nothing but S_t is kept of the earlier tasks.
 
     Where `σ_p = 0`, u_p and v_p are arbitrary. P leaves the diagonal there as it is, so that the result depends on the updates
     alone. The authors' code sets a block of r - 1 directions to zero.

@@ -12,9 +12,10 @@ from eigenpeft.linalg.bases.stacking import Factors
 def mean_of_factors(
     factors: Sequence[Factors], *, weights: Sequence[float]
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """`(Σ p_i B_i, Σ p_i A_i)`: what averaging adapters number by number does (FedIT, arXiv 2305.05644).
+    """`(Σ p_i B_i, Σ p_i A_i)`: what averaging adapters number by number does.
 
-    Their product is not the mean of the updates `Σ p_i B_i A_i`; it depends on how each update is split into factors.
+    FedIT's server averages the adapters' parameters weighted by the clients' rows, `p_i = n_i / Σ n` (arXiv 2305.05644). Their
+    product is not the mean of the updates `Σ p_i B_i A_i`; it depends on how each update is split into factors.
 
     Args:
         factors: `(lora_B (m, r), lora_A (r, n))` of each update, all of one rank.

@@ -15,7 +15,9 @@ def boosting(
     weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     beta: float = 0.01,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`Σ w_t M_t = U S Vᵀ`; `σ_i := max(σ_i, σ_k)`, k the first index with `Σ_{i≤k} σ_i ≥ β Σσ` (arXiv 2506.16506).
+    """`Σ w_t M_t = U S Vᵀ`; `σ_i := max(σ_i, σ_k)`, k the first index with `Σ_{i≤k} σ_i ≥ β Σσ`.
+
+    Subspace Boosting (Skorobogat et al., "Subspace-Boosted Model Merging", arXiv 2506.16506) of task arithmetic.
 
     Args:
         cores: Updates on common axes.

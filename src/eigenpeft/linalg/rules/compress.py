@@ -20,10 +20,12 @@ def compress_then_merge(
     n_components: int = 16,
     beta: float = 0.25,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`Pᵀ (Σ w_t P M_t Qᵀ) Q`, with P and Q fitted by HOOI to the updates at partly equalised norms (arXiv 2606.03723).
+    """`Pᵀ (Σ w_t P M_t Qᵀ) Q`, with P and Q fitted by HOOI to the updates at partly equalised norms.
 
-    Bases of K rows that lose least of `M_t / ‖M_t‖ · (β ‖M_t‖ + (1 - β) mean ‖M‖)`; what is merged on them are the updates as
-    they are. The result has rank K at most.
+    Compress then Merge (He et al., arXiv 2606.03723) with the sum as its merging rule: the Tucker-2 decomposition of the
+    rescaled targets `M_t / ‖M_t‖ · (β ‖M_t‖ + (1 - β) mean ‖M‖)` gives bases of K rows that lose least of them, and the updates
+    as they are become the K x K matrices `P M_t Qᵀ` that are merged. The decomposition runs in the core space, which loses nothing
+    (theorems 4.1 and 4.3 there). The result has rank K at most.
 
     Args:
         cores: Updates on common axes.

@@ -17,7 +17,7 @@ def dare(
     drop: float = 0.5,
     seeds: Sequence[int] | None = None,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`M = Σ w_t M_t ∘ Z_t / (1 - p)` with `Z_t ~ Bernoulli(1 - p)` (Yu et al., arXiv 2311.03099).
+    """`M = Σ w_t M_t ∘ Z_t / (1 - p)` with `Z_t ~ Bernoulli(1 - p)`: Drop And REscale (Yu et al., arXiv 2311.03099).
 
     Args:
         cores: Updates on common axes.
@@ -45,7 +45,10 @@ def dare_ties(
     seeds: Sequence[int] | None = None,
     agreement: Agreement = "mean",
 ) -> Float[Tensor, "k_out k_in"]:
-    """`dare`, its sum replaced by the election of signs of TIES (arXiv 2311.03099).
+    """`dare`, its sum replaced by the election of signs of TIES.
+
+    Drop And REscale (arXiv 2311.03099), then steps 2 and 3 of TIES (arXiv 2306.01708, algorithm 1): elect signs, merge those that
+    agree. Nothing is trimmed.
 
     Args:
         cores: Updates on common axes.

@@ -12,7 +12,7 @@ from eigenpeft.linalg.cores.spectral import common_ranks, polar, triplets, weigh
 def iso_c(
     cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
-    """`Σ w_t M_t = U S Vᵀ`; the result is `mean(S) U Vᵀ` (Marczak et al., arXiv 2502.04959).
+    """`Σ w_t M_t = U S Vᵀ`; the result is `mean(S) U Vᵀ` (Marczak et al., arXiv 2502.04959, equations 7 and 8).
 
     Args:
         cores: Updates on common axes.
@@ -37,12 +37,12 @@ def iso_cts(
     weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     common_share: float = 0.8,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`iso_c` whose last directions are those of single tasks (arXiv 2502.04959).
+    """`iso_c` whose last directions are those of single tasks (Iso-CTS, arXiv 2502.04959, algorithm 2).
 
     With q the rank that all updates span together: `d = round((q - int(common_share q)) / T)` directions for each task and
     `k = q - T d` common ones. The common ones are the top k triplets of `Σ w_t M_t`, those of a task the top d of
-    `R_t = w_t M_t - U_c U_cᵀ w_t M_t`. All left and all right vectors are made orthonormal by their polar factors; every
-    singular value is the mean of all.
+    `R_t = w_t M_t - U_c U_cᵀ w_t M_t` (equation 10). All left and all right vectors are made orthonormal by their polar factors
+    (equation 11); every singular value is the mean of all (equations 12 and 13).
 
     Args:
         cores: Updates on common axes.

@@ -16,7 +16,7 @@ def knots(
     density: float = 0.2,
     agreement: Agreement = "mean",
 ) -> Float[Tensor, "k_out n"]:
-    """`[M_1 ... M_T] = U S [V_1 ... V_T]`; the result is `U S ties(V_1, ..., V_T)` (Stoica et al., arXiv 2410.19735).
+    """`[M_1 ... M_T] = U S [V_1 ... V_T]`; the result is `U S ties(V_1, ..., V_T)` (KnOTS, arXiv 2410.19735, section 4).
 
     Defined on the entries of input vectors: pass the cores of `with_model_inputs`, on the model's own input coordinates. The
     published code forgets lora_alpha; here the updates are whole.

@@ -6,8 +6,9 @@ from torch import Tensor
 
 
 def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
-    """`B'_t := (I + U diag(a - 1) Uᵀ) B'_t` for balanced `M_t = B'_t A'_t`, `a_k = 1 / (1 + (T - 1) c_k)` (arXiv 2604.16826).
+    """`B'_t := (I + U diag(a - 1) Uᵀ) B'_t` for balanced `M_t = B'_t A'_t`, `a_k = 1 / (1 + (T - 1) c_k)`.
 
+    Pico's calibration of shared directions (Tang and Yang, arXiv 2604.16826, section 4.1), there on the raw factors.
     `[B'_1 ... B'_T] = U σ Vᵀ` and `c_k = σ_k² / Σσ²`. Since `B'_t B'_tᵀ = (M_t M_tᵀ)^{1/2}`, U and σ² are the eigenvectors and
     eigenvalues of `Σ (M_t M_tᵀ)^{1/2}`: a function of the updates alone.
 
@@ -32,7 +33,7 @@ def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
 
 
 def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, ""]:
-    """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's rescaling, arXiv 2604.16826): as strong as one update.
+    """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's magnitude rescaling, arXiv 2604.16826, section 4.2): as strong as one update.
 
     Args:
         merged: Result of a rule.

@@ -18,11 +18,12 @@ def regmean(
     shrink: float = 0.95,
     ridge: float = 1e-4,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`M = (Σ |w_t| M_t C_t + ρ M̄)(Σ |w_t| C_t + ρ I)⁻¹` (Jin et al., arXiv 2212.09849; the objective of MaTS, arXiv 2312.04339).
+    """`M = (Σ |w_t| M_t C_t + ρ M̄)(Σ |w_t| C_t + ρ I)⁻¹` (RegMean; Jin et al., arXiv 2212.09849, equation 2).
 
     `C_t = V E_t[x xᵀ] Vᵀ` are second moments of the inputs of task t on the axes V, their off-diagonal entries times
     `shrink`; `M̄` is the weighted mean, `ρ = ridge · trace(Σ |w_t| C_t) / K_in`. The minimiser of
     `Σ |w_t| E_t‖(M - sign(w_t) M_t) V x‖²`: a weight is a task's importance, and a negative one asks for the opposite update.
+    MaTS (arXiv 2312.04339) minimises the same with input Grams. The ridge and the weights are ours.
 
     Args:
         cores: Updates on common axes.

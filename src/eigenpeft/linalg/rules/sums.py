@@ -12,7 +12,7 @@ from eigenpeft.linalg.cores.spectral import weighted
 def task_arithmetic(
     cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
-    """`M = Σ w_t M_t` (Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089).
+    """`M = Σ w_t M_t` (Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, section 2).
 
     Exact: the merged update is the weighted sum of the updates. A negative weight subtracts a task (forgetting).
 

@@ -13,7 +13,7 @@ def svc(
 ) -> Float[Tensor, "k_out k_in"]:
     """`M = Σ γ_r σ_r u_r v_rᵀ`, `γ_r = T / Σ_t max(α, s_t^r)`: directions that many updates share are counted once.
 
-    Singular Value Calibration (arXiv 2602.05536); `s_t^r` is `response`. Calibrates the result of any rule.
+    Singular Value Calibration (arXiv 2602.05536, algorithm 1); `s_t^r` is `response`. Calibrates the result of any rule.
 
     Args:
         merged: Result of a rule.
@@ -38,6 +38,8 @@ def svc(
 
 def response(parts: FactoredSvd, cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k"]:
     """`s_t^r = ⟨σ_r v_r, u_rᵀM_t⟩ / ‖u_rᵀM_t‖²`: how strongly the merged update acts along u_r, in units of update t.
+
+    The projection coefficient of Singular Value Calibration (arXiv 2602.05536, equation 8).
 
     Args:
         parts: Singular triplets of the merged update.

@@ -12,7 +12,7 @@ from eigenpeft.linalg.cores.spectral import common_ranks, polar, triplets, weigh
 def tsv(
     cores: Float[Tensor, "t k_out k_in"], *, weights: Float[Tensor, " t"] | Sequence[float] | None = None
 ) -> Float[Tensor, "k_out k_in"]:
-    """`polar([U_1 ... U_T]) diag(S_1, ..., S_T) polar([V_1 ... V_T])ᵀ` (Gargiulo et al., arXiv 2412.00081).
+    """`polar([U_1 ... U_T]) diag(S_1, ..., S_T) polar([V_1 ... V_T])ᵀ` (TSV-Merge, arXiv 2412.00081, algorithm 1).
 
     Each `w_t M_t = U_t S_t V_tᵀ` gives its top ⌊q / T⌋ triplets, at least one; q is the rank that all
     updates span together, on the smaller side.

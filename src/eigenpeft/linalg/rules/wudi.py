@@ -15,11 +15,11 @@ def wudi(
     weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     ridge: float = 1e-3,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`M = (Σ M_t G_t + ρ Σ M_t)(Σ G_t + ρ I)⁻¹`, `G_t = M_tᵀM_t / ‖M_t‖²` (WUDI, arXiv 2503.08099).
+    """`M = (Σ M_t G_t + ρ Σ M_t)(Σ G_t + ρ I)⁻¹`, `G_t = M_tᵀM_t / ‖M_t‖²` (WUDI-Merging, arXiv 2503.08099).
 
-    The paper descends `Σ ‖(M - M_t) M_tᵀ‖² / ‖M_t‖²` from `M = Σ M_t`; this is its minimiser, with a ridge towards that start
-    where the updates say nothing. `ρ = ridge · trace(Σ G_t)` per direction that the updates span on the
-    input side.
+    The paper descends `Σ ‖(M - M_t) M_tᵀ‖² / ‖M_t‖²` (its section 3.3) from `M = Σ M_t`; this is its minimiser, with a ridge
+    towards that start where the updates say nothing. `ρ = ridge · trace(Σ G_t)` per direction that the updates span on the input
+    side.
 
     Args:
         cores: Updates on common axes.

@@ -18,7 +18,7 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     """The core in new bases whose update is nearest: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`, and what that loses.
 
     Exact while the old span lies in the new one, as when components were added; otherwise the orthogonal projection
-    ("Shared LoRA Subspaces", arXiv 2602.06043, for growing subspaces). In paired directions the nearest diagonal core.
+    (as in the merge phase of "Shared LoRA Subspaces", arXiv 2602.06043). In paired directions the nearest diagonal core.
 
     Args:
         core: Core in the old bases.

@@ -34,7 +34,9 @@ _NO_SCALING = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 
 @dataclass
 class EigenLoraConfig(ExplainedConfig):
-    """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ M V_in` (arXiv 2502.04700).
+    """Train coefficients on the frozen components of a principal subspace: `ΔW = s·V_outᵀ M V_in`.
+
+    EigenLoRAx (arXiv 2502.04700, equation 4), whose layer has `M = C_out C_in` (`core="low_rank"`).
 
     All of `peft.LoraConfig`'s fields apply; `target_modules` defaults to the subspace's modules, and `r` also sets the
     scaling `s = lora_alpha / r` (or `/ sqrt(r)` with `use_rslora`) of the cores that have no rank of their own.

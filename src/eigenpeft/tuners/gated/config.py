@@ -38,8 +38,8 @@ class GatedLoraConfig(ExplainedConfig):
 
     The cores M_e start at the members of a store (`sources`), or at zero in a subspace (`subspace`, `n_cores`); the gate is
     trained, and the cores too unless `train_cores=False`. With `gate="arrow"` nothing is trained: a token's weights follow from
-    the members' own leading directions (Arrow, arXiv 2405.11157). No scaling multiplies the cores: `r` and `lora_alpha` have no
-    meaning.
+    the members' own leading directions (Arrow, arXiv 2405.11157, section 4). No scaling multiplies the cores: `r` and
+    `lora_alpha` have no meaning.
 
     Such an adapter is saved (with its bases, in its own file), loaded, trained, resumed, and used in mixed batches as any other
     of PEFT. It cannot be merged, combined, converted or exported, and no store keeps it, since no matrix has its update; that is

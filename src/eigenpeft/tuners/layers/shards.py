@@ -10,7 +10,7 @@ from eigenpeft.linalg.shards import composed
 
 
 class ShardFactor(nn.Module):
-    """LoRA's A or B with rows, or columns, put together from public and private shards (MoS, arXiv 2410.00938).
+    """LoRA's A or B with rows, or columns, put together from public and private shards (MoS, arXiv 2410.00938, section 3).
 
     The public shards are a parameter of the factor of one layer, the owner, and the other layers refer to that factor: the
     adapter's file has them once.

@@ -16,7 +16,7 @@ Embed = Callable[[str, Sequence[Any]], Tensor]
 
 
 class GrowingClassifier:
-    """Class-incremental classification with frozen adapters, after EASE (arXiv 2403.12030).
+    """Class-incremental classification with frozen adapters, after EASE (arXiv 2403.12030, section 4).
 
     Every task brings an adapter and classes of its own. A class is its prototype, the mean of its rows' features, in the space
     of every adapter; in spaces of adapters that came later, where its rows are gone, it is completed from the new classes that

@@ -28,7 +28,7 @@ _OF_ONE_LAYER = (
 
 @dataclass
 class ShardLoraConfig(ExplainedConfig):
-    """LoRA whose layers share their vectors: a mixture of shards (MoS, arXiv 2410.00938), or one common A or B.
+    """LoRA whose layers share their vectors: a mixture of shards (MoS, arXiv 2410.00938, section 3), or one A or B.
 
     Layers of one kind and shape (all `q_proj` of a model) have one pool of shards for A and another one for B. With
     `sharing="shards"` each layer's r vectors are `shards_per_vector` shards end to end: r - `private_rank` vectors of shards

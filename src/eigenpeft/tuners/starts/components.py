@@ -40,7 +40,7 @@ def init_lora_from_subspace(
     adapter_name: str = "default",
     **lora: Any,
 ) -> PeftModel:
-    """A plain LoRA that starts at the leading principal components (EigenLoRAx-INIT, arXiv 2502.04700).
+    """A plain LoRA that starts at the leading principal components (EigenLoRAx-INIT, arXiv 2502.04700, table 2).
 
     Everything is trained, and what is saved needs no eigenpeft. For a trainer that makes the adapter itself, see
     `lora_config_from_subspace`.
