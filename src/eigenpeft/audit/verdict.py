@@ -18,7 +18,12 @@ _CLUSTER_GAIN = 0.02
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and the sentences that go with it."""
+    """A verdict and the sentences that go with it.
+
+    Attributes:
+        verdict: One of the names in `Verdict`.
+        advice: What was measured, and what to do.
+    """
 
     verdict: Verdict
     advice: str

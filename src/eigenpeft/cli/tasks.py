@@ -44,7 +44,14 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class LoadedTask:
-    """A model and tokenized rows with labels, ready for its loss; `kind` says what the rows were taken for."""
+    """A model and tokenized rows with labels, ready for its loss.
+
+    Attributes:
+        model: Language model or classifier; the classifier's head is trained.
+        rows: Tokenized rows with labels.
+        collator: Makes a batch of rows.
+        kind: What the rows were taken for, in words.
+    """
 
     model: nn.Module
     rows: list[dict[str, Any]]
@@ -58,11 +65,11 @@ class NewTask:
 
     Attributes:
         make_model: Makes the model.
-        rows: Of the file.
-        collator: Makes a batch.
-        task_type: PEFT's.
+        rows: Tokenized rows of the file, with labels.
+        collator: Makes a batch of rows.
+        task_type: PEFT's task type.
         kind: What the rows were taken for, in words.
-        read: Rows of another file of the same task.
+        read: Reads another file of the same task into such rows.
     """
 
     make_model: Callable[[], Any]

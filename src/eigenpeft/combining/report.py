@@ -91,7 +91,18 @@ class MergeTotals:
     """Sums over modules from which the report is made.
 
     Args:
-        names: Source adapters.
+        names: Source adapters, T of them.
+
+    Attributes:
+        inner: (T, T) sums of `⟨ΔW_s, ΔW_t⟩` over the modules that both have, float64.
+        squares: `Σ ‖ΔW_t‖²` by adapter.
+        distances: `Σ ‖ΔW - ΔW_t‖²` by adapter.
+        n_modules: Number of modules by adapter.
+        pair_norms: (T, T) sums of `‖ΔW_s‖²` over the modules that t has as well, float64.
+        kept: `Σ ‖ΔW‖²` of what the rank kept.
+        squared_norm: `Σ ‖ΔW‖²` before the rank cut it off.
+        counted: Sum of the modules' over-counting times their ‖ΔW‖².
+        stable_ranks: Stable rank of every module.
     """
 
     names: Sequence[str]

@@ -72,8 +72,9 @@ class InputStatistics:
 
         Args:
             module: Its name.
-            updates: Those that are merged, all of which the statistics were collected for.
-            components_in: V, the axes that they span.
+            updates: `(lora_B (out_features, r_t), lora_A (r_t, in_features))` of those that are merged, by adapter; the statistics
+                were collected for all of them.
+            components_in: V (K_in, in_features), the axes that they span.
 
         Raises:
             AdapterConfigError: If an adapter or the module is missing, or was another one then.

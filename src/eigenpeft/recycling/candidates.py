@@ -57,12 +57,20 @@ class Sources:
         return merge(self.collection, method="mean", progress=False).scaled(self.scale)
 
     def lora(self, r: int) -> LoraConfig:
-        """A plain LoRA on the modules that the adapters have."""
+        """A plain LoRA on the modules that the adapters have.
+
+        Args:
+            r: Rank; lora_alpha is 2 r.
+        """
         modules = list(self.collection.modules)
         return LoraConfig(r=r, lora_alpha=2 * r, target_modules=modules, task_type=self.task_type)
 
     def eigenlora(self, *, random: bool = False) -> EigenLoraConfig:
-        """Rank 8 in the adapters' subspace, or in a random one of its size."""
+        """Rank 8 in the adapters' subspace, or in a random one of its size.
+
+        Args:
+            random: Whether the subspace is random (the control).
+        """
         subspace = random_subspace(like=self.subspace, seed=self.seed) if random else self.subspace
         return EigenLoraConfig(subspace=subspace, r=8, lora_alpha=16, task_type=self.task_type)
 

@@ -19,7 +19,14 @@ SCALES = (0.5, 1.0, 2.0, 3.0)
 
 
 def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps: int) -> Sources:
-    """The sources with λ of the best merged start and with the nearest adapter, each looked for only where it is used."""
+    """The sources with λ of the best merged start and with the nearest adapter, each looked for only where it is used.
+
+    Args:
+        search: What all trials have in common; takes note of a nearest adapter that is refused.
+        plain: The sources as they are.
+        candidates: Names of the candidates of the run.
+        steps: Steps of the short trainings.
+    """
     scale, nearest = plain.scale, plain.nearest
     if any(CANDIDATES[name].merged for name in candidates):
         scale = max(SCALES, key=lambda value: _start_score(search, with_start(plain, scale=value), steps=steps))
@@ -32,7 +39,13 @@ def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps
 
 
 def with_start(sources: Sources, *, scale: float | None = None, nearest: str | None = None) -> Sources:
-    """The same sources with another multiplier or another nearest adapter."""
+    """The same sources with another multiplier or another nearest adapter.
+
+    Args:
+        sources: The sources; not changed.
+        scale: λ; None keeps it.
+        nearest: Name of the nearest adapter; None keeps it.
+    """
     place = sources.scale if scale is None else scale
     return replace(sources, scale=place, nearest=nearest or sources.nearest)
 

@@ -23,7 +23,25 @@ from eigenpeft.recycling.training import judge, train
 
 @dataclass
 class Search:
-    """What all trials of a run have in common, those that are done, and which of these this run looked at."""
+    """What all trials of a run have in common, those that are done, and which of these this run looked at.
+
+    Attributes:
+        make_model: Makes the base model with the new task's head.
+        rows: Rows that candidates are trained on.
+        held_out: Rows that they are judged on.
+        args: Arguments of the Trainer.
+        collator: Makes a batch of rows.
+        trainer: `Trainer`, a subclass, or a function that makes one.
+        head_learning_rate: Peak learning rate of a new head beside an adapter.
+        log: File that every trial is written to, a line each.
+        deadline: When time is up, on the clock of `time.monotonic`.
+        say: Called with lines for the user.
+        work: Steps that are planned, the last training and those for the test rows included.
+        trials: All trials that are done, earlier runs' too.
+        used: Those that this run looked at.
+        refused: Why a candidate cannot be trained here, by candidate.
+        has_estimated: Whether the user has been told how long all may take.
+    """
 
     make_model: Callable[[], PreTrainedModel]
     rows: Any
@@ -35,14 +53,19 @@ class Search:
     log: Path
     deadline: float
     say: Callable[[str], None] = lambda _: None
-    work: int = 0  # steps that are planned, the last training and those for the test rows included
+    work: int = 0
     trials: list[Trial] = field(default_factory=list)
     used: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     has_estimated: bool = False
 
     def model(self, candidate: str, sources: Sources) -> PeftModel:
-        """A fresh base, merged if the candidate asks for it, with the candidate's adapter."""
+        """A fresh base, merged if the candidate asks for it, with the candidate's adapter.
+
+        Args:
+            candidate: Key of `CANDIDATES`.
+            sources: The adapters, and what candidates make of them.
+        """
         torch.manual_seed(self.args.seed)
         base = self.make_model()
         if CANDIDATES[candidate].merged:
@@ -50,7 +73,15 @@ class Search:
         return CANDIDATES[candidate].adapt(base, sources)
 
     def trained(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int, rows: Any) -> PeftModel:
-        """A candidate trained for a number of steps; where nothing but a head is trained, the rate is the head's."""
+        """A candidate trained for a number of steps; where nothing but a head is trained, the rate is the head's.
+
+        Args:
+            candidate: Key of `CANDIDATES`.
+            sources: The adapters, and what candidates make of them.
+            learning_rate: Peak learning rate.
+            steps: Number of steps.
+            rows: Rows to train on.
+        """
         model = self.model(candidate, sources)
         settings = {"args": self.args, "collator": self.collator, "trainer": self.trainer}
         only_head = not any(p.requires_grad and "modules_to_save" not in name for name, p in model.named_parameters())
@@ -65,13 +96,27 @@ class Search:
         return model
 
     def done(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial | None:
-        """What an earlier run, or this one, found for it."""
+        """What an earlier run, or this one, found for it; None where it was not tried.
+
+        Args:
+            candidate: Key of `CANDIDATES`.
+            sources: The adapters, and what candidates make of them.
+            learning_rate: Peak learning rate.
+            steps: Number of steps.
+        """
         asked = _asked(candidate, sources, learning_rate=learning_rate, steps=steps)
         same = (one for one in self.trials if asked == {name: getattr(one, name) for name in asked})
         return next(same, None)
 
     def trial(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial:
-        """Train and judge, or what was found when this was done before."""
+        """Train and judge, or what was found when this was done before.
+
+        Args:
+            candidate: Key of `CANDIDATES`.
+            sources: The adapters, and what candidates make of them.
+            learning_rate: Peak learning rate.
+            steps: Number of steps.
+        """
         if (done := self.done(candidate, sources, learning_rate=learning_rate, steps=steps)) is not None:
             self._use(done)
             return done
@@ -152,6 +197,13 @@ def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
 
     The control is the first entrant of that name; it is trained in every round. A rival wins if its loss on the held-out rows is
     below the control's by more than the standard error of the paired differences, and its score is not lower.
+
+    Args:
+        search: What all trials have in common.
+        sources: The adapters, and what candidates make of them.
+        entrants: Candidates with their learning rates.
+        steps: Steps of the first round; each further round has twice as many.
+        bar: Progress bar.
     """
     control = next((entrant for entrant in entrants if entrant[0] == CONTROL), None)
     while True:

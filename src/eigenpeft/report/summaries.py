@@ -150,7 +150,7 @@ def condition(singular_values: Tensor) -> float | None:
     """Ratio of the largest to the smallest kept singular value; None when nothing is kept.
 
     Args:
-        singular_values: Descending.
+        singular_values: (K,), descending.
     """
     if len(singular_values) == 0:
         return None

@@ -123,7 +123,12 @@ class LoReTrainer(RewardTrainer):
             self._signature_columns = [*self._signature_columns, self.args.user_column]
 
     def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
-        """The optimizer of the Trainer, with a group of their own for the user logits."""
+        """The optimizer of the Trainer, with a group of their own for the user logits.
+
+        Args:
+            *arguments: The Trainer's.
+            **keywords: The Trainer's.
+        """
         optimizer = super().create_optimizer(*arguments, **keywords)
         users = user_logits(self._classifier())
         if any(users is parameter for group in optimizer.param_groups for parameter in group["params"]):

@@ -17,11 +17,19 @@ class RecordSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, name: str) -> bytes:
-        """The bytes of one record."""
+        """The bytes of one record.
+
+        Args:
+            name: Name of the record.
+        """
         ...
 
     def size(self, name: str) -> int:
-        """How many bytes a record has."""
+        """How many bytes a record has.
+
+        Args:
+            name: Name of the record.
+        """
         ...
 
 

@@ -30,7 +30,7 @@ def by_pair(names: Sequence[str], parts: Iterable[tuple[Sequence[str], Tensor]])
 
     Args:
         names: All n adapters.
-        parts: Parts of each module the adapters measured there and a value for every pair of them.
+        parts: For each module the k adapters measured there, and a value (k, k) for every pair of them.
     """
     index = {name: i for i, name in enumerate(names)}
     total, count = (torch.zeros(len(names), len(names), dtype=torch.float64) for _ in range(2))

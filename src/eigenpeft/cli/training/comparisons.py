@@ -19,7 +19,17 @@ _LONGEST_NAME = 100  # characters of a user's id in a file's name
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """Comparisons as features, and where they come from."""
+    """Comparisons as features, and where they come from.
+
+    Attributes:
+        chosen: (n_pairs, n_features) features of the preferred answers.
+        rejected: (n_pairs, n_features) features of the others.
+        user_ids: User of each pair.
+        prompt_ids: Prompt of each pair; None where no column tells them apart.
+        reference: (n_features,) head of the reward model that embedded the texts; None without one.
+        backbone: Model that embedded the texts; None where the file has features.
+        processing_class: Its tokenizer; None where the file has features.
+    """
 
     chosen: Any
     rejected: Any

@@ -14,6 +14,10 @@ from eigenpeft.tuners.host.adapter_card import trained_card
 class SaysWhatItTrains:
     """Mixed into a trainer of TRL whose model has an adapter.
 
+    Args:
+        *arguments: TRL's.
+        **keywords: TRL's.
+
     Attributes:
         command: Name of the script, such as "sft".
         title: What it does, in words.

@@ -44,7 +44,12 @@ _REBUILDS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter", "
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the index would import, if anybody unpickled it."""
+    """A name that the index would import, if anybody unpickled it.
+
+    Attributes:
+        module: Module to import from, such as "torch._utils".
+        name: What to import from it.
+    """
 
     module: str
     name: str

@@ -82,10 +82,10 @@ def pair_margins(chosen: Features, rejected: Features, reward_basis: Tensor) -> 
 
 
 def index_users(user_ids: Sequence[UserId], *, n_pairs: int) -> tuple[list[str], Tensor]:
-    """Distinct users in order of first appearance, and the number of the user of each pair.
+    """Distinct users in order of first appearance, and the number of the user of each pair, (n_pairs,) int64.
 
     Args:
-        user_ids: One per pair.
+        user_ids: One per pair; a tensor is (n_pairs,).
         n_pairs: Number of pairs.
 
     Raises:

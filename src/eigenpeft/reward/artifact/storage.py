@@ -108,7 +108,7 @@ def write_users(folder: str | Path, *, reward_basis: Tensor, users: UserTable) -
 
     Args:
         folder: Folder written by `write`.
-        reward_basis: The basis the weights belong to.
+        reward_basis: (n_basis, n_features) basis that the weights belong to.
         users: Table of users.
 
     Raises:

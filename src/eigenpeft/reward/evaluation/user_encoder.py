@@ -61,8 +61,8 @@ def encoded_heads(
     Args:
         differences: (n, n_features).
         rows: (n,) user of each.
-        train: Mask of the comparisons to train on.
-        fitted: Mask of the comparisons that a user's head is read from.
+        train: (n,) bool, the comparisons to train on.
+        fitted: (n,) bool, the comparisons that a user's head is read from.
         shared: (n_features,) head for everybody.
         n_users: Number of users.
         seed: Seed of start and draws.

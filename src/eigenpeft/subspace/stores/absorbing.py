@@ -158,7 +158,8 @@ def turned(
         member: Member in the first components of the grown bases.
         wide: The grown bases.
         new: Bases that lie in their span.
-        changes: Bank to the new components as rows of coefficients on the grown ones, input and output side; filled here.
+        changes: Bank to the new components as rows of coefficients on the grown ones, of the input side (K'_in, K_in) and of the
+            output side (K'_out, K_out); filled here.
 
     Returns:
         The member, what it lost added to its relative errors; and ‖ΔW - ΔW'‖ / ‖ΔW‖ of all its modules together.

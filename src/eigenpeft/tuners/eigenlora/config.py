@@ -325,7 +325,13 @@ class EigenLoraConfig(ExplainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The config of a saved adapter, as PEFT reads it; a local folder is remembered, since its subspace may stand beside it."""
+        """The config of a saved adapter, as PEFT reads it; a local folder is remembered, since its subspace may stand beside it.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            subfolder: Folder within it; None for its root.
+            **kwargs: PEFT's.
+        """
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():

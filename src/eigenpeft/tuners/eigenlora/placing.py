@@ -97,10 +97,10 @@ def place(
         layer: LoRA layer.
         adapter_name: Adapter.
         frozen_bank: Its components there.
-        parts: Parts of its core; a mixture has none.
+        parts: Parts of its core, of the shapes of `core.shapes`; a mixture has none.
         core: The kind of core.
-        mixture: Weights and cores of a mixture.
-        offset: Frozen factors of what the core does not hold, divided by the scaling.
+        mixture: Weights of a mixture and its cores (T, K_out, K_in).
+        offset: Frozen factors (out_features, q), (q, in_features) of what the core does not hold, divided by the scaling.
     """
     inputs, outputs = factor_dicts(layer)
     replaced = inputs[adapter_name], outputs[adapter_name]

@@ -158,7 +158,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which updates are computed: that of the input, or of autocast where it is on.
 
     Args:
-        x: Input of the layer.
+        x: Input of the layer, (..., in_features).
     """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):

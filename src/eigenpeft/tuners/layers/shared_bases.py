@@ -165,8 +165,8 @@ def fill_bank(layer: LoraLayer, frozen_bank: FrozenBank, components_in: Tensor, 
     Args:
         layer: LoRA layer of the module.
         frozen_bank: What the adapter has now.
-        components_in: From its file, of the shape of the bank.
-        components_out: Likewise.
+        components_in: (K_in, in_features), from its file.
+        components_out: (K_out, out_features), from its file.
 
     Returns:
         The bank that the adapter must use from now on. No other adapter's components change.

@@ -157,7 +157,7 @@ class ModuleStacks(nn.Module):
 
         Args:
             y: Output of the base layer, (batch, ..., out_features).
-            x: Its input.
+            x: Its input, (batch, ..., in_features); (batch, ...) indices for an embedding.
             chosen: Places of the batch's rows.
             in_place: Without gradients, write over y.
         """
@@ -232,7 +232,7 @@ class Choice:
         return len(self.heads)
 
     def slots(self, block: int, device: torch.device) -> Tensor:
-        """A place for each row of the batch.
+        """A place for each row of the batch, (batch,) int64.
 
         Args:
             block: Number of the block.
@@ -244,7 +244,7 @@ class Choice:
         return self._on_device[key]
 
     def rows_of(self, block: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """The rows whose members are in a block (None if all are), and their places.
+        """The rows whose members are in a block, (n,) int64 (None if all are), and their places, (n,) int64.
 
         Args:
             block: Number of the block.

@@ -81,8 +81,8 @@ def head_outputs(
 
     Args:
         module: The model's own head.
-        x: Its input, one row per member.
-        output: What it returned; rows without a state keep it.
+        x: Its input, (batch, ..., in_features), one row per member.
+        output: What it returned, (batch, ..., width); rows without a state keep it.
         states: Parameters that replace the module's own, by row; None for rows that use the module as it is.
         choice: Choice of the batch; keeps the heads of its rows together.
 

@@ -16,7 +16,13 @@ Places = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A member in the bank: its place in each block that has a core of it, and its heads."""
+    """A member in the bank: its place in each block that has a core of it, and its heads.
+
+    Attributes:
+        places: Number of a block and place in it, for each form of core that the member has.
+        heads: Parameters of the modules that it trained in full, by path and name.
+        modules: Modules that it adapts.
+    """
 
     places: tuple[tuple[int, int], ...] = ()
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
