@@ -36,7 +36,7 @@ class RitzPairs:
 
 
 def block_krylov(
-    apply: Callable[[Tensor], Tensor],
+    apply: Callable[[Float[Tensor, "q d"]], Float[Tensor, "q d"]],
     start: Float[Tensor, "b d"],
     *,
     n_components: int,

@@ -119,7 +119,7 @@ def output_operands(
     components_out: Float[Tensor, "k_out m"],
     *,
     on_factor: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, "*t c"], Float[Tensor, "c m"]]:
     """Two matrices whose product is `h C_outᵀ V_out`: h and `C_outᵀ V_out = Bᵀ`, or `h C_outᵀ` and `V_out`.
 
     Args:
@@ -184,7 +184,9 @@ def low_rank_update_grad(
     *,
     route: Route,
     needs_x: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> tuple[
+    Float[Tensor, "t n"] | None, Float[Tensor, "r k_in"] | None, Float[Tensor, "k_out r"] | Float[Tensor, " k_out"]
+]:
     """Gradients of `low_rank_update` at x, C_in and C_out.
 
     Args:

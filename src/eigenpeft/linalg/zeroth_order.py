@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+Values = Sequence[Float[Tensor, "..."]]
+"""Tensors of any shapes, such as the trained parameters of a model."""
 
-def direction(values: Sequence[Tensor], *, seed: int) -> list[Tensor]:
+
+def direction(values: Values, *, seed: int) -> list[Float[Tensor, "..."]]:
     """Independent standard normal numbers z, the same for a seed on every device and in every process.
 
     Args:
@@ -25,7 +29,7 @@ def direction(values: Sequence[Tensor], *, seed: int) -> list[Tensor]:
     ]
 
 
-def directions(values: Sequence[Tensor], *, seed: int, n: int) -> list[list[Tensor]]:
+def directions(values: Values, *, seed: int, n: int) -> list[list[Float[Tensor, "..."]]]:
     """N directions at right angles to one another, each of length √d for d numbers in all, so that `E[z zᵀ] = I`.
 
     The mean of `g z` over d of them is the gradient up to O(ε²); over fewer, an estimate with less variance than independent
@@ -62,9 +66,9 @@ def directions(values: Sequence[Tensor], *, seed: int, n: int) -> list[list[Tens
 
 
 def slope_along(
-    objective: Callable[[Sequence[Tensor]], float],
-    values: Sequence[Tensor],
-    moved: Sequence[Tensor],
+    objective: Callable[[Values], float],
+    values: Values,
+    moved: Values,
     *,
     epsilon: float,
 ) -> tuple[float, float]:
@@ -90,7 +94,7 @@ def slope_along(
 
 
 def projected_gradient(
-    objective: Callable[[Sequence[Tensor]], float], values: Sequence[Tensor], *, epsilon: float, seed: int
+    objective: Callable[[Values], float], values: Values, *, epsilon: float, seed: int
 ) -> tuple[float, float]:
     """`slope_along` a standard normal direction (SPSA: Spall, IEEE Trans. Autom. Control 37, 1992).
 
@@ -116,7 +120,7 @@ def projected_gradient(
     return slope_along(objective, values, direction(values, seed=seed), epsilon=epsilon)
 
 
-def replay(values: Sequence[Tensor], seeds: Sequence[int], steps: Sequence[float]) -> list[Tensor]:
+def replay(values: Values, seeds: Sequence[int], steps: Sequence[float]) -> list[Float[Tensor, "..."]]:
     """`θ_T = θ_0 - Σ_t a_t z_t`, one step after another, z_t redrawn from its seed: weights as a list of pairs of numbers.
 
     Whoever has θ_0 and the pairs gets the same bits ("Just One Byte", arXiv 2306.10015; FedKSeed, arXiv 2312.06353). With
