@@ -285,7 +285,7 @@ def _checked(key: str, entry: Any, data_size: int) -> tuple[str, tuple[int, ...]
     shape: Any = entry.get("shape") if fits else None
     offsets: Any = entry.get("data_offsets") if fits else None
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > _MAX_AXES:
-        raise ValueError(f"the header's entry of {key[:200]!r} is none")
+        raise ValueError(f"the header's entry of {key[:200]!r} is not a dtype, a shape and two offsets")
     first, last = offsets
     if not first <= last <= data_size:
         raise ValueError(f"{key[:200]!r} lies outside of the file")

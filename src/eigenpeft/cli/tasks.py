@@ -251,12 +251,16 @@ def _read(
     """Rows of another file of a task, which must have the same columns."""
     table, kind = open_task(path, columns=columns)
     if (set(table.column_names) >= _LABELLED) != has_labels:
-        raise EigenPeftError(f"The rows of {str(path)!r} are {kind}; those that are trained on are of the other kind.")
+        wanted = "text and label" if has_labels else "text, messages, or prompt and completion"
+        raise EigenPeftError(
+            f"The rows of {str(path)!r} are {kind}; those that are trained on are of the other kind. Give rows with {wanted}."
+        )
     try:
         return encode(list(iter(table)))
     except KeyError as error:
         raise EigenPeftError(
-            f"{str(path)!r} has the label {error.args[0]!r}, which none of the rows has that are trained on."
+            f"{str(path)!r} has the label {error.args[0]!r}, which none of the rows has that are trained on; leave such rows "
+            "out, or train on rows of every label."
         ) from error
 
 

@@ -174,7 +174,7 @@ class AdapterFedAvg(FedAvg):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             silent = f"{n_silent} did not answer in time" if n_silent > 0 else ""
             logger.warning(
-                "Round %d goes on with %d of %d clients, without %s",
+                "Round %d goes on with %d of %d clients, without %s. Mend what is named there; the next round asks again.",
                 number,
                 len(averaged.used),
                 self._n_asked,

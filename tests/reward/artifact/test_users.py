@@ -77,7 +77,7 @@ def test_errors(ids, tmp_path):
         table.put([7, "7"], weights(2), [1, 1])
     with pytest.raises(RewardModelError, match=r"weights of shape \(2, 3\) must be \(1, 3\)"):
         table.put(["x"], weights(2), [1])
-    with pytest.raises(RewardModelError, match="sum to one"):
+    with pytest.raises(RewardModelError, match=r"user .x., \[1\.0, 1\.0, 1\.0\], must be non-negative and sum to one"):
         table.put(["x"], torch.ones(1, 3), [1])
     for bad in ("", "x" * 256, "a\0b"):
         with pytest.raises(RewardModelError, match="bytes; ids have 1 to 255 bytes"):

@@ -186,11 +186,15 @@ def test_what_a_warm_start_leaves_out_is_named(tokens, tmp_path):
     with pytest.warns(UserWarning, match="starts without") as caught:
         get_peft_model(tiny_llama(), config)
     said = next(str(warning.message) for warning in caught if "starts without" in str(warning.message))
-    assert "2 modules that are not in the subspace: 'model.layers.0.self_attn.o_proj'" in said
-    assert "2 modules that the new adapter does not adapt: 'model.layers.0.self_attn.v_proj'" in said
+    assert "2 modules that are not in the subspace (use one that has them): 'model.layers.0.self_attn.o_proj'" in said
     assert (
-        "1 tensors that are no updates of weights (heads, biases or tokens): 'base_model.model.lm_head.weight'" in said
+        "2 modules that the new adapter does not adapt (name them in target_modules): 'model.layers.0.self_attn.v_proj'"
+        in said
     )
+    assert (
+        "1 tensors that are not updates of weights (heads, biases or tokens; name a head in modules_to_save): "
+        "'base_model.model.lm_head.weight'"
+    ) in said
 
 
 def test_a_whole_warm_start_says_nothing(architecture, trained, recwarn):
@@ -249,6 +253,6 @@ def test_a_head_of_another_width_starts_afresh_and_is_named(classifier):
     options = {"subspace": str(folder / "subspace"), "r": 3, "core": "full", "task_type": "SEQ_CLS"}
     config = EigenLoraConfig(**options, init_from=str(folder / "store#one"))
     with pytest.warns(
-        UserWarning, match=r"2 tensors that are no updates of weights .*: 'base_model\.model\.classifier"
+        UserWarning, match=r"2 tensors that are not updates of weights .*: 'base_model\.model\.classifier"
     ):
         get_peft_model(tiny_bert(num_labels=5), config)

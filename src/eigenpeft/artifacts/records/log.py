@@ -141,7 +141,10 @@ class RecordLog:
             if check is not None:
                 check()
             if name in self._state.places and not replace:
-                raise ArtifactError(f"{name!r} is in {str(self.folder)!r} already; another process has just added it.")
+                raise ArtifactError(
+                    f"{name!r} is in {str(self.folder)!r} already; another process has just added it. "
+                    "Take another name, or pass replace=True."
+                )
             shard = _new_shard()
             path = self._path(shard)
             try:

@@ -18,11 +18,11 @@ _SHOWN = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) -> Compress:
-    """Error against numbers per adapter for several K, and whether any that keeps 95 % of ‖ΔW‖² is smaller.
+    """Error and parameters per adapter for several K, and whether any K that keeps 95 % of ‖ΔW‖² is smaller than the LoRAs.
 
     Args:
         measured: Module name to its measures.
-        n_adapters: All of them; a module that an adapter does not have costs it nothing.
+        n_adapters: Number of adapters; a module that an adapter does not have costs it nothing.
     """
     most = max(len(module.real.explained) for module in measured.values())
     n_lora_parameters = sum(module.n_lora_parameters for module in measured.values())

@@ -304,13 +304,13 @@ def _from_mark(stack: list[Any]) -> list[Any]:
 def _set_items(stack: list[Any], values: list[Any]) -> None:
     target = stack[-1]
     if not isinstance(target, dict):
-        raise TypeError("items of no dictionary")
+        raise TypeError("items are set on something that is not a dictionary")
     target.update(zip(values[::2], values[1::2], strict=True))
 
 
 def _append(stack: list[Any], values: list[Any]) -> None:
     if not isinstance(stack[-1], list):
-        raise TypeError("entries of no list")
+        raise TypeError("entries are appended to something that is not a list")
     stack[-1].extend(values)
 
 
@@ -322,7 +322,7 @@ def _take(stack: list[Any], count: int) -> list[Any]:
 def _storage(stack: list[Any]) -> None:
     kind, type_, key, _, n_numbers = stack.pop()
     if kind != "storage" or not isinstance(key, str) or type(n_numbers) is not int or n_numbers < 0:
-        raise TypeError("no storage")
+        raise TypeError("an entry is not the storage of a tensor")
     if type_.module not in ("torch", "torch.storage") or type_.name not in _STORAGES:
         stack.append(_Object())
         return

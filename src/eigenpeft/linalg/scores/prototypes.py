@@ -27,10 +27,14 @@ def class_means(
         [[2.0], [5.0]]
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
-        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} must be from 0 to {n_classes - 1}.")
+        raise ValueError(
+            f"labels from {int(labels.min())} to {int(labels.max())} must be from 0 to {n_classes - 1}; number the classes so."
+        )
     counts = torch.bincount(labels, minlength=n_classes)
     if not bool(counts.all()):
-        raise ValueError(f"class {int(counts.argmin())} of {n_classes} has no rows to take a mean of.")
+        raise ValueError(
+            f"class {int(counts.argmin())} of {n_classes} has no rows to take a mean of; pass one or more of each."
+        )
     sums = features.new_zeros(n_classes, features.shape[1]).index_add_(0, labels, features)
     return sums / counts[:, None]
 

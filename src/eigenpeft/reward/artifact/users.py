@@ -165,8 +165,13 @@ class UserTable:
             raise RewardModelError(
                 f"user_weights of shape {tuple(user_weights.shape)} must be ({len(keys)}, {self.n_basis}): a row per user."
             )
-        if not bool(((user_weights >= 0).all(dim=1) & ((user_weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)).all()):
-            raise RewardModelError("User weights must be non-negative and sum to one; fit them with fit_users.")
+        fits = (user_weights >= 0).all(dim=1) & ((user_weights.sum(dim=1) - 1).abs() < SIMPLEX_TOLERANCE)
+        if not bool(fits.all()):
+            wrong = int((~fits).nonzero()[0])
+            raise RewardModelError(
+                f"The weights of user {keys[wrong].decode()!r}, {user_weights[wrong].tolist()}, must be non-negative and sum to "
+                "one; fit them with fit_users."
+            )
         rows = user_weights.numpy().copy()
         changes = {key: (rows[i], int(n_pairs[i])) for i, key in enumerate(keys)}
         with self._lock:

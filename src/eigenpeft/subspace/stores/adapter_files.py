@@ -274,7 +274,10 @@ def _record(
 def _check_trained_config(label: str, config: Mapping[str, Any], subspace: PrincipalSubspace) -> None:
     for name, why in _NOT_KEPT.items():
         if config.get(name):
-            raise SubspaceError(f"{label} has {name}={config[name]!r}: {why}. A store does not keep such adapters.")
+            raise SubspaceError(
+                f"{label} has {name}={config[name]!r}: {why}. A store does not keep such adapters; "
+                f"keep its folder beside the store, or train it without {name}."
+            )
     expected = config.get("subspace_sha256")
     if not isinstance(expected, str) or not subspace.has_been(expected):
         raise SubspaceError(
@@ -354,7 +357,8 @@ def _refuse_magnitudes(label: str, kept: Mapping[str, Tensor]) -> None:
         )
     if foreign:
         raise SubspaceError(
-            f"{label} has {len(foreign)} tensors that belong to no core, {some(foreign)}, which a store does not keep."
+            f"{label} has {len(foreign)} tensors that belong to no core, {some(foreign)}, which a store does not keep; keep its "
+            "folder beside the store."
         )
 
 

@@ -186,7 +186,7 @@ def matching_modules(
         n_modules = len(matches.found) + len(matches.missing)
         warnings.warn(
             f"{len(matches.missing)} of the subspace's {n_modules} modules are not in the model ({type(model).__name__}) and "
-            f"are not adapted: {some(matches.missing)}.",
+            f"are not adapted: {some(matches.missing)}. To adapt all, use a model of the base that the subspace was built for.",
             stacklevel=2,
         )
     wanted = {name for name in matches.found if _in_layers(name, layers_to_transform, layers_pattern)}

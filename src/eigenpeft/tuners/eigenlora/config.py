@@ -276,10 +276,13 @@ class EigenLoraConfig(ExplainedConfig):
         mixture = core_kind(self.core).weighs_sources
         given = {"sources": self.sources, "init_weights": self.init_weights, "source_names": self.source_names}
         if not mixture and (extra := [name for name, value in given.items() if value is not None]):
-            raise AdapterConfigError(f"{', '.join(extra)} belong to core='mixture', and core={self.core!r} has none.")
+            raise AdapterConfigError(
+                f"{', '.join(extra)} belong to core='mixture', and core={self.core!r} has none; "
+                "leave them out, or pass core='mixture'."
+            )
         if mixture and self.init_from is not None:
             raise AdapterConfigError(
-                f"init_from={self.init_from!r}: a mixture starts from its sources, with the weights init_weights."
+                f"init_from={self.init_from!r}: a mixture starts from its sources, with the weights init_weights; leave it out."
             )
         if not mixture:
             return

@@ -80,7 +80,7 @@ class EigenLinear(ExactLinear):
         coefficients_in = pad_sequence([factor.coefficients for factor in factor_in], batch_first=True)
         scaling = coefficients_in.new_tensor([float(self.scaling[name]) for name in names])
         coefficients_out = pad_sequence([factor.coefficients.mT for factor in factor_out], batch_first=True).mT
-        # One more task of zeros, for rows of the base model and of adapters that lack this layer.
+        # One more member of zeros, for rows of the base model and of adapters that lack this layer.
         padding = (0, 0, 0, 0, 0, 1)
         sum_ = add_updates(
             y,

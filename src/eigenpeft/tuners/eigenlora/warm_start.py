@@ -61,9 +61,12 @@ class WarmStart:
         placed = set(placed)
         untargeted = [module for module in self.modules if module not in placed]
         parts = (
-            (self.left_out, "modules that are not in the subspace"),
-            (untargeted, "modules that the new adapter does not adapt"),
-            (tuple(unused), "tensors that are no updates of weights (heads, biases or tokens)"),
+            (self.left_out, "modules that are not in the subspace (use one that has them)"),
+            (untargeted, "modules that the new adapter does not adapt (name them in target_modules)"),
+            (
+                tuple(unused),
+                "tensors that are not updates of weights (heads, biases or tokens; name a head in modules_to_save)",
+            ),
         )
         lost = [f"{len(names)} {what}: {some(names)}" for names, what in parts if names]
         if lost:
@@ -218,7 +221,10 @@ def _of_updates(
     covered: dict[str, Factors] = {}
     for module, own in found.items():
         if own in covered:
-            raise AdapterConfigError(f"init_from={source!r}: several adapted modules fit the subspace's one {own!r}.")
+            raise AdapterConfigError(
+                f"init_from={source!r}: several adapted modules, such as {module!r}, fit the subspace's one {own!r}. Build a "
+                "subspace that has them apart."
+            )
         if own is not None:
             covered[own] = updates[module]
     if not covered:

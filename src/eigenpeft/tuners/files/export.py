@@ -124,7 +124,10 @@ def contents_of_model(model: nn.Module, name: str) -> Contents:
         if name in factor_dicts(layer)[0]
     ]
     if not updates:
-        raise AdapterConfigError(f"{name!r} adapts no layer of the model; there is nothing to export.")
+        raise AdapterConfigError(
+            f"{name!r} adapts no layer of the model, so that there is nothing to export. The model has the adapters "
+            f"{', '.join(map(repr, configs))}: name one that adapts a layer."
+        )
     base = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     start = start_of(base)
     if start is not None:

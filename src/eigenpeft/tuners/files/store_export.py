@@ -25,7 +25,7 @@ _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?
 
 
 def contents_of_member(store: AdapterStore, name: str) -> tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]:
-    """What a plain LoRA adapter with the member's logits holds.
+    """What a plain LoRA adapter that gives the same logits as the member holds.
 
     Args:
         store: The store.

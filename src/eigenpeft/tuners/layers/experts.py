@@ -17,7 +17,7 @@ class RepeatedInputFactor(InputFactor):
     """`A = V_in` for every expert, (n_experts * n_components, in_features).
 
     Args:
-        frozen_bank: Components.
+        frozen_bank: Bank whose components of the input side are used.
         n_experts: How many experts share them.
     """
 
@@ -36,8 +36,8 @@ class ExpertDiagonalFactor(OutputFactor):
     """`B = V_outᵀ diag(d_e)` for expert e, (out_features, n_components * n_experts).
 
     Args:
-        frozen_bank: Components.
-        coefficients: (n_components, n_experts), one diagonal an expert.
+        frozen_bank: Bank whose components of the output side are used.
+        coefficients: (n_components, n_experts), one diagonal per expert.
     """
 
     def __init__(self, frozen_bank: FrozenBank, *, coefficients: Tensor):

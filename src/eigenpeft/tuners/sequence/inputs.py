@@ -119,7 +119,7 @@ def init_lora_from_inputs(
     missing = sorted(factors.keys() - inputs.keys())
     if missing:
         raise AdapterConfigError(
-            f"There are no inputs of {len(missing)} modules, such as {missing[0]!r}; collect them first."
+            f"There are no inputs of {len(missing)} modules, such as {missing[0]!r}; collect them first with collect_inputs."
         )
     counts = {}
     with torch.no_grad():
@@ -132,12 +132,14 @@ def init_lora_from_inputs(
             counts[name] = len(start)
     if not any(counts.values()):
         raise AdapterConfigError(
-            "The history holds all directions of the task's inputs, so that nothing is left to train."
+            "The history holds all directions of the task's inputs, so that nothing is left to train. Keep less of each task: "
+            "a smaller `share` in add_inputs, or a smaller `size` of the SubspaceHistory."
         )
     short = [name for name, count in counts.items() if count < len(factors[name])]
     if short:
         logger.warning(
-            "%d modules, such as %r, have fewer directions outside the history than the adapter's rank: %d",
+            "%d modules, such as %r, have fewer directions outside the history than the adapter's rank: %d. The other rows of A "
+            "stay zero; pass a smaller r, or keep less of each task (a smaller `share` in add_inputs).",
             len(short),
             short[0],
             counts[short[0]],

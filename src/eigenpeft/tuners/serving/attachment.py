@@ -112,7 +112,8 @@ class Attachment:
             module = self._heads[path] = self._head(path)
             if module is None:
                 _logger.warning(
-                    "Members of the bank have the head %r, which %s lacks: it is not served, only their updates are.",
+                    "Members of the bank have the head %r, which %s lacks: it is not served, only their updates are. Attach the "
+                    "bank to a model of the class that they were trained on, to serve the heads too.",
                     path,
                     type(model).__name__,
                 )
