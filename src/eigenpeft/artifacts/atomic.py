@@ -53,7 +53,7 @@ def check_output(path: str | Path, *, kind: str, overwrite: bool = False, inputs
         path: Folder to write.
         kind: What it will hold, in the words of messages.
         overwrite: Whether an artifact of this kind that eigenpeft wrote may be replaced.
-        inputs: Paths that are read; names that are no local path (Hub ids) are passed over.
+        inputs: Paths that are read; names that are not local paths (Hub ids) are passed over.
 
     Returns:
         The folder, links resolved.

@@ -36,7 +36,7 @@ def check_arguments(
             )
         if METHODS[method].paired and not whole:
             raise SubspaceError(
-                f"n_components={value!r} with method={method!r}: pairs of fewer directions are no part of pairs of more, so that "
+                f"n_components={value!r} with method={method!r}: pairs of fewer directions are not part of pairs of more, so that "
                 "neither a share nor 'auto' can be looked for; pass a whole number."
             )
     if not isinstance(n_pseudo_components, int) or n_pseudo_components < 0:

@@ -28,7 +28,7 @@ def demo(
     transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning each time
     transformers_logging.disable_progress_bar()  # loading takes a tenth of a second
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the libraries to each other
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries warn each other, not the user
         result = run_demo(
             out, seed=seed, overwrite=overwrite, progress=not as_json, report=lambda line: errors.print(escape(line))
         )

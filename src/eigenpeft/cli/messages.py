@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What is quoted and what stands in the brackets of a Python call is left as it is: it may be a path, and is no argument.
+# What is quoted and what stands in the brackets of a Python call is left as it is: it may be a path, and is not an argument.
 _PARTS = re.compile(
     r"""(?P<kept>(?<!\w)'[^']*'(?!\w) | (?<!\w)"[^"]*"(?!\w) | `[^`]*` | [\w.]+\([^()]*\))
     | (?<![\w./-])(?P<name>[a-z][a-z_]*)=(?P<value>'[^']*' | "[^"]*" | [+-]?\d+(?:\.\d+)? | \w+ | (?![^\s,;:.)]))""",
@@ -28,7 +28,7 @@ def as_options(message: str, command: Any, words: Sequence[str]) -> str:
     """A message with the arguments that it names as options of the command that was typed, where that has them.
 
     Args:
-        message: Of the library, such as "pass another name=, replace=True, or remove that member first".
+        message: Message of the library, such as "pass another name=, replace=True, or remove that member first".
         command: The click command of the whole program.
         words: What was typed after the program's name.
 

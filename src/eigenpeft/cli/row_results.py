@@ -19,7 +19,7 @@ def shortened(text: str) -> str:
     """A text as a table shows it.
 
     Args:
-        text: Of a row.
+        text: Text of a row.
     """
     return escape(text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}...")
 
@@ -74,7 +74,7 @@ def show_rows(table: Table, rows: Sequence[Any], out: Path | None) -> None:
     """Print the table of the first rows, and where all are.
 
     Args:
-        table: Of the first `SHOWN` rows.
+        table: Table of the first `SHOWN` rows.
         rows: All of them.
         out: The file that has them; None for none.
     """

@@ -1,4 +1,4 @@
-"""Rows of a task as its model takes them, and which kind of task they are: a language model's or a classifier's."""
+"""A task: which kind it is, its rows as its model takes them, the model and the collator."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ class SourceAdapter:
         task_type: PEFT's task type.
         license: From the front matter of its README.md.
         modules: Canonical names of the modules it adapts, in natural order.
-        kept_aside: Keys of its tensors that are no part of an update: heads, saved modules, biases, embedding factors.
+        kept_aside: Keys of its tensors that are not part of an update: heads, saved modules, biases, embedding factors.
         weights_path: Its weights file.
         weights_stamp: The state of that file when its header was read.
         base_revision: Revision of the base model that the config names.

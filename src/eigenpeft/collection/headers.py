@@ -29,7 +29,7 @@ def _kept_aside(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
     for keys, names in _groups([(member.info.kept_aside, member.info.name) for member in members]):
         if keys:
             message = (
-                f"{some(names)}: {len(keys)} tensors are no weight update of an adapted module, such as a head; a subspace holds "
+                f"{some(names)}: {len(keys)} tensors are not weight updates of an adapted module, such as a head; a subspace holds "
                 f"none of them, a store keeps them beside: {some(keys)}."
             )
             yield Finding("kept_aside", names, message, float(len(keys)))

@@ -172,7 +172,7 @@ class AdapterCollection:
             raise CollectionError(problems)
 
     def read_kept_aside(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors of one adapter that are no part of an update: heads, biases, trained tokens.
+        """Read the tensors of one adapter that are not part of an update: heads, biases, trained tokens.
 
         Args:
             name: Name of the adapter.

@@ -82,7 +82,7 @@ def parts_of(
     """What adapters hold besides their factors, sorted into what can be kept; the rest is refused.
 
     Args:
-        keys: Keys of the tensors that are no factors, by adapter.
+        keys: Keys of the tensors that are not factors, by adapter.
         saved: `modules_to_save` of the configs, by adapter.
         read: Tensor of an adapter and a key.
 

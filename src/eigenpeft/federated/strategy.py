@@ -136,7 +136,7 @@ class AdapterFedAvg(FedAvg):
         Args:
             server_round: Number of the round in this run.
             arrays: The server's tensors.
-            config: For the clients.
+            config: Settings that are sent to the clients.
             grid: Flower's.
         """
         self._expected = arrays.to_torch_state_dict()

@@ -24,7 +24,7 @@ def settings_of(collection: AdapterCollection, rows: Any, args: TrainingArgument
     Args:
         collection: The adapters.
         rows: All rows, those that are held out too.
-        args: Of the trainer.
+        args: Arguments of the trainer.
         **own: The search's own arguments that a trial depends on.
     """
     return {
@@ -67,7 +67,7 @@ def check_result(
         out: Folder of the result.
         candidates: Candidates of this run, in order.
         budget: Its budget.
-        inputs: Folders that are read; names that are no local path are passed over.
+        inputs: Folders that are read; names that are not local paths are passed over.
         overwrite: Whether a finished result may be replaced nevertheless.
 
     Raises:
@@ -108,7 +108,7 @@ def remembered(out: Path, settings: dict[str, Any], *, overwrite: bool) -> list[
 
     Args:
         out: Folder of the result; it is made where there is none.
-        settings: Of this run.
+        settings: Settings of this run, from `settings_of`.
         overwrite: Whether trials of other settings are thrown away; otherwise they are refused.
 
     Raises:

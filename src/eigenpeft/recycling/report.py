@@ -205,7 +205,7 @@ class RecycleReport:
         best, tried = self.decisive, {trial.candidate for trial in self.trials if self.is_ranked(trial)}
         beside = "no fresh LoRA r 8 was tried beside it"
         lead = "" if self.lead is None else f"by {self.lead[0]:.3f} ± {self.lead[1]:.3f} of the loss on the same rows"
-        if self.winner == "lora_r8" and self.rival in (None, "lora_r8"):  # the same at another rate is no rival
+        if self.winner == "lora_r8" and self.rival in (None, "lora_r8"):  # the same at another rate is not a rival
             beside = "that is a fresh LoRA, and nothing that was recycled was trained as long to compare it with"
         elif self.winner == "lora_r8":
             beside = "that is a fresh LoRA: nothing that was recycled did better here by more than chance"

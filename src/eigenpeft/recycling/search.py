@@ -96,7 +96,7 @@ class Search:
         return model
 
     def done(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial | None:
-        """What an earlier run, or this one, found for it; None where it was not tried.
+        """The trial of an earlier run, or of this one, with these settings; None where it was not tried.
 
         Args:
             candidate: Key of `CANDIDATES`.
@@ -109,7 +109,7 @@ class Search:
         return next(same, None)
 
     def trial(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int) -> Trial:
-        """Train and judge, or what was found when this was done before.
+        """Train and judge a candidate, or return the trial of a run that did so before.
 
         Args:
             candidate: Key of `CANDIDATES`.

@@ -25,7 +25,7 @@ def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: A
     alone, where the task has a new one.
 
     Args:
-        search: Of the run.
+        search: Search of the run.
         sources: The adapters.
         best: The winner's trial.
         model: The result.
@@ -53,7 +53,7 @@ def _beside(search: Search, sources: Sources, best: Trial, rows: Any) -> list[tu
     if (best.candidate, best.learning_rate) != (CONTROL, rate):
         found.append((CONTROL, rate, search.trained(CONTROL, sources, learning_rate=rate, steps=steps, rows=rows)))
     head, rate = "merged_head", CANDIDATES["merged_head"].learning_rates[0]
-    try:  # of no update at all
+    try:  # λ = 0 adds no update, so that the head is trained on the base model alone
         zero = with_start(sources, scale=0.0)
         found.append(("head alone", rate, search.trained(head, zero, learning_rate=rate, steps=steps, rows=rows)))
     except EigenPeftError:

@@ -280,9 +280,9 @@ def _write_joined(folder: Path, records: Records, old_files: Iterable[Path]) -> 
     _sync_folder(folder)
     for path in old_files:
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # of a log without records; an empty folder would count as one that somebody else made
+    with suppress(OSError):  # a log without records has no shards, and an empty folder would count as somebody else's
         (folder / SHARDS).rmdir()
-    for path in folder.glob(f".{INDEX_NAME}.*.tmp"):  # of a process that was stopped
+    for path in folder.glob(f".{INDEX_NAME}.*.tmp"):  # a process that was stopped has left them
         path.unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ _ENOUGH_ADAPTERS = 0.5
 
 
 def related_findings(names: Sequence[str], similarity: Tensor) -> list[Finding]:
-    """One finding a pair of related adapters.
+    """One finding per pair of related adapters.
 
     Args:
         names: The n adapters.

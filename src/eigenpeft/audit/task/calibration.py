@@ -12,7 +12,7 @@ from eigenpeft.errors import ArtifactError
 SHIPPED = Path(__file__).with_name("calibration.json")
 # A measure may lie this part of the seen range outside of it before the answer is "unknown".
 _SLACK = 0.1
-# An interval over fewer cases in which it happened, or did not, is no evidence that a model predicts.
+# An interval over fewer cases in which it happened, or did not, is not evidence that a model predicts.
 _FEWEST_OF_A_KIND = 10
 
 
@@ -50,7 +50,7 @@ class Event:
 
     @property
     def predicted(self) -> bool:
-        """Whether the model was better than the base rate outside the interval, on ten observations at least of either end."""
+        """Whether the interval of the gain lies above zero, from ten or more observations with the event and as many without."""
         seen, happened = self.judged
         return self.gain[1] > 0 and min(happened, seen - happened) >= _FEWEST_OF_A_KIND
 

@@ -77,7 +77,7 @@ def train_answer(
         Chance(event.event, event.probability(measures), event.base_rate, event.points, event.predicted)
         for event in events
     )
-    # The word is about LoRA; being ahead of the head alone or of random directions is no reason to recycle.
+    # The word is about LoRA; being ahead of the head alone or of random directions is not a reason to recycle.
     over_lora = [chance for chance in chances if "LoRA" in chance.event.partition("ahead of")[2]] or list(chances)
     best = max(chance.probability or 0.0 for chance in over_lora)
     answer = "likely" if best >= _LIKELY else "unlikely" if best <= _UNLIKELY else "open"

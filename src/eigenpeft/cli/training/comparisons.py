@@ -205,7 +205,7 @@ def _load(name: str) -> tuple[Any, Any]:
         with naming_the_base(name), without_load_reports():  # a new head is expected where an encoder is named
             backbone = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
         head_module(backbone)
-    except ValueError as error:  # of an architecture that is no classifier, or of one whose head lies elsewhere
+    except ValueError as error:  # the architecture is not a classifier, or its head lies elsewhere
         raise RewardModelError(
             f"--model {name!r} cannot be taken as a reward model or encoder ({str(error).splitlines()[0][:160]}); name one that "
             "AutoModelForSequenceClassification loads."

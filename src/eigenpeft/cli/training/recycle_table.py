@@ -13,7 +13,7 @@ def trials_table(report: RecycleReport) -> Table:
     """Each candidate at each of its rates, as it was after its longest training, the winner marked; those trained longest first.
 
     Args:
-        report: Of a run.
+        report: Report of a run.
     """
     is_classifier = report.majority is not None
     table = Table(
@@ -53,10 +53,10 @@ def _ranked(report: RecycleReport) -> list[tuple[Trial, float]]:
 
 
 def scales_text(report: RecycleReport) -> str | None:
-    """How λ of the merged start was chosen, where the trials for it are no candidates of the rounds.
+    """How λ of the merged start was chosen, where the trials for it are not candidates of the rounds.
 
     Args:
-        report: Of a run.
+        report: Report of a run.
     """
     tried = [trial for trial in report.trials if not report.is_ranked(trial) and trial.scale is not None]
     if not tried:
@@ -70,7 +70,7 @@ def result_text(report: RecycleReport, out: Path) -> str:
     """What was written, how large it is and what to do with it.
 
     Args:
-        report: Of a run.
+        report: Report of a run.
         out: Folder of the result.
     """
     adapter = out / "adapter"

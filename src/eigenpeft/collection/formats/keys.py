@@ -25,7 +25,7 @@ class ParsedKey:
     """What one tensor of an adapter file is.
 
     Attributes:
-        kind: "factor" for lora_A and lora_B; "aside" for tensors that are no part of a weight update B A (heads, biases,
+        kind: "factor" for lora_A and lora_B; "aside" for tensors that are not part of a weight update B A (heads, biases,
             base weights, and embedding factors unless they are asked for); "foreign" for LoRA tensors of a method other
             than plain LoRA; "doubtful" for a name with `lora_` that is foreign if its module is adapted, and else aside.
         module: Canonical name of the module that a factor, a foreign or a doubtful tensor belongs to.

@@ -90,7 +90,7 @@ def train_steps(
                 return float(torch.as_tensor(found, dtype=torch.float64).mean())
 
             slope, loss = projected_gradient(score, values, epsilon=epsilon, seed=drawn)
-            step = float(torch.tensor(learning_rate * slope, dtype=torch.float32))  # as it is sent
+            step = float(torch.tensor(learning_rate * slope, dtype=torch.float32))  # the value that is sent
             if not abs(step) < float("inf"):
                 _set(parameters, values)
                 raise AdapterConfigError(

@@ -223,7 +223,7 @@ def _fit_stacks(
 ) -> FittedBases:
     """Components of both stacks, K of them or as many as a share needs.
 
-    The bases of fewer components are prefixes of those of more, so a share takes one curve a doubling of K.
+    The bases of fewer components are prefixes of those of more, so a share takes one curve per doubling of K.
     """
     _check_not_zero(stacks)
     decompose = centred_components if centred else leading_components

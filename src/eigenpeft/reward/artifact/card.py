@@ -33,7 +33,7 @@ def reward_card(
         base_model=hub_id(str(info["base_model"])) if info.get("base_model") else None,
         library_name="eigenpeft",
         pipeline_tag="text-classification" if backbone else None,
-        tags=["eigenpeft", "reward-model", "personalisation", "lore"],
+        tags=["eigenpeft", "reward-model", "personalization", "lore"],
     )
     facts = "".join(
         f"| {for_card(key.replace('_', ' '))} | {for_card(value)} |\n"

@@ -93,7 +93,7 @@ def prepare(
     width, squares, sample = _first_pass(chosen, rejected, n, wants_sample=n_components is not None)
     if reference_head is not None and reference_head.shape != (width,):
         raise RewardModelError(
-            f"reference_head of shape {tuple(reference_head.shape)} must be ({width},), one number a feature."
+            f"reference_head of shape {tuple(reference_head.shape)} must be ({width},), one number per feature."
         )
     if not bool((squares > 0).any()):
         raise RewardModelError(

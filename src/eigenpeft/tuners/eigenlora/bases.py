@@ -37,7 +37,7 @@ class Injection:
         core: The kind of core.
         n_components: K asked for; None for all that the subspace has.
         embedded: (K_in, K_out) or K by module, of components that the adapter's own file brings.
-        fingerprint: Of the subspace that the components are of; "" where it is not known.
+        fingerprint: Fingerprint of the subspace that the components are of; "" where it is not known.
         placed: Modules of the subspace to those of the model, as far as they have been adapted.
         cut: Banks cut to the number of components asked for, filled as layers need them.
         shared: Components in memory that layers share, filled as layers need them.
@@ -112,7 +112,7 @@ def find_bases(
         is_from_file: Whether a file says all this, which warns of one without a fingerprint.
 
     Raises:
-        AdapterConfigError: If no subspace is named at all, or the sources of a mixture are no store.
+        AdapterConfigError: If no subspace is named at all, or the sources of a mixture are not a store.
         SubspaceNotFoundError: If it is nowhere.
         ArtifactError: If the store or the subspace is damaged.
     """

@@ -129,7 +129,7 @@ def with_offsets(
         Word and rank: "svd" at the sum of all ranks, which is exact, for "cat".
 
     Raises:
-        AdapterConfigError: For what works on factors of one rank.
+        AdapterConfigError: If the combination works on factors of one rank.
     """
     having = [name for name, config in zip(adapters, configs, strict=True) if getattr(config, "offset_ranks", None)]
     if not having or combination.endswith("svd"):

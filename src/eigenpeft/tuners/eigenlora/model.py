@@ -57,7 +57,7 @@ class EigenLoraModel(FactorModel):
         subspace = opened.subspace
         if subspace is not None:
             if config.subspace is None and config.subspace_sha256 is None:
-                config.name_subspace(subspace)  # that of the sources
+                config.name_subspace(subspace)  # the sources' own subspace
             config.subspace_sha256 = subspace.fingerprint
             most = max(bank.n_components for bank in subspace.values())
             n_components = min(most, config.n_components or most)

@@ -55,7 +55,7 @@ TRAINING = (
     "qalora_group_size",
     "use_bdlora",  # its blocks are written as matrices with zeros between them
 )
-# Updates that are no product of two factors on the model as it is published.
+# Updates that are not a product of two factors on the model as it is published.
 REFUSED = {
     "use_dora": "DoRA, whose update is not a product of two factors",
     "use_qalora": "QALoRA, whose inputs are averaged over groups",

@@ -29,7 +29,7 @@ class _ExactUnmerge:
             self._before_merge = before
 
     def unmerge(self: Any) -> None:
-        """As LoRA's, then exactly the weight kept, unless somebody else has changed it in the meantime."""
+        """Unmerge as LoRA does, then put back the very weight that was kept, unless somebody else has changed it since."""
         before, self._before_merge = self._before_merge, ()
         merged = _copies(_adapted_tensors(self)) if before else ()
         super().unmerge()  # pyright: ignore[reportAttributeAccessIssue]

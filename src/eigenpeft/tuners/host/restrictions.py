@@ -1,4 +1,4 @@
-"""Which of LoRA's own options our methods take, checked when a config is made."""
+"""Refuses LoRA's options that our methods do not define, and ranks and scalings that no training writes."""
 
 import math
 from collections.abc import Mapping, Sequence

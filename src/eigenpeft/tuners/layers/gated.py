@@ -76,7 +76,7 @@ class GatedFactor(KeepsPrecision):
 
     @property
     def weight(self) -> Tensor:
-        """There is none.
+        """A gated adapter has no weight matrix.
 
         Raises:
             AdapterConfigError: Always; whatever asks for a matrix would merge, combine or export the adapter.

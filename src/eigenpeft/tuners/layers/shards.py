@@ -40,7 +40,7 @@ class ShardFactor(nn.Module):
         self.register_buffer("index", index)
         self.private = None if private is None else nn.Parameter(private)
         self.public = None if public is None else nn.Parameter(public)
-        self._owned_elsewhere = () if owner is None else (owner,)  # in a tuple, so that it is no submodule
+        self._owned_elsewhere = () if owner is None else (owner,)  # in a tuple, so that it is not a submodule
         self.is_output = is_output
         self.bias = bias
         sizes = len(index), self.pool.shape[1] * index.shape[1]
