@@ -395,3 +395,15 @@ def test_a_killed_update_stays_ours_and_is_done_again(tmp_path, monkeypatch, n_r
     assert files(tmp_path / "out") == {"config.json": "new", "data": "old", "shard": "more"}
     assert read_manifest(tmp_path / "out").files.keys() == {"config.json", "data", "shard"}
     assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_replaced(tmp_path, monkeypatch):
+    write(tmp_path / "a", content="old")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(atomic, "not_ours", denied)
+    with pytest.raises(ArtifactError, match=r"Cannot read '.*a': Permission denied\. Choose another folder"):
+        write(tmp_path / "a", overwrite=True)
+    assert files(tmp_path / "a") == OLD

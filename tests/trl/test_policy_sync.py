@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from eigenpeft.errors import AdapterConfigError, EigenPeftError
 from eigenpeft.trainers.policy_sync import PolicySyncCallback, plain_lora_for_async_grpo, save_plain_lora
@@ -69,8 +72,22 @@ def test_what_cannot_be_handed_over_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_sharded_parameters_are_refused(tmp_path):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(2, 2)
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(
+            AdapterConfigError, match=r"sharded \(FSDP\); synchronise an adapter from unsharded processes"
+        ):
+            save_plain_lora(model, "default", tmp_path / "lora")
+    finally:
+        distributed.destroy_process_group()
+    assert not (tmp_path / "lora").exists()
+
+
 @pytest.mark.parametrize("kind", ["eigen_diagonal", "moslora"])
-def test_trls_asynchronous_grpo_writes_plain_lora_in_the_block_alone(kind, make_config, tmp_path):
+def test_trls_asynchronous_grpo_writes_plain_lora_in_the_block_alone(kind, make_config, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL says that this part is experimental
         trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
@@ -87,6 +104,10 @@ def test_trls_asynchronous_grpo_writes_plain_lora_in_the_block_alone(kind, make_
         lora = get_peft_model(tiny_base(), LoraConfig(r=3, target_modules=["q_proj"]))
         trainer.save_lora_adapter(lora, accelerator, "default", str(tmp_path / "theirs"))
     assert trainer.save_lora_adapter is original
+    monkeypatch.delattr(trainer, "save_lora_adapter")
+    with pytest.raises(EigenPeftError, match=r"This TRL has no .*\.save_lora_adapter, which TRL 1\.16 has; install"):
+        plain_lora_for_async_grpo().__enter__()
+    monkeypatch.undo()
     assert json.loads((tmp_path / "policy" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["r"] == 3  # TRL's own, not padded
     plain = PeftModel.from_pretrained(tiny_base(), tmp_path / "policy")

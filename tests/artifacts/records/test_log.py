@@ -69,7 +69,9 @@ def test_two_writers_lose_nothing(log, tmp_path):
     names = set(RecordLog(tmp_path).names)
     assert names == {"a", "b", *(f"{which}-{number}" for which in range(2) for number in range(10))}
     assert all(RecordLog(tmp_path).read(name) for name in names)
-    with pytest.raises(ArtifactError, match="'0-1' is in .* already; another process has just added it"):
+    with pytest.raises(
+        ArtifactError, match="'0-1' is in .* already; another process has just added it. Take another name"
+    ):
         RecordLog(tmp_path).append("0-1", b"")
 
 

@@ -169,6 +169,9 @@ def test_rows_of_a_classifier_whose_label_has_another_name_are_not_taken_for_tex
     new = written(tmp_path / "test.jsonl", [{"text": "w1", "category": "perhaps"}])
     unknown = run(*start, "--label-column", "category", "--test", new)
     assert (unknown.code, "has the label 'perhaps', which none of the rows has" in unknown.err) == (1, True)
+    texts = written(tmp_path / "texts.jsonl", [{"prompt": "w1", "completion": "w2", "category": "no"}])
+    other = run(*start, "--label-column", "category", "--test", texts)
+    assert (other.code, "of the other kind. Give rows with text and label" in other.err) == (1, True)
     shown = run(*start, "--label-column", "category", "--max-steps", 1, "--candidate", "lora_r8")
     assert shown.code == 0, shown.err
     assert "a classifier of 2 labels, by the columns text, category." in shown.err

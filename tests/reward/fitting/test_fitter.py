@@ -204,6 +204,13 @@ def test_a_wrong_reference_is_dropped(train, users):
         ({"held_out": 1.0}, "held_out=1.0 must be a share"),
         ({"prune": 1.0}, "prune=1.0 must be 0 or a weight below 1"),
         ({"n_components": 25}, "n_components=25 must be from 1 to the 24 features"),
+        ({"n_components": 0}, "n_components=0 must be None or a whole number of at least 1"),
+        ({"n_restarts": 1.5}, "n_restarts=1.5 must be a whole number"),
+        ({"max_iter": 2.5}, "max_iter=2.5 must be a whole number"),
+        ({"seed": "first"}, "seed='first' must be a whole number"),
+        ({"n_basis": "many"}, r"n_basis='many' must be a whole number such as 5, several of them, or \"auto\""),
+        ({"deviation_scale": "wide"}, "deviation_scale='wide' must be a positive number, several of them"),
+        ({"deviation_scale": []}, r"deviation_scale=\[\] must be positive"),
     ],
 )
 def test_settings_that_cannot_be(options, match, train):

@@ -110,6 +110,10 @@ def test_refusals_leave_nothing(tmp_path, tokens):
         export_lora(model, tmp_path / "lora", adapter_name="other")
     with pytest.raises(AdapterConfigError, match="rank=0 must be None or a whole number"):
         export_lora(model, tmp_path / "lora", rank=0)
+    model.peft_config["idle"] = LoraConfig(target_modules=["q_proj"])  # PEFT knows it, and no layer has it
+    with pytest.raises(AdapterConfigError, match="'idle' adapts no layer .* has the adapters 'default', 'idle': name"):
+        export_lora(model, tmp_path / "lora", adapter_name="idle")
+    del model.peft_config["idle"]
     assert not (tmp_path / "lora").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
@@ -229,3 +233,13 @@ def test_a_trained_adapter_is_never_replaced_by_its_export(tmp_path, tokens):
         ):
             export_lora(model, tmp_path / "trained", overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()} == before
+
+
+def test_the_updates_of_groups_are_not_truncated_together(tmp_path):
+    grouped = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2))
+    model = get_peft_model(grouped, LoraConfig(r=4, target_modules=["0"]))
+    with pytest.raises(
+        AdapterConfigError, match="rank=1: '0' has 2 groups, whose updates cannot be truncated together"
+    ):
+        export_lora(model, tmp_path / "lora", rank=1)
+    assert not (tmp_path / "lora").exists()

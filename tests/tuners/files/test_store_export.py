@@ -1,5 +1,6 @@
 """What goes into a store comes out with the same logits: cores, heads, biases and trained tokens, for plain PEFT."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_a_task_type_that_peft_does_not_know_is_one_error(subspace, tmp_path):
     store.add(member, name="y")
     with pytest.raises(AdapterConfigError, match=r"'y' names task_type='\.\./x', which PEFT does not know"):
         export_lora(store, tmp_path / "out", adapter_name="y")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_that_was_kept_needs_both_factors_and_a_config(subspace, tmp_path):
+    store = AdapterStore(subspace)
+    store.add(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=2)), name="x")
+    key = "base_model.model.bert.embeddings.word_embeddings.lora_embedding_"
+    half = dataclasses.replace(store["x"], kept={f"{key}A": torch.ones(2, 64)})
+    store.add(half, name="half")
+    with pytest.raises(
+        AdapterConfigError, match=r"one factor of '.*word_embeddings' without the other; add its adapter"
+    ):
+        export_lora(store, tmp_path / "out", adapter_name="half")
+    both = {f"{key}A": torch.ones(2, 64), f"{key}B": torch.ones(32, 2)}
+    config = {**store["x"].config, "r": "two"}
+    store.add(dataclasses.replace(store["x"], kept=both, record={"config": config}), name="odd")
+    with pytest.raises(AdapterConfigError, match=r"own configuration .*'two'.*; add its adapter again"):
+        export_lora(store, tmp_path / "out", adapter_name="odd")
     assert not (tmp_path / "out").exists()
 
 

@@ -134,7 +134,7 @@ def test_what_a_subspace_or_a_combination_cannot_keep_is_refused(tmp_path, optio
     with pytest.raises(AdapterConfigError, match=f"{option} needs core='low_rank' .here 'full'."):
         EigenLoraConfig(subspace=subspace, core="full", **options)
     model = get_peft_model(base(), EigenLoraConfig(subspace=subspace, r=4, **options))
-    with pytest.raises(SubspaceError, match=f"has {option}=.* A store does not keep such adapters"):
+    with pytest.raises(SubspaceError, match=f"has {option}=.* A store does not keep such adapters; keep its folder"):
         AdapterStore(subspace).add(model, name="one")
     model.add_adapter("other", EigenLoraConfig(subspace=subspace, r=4, **options))
     with pytest.raises(AdapterConfigError, match=rf"'default' uses .* \({option}\), which no combination keeps"):
