@@ -212,7 +212,7 @@ class _Full(CoreKind):
 
 
 class _Diagonal(CoreKind):
-    """`M = diag(d)`: the scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066)."""
+    """`M = diag(d)`: the scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066, appendix A.1, case 2)."""
 
     name = "diagonal"
     is_matrix = False

@@ -118,8 +118,8 @@ def fit_bases(
     """Fit the two bases of one weight to the factors of its adapters.
 
     V_out (K, m) and V_in (K, n), orthonormal rows, are to make `Σ_i ω_i² ‖ΔW_i - V_outᵀV_out ΔW_i V_inᵀV_in‖²` small: the
-    objective of JD-Full in "Compress then Serve" (arXiv 2407.00066), which "hooi" minimises. "eigenlorax" is algorithm 1
-    of EigenLoRAx (arXiv 2502.04700), "paired" JD-Diag.
+    objective of JD-Full in "Compress then Serve" (arXiv 2407.00066, appendix A.1, case 1), which "hooi" minimises. "eigenlorax"
+    is algorithm 1 of EigenLoRAx (arXiv 2502.04700), "paired" JD-Diag (case 2).
 
     Args:
         factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each adapter, the scaling folded into lora_B; ranks may differ.

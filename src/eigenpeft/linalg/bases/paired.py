@@ -59,8 +59,9 @@ def pair_coefficients(
     components_out: Float[Tensor, "k m"],
     components_in: Float[Tensor, "k n"],
 ) -> Float[Tensor, " k"]:
-    """The d of the nearest `P_outᵀ diag(d) P_in` to `B A`: the scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066).
+    """The d of the nearest `P_outᵀ diag(d) P_in` to `B A`.
 
+    The scaling of JD-Diag ("Compress then Serve", arXiv 2407.00066, appendix A.1, case 2):
     `d = ((P_outP_outᵀ) ∘ (P_inP_inᵀ))⁻¹ diag(P_out B A P_inᵀ)`; on orthonormal rows the diagonal itself.
 
     Args:
@@ -111,8 +112,8 @@ def fit_pairs(
     """Pairs of the least `Σ ω²‖ΔW - P_outᵀ diag(d) P_in‖²` found from several starts, by alternating least squares.
 
     A canonical polyadic decomposition of the stack of updates (Carroll and Chang, Psychometrika 35, 1970; JD-Diag of arXiv
-    2407.00066). Each step solves the normal equations of d, of P_out or of P_in exactly, with a ridge of 1e-8:
-    `P_outᵀ <- (Σ ΔW P_inᵀ D)(Σ D P_inP_inᵀ D)⁻¹`. The best pairs of all sweeps are kept, so that the result is at least
+    2407.00066, appendix A.1, case 2). Each step solves the normal equations of d, of P_out or of P_in exactly, with a ridge of
+    1e-8: `P_outᵀ <- (Σ ΔW P_inᵀ D)(Σ D P_inP_inᵀ D)⁻¹`. The best pairs of all sweeps are kept, so that the result is at least
     as good as the best start. A sweep costs four products of a stack with K rows, and no (out, in) matrix is formed.
 
     Args:
