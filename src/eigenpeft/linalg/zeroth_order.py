@@ -33,7 +33,7 @@ def directions(values: Values, *, seed: int, n: int) -> list[list[Float[Tensor, 
     """N directions at right angles to one another, each of length √d for d numbers in all, so that `E[z zᵀ] = I`.
 
     The mean of `g z` over d of them is the gradient up to O(ε²); over fewer, an estimate with less variance than independent
-    directions have (orthogonal exploration: Choromanski et al., "Structured Evolution with Compact Architectures", arXiv
+    directions have (random orthogonal matrices: Choromanski et al., "Structured Evolution with Compact Architectures", arXiv
     1804.02395). More than d of them are several such sets.
 
     Args:
