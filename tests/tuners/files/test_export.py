@@ -235,6 +235,7 @@ def test_a_trained_adapter_is_never_replaced_by_its_export(tmp_path, tokens):
     assert {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()} == before
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_the_updates_of_groups_are_not_truncated_together(tmp_path):
     grouped = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2))
     model = get_peft_model(grouped, LoraConfig(r=4, target_modules=["0"]))
