@@ -75,7 +75,9 @@ def largest_error(collection, shares):
     factors = [(each.lora_B.double(), each.lora_A.double()) for each in collection.factors(module)]
     for i in CHECKED:
         fitted = fit_bases(factors[:i] + factors[i + 1 :], n_components=N_COMPONENTS)
-        error = projection_residual(*factors[i], fitted.components_out, fitted.components_in)
+        error = projection_residual(
+            *factors[i], components_out=fitted.components_out, components_in=fitted.components_in
+        )
         truth = 1.0 - float(error / frobenius_norm(*factors[i])) ** 2
         worst = max(worst, abs(truth - float(shares[module].both[i, -1])))
     return worst

@@ -72,7 +72,7 @@ def merged(rows, k):
     """One pass over parts of the stack, 2 K directions carried along."""
     components, values = rows.new_zeros(0, rows.shape[1]), rows.new_zeros(0)
     for part in rows.split(16 * k):
-        step = merge_components(components, values, part, n_components=2 * k)
+        step = merge_components(components, singular_values=values, rows=part, n_components=2 * k)
         components, values = step.components, step.singular_values
     return components[:k]
 
@@ -216,7 +216,10 @@ def smallest_error(n_features, *, rank=16, k=64):
         delta = lora_B.double() @ lora_A.double()
         truth = float((delta - exact_out.mT @ (exact_out @ delta @ exact_in.mT) @ exact_in).norm() / delta.norm())
         norm = float(frobenius_norm(lora_B, lora_A))
-        told = float(projection_residual(lora_B, lora_A, components_out, components_in)) / norm
+        told = (
+            float(projection_residual(lora_B, lora_A, components_out=components_out, components_in=components_in))
+            / norm
+        )
         core = (components_out @ lora_B) @ (lora_A @ components_in.mT)
         subtracted = max(float((lora_B @ lora_A).square().sum() - core.square().sum()), 0.0) ** 0.5 / norm
         report.append({"true": truth, "told": told, "off": told / truth - 1, "told_by_subtraction_float32": subtracted})

@@ -71,7 +71,12 @@ def random_subspace(shapes, n_components):
             for width in (in_features, out_features)
         ]
         spectrum = torch.ones(n_components)
-        modules[name] = ModuleSubspace(*sides, spectrum, spectrum, spectrum / n_components)
+        modules[name] = ModuleSubspace(
+            *sides,
+            singular_values_in=spectrum,
+            singular_values_out=spectrum,
+            explained_variance_ratio=spectrum / n_components,
+        )
     return PrincipalSubspace(modules)
 
 

@@ -76,7 +76,14 @@ class Setting:
 
     def __init__(self, n_users, n_pairs, n_features, *, n_new, n_shots=10, n_test=50, seed=0, **options):
         self.users = SimulatedUsers(
-            n_users + n_new, n_features, 5, scale=10.0, shared=0.5, reference_noise=0.3, seed=seed, **options
+            n_users + n_new,
+            n_features=n_features,
+            n_basis=5,
+            scale=10.0,
+            shared=0.5,
+            reference_noise=0.3,
+            seed=seed,
+            **options,
         )
         seen, new = range(n_users), range(n_users, n_users + n_new)
         self.n_users, self.n_new = n_users, n_new
@@ -233,7 +240,7 @@ def users():
     result = {"cpu_seconds": round(time.process_time() - start, 2)}
     model = LowRankRewardModel(torch.randn(8, 16, generator=generator))
     ids = [f"user-{i}" for i in range(n_users)]
-    model.users.put(ids, weights, [10] * n_users)
+    model.users.put(ids, user_weights=weights, n_pairs=[10] * n_users)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         result["table_megabytes"] = round((Path(folder) / "lore_users.safetensors").stat().st_size / 1e6, 1)

@@ -49,7 +49,9 @@ def measure(collection, *, method, weighting, n_components, regauge):
         start = time.perf_counter()
         bases = fit_bases(fitted_to, n_components=n_components, method=method, weighting=weighting)
         seconds += time.perf_counter() - start
-        curve = explained_share_curve(pairs, bases.components_in, bases.components_out, weighting=weighting)
+        curve = explained_share_curve(
+            pairs, components_in=bases.components_in, components_out=bases.components_out, weighting=weighting
+        )
         shares.append(float(curve[-1]))
     return {"explained_share": sum(shares) / len(shares), "smallest": min(shares), "seconds": seconds}
 

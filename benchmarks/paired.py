@@ -44,7 +44,11 @@ def full_share(collection, subspace):
     for module in collection.modules:
         factors = [(each.lora_B, each.lora_A) for each in collection.factors(module)]
         bank = subspace[module]
-        shares.append(float(explained_share_curve(factors, bank.components_in, bank.components_out)[-1]))
+        shares.append(
+            float(
+                explained_share_curve(factors, components_in=bank.components_in, components_out=bank.components_out)[-1]
+            )
+        )
     return sum(shares) / len(shares)
 
 

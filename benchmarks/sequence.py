@@ -139,7 +139,7 @@ def run(method, tasks, *, steps, seed):
             callback = OrthogonalSubspaceCallback(history, mode=mode)
         if method == "inflora":
             batches = [dict(task.batch(task.train[start : start + 32])[0]) for start in range(0, 128, 32)]
-            inputs = collect_inputs(model, batches, n_rows=1024)
+            inputs = collect_inputs(model, batches=batches, n_rows=1024)
             init_lora_from_inputs(model, inputs=inputs, history=history)
         train(model, heads[-1], task, steps=steps, seed=seed * 100 + number, callback=callback)
         if method in ("penalty", "projection"):

@@ -56,7 +56,7 @@ def member(seed):
     }
     config = {"peft_type": "EIGENLORA", "core": "low_rank", "r": R, "lora_alpha": 16, "modules_to_save": ["classifier"]}
     record = {"source": f"member-{seed}", "task_type": "SEQ_CLS", "license": "mit", "config": config}
-    return AdapterMember(cores, record, kept)
+    return AdapterMember(cores, record=record, kept=kept)
 
 
 made = [member(10**6 + number) for number in range(30)]

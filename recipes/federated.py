@@ -137,7 +137,7 @@ class Work:
         chosen = (draw.choice(len(rows), size=size, replace=False) for _ in range(self.arguments.local_steps))
         batches = (self.batch([rows[i] for i in each]) for each in chosen)
         rate, epsilon = self.arguments.learning_rate, self.arguments.epsilon
-        return train_steps(model, batches, learning_rate=rate, epsilon=epsilon, seed=seed)
+        return train_steps(model, batches=batches, learning_rate=rate, epsilon=epsilon, seed=seed)
 
     @torch.no_grad()
     def accuracy(self, model) -> float:
@@ -166,14 +166,14 @@ def client_app(arguments: Arguments) -> ClientApp:
         model = work.model()
         if "local" in context.state:  # what a rule such as fedsa leaves with the client
             load_round(model, tensors=context.state["local"].to_torch_state_dict())
-        start_from(message, model)
+        start_from(message, model=model)
         round_number = int(message.content["config"]["server-round"])
         if arguments.rule == "seeds":
             steps = work.train_without_gradients(model, rows, seed=1000 * round_number + number)
-            return reply(message, model, name=f"client-{number}", n_examples=len(rows), steps=steps)
+            return reply(message, model=model, name=f"client-{number}", n_examples=len(rows), steps=steps)
         loss = work.train(model, rows, seed=1000 * round_number + number)
         context.state["local"] = to_record(round_update(model, name="local").tensors)
-        return reply(message, model, name=f"client-{number}", n_examples=len(rows), metrics={"loss": loss})
+        return reply(message, model=model, name=f"client-{number}", n_examples=len(rows), metrics={"loss": loss})
 
     return app
 

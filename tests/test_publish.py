@@ -197,7 +197,7 @@ def test_a_report_comes_back_from_json(tmp_path):
 
 def reward_model(folder):
     model = LowRankRewardModel(torch.eye(2, 5))
-    model.users.put(["person-77"], torch.tensor([[0.75, 0.25]]), n_pairs=[3])
+    model.users.put(["person-77"], user_weights=torch.tensor([[0.75, 0.25]]), n_pairs=[3])
     model.save_pretrained(folder)
     return model
 

@@ -52,7 +52,13 @@ def make_store(folder: Path) -> AdapterStore:
     for layer in range(N_LAYERS):
         for name, (n_out, n_in) in SHAPES.items():
             inner, outer = (torch.linalg.qr(torch.randn(size, K))[0].mT.contiguous() for size in (n_in, n_out))
-            banks[f"model.layers.{layer}.{name}"] = ModuleSubspace(inner, outer, spectrum, spectrum, spectrum / K)
+            banks[f"model.layers.{layer}.{name}"] = ModuleSubspace(
+                inner,
+                outer,
+                singular_values_in=spectrum,
+                singular_values_out=spectrum,
+                explained_variance_ratio=spectrum / K,
+            )
     members = {
         f"customer-{i:03d}": AdapterMember(
             {
@@ -80,7 +86,7 @@ def loaded(folder: Path) -> LoRAModel:
 
 def by_plugin(resolver: AdapterResolver, name: str) -> LoRAModel:
     folder = resolver.resolve(name, base_model=BASE)
-    with resolver.present(name, folder):
+    with resolver.present(name, path=folder):
         return loaded(folder)
 
 
@@ -136,7 +142,7 @@ def main() -> None:
         export_lora(store, work / "folders" / "one", adapter_name=store.names[0])
         one = sum(path.stat().st_size for path in (work / "folders" / "one").iterdir())
         cache = LoraCache(work / "cache", max_bytes=int(N_CACHED * one * 1.05))
-        resolver = AdapterResolver(StoreCatalog([work / "shop"]), cache, max_rank=RANK, base_models=[BASE])
+        resolver = AdapterResolver(StoreCatalog([work / "shop"]), cache=cache, max_rank=RANK, base_models=[BASE])
         largest, worst, n_loaded = 0, 0.0, 0
         for name in store.names:
             worst = max(worst, difference(by_plugin(resolver, f"shop/{name}"), store, name))

@@ -109,12 +109,12 @@ def prepare(
     if is_reward_model:
         publication = _reward_model(folder, repo_id, with_users)
     else:
-        publication = _of_adapters(folder, repo_id, subspace, base_model, audit)
+        publication = _of_adapters(folder, repo_id=repo_id, subspace=subspace, base_model=base_model, audit=audit)
     return publication if license is None else replace(publication, card=_licensed(publication.card, license))
 
 
 def _of_adapters(
-    folder: Path, repo_id: str, subspace: str | None, base_model: str | None, audit: AuditReport | None
+    folder: Path, *, repo_id: str, subspace: str | None, base_model: str | None, audit: AuditReport | None
 ) -> Publication:
     if (folder / _ADAPTER_CONFIG).is_file():
         if audit is not None:
@@ -127,12 +127,30 @@ def _of_adapters(
         card = _card_in(folder, storage.STORE.label)
         if _STORE_TITLE in card:  # members may have come since it was written
             card = store.card()
-        return _artifact(folder, repo_id, storage.STORE.label, store.files(), card, store.subspace, audit, base_model)
+        return _artifact(
+            folder,
+            repo_id=repo_id,
+            label=storage.STORE.label,
+            files=store.files(),
+            card=card,
+            subspace=store.subspace,
+            audit=audit,
+            base_model=base_model,
+        )
     if (folder / storage.SUBSPACE.config_name).is_file():
         opened, kind = PrincipalSubspace.from_pretrained(folder), storage.SUBSPACE  # checks format and hashes
         files = (kind.config_name, kind.tensors_name)
         card = _card_in(folder, kind.label)
-        return _artifact(folder, repo_id, kind.label, files, card, opened, audit, base_model)
+        return _artifact(
+            folder,
+            repo_id=repo_id,
+            label=kind.label,
+            files=files,
+            card=card,
+            subspace=opened,
+            audit=audit,
+            base_model=base_model,
+        )
     raise ArtifactError(
         f"{str(folder)!r} holds no {storage.SUBSPACE.config_name}, {storage.STORE.config_name}, {_ADAPTER_CONFIG} or "
         f"{reward_files.CONFIG}; pass the folder that save_pretrained or a trainer wrote."
@@ -173,6 +191,7 @@ def _card_in(folder: Path, label: str) -> str:
 
 def _artifact(
     folder: Path,
+    *,
     repo_id: str,
     label: str,
     files: tuple[str, ...],

@@ -25,7 +25,13 @@ def test_shuffled_takes_every_basis_from_another_module(planted):
 
 
 def test_shuffling_needs_a_partner():
-    bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+    bases = ModuleSubspace(
+        torch.eye(2, 4),
+        torch.eye(2, 3),
+        singular_values_in=torch.ones(2),
+        singular_values_out=torch.ones(2),
+        explained_variance_ratio=torch.ones(2) / 2,
+    )
     with pytest.raises(SubspaceError, match="the only ones of their shape"):
         shuffled_subspace(PrincipalSubspace({"alone": bases}))
 

@@ -216,7 +216,10 @@ def test_partial_fit_goes_on_from_disk_with_another_rank(made, tmp_path):
             assert (bases.n_components, bases.n_pseudo_components) == (6, 2)
             pairs = [(read.lora_B, read.lora_A) for read in second.factors(module)]
             before = explained_share_curve(
-                pairs, loaded[module].components_in[:4], loaded[module].components_out[:4], weighting="equal"
+                pairs,
+                components_in=loaded[module].components_in[:4],
+                components_out=loaded[module].components_out[:4],
+                weighting="equal",
             )
             assert bases.explained_share > float(before[-1])
         with pytest.raises(SubspaceError, match="Already in the subspace: 'adapter-3', 'adapter-4'"):

@@ -16,7 +16,7 @@ def diagnose(adapters):
     diagnosis = Diagnosis()
     for module in sorted({module for factors in adapters.values() for module in factors}):
         having = [(name, factors[module]) for name, factors in adapters.items() if module in factors]
-        diagnosis.observe(module, [AdapterFactors(name, lora_A=A, lora_B=B) for name, (B, A) in having])
+        diagnosis.observe(module, factors=[AdapterFactors(name, lora_A=A, lora_B=B) for name, (B, A) in having])
     return diagnosis.findings(), diagnosis
 
 
@@ -48,7 +48,7 @@ def test_in_parts_it_finds_the_same():
     for module in WIDE:
         read = [AdapterFactors(name, lora_A=own[module][1], lora_B=own[module][0]) for name, own in adapters.items()]
         parts.observe_norms(
-            list(adapters), [float((each.lora_B.double() @ each.lora_A.double()).norm()) for each in read]
+            list(adapters), norms=[float((each.lora_B.double() @ each.lora_A.double()).norm()) for each in read]
         )
         if parts.compares(list(adapters)):
             n_compared += 1

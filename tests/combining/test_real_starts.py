@@ -88,8 +88,8 @@ def test_a_merged_start(adapters, subspace, batch, tmp_path):
     export_lora(model, tmp_path / "plain")
     assert same(tmp_path / "plain", batch, expected).r <= T * 8 + 8
 
-    scale = choose_scale(fresh(), adapters, batches=[batch], grid=(0.5, 2.0), metric="loss")
-    model = init_lora_from_merge(fresh(), adapters, scale=scale, r=8, task_type="SEQ_CLS")
+    scale = choose_scale(fresh(), adapters=adapters, batches=[batch], grid=(0.5, 2.0), metric="loss")
+    model = init_lora_from_merge(fresh(), adapters=adapters, scale=scale, r=8, task_type="SEQ_CLS")
     expected = train(model, batch)
     export_lora(model, tmp_path / "lora")
     assert same(tmp_path / "lora", batch, expected).r == T * 8 + 8
@@ -121,7 +121,7 @@ def test_a_mixture(adapters, batch, tmp_path):
 
 
 def test_components_and_the_nearest_adapter(adapters, subspace, batch, tmp_path):
-    model = init_lora_from_subspace(fresh(), subspace, r=8, task_type="SEQ_CLS")
+    model = init_lora_from_subspace(fresh(), subspace=subspace, r=8, task_type="SEQ_CLS")
     torch.testing.assert_close(logits(model, batch), logits(fresh(), batch))
     assert numbers(model) == N_MODULES * 2 * 8 * 384
     expected = train(model, batch)
@@ -130,7 +130,7 @@ def test_components_and_the_nearest_adapter(adapters, subspace, batch, tmp_path)
 
     found = nearest_adapters(adapters, model=fresh(), batches=[batch])
     assert set(found.adapters) == set(adapters.names)
-    model = init_lora_from_adapter(fresh(), adapters, name=next(iter(found.adapters)), task_type="SEQ_CLS")
+    model = init_lora_from_adapter(fresh(), adapters=adapters, name=next(iter(found.adapters)), task_type="SEQ_CLS")
     expected = train(model, batch)
     model.save_pretrained(tmp_path / "nearest")
     same(tmp_path / "nearest", batch, expected)

@@ -50,7 +50,7 @@ def test_lora_on_top_of_a_merge_is_exported_as_one(architecture, adapters, token
     base = architecture[0]()
     merge(adapters, method="ties", density=0.5, progress=False).scaled(2.0).apply_to(base)
     options = {"options": {"density": 0.5}, "scale": 2.0, "r": 3, "task_type": "CAUSAL_LM"}
-    model = init_lora_from_merge(architecture[0](), adapters, method="ties", **options)
+    model = init_lora_from_merge(architecture[0](), adapters=adapters, method="ties", **options)
     torch.testing.assert_close(logits(model.eval(), tokens), logits(base, tokens), rtol=1e-4, atol=1e-5)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
@@ -67,7 +67,7 @@ def test_lora_on_top_of_a_merge_is_exported_as_one(architecture, adapters, token
 def test_any_method_on_top_of_a_merge(architecture, adapters, method, tokens, tmp_path):
     common = {"r": 2, "task_type": "CAUSAL_LM", "fan_in_fan_out": is_conv1d(architecture)}
     base = architecture[0]()
-    merged_start(base, adapters, scale=2.0)
+    merged_start(base, adapters=adapters, scale=2.0)
     if method == "eigenlora":
         subspace = SubspaceBuilder(3).fit(AdapterCollection.from_pretrained(adapters)).subspace_
         config = EigenLoraConfig(subspace=subspace, **common)
@@ -89,7 +89,7 @@ def last(architecture):
 def test_a_store_does_not_lose_the_start(architecture, adapters):
     subspace = SubspaceBuilder(3).fit(AdapterCollection.from_pretrained(adapters)).subspace_
     base = architecture[0]()
-    merged_start(base, adapters)
+    merged_start(base, adapters=adapters)
     model = get_peft_model(base, EigenLoraConfig(subspace=subspace, r=2))
     with pytest.raises(SubspaceError, match=r"was trained on top of a merged start, .*export_lora"):
         AdapterStore(subspace).add(model, name="mine")
@@ -97,21 +97,21 @@ def test_a_store_does_not_lose_the_start(architecture, adapters):
 
 def test_refusals(architecture, adapters):
     base = architecture[0]()
-    done = merged_start(base, adapters)
+    done = merged_start(base, adapters=adapters)
     with pytest.raises(AdapterConfigError, match="starts at a merge already; load the base model anew"):
-        merged_start(base, adapters)
+        merged_start(base, adapters=adapters)
     with pytest.raises(AdapterConfigError, match="scale='auto' compares a merge with what was merged"):
-        merged_start(architecture[0](), done, scale="auto")
+        merged_start(architecture[0](), adapters=done, scale="auto")
     config = LoraConfig(target_modules=list(architecture[1]), fan_in_fan_out=is_conv1d(architecture))
     adapted = get_peft_model(architecture[0](), config)
     with pytest.raises(AdapterConfigError, match="has adapters already; pass the base model"):
-        merged_start(adapted, adapters)
+        merged_start(adapted, adapters=adapters)
     quantized = architecture[0]()
     name = next(iter(done.factors))
     weight = quantized.get_submodule(name).weight
     quantized.get_submodule(name).weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(AdapterConfigError, match=r"whose weight cannot be added to, such as a quantised one"):
-        merged_start(quantized, adapters)
+        merged_start(quantized, adapters=adapters)
 
 
 def test_the_scale_that_rows_like_best(tmp_path, tokens):
@@ -131,7 +131,7 @@ def test_the_scale_that_rows_like_best(tmp_path, tokens):
         batches = [
             {"input_ids": part, "labels": teacher(input_ids=part).logits.argmax(dim=1)} for part in rows.split(16)
         ]
-    assert choose_scale(model, adapters, batches=batches, grid=(0.0, 1.0, 3.0, 8.0)) == 3.0
+    assert choose_scale(model, adapters=adapters, batches=batches, grid=(0.0, 1.0, 3.0, 8.0)) == 3.0
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -142,4 +142,7 @@ def test_a_merge_of_a_language_models_adapters_by_loss(tmp_path, tokens):
     train(model, tokens, steps=8)
     model.save_pretrained(tmp_path / "one")
     batches = [{"input_ids": tokens, "labels": tokens}]
-    assert choose_scale(tiny_llama(), tmp_path / "one", batches=batches, grid=(-1.0, 0.0, 1.0), metric="loss") == 1.0
+    assert (
+        choose_scale(tiny_llama(), adapters=tmp_path / "one", batches=batches, grid=(-1.0, 0.0, 1.0), metric="loss")
+        == 1.0
+    )

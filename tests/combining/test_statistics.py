@@ -93,7 +93,7 @@ def test_a_merged_adapter_at_work_gives_the_inputs_of_its_own_layers(tmp_path):
         for module, expected in by_hand.items():
             updates = {read.adapter: (read.lora_B, read.lora_A) for read in collection.factors(module)}
             axes = core_space(list(updates.values())).components_in
-            found = statistics[task].on_axes(module, updates, axes)
+            found = statistics[task].on_axes(module, updates=updates, components_in=axes)
             torch.testing.assert_close(found, axes @ expected @ axes.mT, atol=1e-5, rtol=1e-4)
         last = collection.modules[-1]
         assert not torch.allclose(statistics[task].grams[last], own[task].grams[last], rtol=1e-2)
@@ -159,7 +159,7 @@ def test_embedding_inputs_are_tokens(tmp_path):
     frequencies = torch.bincount(tokens, minlength=64).double() / len(tokens)
     singles = {task: merge(folder / task, progress=False).factors[module] for task in rows}
     space = core_space(list(singles.values()))
-    found = statistics["task0"].on_axes(module, singles, space.components_in)
+    found = statistics["task0"].on_axes(module, updates=singles, components_in=space.components_in)
     expected = space.components_in @ torch.diag(frequencies) @ space.components_in.mT
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 

@@ -32,7 +32,13 @@ def subspace(seed):
     modules = {}
     for name, widths in WIDTHS.items():
         out_side, in_side = (torch.linalg.qr(torch.randn(width, K)).Q.mT.contiguous() for width in widths)
-        modules[name] = ModuleSubspace(in_side, out_side, torch.ones(K), torch.ones(K), torch.full((K,), 1 / K))
+        modules[name] = ModuleSubspace(
+            in_side,
+            out_side,
+            singular_values_in=torch.ones(K),
+            singular_values_out=torch.ones(K),
+            explained_variance_ratio=torch.full((K,), 1 / K),
+        )
     return PrincipalSubspace(modules)
 
 

@@ -41,7 +41,9 @@ def test_cosines_of_equal_adapters_are_one_at_any_size(scale):
     pairs = random_factors(modules={"q": (12, 20)})["q"]
     diagnosis = Diagnosis()
     lora_B, lora_A = (factor.clone() for factor in pairs)
-    diagnosis.observe("q", [AdapterFactors("one", lora_A, lora_B), AdapterFactors("two", lora_A * scale, lora_B)])
+    diagnosis.observe(
+        "q", factors=[AdapterFactors("one", lora_A, lora_B), AdapterFactors("two", lora_A * scale, lora_B)]
+    )
     found = {each.kind: each.value for each in diagnosis.findings()}
     assert found["same_start"] == pytest.approx(1.0, abs=1e-4)
     assert found["near_duplicate"] == pytest.approx(1.0, abs=1e-4)

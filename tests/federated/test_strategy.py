@@ -73,7 +73,7 @@ def client_app(make, seen=None, *, spoil=None):
     def train(message, context):
         number = context.node_config["partition-id"]
         model = make(number)
-        start_from(message, model)
+        start_from(message, model=model)
         if seen is not None:
             seen.append((message.content.config_records["config"]["server-round"], number))
         torch.manual_seed(number)
@@ -88,7 +88,7 @@ def client_app(make, seen=None, *, spoil=None):
         base = "another" if spoil is not None and number == 3 else "tiny"
         return reply(
             message,
-            model,
+            model=model,
             name=f"client-{number}",
             n_examples=16 * (number + 1),
             metrics={"loss": float(loss)},
@@ -165,10 +165,10 @@ def test_seeds_and_scalars_travel_in_the_place_of_tensors(tmp_path):
     def train(message, context):
         number = context.node_config["partition-id"]
         model = fresh()
-        start_from(message, model)
+        start_from(message, model=model)
         batches = [batch(100 * number + step) for step in range(3)]
-        steps = train_steps(model, batches, learning_rate=0.1, epsilon=1e-2, seed=number)
-        return reply(message, model, name=f"client-{number}", n_examples=10, steps=steps)
+        steps = train_steps(model, batches=batches, learning_rate=0.1, epsilon=1e-2, seed=number)
+        return reply(message, model=model, name=f"client-{number}", n_examples=10, steps=steps)
 
     server = fresh()
     first = round_update(server, name="server", rule="seeds", steps=no_steps(server))

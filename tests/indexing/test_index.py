@@ -110,7 +110,7 @@ def test_what_was_saved_answers_alike(index, tmp_path):
     again = AdapterIndex.from_pretrained(tmp_path / "i", encoder=encode)
     assert again.names == index.names
     assert again.query(["card rain"]) == index.query(["card rain"])
-    again.add("more", ["loan loan"])
+    again.add("more", rows=["loan loan"])
     with pytest.raises(ArtifactError, match="overwrite"):
         again.save_pretrained(tmp_path / "i")
     again.save_pretrained(tmp_path / "i", overwrite=True)
@@ -158,9 +158,9 @@ def test_arguments_that_are_wrong_are_refused(index):
         (lambda: AdapterIndex(encode, max_rows=0), "max_rows=0 must be at least 1"),
         (lambda: AdapterIndex(encode).query(["a"]), "The index has no adapters"),
         (lambda: AdapterIndex(encode).save_pretrained("nowhere"), "The index has no adapters"),
-        (lambda: index.add("bank", ["a"]), "'bank' is in the index already"),
-        (lambda: index.add("__base__", ["a"]), "cannot be a name in the index"),
-        (lambda: index.add("new", []), "There are no texts in the rows of 'new'"),
+        (lambda: index.add("bank", rows=["a"]), "'bank' is in the index already"),
+        (lambda: index.add("__base__", rows=["a"]), "cannot be a name in the index"),
+        (lambda: index.add("new", rows=[]), "There are no texts in the rows of 'new'"),
         (lambda: index.query([]), "There are no texts in the rows that are asked about"),
         (lambda: index.route(["a"], top=0), "top=0 must be at least 1"),
         (lambda: index.query([{"label": 1}]), r"Row 0 has no text: it is \['label'\]"),
@@ -176,7 +176,7 @@ def test_arguments_that_are_wrong_are_refused(index):
     other = AdapterIndex(lambda texts: np.ones((len(texts), 3)))
     other._rows = dict(index._rows)
     with pytest.raises(EigenPeftError, match="gave 3 numbers per text for 'new', and the index has 7"):
-        other.add("new", ["a"])
+        other.add("new", rows=["a"])
     with pytest.raises(EigenPeftError, match="gives 3 numbers per text, and the index has 7"):
         other.query(["a"])
 
@@ -193,15 +193,15 @@ def test_answers_of_rows_are_not_embedded():
 def test_the_base_models_vectors_are_the_mean_over_the_tokens_alone():
     model, tokenizer = tiny_bert(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
     texts = ["w1 w2", "w1 w2 w3 w4 w5 w6"]
-    together = BaseModelEncoder(model.bert, tokenizer, batch_size=2)(texts)
+    together = BaseModelEncoder(model.bert, tokenizer=tokenizer, batch_size=2)(texts)
     for text, row in zip(texts, together, strict=True):
         states = model.bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().mean(dim=0)
         torch.testing.assert_close(row.double(), states / states.norm(), atol=1e-5, rtol=0)
     assert torch.allclose(
-        BaseModelEncoder(model, tokenizer)(texts), together, atol=1e-6
+        BaseModelEncoder(model, tokenizer=tokenizer)(texts), together, atol=1e-6
     )  # with a head, by its hidden states
     with pytest.raises(EigenPeftError, match="without hidden states"):
-        BaseModelEncoder(_Nothing(model), tokenizer)(["a"])
+        BaseModelEncoder(_Nothing(model), tokenizer=tokenizer)(["a"])
 
 
 class _Nothing(torch.nn.Module):

@@ -29,7 +29,9 @@ def test_coefficients_are_those_of_the_projection(dtype, bases, random_factors, 
     torch.testing.assert_close(
         torch.from_numpy(rebuilt_B @ rebuilt_A), torch.from_numpy(expected), atol=1e-5, rtol=1e-5
     )
-    residual = projection_residual(lora_B, lora_A, bases["components_out"], bases["components_in"])
+    residual = projection_residual(
+        lora_B, lora_A, components_out=bases["components_out"], components_in=bases["components_in"]
+    )
     assert residual.item() == pytest.approx(((product - rebuilt_B @ rebuilt_A) ** 2).sum() ** 0.5, rel=1e-5)
 
 

@@ -49,7 +49,8 @@ def test_inner_product_is_that_of_the_products(m, n, r, rank, dtype, random_fact
     one = random_factors(m, n, r, rank=rank, dtype=dtype)
     other = random_factors(m, n, r + 2, dtype=dtype, seed=1)
     products = [as_numpy(lora_B) @ as_numpy(lora_A) for lora_B, lora_A in (one, other)]
-    np.testing.assert_allclose(inner_product(*one, *other).item(), np.sum(products[0] * products[1]), rtol=1e-10)
+    found = inner_product(*one, other_B=other[0], other_A=other[1])
+    np.testing.assert_allclose(found.item(), np.sum(products[0] * products[1]), rtol=1e-10)
 
 
 @shapes
@@ -148,7 +149,7 @@ def test_projection_residual_is_that_of_the_product(m, n, k_out, k_in, dtype, ra
     )
     product, out, into = as_numpy(lora_B) @ as_numpy(lora_A), as_numpy(components_out), as_numpy(components_in)
     expected = np.linalg.norm(product - out.T @ out @ product @ into.T @ into)
-    found = projection_residual(lora_B, lora_A, components_out, components_in)
+    found = projection_residual(lora_B, lora_A, components_out=components_out, components_in=components_in)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.item(), expected, rtol=1e-6)
 
@@ -166,14 +167,16 @@ def test_projection_residual_is_right_to_1_percent_when_small(residual, side, as
     product, out, into = as_numpy(lora_B) @ as_numpy(lora_A), as_numpy(v_out[:8]), as_numpy(v_in[:8])
     expected = np.linalg.norm(product - out.T @ out @ product @ into.T @ into)
     assert expected > 0.3 * residual
-    found = projection_residual(lora_B, lora_A, v_out[:8], v_in[:8])
+    found = projection_residual(lora_B, lora_A, components_out=v_out[:8], components_in=v_in[:8])
     np.testing.assert_allclose(found.item(), expected, rtol=0.01)
 
 
 def test_projection_residual_vanishes_on_the_span(random_factors):
     lora_B, lora_A = random_factors(30, 40, 4, dtype=torch.float64)
     out, into = orthonormal_rows(lora_B.mT.contiguous()), orthonormal_rows(lora_A)
-    assert projection_residual(lora_B, lora_A, out, into) < 1e-12 * frobenius_norm(lora_B, lora_A)
+    assert projection_residual(lora_B, lora_A, components_out=out, components_in=into) < 1e-12 * frobenius_norm(
+        lora_B, lora_A
+    )
 
 
 def test_rank_of_balanced_factors_follows_the_one_rule(with_spectrum):

@@ -28,7 +28,16 @@ def problem(core="low_rank", *, tokens=7, n=9, m=11, k=5, r=3, dtype=torch.float
 
     coefficients_in = normal(r, k) if core == "low_rank" else None
     coefficients_out = {"low_rank": normal(k, r), "full": normal(k, k), "diagonal": normal(k)}[core]
-    return normal(tokens, m), normal(tokens, n), normal(k, n), coefficients_in, coefficients_out, normal(k, m)
+    return (
+        normal(tokens, m),
+        normal(tokens, n),
+        {
+            "components_in": normal(k, n),
+            "coefficients_in": coefficients_in,
+            "coefficients_out": coefficients_out,
+            "components_out": normal(k, m),
+        },
+    )
 
 
 def dense_weight(components_in, coefficients_in, coefficients_out, components_out):
@@ -40,17 +49,17 @@ def dense_weight(components_in, coefficients_in, coefficients_out, components_ou
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
 def test_every_route_is_the_dense_update_and_its_gradients(route):
-    y, x, *matrices = problem()
-    leaves = [x, matrices[1], matrices[2]]
+    y, x, matrices = problem()
+    leaves = [x, matrices["coefficients_in"], matrices["coefficients_out"]]
     for leaf in leaves:
         leaf.requires_grad_()
-    expected = y + x @ dense_weight(*matrices).mT
+    expected = y + x @ dense_weight(**matrices).mT
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
     expected_grads = torch.autograd.grad(expected, leaves, grad)
     with torch.no_grad():
-        output, kept = low_rank_update(y, x, *matrices, route=route)
+        output, kept = low_rank_update(y, x=x, **matrices, route=route)
         grads = low_rank_update_grad(
-            grad, x if route.input_on_factor else None, kept, *matrices, route=route, needs_x=True
+            grad, x=x if route.input_on_factor else None, kept=kept, **matrices, route=route, needs_x=True
         )
     torch.testing.assert_close(output, expected.detach())
     for value, wanted in zip(grads, expected_grads, strict=True):
@@ -59,15 +68,15 @@ def test_every_route_is_the_dense_update_and_its_gradients(route):
 
 @pytest.mark.parametrize("core", ["full", "diagonal"])
 def test_cores_without_a_rank(core):
-    y, x, *matrices = problem(core)
+    y, x, matrices = problem(core)
     x.requires_grad_()
-    matrices[2].requires_grad_()
-    expected = y + x @ dense_weight(*matrices).mT
-    expected_grads = torch.autograd.grad(expected, [x, matrices[2]], torch.ones_like(y))
+    matrices["coefficients_out"].requires_grad_()
+    expected = y + x @ dense_weight(**matrices).mT
+    expected_grads = torch.autograd.grad(expected, [x, matrices["coefficients_out"]], torch.ones_like(y))
     with torch.no_grad():
-        output, kept = low_rank_update(y, x, *matrices, route=CHAIN)
+        output, kept = low_rank_update(y, x=x, **matrices, route=CHAIN)
         grad_x, no_grad, grad_out = low_rank_update_grad(
-            torch.ones_like(y), None, kept, *matrices, route=CHAIN, needs_x=True
+            torch.ones_like(y), x=None, kept=kept, **matrices, route=CHAIN, needs_x=True
         )
     assert no_grad is None
     torch.testing.assert_close(output, expected.detach())
@@ -77,30 +86,32 @@ def test_cores_without_a_rank(core):
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
 def test_float32_is_right_to_rounding(route):
-    y, x, *matrices = problem(tokens=300, n=256, m=200, k=32, r=8)
-    exact = y + x @ dense_weight(*matrices).mT
-    output, _ = low_rank_update(y.float(), x.float(), *(matrix.float() for matrix in matrices), route=route)
+    y, x, matrices = problem(tokens=300, n=256, m=200, k=32, r=8)
+    exact = y + x @ dense_weight(**matrices).mT
+    output, _ = low_rank_update(
+        y.float(), x=x.float(), **{name: matrix.float() for name, matrix in matrices.items()}, route=route
+    )
     assert float((output - exact).norm() / exact.norm()) < 1e-6
 
 
 def test_in_place_writes_over_y():
-    y, x, *matrices = problem()
-    expected, _ = low_rank_update(y, x, *matrices, route=CHAIN)
-    output, _ = low_rank_update(y, x, *matrices, route=CHAIN, in_place=True)
+    y, x, matrices = problem()
+    expected, _ = low_rank_update(y, x=x, **matrices, route=CHAIN)
+    output, _ = low_rank_update(y, x=x, **matrices, route=CHAIN, in_place=True)
     assert output.data_ptr() == y.data_ptr()
     assert torch.equal(output, expected)
 
 
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient():
-    y, x, *matrices = problem()
-    _, kept = low_rank_update(y, x, *matrices, route=COMPONENTS_KEPT)
-    assert low_rank_update_grad(y, None, kept, *matrices, route=COMPONENTS_KEPT, needs_x=False)[0] is None
+    y, x, matrices = problem()
+    _, kept = low_rank_update(y, x=x, **matrices, route=COMPONENTS_KEPT)
+    assert low_rank_update_grad(y, x=None, kept=kept, **matrices, route=COMPONENTS_KEPT, needs_x=False)[0] is None
 
 
 def test_what_is_kept_is_as_wide_as_the_components():
-    y, x, *matrices = problem()
-    assert low_rank_update(y, x, *matrices, route=COMPONENTS_KEPT)[1].shape == (7, 5)
-    assert low_rank_update(y, x, *matrices, route=INPUT_KEPT)[1].shape == (7, 3)
+    y, x, matrices = problem()
+    assert low_rank_update(y, x=x, **matrices, route=COMPONENTS_KEPT)[1].shape == (7, 5)
+    assert low_rank_update(y, x=x, **matrices, route=INPUT_KEPT)[1].shape == (7, 3)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 256, 4096])
@@ -143,8 +154,8 @@ def test_a_batch_of_many_tasks_is_the_loop(length, in_place):
     )
     output = low_rank_updates(
         y,
-        x,
-        tasks,
+        x=x,
+        members=tasks,
         components_in=components_in,
         coefficients_in=in_side,
         coefficients_out=out_side,

@@ -28,7 +28,12 @@ def random_subspace(model: nn.Module, *, parameters: bool) -> PrincipalSubspace:
         sides = [torch.randn(width, n_components, generator=generator) for width in (in_features, out_features)]
         spectrum = torch.linspace(2, 1, n_components)
         bases = (torch.linalg.qr(side)[0].mT.contiguous() for side in sides)
-        modules[name] = ModuleSubspace(*bases, spectrum, spectrum, spectrum / spectrum.sum())
+        modules[name] = ModuleSubspace(
+            *bases,
+            singular_values_in=spectrum,
+            singular_values_out=spectrum,
+            explained_variance_ratio=spectrum / spectrum.sum(),
+        )
     info = SubspaceInfo(base_model_name_or_path="tiny", fan_in_fan_out=tuple(transposed))
     return PrincipalSubspace(modules, info=info)
 

@@ -145,7 +145,7 @@ def test_rewards_of_each_prompts_own_user(recipe, place, monkeypatch, algorithm)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     tiny = tiny_model("reward")
     rewards = LowRankRewardModel(torch.randn(2, 32), backbone=tiny, processing_class=tiny_tokenizer())
-    rewards.users.put(["ada", "bob"], torch.eye(2), [5, 5])
+    rewards.users.put(["ada", "bob"], user_weights=torch.eye(2), n_pairs=[5, 5])
     rewards.save_pretrained("rewards")
     prompts = rows("grpo")["prompt"]
     asked = Dataset.from_dict({"prompt": prompts, "who": ["ada", "bob"] * (len(prompts) // 2)})

@@ -258,9 +258,23 @@ def test_a_language_model_is_judged_row_by_row():
 
 def test_trials_at_chance_are_not_ranked():
     trials = tuple(
-        Trial(name, 1e-3, 8, None, score, 0.7, 12, 1.0) for name, score in (("lora_r8", 0.5), ("init", 0.62))
+        Trial(candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, numbers=12, seconds=1.0)
+        for name, score in (("lora_r8", 0.5), ("init", 0.62))
     )
-    report = RecycleReport("init", 1e-3, 8, 0.62, (0.5, 8), trials, {}, 48, 16, 3.0, False, majority=0.5)
+    report = RecycleReport(
+        winner="init",
+        learning_rate=1e-3,
+        steps=8,
+        score=0.62,
+        control=(0.5, 8),
+        trials=trials,
+        refused={},
+        n_train=48,
+        n_held_out=16,
+        seconds=3.0,
+        stopped=False,
+        majority=0.5,
+    )
     assert report.is_at_chance
     assert report.text.startswith(
         "None of the 2 trials learnt anything that 16 held-out rows show: they scored 0.500 to 0.620"
@@ -274,9 +288,24 @@ def test_trials_at_chance_are_not_ranked():
 
 @pytest.mark.parametrize(("rival", "is_compared"), [(None, False), ("lora_r8", False), ("init", True)])
 def test_no_comparison_is_claimed_that_was_not_made(rival, is_compared):
-    trials = tuple(Trial(name, 1e-3, 8, None, score, 0.7, 12, 1.0) for name, score in (("lora_r8", 0.8), ("init", 0.7)))
+    trials = tuple(
+        Trial(candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, numbers=12, seconds=1.0)
+        for name, score in (("lora_r8", 0.8), ("init", 0.7))
+    )
     report = RecycleReport(
-        "lora_r8", 1e-3, 8, 0.8, (0.8, 8), trials, {}, 48, 16, 3.0, False, rival=rival, lead=(-0.1, 0.1)
+        winner="lora_r8",
+        learning_rate=1e-3,
+        steps=8,
+        score=0.8,
+        control=(0.8, 8),
+        trials=trials,
+        refused={},
+        n_train=48,
+        n_held_out=16,
+        seconds=3.0,
+        stopped=False,
+        rival=rival,
+        lead=(-0.1, 0.1),
     )
     assert ("nothing that was recycled did better" in report.text) == is_compared
     assert ("nothing that was recycled was trained as long" in report.text) != is_compared

@@ -19,12 +19,12 @@ def shown(table):
 
 @pytest.fixture(scope="module")
 def alike():
-    return SimulatedUsers(60, 12, 1, seed=3).pairs(30, seed=1)
+    return SimulatedUsers(60, n_features=12, n_basis=1, seed=3).pairs(30, seed=1)
 
 
 @pytest.mark.parametrize("n_true", [1, 3])
 def test_candidates_have_errors_and_the_chosen_one_a_star(n_true):
-    pairs = SimulatedUsers(80, 12, n_true, n_signal=12, shared=0.2, seed=3).pairs(40, seed=1)
+    pairs = SimulatedUsers(80, n_features=12, n_basis=n_true, n_signal=12, shared=0.2, seed=3).pairs(40, seed=1)
     fitter = LoReFitter(**SETTINGS, concentration=1.0).fit(pairs.chosen, pairs.rejected, user_ids=pairs.user_ids)
     assert fitter.model_.n_basis == n_true
     text = shown(candidate_table(fitter))

@@ -67,7 +67,7 @@ def test_sizes_stand_beside_those_of_the_original_files(builder, tmp_path):
     store = AdapterStore.from_collection(builder.subspace_, AdapterCollection.from_pretrained(folder))
     files = {name: (folder / name / "adapter_model.safetensors").stat().st_size for name in store.names}
     cores = {module: Core("diagonal", {"coefficients_out": torch.ones(5)}) for module in store.subspace}
-    store.add(AdapterMember(cores, {"name": "trained"}))
+    store.add(AdapterMember(cores, record={"name": "trained"}))
     export_lora(store, tmp_path / "lora", adapter_name="trained")
     exported = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     files["trained"] = sum(tensor.numel() * tensor.element_size() for tensor in exported.values())

@@ -22,7 +22,7 @@ def normal():
 def model(normal):
     """Three basis rewards of four features, users ada and bob."""
     made = LowRankRewardModel(normal(3, 4), concentration=torch.tensor([0.2, 0.5, 0.3]))
-    made.users.put(["ada", "bob"], torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), [12, 3])
+    made.users.put(["ada", "bob"], user_weights=torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]), n_pairs=[12, 3])
     return made
 
 

@@ -23,7 +23,7 @@ def run(*arguments):
 
 @pytest.fixture
 def features(tmp_path):
-    pairs = SimulatedUsers(30, 8, 2, shared=0.1, seed=0).pairs(30, seed=1)
+    pairs = SimulatedUsers(30, n_features=8, n_basis=2, shared=0.1, seed=0).pairs(30, seed=1)
     Dataset.from_dict(
         {"chosen": pairs.chosen.tolist(), "rejected": pairs.rejected.tolist(), "user_id": pairs.user_ids}
     ).to_parquet(tmp_path / "pairs.parquet")

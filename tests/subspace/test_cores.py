@@ -16,7 +16,7 @@ DEFINED = [(name, sizes) for name in CORES for sizes in SIZES if name != "diagon
 
 def random_parts(name, n_in, n_out, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = CORES[name].shapes(n_in, n_out, RANK)
+    shapes = CORES[name].shapes(n_in=n_in, n_out=n_out, rank=RANK)
     return {part: torch.randn(shape, generator=generator, dtype=dtype) for part, shape in shapes.items()}
 
 
@@ -56,7 +56,9 @@ def test_parts_come_out_bit_for_bit(name, sizes, dtype):
     assert set(core.parts) == set(parts)
     assert all(core.parts[part] is tensor for part, tensor in parts.items())
     row = CORES[name]
-    assert {part: tuple(tensor.shape) for part, tensor in parts.items()} == row.shapes(*row.sizes(parts))
+    n_in, n_out, rank = row.sizes(parts)
+    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    assert found == row.shapes(n_in=n_in, n_out=n_out, rank=rank)
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
@@ -65,7 +67,7 @@ def test_number_of_parameters_counts_what_is_trained(name, sizes):
     counted = sum(parts[part].numel() for part in CORES[name].trained)
     n_in, n_out = sizes
     formula = {"low_rank": RANK * (n_in + n_out), "full": n_in * n_out, "diagonal": n_in, "mixture": RANK}[name]
-    assert CORES[name].n_parameters(*sizes, RANK) == counted == formula
+    assert CORES[name].n_parameters(n_in=n_in, n_out=n_out, rank=RANK) == counted == formula
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
@@ -73,7 +75,7 @@ def test_factors_become_the_nearest_core_of_a_kind(name, sizes):
     n_in, n_out = sizes
     dense = oracle("full", random_parts("full", n_in, n_out, torch.float64))
     left, right = Core("full", {"coefficients_out": dense}).factors()
-    nearest = CORES[name].from_factors(left, right, RANK)
+    nearest = CORES[name].from_factors(left, right, rank=RANK)
     got = CORES[name].to_dense(nearest)
     u, s, vh = torch.linalg.svd(dense, full_matrices=False)
     expected = {
@@ -87,7 +89,7 @@ def test_factors_become_the_nearest_core_of_a_kind(name, sizes):
 
 
 def test_a_smaller_rank_than_asked_for_is_filled_with_zeros():
-    nearest = CORES["low_rank"].from_factors(torch.ones(4, 1), torch.ones(1, 5), 3)
+    nearest = CORES["low_rank"].from_factors(torch.ones(4, 1), torch.ones(1, 5), rank=3)
     assert nearest["coefficients_in"].shape == (3, 5)
     assert not nearest["coefficients_in"][1:].any()
     kept = CORES["low_rank"].from_factors(torch.ones(4, 1), torch.ones(1, 5))
@@ -97,7 +99,7 @@ def test_a_smaller_rank_than_asked_for_is_filled_with_zeros():
 @pytest.mark.parametrize("name", FROM_ZERO)
 @pytest.mark.parametrize("zero_side", ["in", "out"])
 def test_starts_at_zero_and_not_on_a_saddle(name, zero_side):
-    parts = CORES[name].start(6, 6, RANK, zero_side=zero_side)
+    parts = CORES[name].start(n_in=6, n_out=6, rank=RANK, zero_side=zero_side)
     Core(name, parts)
     for tensor in parts.values():
         tensor.requires_grad_(True)
@@ -105,7 +107,7 @@ def test_starts_at_zero_and_not_on_a_saddle(name, zero_side):
     assert not dense.any()
     (dense * torch.randn(6, 6)).sum().backward()
     assert any(tensor.grad is not None and tensor.grad.any() for tensor in parts.values())
-    assert CORES[name].to_dense(CORES[name].start(6, 6, RANK, init=False)).any()
+    assert CORES[name].to_dense(CORES[name].start(n_in=6, n_out=6, rank=RANK, init=False)).any()
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
@@ -113,12 +115,12 @@ def test_a_moved_core_is_the_product(name, sizes):
     n_in, n_out = sizes
     parts = random_parts(name, n_in, n_out, torch.float64)
     left, right = torch.randn(4, n_out, dtype=torch.float64), torch.randn(n_in, 9, dtype=torch.float64)
-    moved = CORES[name].moved(parts, left, right)
+    moved = CORES[name].moved(parts, left=left, right=right)
     if name == "diagonal":
         assert moved is None  # L diag(d) R is not diagonal
         left, right = torch.eye(8, n_out, dtype=torch.float64), torch.eye(n_in, 8, dtype=torch.float64)
-        moved = CORES[name].moved(parts, left, right)
-        assert CORES[name].moved(parts, left, right[:, :7]) is None  # as many components on both sides
+        moved = CORES[name].moved(parts, left=left, right=right)
+        assert CORES[name].moved(parts, left=left, right=right[:, :7]) is None  # as many components on both sides
     Core(name, moved)
     torch.testing.assert_close(CORES[name].to_dense(moved), left @ oracle(name, parts) @ right)
 
@@ -145,11 +147,11 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(SubspaceError, match="core='other' must be one of 'low_rank', 'full', 'diagonal', 'mixture'"):
         core_kind("other")
     with pytest.raises(SubspaceError, match="core='diagonal' pairs .* there are 7 and 5; use core='full'"):
-        CORES["diagonal"].shapes(7, 5, 1)
+        CORES["diagonal"].shapes(n_in=7, n_out=5, rank=1)
     with pytest.raises(SubspaceError, match="core='diagonal' pairs"):
         CORES["diagonal"].from_factors(torch.ones(5, 1), torch.ones(1, 7))
     with pytest.raises(SubspaceError, match="'mixture' has no start of its own"):
-        CORES["mixture"].start(4, 4, 2)
+        CORES["mixture"].start(n_in=4, n_out=4, rank=2)
     for parts in (
         {"coefficients_out": torch.ones(3, 2)},
         {"coefficients_out": torch.ones(3, 2), "coefficients_in": torch.ones(3, 4)},

@@ -61,9 +61,9 @@ def random_subspace(model, suffixes, *, n_components=12, seed=0):
             spectrum = torch.linspace(2, 1, n_components)
             modules[name] = ModuleSubspace(
                 *(torch.linalg.qr(side)[0].mT.contiguous() for side in sides),
-                spectrum,
-                spectrum,
-                spectrum / 2 / spectrum.sum(),
+                singular_values_in=spectrum,
+                singular_values_out=spectrum,
+                explained_variance_ratio=spectrum / 2 / spectrum.sum(),
             )
     return PrincipalSubspace(
         modules, info=SubspaceInfo(base_model_name_or_path="tiny", fan_in_fan_out=tuple(transposed))

@@ -120,7 +120,13 @@ def test_what_it_cannot_make(subspace, settings, control, message):
 def test_lora_has_as_many_parameters_as_it_can(r, k, core):
     model = tiny_llama()
     names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
-    bases = ModuleSubspace(torch.eye(k, 16), torch.eye(k, 16), torch.ones(k), torch.ones(k), torch.ones(k) / k)
+    bases = ModuleSubspace(
+        torch.eye(k, 16),
+        torch.eye(k, 16),
+        singular_values_in=torch.ones(k),
+        singular_values_out=torch.ones(k),
+        explained_variance_ratio=torch.ones(k) / k,
+    )
     subspace = PrincipalSubspace(dict.fromkeys(names, bases))
     budget = 4 * (2 * k * r if core == "low_rank" else k * k)
     if budget < 32:
@@ -135,7 +141,13 @@ def test_lora_has_as_many_parameters_as_it_can(r, k, core):
 
 
 def test_unknown_core_is_refused():
-    bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 4), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+    bases = ModuleSubspace(
+        torch.eye(2, 4),
+        torch.eye(2, 4),
+        singular_values_in=torch.ones(2),
+        singular_values_out=torch.ones(2),
+        explained_variance_ratio=torch.ones(2) / 2,
+    )
     with pytest.raises(SubspaceError, match="core='other'"):
         same_parameters_lora(PrincipalSubspace({"q": bases}), r=2, core="other")
 

@@ -7,7 +7,7 @@ CORE_NAMES = {"full": "full", "diagonal": "paired", "truncated": "LoRA cut to ra
 """What tables call the cores of the first answer: K² numbers per module, K on paired directions, or the control."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompressRow:
     """One way to keep these adapters in fewer numbers.
 
@@ -46,7 +46,7 @@ class Compress:
     rows: tuple[CompressRow, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chance:
     """The probability of one event.
 
@@ -66,7 +66,7 @@ class Chance:
     predicted: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Will a new task gain by starting from these adapters?
 
@@ -85,7 +85,7 @@ class Train:
     chances: tuple[Chance, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reuse:
     """Which adapter is nearest to the new task?
 

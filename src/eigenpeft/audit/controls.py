@@ -48,9 +48,10 @@ def nearest_adapter(
     places = {name: place for place, name in enumerate(collection.names)}
     inner, squares = torch.zeros(2, len(common), len(places), dtype=torch.float64)
     for i, module in enumerate(common):
+        given_B, given_A = factors[module]
         for read in collection.factors(module):
             place = places[read.adapter]
-            inner[i, place] = inner_product(read.lora_B, read.lora_A, *factors[module])
+            inner[i, place] = inner_product(read.lora_B, read.lora_A, other_B=given_B, other_A=given_A)
             squares[i, place] = frobenius_norm(read.lora_B, read.lora_A) ** 2
     of_given = torch.tensor(own, dtype=torch.float64)[:, None].expand_as(squares)
     found = update_cosines(inner, squares, of_given).tolist()

@@ -14,7 +14,7 @@ from eigenpeft.errors import ArtifactError
 Verdict = Literal["shared", "shared only through a common seed", "shared only by related runs", "not shared"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curve:
     """A share for K = 1, 2, ... components, beside the same of the matched null.
 
@@ -33,7 +33,7 @@ class Curve:
     null_high: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleAudit:
     """One module.
 
@@ -67,7 +67,7 @@ _OLD_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditReport:
     """The whole collection: three answers, and the measures behind them.
 

@@ -156,6 +156,14 @@ def _module(module: ModuleMeasures) -> ModuleAudit:
 
 def _curve(real: Tensor, nulls: Tensor, *, low: Tensor | None = None, high: Tensor | None = None) -> Curve:
     """`real` (K,), `nulls` (draws, K)."""
-    ends = (real if low is None else low, real if high is None else high)
-    values = (real, *ends, nulls.mean(dim=0), nulls.amax(dim=0))
-    return Curve(*(tuple(float(share) for share in value) for value in values))
+
+    def plain(shares: Tensor) -> tuple[float, ...]:
+        return tuple(float(share) for share in shares)
+
+    return Curve(
+        real=plain(real),
+        low=plain(real if low is None else low),
+        high=plain(real if high is None else high),
+        null=plain(nulls.mean(dim=0)),
+        null_high=plain(nulls.amax(dim=0)),
+    )

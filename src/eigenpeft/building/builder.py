@@ -238,7 +238,7 @@ class SubspaceBuilder:
         fitter = self._fitter(collection)
         for module, name in tqdm(names.items(), desc="Updating", unit="module"):
             factors = collection.factors(module)
-            diagnosis.observe(name, factors)
+            diagnosis.observe(name, factors=factors)
             known = [other.factors(module) for other in self._seen if module in other.modules]
             try:
                 if name in old:

@@ -19,7 +19,7 @@ def diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) 
     diagnosis = Diagnosis()
     for module, result in fitted.items():
         names = collection.names_with(module)
-        diagnosis.observe_norms(names, result.norms)
+        diagnosis.observe_norms(names, norms=result.norms)
         if diagnosis.compares(names):
             # One adapter at a time: this must not take more memory than the fit.
             diagnosis.compare(collection.each_factors(module))

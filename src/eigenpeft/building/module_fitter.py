@@ -136,7 +136,7 @@ class ModuleFitter:
             )
         n_principal = bank.n_components - bank.n_pseudo_components
         merged = [
-            merge_components(components[:n_principal], values, rows, n_components=n_principal)
+            merge_components(components[:n_principal], singular_values=values, rows=rows, n_components=n_principal)
             for components, values, rows in zip(
                 (bank.components_in, bank.components_out),
                 (bank.singular_values_in, bank.singular_values_out),
@@ -145,7 +145,10 @@ class ModuleFitter:
             )
         ]
         curve = explained_share_curve(
-            _pairs(measured_on), merged[0].components, merged[1].components, weighting=self.weighting
+            _pairs(measured_on),
+            components_in=merged[0].components,
+            components_out=merged[1].components,
+            weighting=self.weighting,
         )
         fitted = FittedBases(
             components_in=merged[0].components,

@@ -34,7 +34,7 @@ class AdapterFactors:
     lora_B: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceAdapter:
     """What is known of one adapter without reading its tensors.
 

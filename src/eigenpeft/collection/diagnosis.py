@@ -64,7 +64,7 @@ class Diagnosis:
         >>> import torch
         >>> diagnosis = Diagnosis()
         >>> zero = AdapterFactors("untouched", lora_A=torch.ones(2, 8), lora_B=torch.zeros(8, 2))
-        >>> diagnosis.observe("layer.0.query", [zero])
+        >>> diagnosis.observe("layer.0.query", factors=[zero])
         >>> [finding.kind for finding in diagnosis.findings()]
         ['untrained']
     """
@@ -80,7 +80,7 @@ class Diagnosis:
         """Adapter to ‖ΔW‖ over all modules observed, Frobenius, scaling included."""
         return {name: math.sqrt(square) for name, square in self._squares.items()}
 
-    def observe(self, module: str, factors: Sequence[AdapterFactors]) -> None:
+    def observe(self, module: str, *, factors: Sequence[AdapterFactors]) -> None:
         """Take note of one module; call it once per module.
 
         Args:
@@ -89,11 +89,11 @@ class Diagnosis:
         """
         del module  # The rules ask how often adapters were compared, not where.
         names = [read.adapter for read in factors]
-        self.observe_norms(names, [float(frobenius_norm(read.lora_B, read.lora_A)) for read in factors])
+        self.observe_norms(names, norms=[float(frobenius_norm(read.lora_B, read.lora_A)) for read in factors])
         if self.compares(names):
             self.compare(factors)
 
-    def observe_norms(self, names: Sequence[str], norms: Sequence[float]) -> None:
+    def observe_norms(self, names: Sequence[str], *, norms: Sequence[float]) -> None:
         """The part of `observe` that needs no factors, for somebody who knows the norms.
 
         Args:

@@ -293,7 +293,7 @@ class AdapterCollection:
         """
         diagnosis = Diagnosis()
         for module in tqdm(self.modules, desc="Looking", unit="module", disable=not progress):
-            diagnosis.observe(module, self.factors(module))
+            diagnosis.observe(module, factors=self.factors(module))
         return (*self.findings, *diagnosis.findings())
 
     @property

@@ -12,7 +12,7 @@ from eigenpeft.subspace.card import most_restrictive_license, source_row
 
 
 def merged_card(
-    report: MergeReport, records: Sequence[dict[str, Any]], base_model: str | None, heads: Sequence[str]
+    report: MergeReport, *, records: Sequence[dict[str, Any]], base_model: str | None, heads: Sequence[str]
 ) -> str:
     """Text of README.md.
 
@@ -35,7 +35,7 @@ def merged_card(
     scale = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
     kept = (
         "\nNo rule merges heads: each source's own lies in `heads/<task>/`. Put it into the model with\n"
-        '`eigenpeft.combining.load_head(model, "<path of this adapter>", task="' + for_code(heads[0]) + '")`.\n'
+        '`eigenpeft.combining.load_head(model, folder="<path of this adapter>", task="' + for_code(heads[0]) + '")`.\n'
         if heads
         else ""
     )

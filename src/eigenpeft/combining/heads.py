@@ -127,7 +127,7 @@ def head_files(heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
     return files
 
 
-def load_head(model: nn.Module, folder: str | Path, *, task: str) -> None:
+def load_head(model: nn.Module, *, folder: str | Path, task: str) -> None:
     """Put the head of one task into a model, in place: `merged/heads/<task>/head.safetensors`.
 
     Args:

@@ -21,7 +21,7 @@ from eigenpeft.tuners.layers.kinds import factor_dicts
 _TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MergedAdapter:
     """What `merge` gives: `ΔW = lora_B @ lora_A` of every module, all of one rank.
 
@@ -103,13 +103,15 @@ class MergedAdapter:
         files = {
             **head_files(self.heads),
             MERGE_REPORT: report.encode(),
-            "README.md": merged_card(self.report, self.records, self.base_model, tuple(self.heads)).encode(),
+            "README.md": merged_card(
+                self.report, records=self.records, base_model=self.base_model, heads=tuple(self.heads)
+            ).encode(),
         }
         write_lora(
             Path(save_directory),
-            updates,
-            fields,
-            own | dict(self.shared),
+            updates=updates,
+            fields=fields,
+            others=own | dict(self.shared),
             files=files,
             overwrite=overwrite,
             inputs=inputs,

@@ -224,7 +224,9 @@ class _Settings:
             extra["seeds"] = [seeded_generator(self.seed, module, f"dare {name}").initial_seed() for name in updates]
         if "statistics" in needs and self.statistics is not None and space.axes_in is not None:
             rows = space.axes_in.rows()
-            extra["grams"] = torch.stack([self.statistics[name].on_axes(module, updates, rows) for name in updates])
+            extra["grams"] = torch.stack(
+                [self.statistics[name].on_axes(module, updates=updates, components_in=rows) for name in updates]
+            )
         if self.method == "compress" and self.rank is not None:
             extra["n_components"] = self.rank
         options = {**extra, **self.typed_options()}

@@ -102,9 +102,18 @@ def _tensors(merged: MergedUpdate) -> dict[str, torch.Tensor]:
 
 
 def _merged_update(tensors: Mapping[str, torch.Tensor]) -> MergedUpdate:
-    scale, rank, *others = tensors["numbers"].tolist()
-    measures = MergeMeasures(tensors["inner_products"], tensors["distances"], *others)
-    return MergedUpdate(tensors["lora_B"], tensors["lora_A"], scale=scale, rank=int(rank), measures=measures)
+    scale, rank, squared_norm, kept, largest, over_counting = tensors["numbers"].tolist()
+    measures = MergeMeasures(
+        inner_products=tensors["inner_products"],
+        distances=tensors["distances"],
+        squared_norm=squared_norm,
+        kept=kept,
+        largest=largest,
+        over_counting=over_counting,
+    )
+    return MergedUpdate(
+        lora_B=tensors["lora_B"], lora_A=tensors["lora_A"], scale=scale, rank=int(rank), measures=measures
+    )
 
 
 def job(sources: Sources, settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from eigenpeft.linalg.merging import MergeMeasures
 from eigenpeft.linalg.scores.update_cosines import update_cosines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceReport:
     """One source adapter in a merge.
 
@@ -38,7 +38,7 @@ class SourceReport:
     cosine: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """A merge in numbers.
 

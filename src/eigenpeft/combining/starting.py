@@ -45,8 +45,8 @@ class _MergedStartConfig(LoraConfig):
 
 def init_lora_from_merge(
     model: nn.Module,
-    adapters: Adapters | MergedAdapter,
     *,
+    adapters: Adapters | MergedAdapter,
     method: str = "mean",
     scale: float | str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -77,7 +77,7 @@ def init_lora_from_merge(
         AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module.
         CollectionError: If the adapters cannot be read together.
     """
-    merged = merged_start(model, adapters, method=method, scale=scale, options=options)
+    merged = merged_start(model, adapters=adapters, method=method, scale=scale, options=options)
     modules = dict(model.named_modules())
     placed = {id(find_module(modules, name)) for name in merged.factors}
     names = [name for name, module in modules.items() if id(module) in placed]
@@ -89,8 +89,8 @@ def init_lora_from_merge(
 
 def merged_start(
     model: nn.Module,
-    adapters: Adapters | MergedAdapter,
     *,
+    adapters: Adapters | MergedAdapter,
     method: str = "mean",
     scale: float | str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -123,7 +123,7 @@ def merged_start(
         ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
         ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> merged_start(base, "adapters", scale=2.0).rank
+        >>> merged_start(base, adapters="adapters", scale=2.0).rank
         4
         >>> model = get_peft_model(base, LoraConfig(r=3, target_modules=["0"]))  # any PEFT method; train it
         >>> eigenpeft.export_lora(model, "exported")  # one LoRA of rank 4 + 3
@@ -163,8 +163,8 @@ def merged_start(
 
 def choose_scale(
     model: nn.Module,
-    adapters: Adapters,
     *,
+    adapters: Adapters,
     batches: Sequence[Mapping[str, Tensor]],
     grid: Sequence[float] = GRID,
     method: str = "mean",

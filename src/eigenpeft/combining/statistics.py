@@ -28,7 +28,7 @@ CONFIG_NAME, TENSORS_NAME = "input_statistics.json", "input_statistics.safetenso
 Batches = Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class InputStatistics:
     """Sums over the inputs x of one task, on the input directions Z of all adapters that it was collected for.
 
@@ -67,7 +67,7 @@ class InputStatistics:
             digest.update(self.grams[module].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def on_axes(self, module: str, updates: Mapping[str, Factors], components_in: Tensor) -> Tensor:
+    def on_axes(self, module: str, *, updates: Mapping[str, Factors], components_in: Tensor) -> Tensor:
         """`V E[x xᵀ] Vᵀ` (K_in, K_in) on the input axes of some of the adapters.
 
         Args:
@@ -92,7 +92,7 @@ class InputStatistics:
             )
         places = torch.cat([torch.arange(starts[name][0], sum(starts[name])) for name in directions])
         gram = self.grams[module][places[:, None], places] / max(1, self.counts[module])
-        return moments_on_axes(gram, list(directions.values()), components_in)
+        return moments_on_axes(gram, directions=list(directions.values()), components_in=components_in)
 
 
 def collect_statistics(
@@ -163,7 +163,7 @@ def collect_statistics(
             for module, own in directions.items()
         }
         own = {module: pairs[name] for module, pairs in factors.items() if name in pairs}
-        with _at_work(model, sources, own if merged is None else merged.factors, counters):
+        with _at_work(model, sources=sources, updates=own if merged is None else merged.factors, counters=counters):
             for batch in _batches(rows[name]):
                 for counter in counters.values():
                     counter.mask = batch.get("attention_mask")
@@ -193,7 +193,9 @@ def save_statistics(statistics: Mapping[str, InputStatistics], out_dir: str | Pa
         ArtifactError: If it cannot be written.
 
     Examples:
-        >>> save_statistics({"mine": InputStatistics("mine", {}, {}, {}, {})}, "statistics")
+        >>> save_statistics(
+        ...     {"mine": InputStatistics(name="mine", grams={}, counts={}, layout={}, sha256={})}, "statistics"
+        ... )
         >>> list(load_statistics("statistics"))
         ['mine']
     """
@@ -221,7 +223,7 @@ def load_statistics(folder: str | Path) -> dict[str, InputStatistics]:
         ArtifactError: If they are missing or damaged.
 
     Examples:
-        >>> save_statistics({"mine": InputStatistics("mine", {}, {}, {}, {})}, "kept")
+        >>> save_statistics({"mine": InputStatistics(name="mine", grams={}, counts={}, layout={}, sha256={})}, "kept")
         >>> load_statistics("kept")["mine"].name
         'mine'
     """
@@ -271,6 +273,7 @@ class _Counter:
 @contextmanager
 def _at_work(
     model: nn.Module,
+    *,
     sources: Sources,
     updates: Mapping[str, Factors],
     counters: Mapping[str, _Counter],
@@ -294,7 +297,7 @@ def _at_work(
 
 
 def _add_update(
-    factors: Factors, embedding: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    factors: Factors, *, embedding: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     lora_B, lora_A = (side.to(output) for side in factors)
     seen = lora_A.mT[inputs[0]] if embedding else inputs[0] @ lora_A.mT

@@ -51,7 +51,9 @@ class StoreCatalog:
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> from eigenpeft.subspace import AdapterMember, AdapterStore, Core
         >>> core = Core("diagonal", {"coefficients_out": torch.ones(2)})
         >>> store = AdapterStore(PrincipalSubspace({"0": bank}), members={"mine": AdapterMember({"0": core})})

@@ -38,8 +38,8 @@ class AdapterResolver:
     def __init__(
         self,
         catalog: StoreCatalog,
-        cache: LoraCache,
         *,
+        cache: LoraCache,
         ranks: Sequence[int] = VLLM_RANKS,
         max_rank: int | None = None,
         base_models: Sequence[str] = (),
@@ -92,7 +92,7 @@ class AdapterResolver:
         self._check_base(adapter, base_model)
         return self._written(adapter)
 
-    def is_current(self, model_name: str, path: str | Path) -> bool:
+    def is_current(self, model_name: str, *, path: str | Path) -> bool:
         """Whether a folder that was resolved earlier is still what the name means; notes that it is in use.
 
         Args:
@@ -118,7 +118,7 @@ class AdapterResolver:
         return Path(path).parent == self.cache.folder
 
     @contextmanager
-    def present(self, model_name: str, path: str | Path) -> Iterator[None]:
+    def present(self, model_name: str, *, path: str | Path) -> Iterator[None]:
         """Keep a folder that was resolved earlier in place while it is read; write it again if it has gone meanwhile.
 
         Args:
@@ -155,7 +155,7 @@ class AdapterResolver:
         n_bytes = factors + rest + 1024 * (len(updates) + len(others)) + 32_768
 
         def write(folder: Path) -> None:
-            fill_lora_folder(folder, updates, fields, others, rank=rank)
+            fill_lora_folder(folder, updates=updates, fields=fields, others=others, rank=rank)
 
         return self.cache.add(key, n_bytes=n_bytes, write=write)
 

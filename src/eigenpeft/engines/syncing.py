@@ -107,7 +107,7 @@ def _written(catalog: StoreCatalog, name: str, folder: Path) -> str:
     key = f"{adapter.key}-r{rank}"
     if not (folder / key / "adapter_config.json").is_file():
         updates, fields, others = catalog.contents(adapter)
-        write_lora(folder / key, updates, fields, others, rank=rank)
+        write_lora(folder / key, updates=updates, fields=fields, others=others, rank=rank)
     return key
 
 

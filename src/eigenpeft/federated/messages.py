@@ -25,7 +25,7 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({key: t.float() if t.dtype == torch.bfloat16 else t for key, t in plain.items()})
 
 
-def start_from(message: Message, model: Any, *, adapter_name: str = "default") -> None:
+def start_from(message: Message, *, model: Any, adapter_name: str = "default") -> None:
     """Give a client's adapter what the server sent for this round.
 
     Args:
@@ -44,8 +44,8 @@ def start_from(message: Message, model: Any, *, adapter_name: str = "default") -
 
 def reply(
     message: Message,
-    model: Any,
     *,
+    model: Any,
     name: str,
     n_examples: float,
     metrics: Mapping[str, float] | None = None,

@@ -32,7 +32,7 @@ class BaseModelEncoder:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str | None = None, max_length: int = 128, batch_size: int = 32
+        self, model: nn.Module, *, tokenizer: Any, name: str | None = None, max_length: int = 128, batch_size: int = 32
     ):
         self.model, self.tokenizer = model, tokenizer
         self.name = name or str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)

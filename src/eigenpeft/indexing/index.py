@@ -41,8 +41,8 @@ class AdapterIndex(Pushable):
         >>> import torch
         >>> letters = lambda texts: torch.tensor([[text.count(x) for x in "abc"] for text in texts]).float()
         >>> index = AdapterIndex(letters)
-        >>> index.add("ay", ["aab", "aaa"])
-        >>> index.add("bee", ["bbc", "bbb"])
+        >>> index.add("ay", rows=["aab", "aaa"])
+        >>> index.add("bee", rows=["bbc", "bbb"])
         >>> index.query(["abab", "bbbb"]).names
         ('bee', 'ay')
         >>> index.route(["aaa", "bbb"])
@@ -82,7 +82,7 @@ class AdapterIndex(Pushable):
         name = getattr(self._encoder, "name", None) or getattr(self._encoder, "__qualname__", None)
         return str(name or type(self._encoder).__name__)
 
-    def add(self, name: str, rows: Iterable[Any], *, replace: bool = False) -> None:
+    def add(self, name: str, *, rows: Iterable[Any], replace: bool = False) -> None:
         """Add an adapter by rows of its task.
 
         Args:
@@ -306,7 +306,7 @@ def build_index(
     """
     index = AdapterIndex(encoder, max_rows=max_rows)
     for name, own in tqdm(rows.items(), desc="Indexing", unit="adapter", disable=not progress):
-        index.add(name, own)
+        index.add(name, rows=own)
     return index
 
 

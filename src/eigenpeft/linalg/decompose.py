@@ -23,7 +23,7 @@ _BFLOAT16_TOL, _BFLOAT16_PASSES = 1e-4, 8
 _CHUNK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decomposition:
     """Leading right singular vectors of a stack of rows.
 

@@ -39,12 +39,13 @@ def frobenius_norm(lora_B: Float[Tensor, "m r"], lora_A: Float[Tensor, "r n"]) -
         >>> frobenius_norm(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]])).item()
         10.0
     """
-    return inner_product(lora_B, lora_A, lora_B, lora_A).clamp(min=0.0).sqrt()
+    return inner_product(lora_B, lora_A, other_B=lora_B, other_A=lora_A).clamp(min=0.0).sqrt()
 
 
 def inner_product(
     lora_B: Float[Tensor, "m r"],
     lora_A: Float[Tensor, "r n"],
+    *,
     other_B: Float[Tensor, "m s"],
     other_A: Float[Tensor, "s n"],
 ) -> Float[Tensor, ""]:
@@ -62,7 +63,7 @@ def inner_product(
     Examples:
         >>> import torch
         >>> column, row = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 0.0]])
-        >>> inner_product(column, row, column, 2 * row).item()
+        >>> inner_product(column, row, other_B=column, other_A=2 * row).item()
         90.0
     """
     left = lora_B.to(torch.float64).mT @ other_B.to(torch.float64)
@@ -257,6 +258,7 @@ def difference_norm(
 def projection_residual(
     lora_B: Float[Tensor, "m r"],
     lora_A: Float[Tensor, "r n"],
+    *,
     components_out: Float[Tensor, "k_out m"],
     components_in: Float[Tensor, "k_in n"],
 ) -> Float[Tensor, ""]:
@@ -278,7 +280,9 @@ def projection_residual(
     Examples:
         >>> import torch
         >>> eye = torch.eye(2)
-        >>> projection_residual(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]), eye[:1], eye[:1]).item()
+        >>> projection_residual(
+        ...     eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]), components_out=eye[:1], components_in=eye[:1]
+        ... ).item()
         4.0
     """
     left, right, components_out, components_in = (

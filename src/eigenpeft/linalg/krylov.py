@@ -90,7 +90,12 @@ def block_krylov(
         values, rotation = torch.linalg.eigh(projected[:size, :size])
         values, rotation = values.flip(0), rotation.flip(1)
         promised_gain = _promised_gain(
-            values, rotation[new], image, projected[new, new].trace(), n_components, rounding
+            values,
+            last_rows=rotation[new],
+            residual=image,
+            block_trace=projected[new, new].trace(),
+            n_components=n_components,
+            rounding=rounding,
         )
         if promised_gain <= tol:
             break
@@ -121,6 +126,7 @@ def _orthonormalize(rows: Float[Tensor, "b d"], *, least: float = 0.0) -> Float[
 
 def _promised_gain(
     values: Float[Tensor, " size"],
+    *,
     last_rows: Float[Tensor, "c size"],
     residual: Float[Tensor, "c d"],
     block_trace: Float[Tensor, ""],

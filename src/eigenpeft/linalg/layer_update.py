@@ -137,12 +137,12 @@ def output_operands(
 
 def low_rank_update(
     y: Float[Tensor, "t m"],
+    *,
     x: Float[Tensor, "t n"],
     components_in: Float[Tensor, "k_in n"],
     coefficients_in: Float[Tensor, "r k_in"] | None,
     coefficients_out: Float[Tensor, "k_out r"] | Float[Tensor, " k_out"],
     components_out: Float[Tensor, "k_out m"],
-    *,
     route: Route,
     in_place: bool = False,
 ) -> tuple[Float[Tensor, "t m"], Float[Tensor, "t w"]]:
@@ -165,7 +165,15 @@ def low_rank_update(
         >>> import torch
         >>> eye = torch.eye(2)
         >>> y, x = torch.zeros(1, 2), torch.tensor([[1.0, 2.0]])
-        >>> low_rank_update(y, x, eye, 3 * eye, eye, eye, route=CHAIN)[0].tolist()
+        >>> low_rank_update(
+        ...     y,
+        ...     x=x,
+        ...     components_in=eye,
+        ...     coefficients_in=3 * eye,
+        ...     coefficients_out=eye,
+        ...     components_out=eye,
+        ...     route=CHAIN,
+        ... )[0].tolist()
         [[3.0, 6.0]]
     """
     hidden, kept = input_product(x, components_in, coefficients_in, on_factor=route.input_on_factor)
@@ -175,13 +183,13 @@ def low_rank_update(
 
 def low_rank_update_grad(
     grad: Float[Tensor, "t m"],
+    *,
     x: Float[Tensor, "t n"] | None,
     kept: Float[Tensor, "t w"],
     components_in: Float[Tensor, "k_in n"],
     coefficients_in: Float[Tensor, "r k_in"] | None,
     coefficients_out: Float[Tensor, "k_out r"] | Float[Tensor, " k_out"],
     components_out: Float[Tensor, "k_out m"],
-    *,
     route: Route,
     needs_x: bool,
 ) -> tuple[
@@ -207,9 +215,27 @@ def low_rank_update_grad(
         >>> import torch
         >>> eye = torch.eye(2)
         >>> y, x = torch.zeros(1, 2), torch.tensor([[1.0, 2.0]])
-        >>> _, kept = low_rank_update(y, x, eye, 3 * eye, eye, eye, route=CHAIN)
+        >>> _, kept = low_rank_update(
+        ...     y,
+        ...     x=x,
+        ...     components_in=eye,
+        ...     coefficients_in=3 * eye,
+        ...     coefficients_out=eye,
+        ...     components_out=eye,
+        ...     route=CHAIN,
+        ... )
         >>> grad = torch.tensor([[1.0, 0.0]])
-        >>> low_rank_update_grad(grad, None, kept, eye, 3 * eye, eye, eye, route=CHAIN, needs_x=True)[0].tolist()
+        >>> low_rank_update_grad(
+        ...     grad,
+        ...     x=None,
+        ...     kept=kept,
+        ...     components_in=eye,
+        ...     coefficients_in=3 * eye,
+        ...     coefficients_out=eye,
+        ...     components_out=eye,
+        ...     route=CHAIN,
+        ...     needs_x=True,
+        ... )[0].tolist()
         [[3.0, 0.0]]
     """
     hidden = kept if route.input_on_factor or coefficients_in is None else linear(kept, coefficients_in)
@@ -238,9 +264,9 @@ def low_rank_update_grad(
 
 def low_rank_updates(
     y: Float[Tensor, "b s m"],
+    *,
     x: Float[Tensor, "b s n"],
     members: Int[Tensor, " b"],
-    *,
     components_in: Float[Tensor, "k_in n"],
     coefficients_in: Float[Tensor, "u r k_in"],
     coefficients_out: Float[Tensor, "u k_out r"],
@@ -272,8 +298,8 @@ def low_rank_updates(
         >>> x, twice = torch.ones(2, 1, 2), torch.stack([eye, 2 * eye])
         >>> low_rank_updates(
         ...     torch.zeros(2, 1, 2),
-        ...     x,
-        ...     torch.tensor([1, 0]),
+        ...     x=x,
+        ...     members=torch.tensor([1, 0]),
         ...     components_in=eye,
         ...     coefficients_in=twice,
         ...     coefficients_out=torch.stack([eye, eye]),

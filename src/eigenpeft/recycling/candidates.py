@@ -120,12 +120,14 @@ def _eigenlora(*, random: bool = False) -> Callable[[PreTrainedModel, Sources], 
 def _init(base: PreTrainedModel, sources: Sources) -> PeftModel:
     """EigenLoRAx-INIT (arXiv 2502.04700, table 2): LoRA r 8 whose A starts at the leading components, B at zero."""
     rank = min(8, *(bank.n_components_in for bank in sources.subspace.banks.values()))
-    return init_lora_from_subspace(base, sources.subspace, r=rank, lora_alpha=2 * rank, task_type=sources.task_type)
+    return init_lora_from_subspace(
+        base, subspace=sources.subspace, r=rank, lora_alpha=2 * rank, task_type=sources.task_type
+    )
 
 
 def _nearest(base: PreTrainedModel, sources: Sources) -> PeftModel:
     """A LoRA continued from the nearest adapter, of that one's rank."""
-    return init_lora_from_adapter(base, sources.collection, name=sources.nearest, task_type=sources.task_type)
+    return init_lora_from_adapter(base, adapters=sources.collection, name=sources.nearest, task_type=sources.task_type)
 
 
 def _mixture(base: PreTrainedModel, sources: Sources) -> PeftModel:

@@ -60,7 +60,7 @@ def _start_score(search: Search, sources: Sources, *, steps: int) -> float:
     except EigenPeftError:
         torch.manual_seed(search.args.seed)
         base = search.make_model()
-        merged_start(base, sources.merged)
+        merged_start(base, adapters=sources.merged)
         _, losses = judge(base, search.held_out, collator=search.collator)
         return -fmean(losses)
 

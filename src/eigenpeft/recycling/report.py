@@ -19,7 +19,7 @@ def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One training of one candidate, judged on held-out rows.
 
@@ -87,7 +87,7 @@ class FinalScore:
         object.__setattr__(self, "lead", None if self.lead is None else tuple(self.lead))  # JSON has lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecycleReport:
     """The whole run.
 

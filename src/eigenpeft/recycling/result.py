@@ -27,9 +27,9 @@ def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card
     labels = {LABELS_NAME: label_file(names)} if names else {}
     write_lora(
         folder,
-        updates,
-        {**fields, "base_model_name_or_path": base_model},
-        others,
+        updates=updates,
+        fields={**fields, "base_model_name_or_path": base_model},
+        others=others,
         files={"README.md": card.encode(), **labels},
         overwrite=True,
     )

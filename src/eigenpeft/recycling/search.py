@@ -69,7 +69,7 @@ class Search:
         torch.manual_seed(self.args.seed)
         base = self.make_model()
         if CANDIDATES[candidate].merged:
-            merged_start(base, sources.merged)
+            merged_start(base, adapters=sources.merged)
         return CANDIDATES[candidate].adapt(base, sources)
 
     def trained(self, candidate: str, sources: Sources, *, learning_rate: float, steps: int, rows: Any) -> PeftModel:

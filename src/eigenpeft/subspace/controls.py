@@ -31,7 +31,9 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> random_subspace(like=PrincipalSubspace({"layer": bank}), seed=0)["layer"].components_in.shape
         torch.Size([2, 4])
     """
@@ -41,8 +43,12 @@ def random_subspace(*, like: PrincipalSubspace, seed: int = 0) -> PrincipalSubsp
         for side, components in (("in", bank.components_in), ("out", bank.components_out)):
             gaussian = torch.randn(components.shape, generator=seeded_generator(seed, name, f"random {side}"))
             sides.append(orthonormal_rows(gaussian))
-        counts = (bank.n_components_in, bank.n_components_out, bank.n_components)
-        return ModuleSubspace(*sides, *(torch.zeros(count) for count in counts))
+        return ModuleSubspace(
+            *sides,
+            singular_values_in=torch.zeros(bank.n_components_in),
+            singular_values_out=torch.zeros(bank.n_components_out),
+            explained_variance_ratio=torch.zeros(bank.n_components),
+        )
 
     modules = like.map_banks(random_bank)
     info = replace(like.info, method="random", sources=(), measured_on=(), seed=seed, n_pseudo_components=0)
@@ -67,10 +73,10 @@ def shuffled_subspace(subspace: PrincipalSubspace, *, seed: int = 0) -> Principa
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
-        >>> other = ModuleSubspace(
-        ...     torch.eye(4)[2:], torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2
-        ... )
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
+        >>> other = ModuleSubspace(torch.eye(4)[2:], torch.eye(2, 3), **spectra)
         >>> subspace = PrincipalSubspace({"first": bank, "second": other})
         >>> torch.equal(shuffled_subspace(subspace, seed=0)["first"].components_in, other.components_in)
         True
@@ -130,10 +136,14 @@ def mean_only_subspace(
             torch.cat([lora_B for lora_B, _ in pairs], dim=1) / len(pairs), torch.cat([lora_A for _, lora_A in pairs])
         )
         components_in, components_out = (fix_signs(rows[:n_components].float()) for rows in (mean.Vh, mean.U.mT))
-        curve = explained_share_curve(pairs, components_in, components_out)
+        curve = explained_share_curve(pairs, components_in=components_in, components_out=components_out)
         values = mean.S[:n_components].float()
         modules[module] = ModuleSubspace(
-            components_in, components_out, values, values.clone(), added_shares(curve).float()
+            components_in,
+            components_out,
+            singular_values_in=values,
+            singular_values_out=values.clone(),
+            explained_variance_ratio=added_shares(curve).float(),
         )
     info = SubspaceInfo(
         base_model_name_or_path=collection.base_model_name_or_path,

@@ -42,11 +42,12 @@ class Core:
         object.__setattr__(self, "parts", dict(self.parts))
         found = {name: tuple(tensor.shape) for name, tensor in self.parts.items()}
         try:
-            fits = found == self.row.shapes(*self.row.sizes(self.parts))
+            n_in, n_out, rank = self.row.sizes(self.parts)
+            fits = found == self.row.shapes(n_in=n_in, n_out=n_out, rank=rank)
         except (KeyError, IndexError, TypeError, ValueError):
             fits = False
         if not fits:
-            expected = self.row.shapes(1, 1, 1)
+            expected = self.row.shapes(n_in=1, n_out=1, rank=1)
             raise SubspaceError(
                 f"A core of kind {self.kind!r} has the parts {', '.join(expected)}, with {len(expected)} shapes that fit "
                 f"each other as subspace/cores.py defines; got {found}."
@@ -109,7 +110,7 @@ class Core:
                     [0., 2.]])
         """
         row = core_kind(kind, stacklevel=3)
-        return Core(row.name, row.from_factors(*self.factors(), rank))
+        return Core(row.name, row.from_factors(*self.factors(), rank=rank))
 
 
 class Coefficients(Core):

@@ -32,7 +32,11 @@ class CoreKind(ABC):
         weighs_sources: Whether M is made of the cores of other adapters.
 
     Examples:
-        >>> isinstance(CORES["full"], CoreKind), CORES["full"].shapes(3, 2, rank=1), CORES["full"].n_parameters(3, 2, 1)
+        >>> (
+        ...     isinstance(CORES["full"], CoreKind),
+        ...     CORES["full"].shapes(n_in=3, n_out=2, rank=1),
+        ...     CORES["full"].n_parameters(n_in=3, n_out=2, rank=1),
+        ... )
         (True, {'coefficients_out': (2, 3)}, 6)
     """
 
@@ -43,7 +47,7 @@ class CoreKind(ABC):
     weighs_sources: ClassVar[bool] = False
 
     @abstractmethod
-    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of each part.
 
         Args:
@@ -73,7 +77,7 @@ class CoreKind(ABC):
 
     @abstractmethod
     def from_factors(
-        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+        self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
         """The parts whose M is nearest to `C_out C_in` in the Frobenius norm.
 
@@ -103,7 +107,7 @@ class CoreKind(ABC):
         identity = torch.eye(min(n_out, n_in), dtype=dense.dtype, device=dense.device)
         return (dense, identity) if n_in <= n_out else (identity, dense)
 
-    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+    def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
         """The parts of `L M R` (`linalg.coefficients.change_of_bases`); None where that is not of this kind.
 
         Args:
@@ -113,7 +117,7 @@ class CoreKind(ABC):
         """
         return {"coefficients_out": left @ parts["coefficients_out"] @ right}
 
-    def n_parameters(self, n_in: int, n_out: int, rank: int) -> int:
+    def n_parameters(self, *, n_in: int, n_out: int, rank: int) -> int:
         """How many numbers are trained in one module.
 
         Args:
@@ -121,11 +125,11 @@ class CoreKind(ABC):
             n_out: K_out.
             rank: As in `shapes`.
         """
-        shapes = self.shapes(n_in, n_out, rank)
+        shapes = self.shapes(n_in=n_in, n_out=n_out, rank=rank)
         return sum(math.prod(shapes[part]) for part in self.trained)
 
     def start(
-        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
     ) -> dict[str, Tensor]:
         """The parts of the start `ΔW = 0`, from torch's global generator as PEFT's own starts are.
 
@@ -140,7 +144,7 @@ class CoreKind(ABC):
                 for embeddings. Cores of one part start at zero there.
             scale: Standard deviation of the other side where `zero_side` is "in".
         """
-        shape = self.shapes(n_in, n_out, rank)["coefficients_out"]
+        shape = self.shapes(n_in=n_in, n_out=n_out, rank=rank)["coefficients_out"]
         return {"coefficients_out": torch.zeros(shape) if init is not False else _uniform(shape)}
 
 
@@ -151,7 +155,7 @@ class _LowRank(CoreKind):
     trained = ("coefficients_in", "coefficients_out")
     is_factored = True
 
-    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"coefficients_in": (rank, n_in), "coefficients_out": (n_out, rank)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
@@ -164,22 +168,22 @@ class _LowRank(CoreKind):
         return parts["coefficients_out"], parts["coefficients_in"]
 
     def from_factors(
-        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+        self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
         if rank is not None:
             coefficients_out, coefficients_in = truncate(coefficients_out, coefficients_in, rank=rank)
         return {"coefficients_in": coefficients_in, "coefficients_out": coefficients_out}
 
-    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+    def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
         return {
             "coefficients_in": parts["coefficients_in"] @ right,
             "coefficients_out": left @ parts["coefficients_out"],
         }
 
     def start(
-        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
     ) -> dict[str, Tensor]:
-        shapes = self.shapes(n_in, n_out, rank)
+        shapes = self.shapes(n_in=n_in, n_out=n_out, rank=rank)
         if zero_side == "in":
             left = torch.zeros(shapes["coefficients_in"]) if init is not False else torch.randn(rank, n_in)
             return {"coefficients_in": left, "coefficients_out": scale * torch.randn(n_out, rank)}
@@ -187,7 +191,7 @@ class _LowRank(CoreKind):
         coefficients_in = nn.init.kaiming_uniform_(torch.empty(shapes["coefficients_in"]), a=math.sqrt(5))
         if init == "gaussian":
             nn.init.normal_(coefficients_in, std=1 / rank)
-        return {"coefficients_in": coefficients_in} | super().start(n_in, n_out, rank, init=init)
+        return {"coefficients_in": coefficients_in} | super().start(n_in=n_in, n_out=n_out, rank=rank, init=init)
 
 
 class _Full(CoreKind):
@@ -195,7 +199,7 @@ class _Full(CoreKind):
 
     name = "full"
 
-    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"coefficients_out": (n_out, n_in)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
@@ -206,7 +210,7 @@ class _Full(CoreKind):
         return parts["coefficients_out"]
 
     def from_factors(
-        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+        self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
         return {"coefficients_out": coefficients_out @ coefficients_in}
 
@@ -217,7 +221,7 @@ class _Diagonal(CoreKind):
     name = "diagonal"
     is_matrix = False
 
-    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         if n_in != n_out:
             raise SubspaceError(
                 f"core='diagonal' pairs each component of the input with one of the output, and there are {n_in} and "
@@ -233,12 +237,12 @@ class _Diagonal(CoreKind):
         return torch.diag(parts["coefficients_out"])
 
     def from_factors(
-        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+        self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
-        self.shapes(coefficients_in.shape[1], len(coefficients_out), 1)
+        self.shapes(n_in=coefficients_in.shape[1], n_out=len(coefficients_out), rank=1)
         return {"coefficients_out": (coefficients_out * coefficients_in.mT).sum(dim=1)}
 
-    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+    def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
         if not (_only_adds(left) and _only_adds(right.mT) and len(left) == right.shape[1]):
             return None
         diagonal = parts["coefficients_out"]
@@ -252,7 +256,7 @@ class _Mixture(CoreKind):
     trained = ("weights",)
     weighs_sources = True
 
-    def shapes(self, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         return {"weights": (rank,), "cores": (rank, n_out, n_in)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
@@ -263,16 +267,16 @@ class _Mixture(CoreKind):
         return torch.einsum("t,tij->ij", parts["weights"], parts["cores"])
 
     def from_factors(
-        self, coefficients_out: Tensor, coefficients_in: Tensor, rank: int | None = None
+        self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
         dense = coefficients_out @ coefficients_in
         return {"weights": dense.new_ones(1), "cores": dense[None]}
 
-    def moved(self, parts: Parts, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+    def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
         return {"weights": parts["weights"], "cores": torch.einsum("ij,tjk,kl->til", left, parts["cores"], right)}
 
     def start(
-        self, n_in: int, n_out: int, rank: int, *, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
     ) -> dict[str, Tensor]:
         raise SubspaceError(
             "core='mixture' has no start of its own: it weighs cores that exist already. Make it from members of a store."
@@ -299,7 +303,7 @@ def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> Cor
         SubspaceError: If there is no such core.
 
     Examples:
-        >>> core_kind("low_rank").n_parameters(16, 16, 4)
+        >>> core_kind("low_rank").n_parameters(n_in=16, n_out=16, rank=4)
         128
     """
     if name in RENAMED:

@@ -12,7 +12,7 @@ from eigenpeft.version import __version__
 _OLD_NAMES = {"missed_energy_bound": "missed_share_bound"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubspaceInfo:
     """Everything in `subspace_config.json` that does not follow from the tensors.
 

@@ -1,6 +1,6 @@
 """A bank: the pair of bases of one adapted weight, or of several weights of one shape that share it."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -36,13 +36,20 @@ class ModuleSubspace:
 
     Examples:
         >>> import torch
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> bank = ModuleSubspace(
+        ...     torch.eye(2, 4),
+        ...     torch.eye(2, 3),
+        ...     singular_values_in=torch.ones(2),
+        ...     singular_values_out=torch.ones(2),
+        ...     explained_variance_ratio=torch.ones(2) / 2,
+        ... )
         >>> bank.n_components, bank.in_features, bank.out_features, bank.truncate(1).explained_share
         (2, 4, 3, 0.5)
     """
 
     components_in: Tensor
     components_out: Tensor
+    _: KW_ONLY
     singular_values_in: Tensor
     singular_values_out: Tensor
     explained_variance_ratio: Tensor

@@ -38,8 +38,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
     Examples:
         >>> import torch
-        >>> from eigenpeft import PrincipalSubspace
-        >>> from eigenpeft.subspace import ModuleSubspace
+        >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
         >>> bank = ModuleSubspace(
         ...     components_in=torch.eye(2, 4),
         ...     components_out=torch.eye(2, 3),
@@ -157,7 +156,9 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
         Examples:
             >>> import torch
-            >>> one = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+            >>> ones = torch.ones(2)
+            >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+            >>> one = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
             >>> subspace = PrincipalSubspace({"a": one, "b": one})
             >>> smaller = PrincipalSubspace(subspace.map_banks(lambda name, bank: bank.truncate((2, 1))))
             >>> smaller["b"].n_components_in, smaller["b"].n_components_out, smaller["a"] is smaller["b"]
@@ -229,7 +230,10 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             SubspaceError: If a module is not in the subspace, or has another shape there.
         """
-        return {module: place(module, self._modules.get(module), *pair) for module, pair in factors.items()}
+        return {
+            module: place(module, bank=self._modules.get(module), lora_B=lora_B, lora_A=lora_A)
+            for module, (lora_B, lora_A) in factors.items()
+        }
 
     def reconstruct(self, coefficients: Mapping[str, Core]) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA factors by module from coefficients, `B = V_outᵀ C_out` and `A = C_in V_in`; the scaling stays in lora_B.

@@ -10,7 +10,7 @@ from eigenpeft.subspace.core import Coefficients, Core
 from eigenpeft.subspace.module import ModuleSubspace
 
 
-def place(module: str, bank: ModuleSubspace | None, lora_B: Tensor, lora_A: Tensor) -> Core:
+def place(module: str, *, bank: ModuleSubspace | None, lora_B: Tensor, lora_A: Tensor) -> Core:
     """The core whose update is nearest: `Coefficients` on orthonormal components, a diagonal core on paired directions.
 
     Args:
@@ -29,12 +29,12 @@ def place(module: str, bank: ModuleSubspace | None, lora_B: Tensor, lora_A: Tens
             "Use adapters of the same base model, or build the subspace from a collection with this module."
         )
     if bank.paired:
-        return paired_core(lora_B, lora_A, bank)[0]
+        return paired_core(lora_B, lora_A, bank=bank)[0]
     sides = project(lora_B, lora_A, components_out=bank.components_out, components_in=bank.components_in)
     return Coefficients(*sides)
 
 
-def paired_core(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> tuple[Core, float]:
+def paired_core(lora_B: Tensor, lora_A: Tensor, *, bank: ModuleSubspace) -> tuple[Core, float]:
     """The diagonal core whose update is nearest, and ‖ΔW - P_outᵀ diag(d) P_in‖ in the Frobenius norm.
 
     Args:

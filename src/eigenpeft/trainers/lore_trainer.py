@@ -200,7 +200,7 @@ class LoReTrainer(RewardTrainer):
                 "seed": self.args.seed,
             },
         )
-        made.users.put(self._user_ids, weights, [int(count) for count in self._counts])
+        made.users.put(self._user_ids, user_weights=weights, n_pairs=[int(count) for count in self._counts])
         return made
 
     def _classifier(self) -> Any:

@@ -44,7 +44,7 @@ def save_plain_lora(model: Any, adapter_name: str, out_dir: str | Path) -> None:
         )
     largest = max(update.rank for update in updates)
     rank = min((rank for rank in VLLM_RANKS if rank >= largest), default=largest)
-    write_lora(Path(out_dir), updates, fields, {}, rank=rank, overwrite=True)
+    write_lora(Path(out_dir), updates=updates, fields=fields, others={}, rank=rank, overwrite=True)
 
 
 class PolicySyncCallback(TrainerCallback):

@@ -47,7 +47,9 @@ def control_config(
         >>> import torch
         >>> from eigenpeft import EigenLoraConfig, PrincipalSubspace
         >>> from eigenpeft.subspace import ModuleSubspace
-        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> ones = torch.ones(4)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 4}
+        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), **spectra)
         >>> config = EigenLoraConfig(subspace=PrincipalSubspace({"q": bank, "v": bank}), r=2)
         >>> control_config(config, control="same_parameters").r  # 16 coefficients per module pay for rank 1
         1
@@ -153,7 +155,9 @@ def same_parameters_lora(
         >>> import torch
         >>> from eigenpeft import PrincipalSubspace
         >>> from eigenpeft.subspace import ModuleSubspace
-        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), torch.ones(4), torch.ones(4), torch.ones(4) / 4)
+        >>> ones = torch.ones(4)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 4}
+        >>> bank = ModuleSubspace(torch.eye(4, 8), torch.eye(4, 8), **spectra)
         >>> config = same_parameters_lora(PrincipalSubspace({"q": bank, "v": bank}), r=2)  # 2 x 16 parameters
         >>> config.r, sorted(config.target_modules)
         (1, ['q', 'v'])
@@ -163,7 +167,10 @@ def same_parameters_lora(
         raise SubspaceError(f"place={place!r} must be 'last' or 'spread'.")
     if r < 1:
         raise SubspaceError(f"r={r} must be at least 1.")
-    budget = sum(kind.n_parameters(len(each.components_in), len(each.components_out), r) for each in subspace.values())
+    budget = sum(
+        kind.n_parameters(n_in=len(each.components_in), n_out=len(each.components_out), rank=r)
+        for each in subspace.values()
+    )
     cost = {name: bank.in_features + bank.out_features for name, bank in subspace.items()}
     rank = budget // sum(cost.values())
     names = list(cost)

@@ -32,7 +32,10 @@ def made_subspace(model, names, *, k=4, seed=0):
     for name in names:
         m, n = shape(model, name)
         rows = [orthonormal_rows(torch.randn(k, width, generator=generator)) for width in (n, m)]
-        modules[name] = ModuleSubspace(*rows, torch.ones(k), torch.ones(k), torch.ones(k) / k)
+        spectrum = torch.ones(k)
+        modules[name] = ModuleSubspace(
+            *rows, singular_values_in=spectrum, singular_values_out=spectrum, explained_variance_ratio=spectrum / k
+        )
     return PrincipalSubspace(modules)
 
 

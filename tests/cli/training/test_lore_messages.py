@@ -29,7 +29,7 @@ def write(path, rows):
 def made(tmp_path_factory):
     """Files of comparisons, an encoder, and models fitted to features and to text."""
     folder = tmp_path_factory.mktemp("lore")
-    pairs = SimulatedUsers(12, 6, 2, seed=0).pairs(12, seed=1)
+    pairs = SimulatedUsers(12, n_features=6, n_basis=2, seed=0).pairs(12, seed=1)
     rows = zip(pairs.chosen.tolist(), pairs.rejected.tolist(), pairs.user_ids, strict=True)
     write(folder / "features.jsonl", [{"chosen": a, "rejected": b, "user_id": user} for a, b, user in rows])
     words = WORDS.split()

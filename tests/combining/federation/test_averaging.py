@@ -30,7 +30,7 @@ def client(seed, *, rank=3, n=1.0, scaling=2.0, **changes):
         B: torch.randn(12, rank, generator=generator),
         HEAD: torch.randn(4, 12, generator=generator),
     }
-    return ClientUpdate(f"client-{seed}", tensors, n, scaling, **{"base": "base", **changes})
+    return ClientUpdate(f"client-{seed}", tensors, n_examples=n, scaling=scaling, **{"base": "base", **changes})
 
 
 def update(tensors, scaling):
@@ -98,7 +98,10 @@ def test_fedsa_and_ffa_send_one_side():
     for rule in ("fedsa", "ffa"):
         sent = [
             ClientUpdate(
-                each.name, {key: each.tensors[key] for key in sent_keys(keys, rule=rule)}, each.n_examples, 2.0
+                each.name,
+                {key: each.tensors[key] for key in sent_keys(keys, rule=rule)},
+                n_examples=each.n_examples,
+                scaling=2.0,
             )
             for each in clients
         ]
@@ -113,7 +116,7 @@ def test_ffa_is_exact_when_a_is_common():
     common = client(0).tensors[A]
     for each in clients:
         each.tensors[A] = common
-    sent = [ClientUpdate(c.name, {B: c.tensors[B]}, c.n_examples, c.scaling) for c in clients]
+    sent = [ClientUpdate(c.name, {B: c.tensors[B]}, n_examples=c.n_examples, scaling=c.scaling) for c in clients]
     averaged = average(sent, expected={B: client(0).tensors[B]}, rule="ffa", scaling=2.0).tensors[B]
     torch.testing.assert_close(update({A: common, B: averaged}, 2.0), mean(clients), rtol=0, atol=1e-5)
 
@@ -122,7 +125,7 @@ def test_ffa_is_exact_when_a_is_common():
 def test_clients_that_agree_keep_their_update_up_to_the_rule(rule):
     """All rules take the same clients; the sums among them leave an update that all share as it is."""
     one = client(1)
-    clients = [ClientUpdate(f"c{i}", one.tensors, 1.0, 2.0) for i in range(4)]
+    clients = [ClientUpdate(f"c{i}", one.tensors, n_examples=1.0, scaling=2.0) for i in range(4)]
     options = {"density": 1.0} if "density" in RULES[rule].options else {}
     averaged = average(clients, expected=one.tensors, rule=rule, scaling=2.0, **options).tensors
     alike = torch.nn.functional.cosine_similarity(

@@ -44,7 +44,7 @@ def same(one, other):
 
 
 def train(model, seed, **settings):
-    return train_steps(model, batches(seed), learning_rate=0.1, epsilon=1e-2, seed=seed, **settings)
+    return train_steps(model, batches=batches(seed), learning_rate=0.1, epsilon=1e-2, seed=seed, **settings)
 
 
 def update(model, steps, number=0, n=1.0):
@@ -134,7 +134,7 @@ def test_arguments_that_do_not_fit_are_refused(fresh):
         {"learning_rate": 1.0, "pool": 0},
     ):
         with pytest.raises(AdapterConfigError, match="must be above 0, and pool="):
-            train_steps(model, [], **settings)
+            train_steps(model, batches=[], **settings)
     with pytest.raises(AdapterConfigError, match="steps of train_steps go with rule='seeds'"):
         round_update(model, name="a", rule="seeds")
     with pytest.raises(AdapterConfigError, match="steps of train_steps go with rule='seeds'"):
@@ -143,7 +143,7 @@ def test_arguments_that_do_not_fit_are_refused(fresh):
         average([update(model, no_steps(model))], expected=no_steps(model), rule="seeds", density=0.1)
     before = values(model)
     with pytest.raises(AdapterConfigError, match="The objective is nan at step 0"):
-        train_steps(model, batches(0), learning_rate=0.1, objective=lambda *_: float("nan"))
+        train_steps(model, batches=batches(0), learning_rate=0.1, objective=lambda *_: float("nan"))
     assert same(values(model), before)
     with pytest.raises(AdapterConfigError, match="no trained values"):
         no_steps(model.requires_grad_(False))

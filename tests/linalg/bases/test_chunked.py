@@ -42,7 +42,9 @@ def test_what_a_single_pass_misses_is_within_the_bound(adapters, size):
         ]
         missed = (squared_norms[0] - squared_norms[1]) / float(rows_of_side.double().square().sum())
         assert -1e-6 < missed <= bound
-    curve = explained_share_curve(factors, found.bases.components_in, found.bases.components_out)
+    curve = explained_share_curve(
+        factors, components_in=found.bases.components_in, components_out=found.bases.components_out
+    )
     torch.testing.assert_close(found.bases.explained_variance_ratio.cumsum(0), curve, atol=1e-5, rtol=0)
 
 

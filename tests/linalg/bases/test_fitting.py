@@ -58,7 +58,9 @@ def test_bases_are_orthonormal_and_explain_what_they_say(method, weighting, size
     expected = [oracle_share(factors, fitted, weighting, k) for k in range(1, 8)]
     curve = fitted.explained_variance_ratio.double().cumsum(0).numpy()
     np.testing.assert_allclose(curve, expected, rtol=1e-4)
-    measured = explained_share_curve(factors, fitted.components_in, fitted.components_out, weighting=weighting)
+    measured = explained_share_curve(
+        factors, components_in=fitted.components_in, components_out=fitted.components_out, weighting=weighting
+    )
     np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-4)
 
 
@@ -192,7 +194,7 @@ def test_nothing_but_zeros_is_refused(method, adapters):
     with pytest.raises(ValueError, match="every adapter's update is zero, so there is nothing to fit"):
         fit_bases(untrained, n_components=1, method=method)
     with pytest.raises(ValueError, match="every adapter's update is zero"):
-        explained_share_curve(untrained, torch.eye(56)[:1], torch.eye(40)[:1])
+        explained_share_curve(untrained, components_in=torch.eye(56)[:1], components_out=torch.eye(40)[:1])
 
 
 def frozen_a(adapters):
@@ -254,7 +256,7 @@ def test_merged_rows_give_the_bases_of_all(method, weighting, adapters):
         (first.components_in, first.singular_values_in, rows_in, everything.components_in),
         (first.components_out, first.singular_values_out, rows_out, everything.components_out),
     ):
-        merged = merge_components(old, values, rows, n_components=5)
+        merged = merge_components(old, singular_values=values, rows=rows, n_components=5)
         assert principal_angles(merged.components, expected).amax() < 1e-3
 
 

@@ -15,7 +15,7 @@ from eigenpeft.linalg.orthogonal import principal_angles
 def test_merge_without_discards_is_the_whole_batch(n, n_new, dtype, with_spectrum):
     rows = with_spectrum(10 + n_new, n, 1.0 / (1 + np.arange(10 + n_new)), dtype=dtype)
     old = top_components(rows[:10], n_components=10)
-    merged = merge_components(old.components, old.singular_values, rows[10:], n_components=6)
+    merged = merge_components(old.components, singular_values=old.singular_values, rows=rows[10:], n_components=6)
     batch = top_components(rows, n_components=6)
     eps = 1e-9 if dtype == torch.float64 else 1e-4
     assert principal_angles(merged.components, batch.components).amax() < eps
@@ -28,7 +28,7 @@ def test_error_of_a_merge_is_at_most_what_was_discarded(with_spectrum):
     rows = with_spectrum(40, 60, 1.0 / (1 + np.arange(40)) ** 0.5)
     old = top_components(rows[:25], n_components=8)
     discarded = old.total_squared_norm - float(old.singular_values.square().sum())
-    merged = merge_components(old.components, old.singular_values, rows[25:], n_components=8)
+    merged = merge_components(old.components, singular_values=old.singular_values, rows=rows[25:], n_components=8)
     exact = np.linalg.svd(rows.double().numpy(), compute_uv=False)[:8]
     captured = float((rows @ merged.components.mT).square().sum())
     assert np.sum(exact**2) - discarded <= captured <= np.sum(exact**2) * (1 + 1e-6)
@@ -36,7 +36,9 @@ def test_error_of_a_merge_is_at_most_what_was_discarded(with_spectrum):
 
 def test_nothing_new_changes_nothing(with_spectrum):
     old = top_components(with_spectrum(20, 15, np.linspace(2, 1, 15)), n_components=5)
-    merged = merge_components(old.components, old.singular_values, torch.empty(0, 15), n_components=5)
+    merged = merge_components(
+        old.components, singular_values=old.singular_values, rows=torch.empty(0, 15), n_components=5
+    )
     torch.testing.assert_close(merged.components, old.components, atol=1e-5, rtol=0.0)
     assert merged.discarded_squared_norm == pytest.approx(0.0, abs=1e-5)
 
@@ -44,7 +46,7 @@ def test_nothing_new_changes_nothing(with_spectrum):
 def test_more_components_than_the_merged_rank_are_refused(with_spectrum):
     old = top_components(with_spectrum(6, 15, np.ones(6)), n_components=4)
     with pytest.raises(ValueError, match="n_components=9 exceeds the numerical rank 6 of the 6 x 15 stack"):
-        merge_components(old.components, old.singular_values, torch.eye(15)[:2], n_components=9)
+        merge_components(old.components, singular_values=old.singular_values, rows=torch.eye(15)[:2], n_components=9)
 
 
 def sketch_of(rows, *, size, n_parts):

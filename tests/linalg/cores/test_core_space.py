@@ -90,7 +90,7 @@ def test_factors_are_the_best_of_their_rank(m, n, rank, adapters, dense, close):
     factors = adapters(m=m, n=n)
     space = core_space(factors)
     parts = FactoredSvd(*torch.linalg.svd(space.cores.sum(0), full_matrices=False))
-    lora_B, lora_A = core_factors(parts, space, rank=rank)
+    lora_B, lora_A = core_factors(parts, space=space, rank=rank)
     assert (lora_B.shape, lora_A.shape) == ((m, rank), (rank, n))
     u, s, vt = np.linalg.svd(sum(dense(factors)), full_matrices=False)
     close(lora_B @ lora_A, (u[:, :rank] * s[:rank]) @ vt[:rank], 1e-9)
@@ -101,4 +101,4 @@ def test_rank_must_be_positive(random_factors):
     space = core_space([random_factors(6, 5, 2)])
     parts = FactoredSvd(*torch.linalg.svd(space.cores[0], full_matrices=False))
     with pytest.raises(ValueError, match="rank=0 is not a rank"):
-        core_factors(parts, space, rank=0)
+        core_factors(parts, space=space, rank=0)

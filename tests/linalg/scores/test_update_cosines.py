@@ -12,7 +12,10 @@ SHAPES = [(30, 12), (8, 40), (5, 5)]
 
 def products(pairs):
     """⟨U, V⟩, ‖U‖² and ‖V‖² of each module, as they are computed from factors."""
-    rows = [(inner_product(*u, *v), frobenius_norm(*u) ** 2, frobenius_norm(*v) ** 2) for u, v in pairs]
+    rows = [
+        (inner_product(*u, other_B=v[0], other_A=v[1]), frobenius_norm(*u) ** 2, frobenius_norm(*v) ** 2)
+        for u, v in pairs
+    ]
     return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64).mT[..., None]
 
 

@@ -16,7 +16,9 @@ from eigenpeft.reward.artifact.users import encode
 @pytest.fixture
 def saved(tmp_path):
     table = UserTable(2)
-    table.put(["ada", "bob", "eve"], torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]), [3, 1, 2])
+    table.put(
+        ["ada", "bob", "eve"], user_weights=torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]), n_pairs=[3, 1, 2]
+    )
     table.save(tmp_path / "users.safetensors")
     return tmp_path / "users.safetensors"
 
@@ -78,7 +80,7 @@ def test_threads_read_while_another_adds():
     for thread in readers:
         thread.start()
     for i in range(300):
-        table.put([f"user {i}"], torch.tensor([[0.5, 0.5]]), [1])
+        table.put([f"user {i}"], user_weights=torch.tensor([[0.5, 0.5]]), n_pairs=[1])
     for thread in readers:
         thread.join()
     assert errors == []

@@ -163,7 +163,7 @@ TEXTS = ["a joke about cats", "the joke is not funny", "please help", "no"]
 
 def test_with_a_backbone_it_is_a_stock_classifier(backbone, tokenizer, normal, tmp_path):
     model = LowRankRewardModel(normal(3, 16), backbone=backbone, processing_class=tokenizer)
-    model.users.put(["ada"], torch.tensor([[0.6, 0.3, 0.1]]), [5])
+    model.users.put(["ada"], user_weights=torch.tensor([[0.6, 0.3, 0.1]]), n_pairs=[5])
     assert backbone.config.num_labels == 1, "the caller's model was changed"
     model.save_pretrained(tmp_path / "m")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
@@ -202,7 +202,7 @@ def test_reference_head(backbone, normal):
 
 def test_reward_function_rewards_each_prompt_as_its_user_would(backbone, tokenizer, normal):
     model = LowRankRewardModel(normal(3, 16), backbone=backbone, processing_class=tokenizer)
-    model.users.put(["ada", "bob"], torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), [5, 5])
+    model.users.put(["ada", "bob"], user_weights=torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), n_pairs=[5, 5])
     func = model.reward_func(user_column="who", batch_size=2)
     prompts, completions = ["a joke ", "a joke ", "help "], ["about cats", "about cats", "me please"]
     rewards = func(prompts=prompts, completions=completions, who=["ada", "bob", "ada"], trainer_state=None)
@@ -235,7 +235,7 @@ def test_reward_function_rewards_each_prompt_as_its_user_would(backbone, tokeniz
 
 def test_best_of_n_picks_what_each_user_likes_best(backbone, tokenizer, normal):
     model = LowRankRewardModel(normal(3, 16), backbone=backbone, processing_class=tokenizer)
-    model.users.put(["ada", "bob"], torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), [5, 5])
+    model.users.put(["ada", "bob"], user_weights=torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]), n_pairs=[5, 5])
     prompts, candidates = ["a joke ", "help ", "a joke "], [["about cats", "about you", "no"], ["me"], ["yes", "no"]]
     users = ["ada", "bob", "bob"]
     expected = []
@@ -279,6 +279,6 @@ def test_push_to_hub_leaves_the_place_of_the_users_alone(model, tmp_path, monkey
     other = type(model).from_pretrained(tmp_path / "rewards")
     other.users.delete("bob")
     other.save_users(tmp_path / "rewards")
-    model.users.put(["eve"], torch.tensor([[1.0, 0.0, 0.0]]), [1])
+    model.users.put(["eve"], user_weights=torch.tensor([[1.0, 0.0, 0.0]]), n_pairs=[1])
     model.save_users(tmp_path / "rewards")
     assert sorted(type(model).from_pretrained(tmp_path / "rewards").users) == ["ada", "eve"]

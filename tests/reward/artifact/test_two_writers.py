@@ -19,7 +19,7 @@ def saved(folder, users=("ada", "bob")):
 def put(model, user, row):
     weights = torch.zeros(1, 3)
     weights[0, row] = 1.0
-    model.users.put([user], weights, [5])
+    model.users.put([user], user_weights=weights, n_pairs=[5])
 
 
 def on_disk(folder):

@@ -23,7 +23,7 @@ def ids():
 
 def test_rows_come_back_in_the_order_asked(ids, tmp_path):
     table = UserTable(3)
-    table.put(ids, weights(6), range(6))
+    table.put(ids, user_weights=weights(6), n_pairs=range(6))
     for now in (table, saved(table, tmp_path)):
         assert len(now) == 6
         assert torch.equal(now.weights(ids), weights(6))
@@ -38,11 +38,15 @@ def test_rows_come_back_in_the_order_asked(ids, tmp_path):
 
 def test_changes_over_a_mapped_table(ids, tmp_path):
     table = UserTable(3)
-    table.put(ids, weights(6), range(6))
+    table.put(ids, user_weights=weights(6), n_pairs=range(6))
     table = saved(table, tmp_path)
-    table.put(["ada", "new and longer than any other identifier so far, by far"], weights(2, seed=1), [20, 21])
+    table.put(
+        ["ada", "new and longer than any other identifier so far, by far"],
+        user_weights=weights(2, seed=1),
+        n_pairs=[20, 21],
+    )
     table.delete("bob")
-    table.put(["gone"], weights(1), [1])
+    table.put(["gone"], user_weights=weights(1), n_pairs=[1])
     table.delete("gone")
     for now in (table, saved(table, tmp_path)):
         assert len(now) == len(list(now)) == 6
@@ -64,7 +68,7 @@ def test_an_empty_table(tmp_path):
 
 def test_errors(ids, tmp_path):
     table = UserTable(3)
-    table.put(ids, weights(6), range(6))
+    table.put(ids, user_weights=weights(6), n_pairs=range(6))
     with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users.*add_user"):
         table.weights(["ada", "eve"])
     with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users of this reward model\. Add"):
@@ -74,16 +78,16 @@ def test_errors(ids, tmp_path):
     with pytest.raises(UnknownUserError, match="'eve' is not among"):
         table.delete("eve")
     with pytest.raises(RewardModelError, match="'7' is listed more than once"):
-        table.put([7, "7"], weights(2), [1, 1])
+        table.put([7, "7"], user_weights=weights(2), n_pairs=[1, 1])
     with pytest.raises(RewardModelError, match=r"weights of shape \(2, 3\) must be \(1, 3\)"):
-        table.put(["x"], weights(2), [1])
+        table.put(["x"], user_weights=weights(2), n_pairs=[1])
     with pytest.raises(RewardModelError, match=r"user .x., \[1\.0, 1\.0, 1\.0\], must be non-negative and sum to one"):
-        table.put(["x"], torch.ones(1, 3), [1])
+        table.put(["x"], user_weights=torch.ones(1, 3), n_pairs=[1])
     for bad in ("", "x" * 256, "a\0b"):
         with pytest.raises(RewardModelError, match="bytes; ids have 1 to 255 bytes"):
-            table.put([bad], weights(1), [1])
+            table.put([bad], user_weights=weights(1), n_pairs=[1])
     with pytest.raises(RewardModelError, match="is a float; pass text or a whole number"):
-        table.put([1.5], weights(1), [1])
+        table.put([1.5], user_weights=weights(1), n_pairs=[1])
     table.save(tmp_path / "users.safetensors")
     with pytest.raises(ArtifactError, match="expected one row of 2 float32 weights"):
         UserTable.open(tmp_path / "users.safetensors", n_basis=2)
@@ -103,7 +107,7 @@ def test_random_changes_agree_with_a_dictionary(tmp_path):
             del plain[user]
         else:
             plain[user] = weights(1, seed=step)[0]
-            table.put([user], plain[user][None], [step])
+            table.put([user], user_weights=plain[user][None], n_pairs=[step])
         if step % 50 == 49:
             table = saved(table, tmp_path)
     assert sorted(plain) == list(table)

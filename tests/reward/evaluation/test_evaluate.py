@@ -30,7 +30,7 @@ def evaluated(users, *, n_pairs=40, **options):
 
 @pytest.fixture(scope="module")
 def found():
-    users = SimulatedUsers(120, 16, 3, n_signal=16, shared=0.2, seed=0)
+    users = SimulatedUsers(120, n_features=16, n_basis=3, n_signal=16, shared=0.2, seed=0)
     return evaluated(users, fitter=LoReFitter(n_basis=(1, 3), deviation_scale=2.0))
 
 
@@ -83,7 +83,7 @@ def test_intervals_hold_their_means_and_all_is_json(found):
 @pytest.fixture(scope="module")
 def alike():
     """One shared head is chosen, as all users are alike."""
-    users = SimulatedUsers(60, 12, 1, seed=3)
+    users = SimulatedUsers(60, n_features=12, n_basis=1, seed=3)
     fitter = LoReFitter(n_basis=(1, 3), deviation_scale=1.0)
     return users, fitter, evaluated(users, n_pairs=30, fitter=fitter)
 
@@ -118,13 +118,13 @@ def test_one_shared_head_is_not_compared_with_itself(alike):
 
 
 def test_one_shared_head_that_was_asked_for_says_nothing_about_more():
-    found = evaluated(SimulatedUsers(40, 4, 1, seed=3), n_pairs=10, fitter=LoReFitter(n_basis=1))
+    found = evaluated(SimulatedUsers(40, n_features=4, n_basis=1, seed=3), n_pairs=10, fitter=LoReFitter(n_basis=1))
     assert found.best_personal is None
     assert found.verdict.startswith("Unknown whether personalisation pays on this data: one shared head was asked for")
 
 
 def test_held_out_prompts_are_held_out_together():
-    users = SimulatedUsers(40, 8, 2, seed=0)
+    users = SimulatedUsers(40, n_features=8, n_basis=2, seed=0)
     pairs = users.pairs(20, seed=1)
     found = evaluate_lore(
         pairs.chosen,

@@ -7,9 +7,13 @@ from eigenpeft.reward.evaluation.intervals import Bootstrap, Share
 from eigenpeft.reward.evaluation.verdict import FEW_USERS, verdict
 
 
+def made_share(ends, *, n_users):
+    return Share(mean=sum(ends) / 2, low=ends[0], high=ends[1], n_users=n_users, n_pairs=10 * n_users)
+
+
 def said(known, new, *, users=(40, 20), n_basis=3, chosen=3, other=(0.06, 0.14)):
-    shares = [Share(sum(ends) / 2, *ends, n, 10 * n) for ends, n in zip((known, new), users, strict=True)]
-    control = ("head per user", Share(sum(other) / 2, *other, users[0], 10 * users[0]))
+    shares = [made_share(ends, n_users=n) for ends, n in zip((known, new), users, strict=True)]
+    control = ("head per user", made_share(other, n_users=users[0]))
     return verdict(*shares, n_basis=n_basis, chosen=chosen, split="prompts", n_unused=0, other=control)
 
 
@@ -111,12 +115,12 @@ def test_one_shared_head_alone_is_not_compared_with_itself():
 def test_one_user_has_no_interval_and_few_have_a_wide_one():
     rows = torch.arange(60) // 10
     margins = torch.randn(60, generator=torch.Generator().manual_seed(1))
-    draws = Bootstrap(rows, 6, 1000, 0)
-    one = draws.share(margins, rows == 0)
+    draws = Bootstrap(rows, n_users=6, n_draws=1000, seed=0)
+    one = draws.share(margins, mask=rows == 0)
     assert (one.low, one.high, one.n_users) == (0.0, 1.0, 1)
-    gain = draws.gain(margins, -margins, rows == 0)
+    gain = draws.gain(margins, others=-margins, mask=rows == 0)
     assert (gain.low, gain.high) == (-1.0, 1.0)
-    six = draws.share(margins, rows >= 0)
+    six = draws.share(margins, mask=rows >= 0)
     of_users = torch.stack([(margins[rows == user] > 0).double().mean() for user in range(6)])
     plain = 1.96 * float(of_users.std(correction=0)) / 6**0.5
     assert six.high - six.low > 2.3 * plain  # 2 x plain is what the plain percentile interval would give

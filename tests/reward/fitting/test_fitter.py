@@ -18,7 +18,7 @@ FIXED = {"n_basis": 3, "shared_scale": 2.0, "deviation_scale": 2.0, "concentrati
 
 @pytest.fixture(scope="module")
 def users():
-    return SimulatedUsers(80, 24, 3, n_signal=24, seed=0)
+    return SimulatedUsers(80, n_features=24, n_basis=3, n_signal=24, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_size_is_chosen_by_held_out_comparisons(train, users):
 
 
 def test_where_all_agree_one_head_is_chosen():
-    alike = SimulatedUsers(40, 12, 1, seed=3)
+    alike = SimulatedUsers(40, n_features=12, n_basis=1, seed=3)
     pairs = alike.pairs(30, seed=4)
     fitter = LoReFitter(n_basis=(1, 3)).fit(pairs.chosen, pairs.rejected, user_ids=pairs.user_ids)
     assert fitter.model_.n_basis == 1
@@ -158,7 +158,7 @@ def test_parts_cover_every_pair_once(monkeypatch):
 
 
 def test_one_user():
-    alone = SimulatedUsers(1, 6, 1, seed=0).pairs(50, seed=1)
+    alone = SimulatedUsers(1, n_features=6, n_basis=1, seed=0).pairs(50, seed=1)
     fitter = LoReFitter().fit(alone.chosen, alone.rejected, user_ids=alone.user_ids)
     assert fitter.model_.n_basis == 1
     with pytest.raises(RewardModelError, match="n_basis=2 must be from 1 to the number of users, 1 here"):
@@ -166,7 +166,7 @@ def test_one_user():
 
 
 def test_contradictory_answers_leave_the_reference():
-    pairs = SimulatedUsers(6, 6, 2, seed=0).pairs(20, seed=1)
+    pairs = SimulatedUsers(6, n_features=6, n_basis=2, seed=0).pairs(20, seed=1)
     both = torch.cat([pairs.chosen, pairs.rejected]), torch.cat([pairs.rejected, pairs.chosen])
     model = LoReFitter(n_basis=2, deviation_scale=1.0, strength=1.0).fit(*both, user_ids=pairs.user_ids * 2).model_
     probabilities = model.preference_probability(*both, user_ids=pairs.user_ids * 2)

@@ -127,7 +127,7 @@ def test_within_a_bound_losses_are_those_of_the_updates(store, tmp_path, kind):
         for name in store.names:
             member = store[name]
             cores = {module: core.to(kind) for module, core in member.items()}
-            store.add(AdapterMember(cores, member.record), name=name, replace=True)
+            store.add(AdapterMember(cores, record=member.record), name=name, replace=True)
     before = {name: updates(store, name) for name in store}
     errors = store.relative_errors
     report = store.absorb(tmp_path / "new", max_components=6)

@@ -389,7 +389,14 @@ def test_a_folder_of_several_adapters_is_not_one_member(tmp_path):
 
 def test_a_file_without_coefficients_is_not_a_member(tmp_path):
     base = torch.nn.Sequential(torch.nn.Linear(8, 6))
-    bases = eigenpeft.subspace.ModuleSubspace(torch.eye(3, 8), torch.eye(3, 6), *[torch.ones(3)] * 2, torch.ones(3) / 3)
+    ones = torch.ones(3)
+    bases = eigenpeft.subspace.ModuleSubspace(
+        torch.eye(3, 8),
+        torch.eye(3, 6),
+        singular_values_in=ones,
+        singular_values_out=ones,
+        explained_variance_ratio=ones / 3,
+    )
     subspace = PrincipalSubspace({"0": bases})
     get_peft_model(base, EigenLoraConfig(subspace=subspace, r=2)).save_pretrained(tmp_path / "mine")
     save_file({"base_model.model.head.weight": torch.ones(2, 6)}, tmp_path / "mine" / "adapter_model.safetensors")

@@ -225,7 +225,12 @@ def test_groups_must_divide_the_inner_channels():
     sides = [torch.linalg.qr(torch.randn(width, 3))[0].mT.contiguous() for width in (36, 8)]
     spectrum = torch.ones(3)
     subspace = PrincipalSubspace(
-        {"target": ModuleSubspace(*sides, spectrum, spectrum, spectrum / 3)}, info=SubspaceInfo()
+        {
+            "target": ModuleSubspace(
+                *sides, singular_values_in=spectrum, singular_values_out=spectrum, explained_variance_ratio=spectrum / 3
+            )
+        },
+        info=SubspaceInfo(),
     )
     config = EigenLoraConfig(subspace=subspace, r=4, target_modules=["target"], core="full")
     with pytest.raises(AdapterConfigError, match="has 3 inner channels for 'target', a convolution with 2 groups"):

@@ -64,7 +64,9 @@ def share_right(growing, tasks):
 def test_classes_of_all_tasks_are_told_apart(tasks, embed):
     growing, done = GrowingClassifier(embed), []
     for name, task in tasks.items():
-        growing.add(name, [row["text"] for row in task["train"]], [row["label_name"] for row in task["train"]])
+        growing.add(
+            name, rows=[row["text"] for row in task["train"]], labels=[row["label_name"] for row in task["train"]]
+        )
         done.append(task)
         assert share_right(growing, done) > 0.5  # by chance one in 8, then one in more than 12 and 16
     assert growing.adapters == tuple(tasks)
@@ -80,8 +82,8 @@ def test_old_classes_are_completed_in_new_spaces():
         growing = made[complete] = GrowingClassifier(
             lambda name, given: torch.stack(list(given)) @ turn[name], weight=1.0, complete=complete
         )
-        growing.add("a", list(rows["a"]), ["x", "y"])
-        growing.add("b", list(rows["b"]), ["z", "w"])
+        growing.add("a", rows=list(rows["a"]), labels=["x", "y"])
+        growing.add("b", rows=list(rows["b"]), labels=["z", "w"])
         assert growing.classes == ("x", "y", "z", "w")
     # Without completion a class of the first task has no part in the second space; with it "x" leans on "z", which is like it.
     with_, without = (made[complete].logits([torch.tensor([1.0, 0, 0])])[0] for complete in (True, False))
@@ -94,18 +96,18 @@ def test_what_does_not_fit_is_refused():
     growing = GrowingClassifier(lambda name, rows: torch.ones(len(rows), 2))
     with pytest.raises(AdapterConfigError, match="no classes yet"):
         growing.logits(["a"])
-    growing.add("first", ["a"], ["x"])
+    growing.add("first", rows=["a"], labels=["x"])
     with pytest.raises(AdapterConfigError, match="class 'x' is there from an earlier task"):
-        growing.add("second", ["a"], ["x"])
+        growing.add("second", rows=["a"], labels=["x"])
     with pytest.raises(AdapterConfigError, match="adapter 'first' is there from an earlier task"):
-        growing.add("first", ["a"], ["y"])
+        growing.add("first", rows=["a"], labels=["y"])
     with pytest.raises(AdapterConfigError, match="2 rows and 1 labels"):
-        growing.add("second", ["a", "b"], ["y"])
+        growing.add("second", rows=["a", "b"], labels=["y"])
     with pytest.raises(AdapterConfigError, match="weight=-1 must be 0 or more"):
         GrowingClassifier(lambda name, rows: torch.ones(1, 2), weight=-1)
     odd = GrowingClassifier(lambda name, rows: torch.ones(2))
     with pytest.raises(AdapterConfigError, match=r"features of shape \(2,\) for 1 rows"):
-        odd.add("first", ["a"], ["x"])
+        odd.add("first", rows=["a"], labels=["x"])
     assert growing.classes == ("x",)
 
 
@@ -116,8 +118,8 @@ def embed_by_turning(name, rows):
 
 def two_tasks(**settings):
     growing = GrowingClassifier(embed_by_turning, **settings)
-    growing.add("first", [0, 1], ["cat", "dog"])
-    growing.add("second", [2, 2, 3], ["car", "car", 7])
+    growing.add("first", rows=[0, 1], labels=["cat", "dog"])
+    growing.add("second", rows=[2, 2, 3], labels=["car", "car", 7])
     return growing
 
 
@@ -125,11 +127,11 @@ def two_tasks(**settings):
 def test_what_was_saved_goes_on_as_it_was(tmp_path, settings):
     growing = two_tasks(**settings)
     growing.save(tmp_path / "classes.safetensors")
-    loaded = GrowingClassifier.load(tmp_path / "classes.safetensors", embed_by_turning)
+    loaded = GrowingClassifier.load(tmp_path / "classes.safetensors", embed=embed_by_turning)
     assert (loaded.classes, loaded.adapters) == (("cat", "dog", "car", 7), ("first", "second"))
     assert torch.equal(loaded.logits([0, 1, 2, 3]), growing.logits([0, 1, 2, 3]))
     for each in (growing, loaded):
-        each.add("third", [3, 0], ["bus", "tram"])
+        each.add("third", rows=[3, 0], labels=["bus", "tram"])
     assert torch.equal(loaded.logits([0, 1, 2, 3]), growing.logits([0, 1, 2, 3]))
 
 
@@ -143,7 +145,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path):
     growing.save(path, overwrite=True)
     assert path.read_bytes() == before
     named = GrowingClassifier(embed_by_turning)
-    named.add("first", [0], [(1, 2)])
+    named.add("first", rows=[0], labels=[(1, 2)])
     with pytest.raises(ArtifactError, match=r"class \(1, 2\) is a tuple"):
         named.save(path, overwrite=True)
     assert path.read_bytes() == before
@@ -152,10 +154,10 @@ def test_a_file_is_replaced_only_when_asked(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "classes.safetensors"
     with pytest.raises(ArtifactError, match="Name a file that `save` wrote"):
-        GrowingClassifier.load(path, embed_by_turning)
+        GrowingClassifier.load(path, embed=embed_by_turning)
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(ArtifactError, match="not a growing classifier"):
-        GrowingClassifier.load(path, embed_by_turning)
+        GrowingClassifier.load(path, embed=embed_by_turning)
     two_tasks().save(path, overwrite=True)
     with TensorFile(path) as file:
         metadata = dict(file.metadata)
@@ -163,4 +165,4 @@ def test_other_files_are_refused(tmp_path):
     for name, value in {"owners": torch.tensor([0, 0, 1, 2]), "prototypes.0": good["prototypes.0"] * torch.inf}.items():
         save_file(good | {name: value}, path, metadata=metadata)
         with pytest.raises(ArtifactError, match="does not fit together: 4 classes, 2 adapters"):
-            GrowingClassifier.load(path, embed_by_turning)
+            GrowingClassifier.load(path, embed=embed_by_turning)

@@ -122,9 +122,9 @@ def test_inflora_never_touches_what_earlier_tasks_see(tmp_path):
     first, history = adapted(), SubspaceHistory(size=24)
     tokens = torch.tensor(task(0)["input_ids"])
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
-    history.add_inputs(collect_inputs(first, batches), share=0.9)
+    history.add_inputs(collect_inputs(first, batches=batches), share=0.9)
     second = adapted(3)
-    inputs = collect_inputs(second, [{"input_ids": torch.tensor(task(1)["input_ids"])}], n_rows=100)
+    inputs = collect_inputs(second, batches=[{"input_ids": torch.tensor(task(1)["input_ids"])}], n_rows=100)
     assert {rows.shape for rows in inputs.values()} == {(100, 32)}
     counts = init_lora_from_inputs(second, inputs=inputs, history=history)
     assert set(counts.values()) == {RANK}
@@ -147,10 +147,10 @@ def test_padding_is_no_input():
     model = adapted()
     tokens, mask = torch.arange(1, 13).reshape(2, 6), torch.ones(2, 6, dtype=torch.int64)
     mask[1, 3:] = 0
-    rows = collect_inputs(model, [{"input_ids": tokens, "attention_mask": mask}])
+    rows = collect_inputs(model, batches=[{"input_ids": tokens, "attention_mask": mask}])
     assert {len(each) for each in rows.values()} == {9}
     with pytest.raises(AdapterConfigError, match="pass at least one batch"):
-        collect_inputs(model, [])
+        collect_inputs(model, batches=[])
 
 
 def test_a_history_is_bounded_saved_and_read(history, tmp_path):

@@ -153,7 +153,17 @@ def test_both_sides_may_be_one_tensor():
     basis = torch.linalg.qr(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)))[0].mT
     spectrum = torch.ones(4)
     module = "model.layers.0.self_attn.q_proj"
-    subspace = PrincipalSubspace({module: ModuleSubspace(basis, basis, spectrum, spectrum, spectrum / 4)})
+    subspace = PrincipalSubspace(
+        {
+            module: ModuleSubspace(
+                basis,
+                basis,
+                singular_values_in=spectrum,
+                singular_values_out=spectrum,
+                explained_variance_ratio=spectrum / 4,
+            )
+        }
+    )
     bank = AdapterBank(subspace, names=["a"], coefficients={module: (torch.ones(1, 2, 4), torch.ones(1, 4, 2))})
     model, tokens = tiny_llama(), batch(1, 3)
     with bank.attached(model), bank.use(["a"]):

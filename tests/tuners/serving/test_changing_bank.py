@@ -250,7 +250,18 @@ class Towers(nn.Module):
 
 def square(*names):
     eye, ones = torch.eye, torch.ones(2)
-    return PrincipalSubspace({name: ModuleSubspace(eye(2, 4), eye(2, 3), ones, ones, ones / 2) for name in names})
+    return PrincipalSubspace(
+        {
+            name: ModuleSubspace(
+                eye(2, 4),
+                eye(2, 3),
+                singular_values_in=ones,
+                singular_values_out=ones,
+                explained_variance_ratio=ones / 2,
+            )
+            for name in names
+        }
+    )
 
 
 def ones():
@@ -303,7 +314,14 @@ def test_embeddings_are_served(tmp_path):
     side = torch.linalg.qr(torch.randn(10, 3))[0].mT, torch.linalg.qr(torch.randn(4, 3))[0].mT
     spectrum = torch.ones(3)
     info = eigenpeft.subspace.SubspaceInfo(embeddings=("0",))
-    subspace = PrincipalSubspace({"0": ModuleSubspace(*side, spectrum, spectrum, spectrum / 3)}, info=info)
+    subspace = PrincipalSubspace(
+        {
+            "0": ModuleSubspace(
+                *side, singular_values_in=spectrum, singular_values_out=spectrum, explained_variance_ratio=spectrum / 3
+            )
+        },
+        info=info,
+    )
     config = EigenLoraConfig(subspace=subspace, r=2, target_modules=["0"])
     model = randomized(get_peft_model(copy.deepcopy(base), config))
     store, x = AdapterStore(subspace), torch.randint(0, 10, (2, 5))

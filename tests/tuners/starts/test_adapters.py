@@ -26,7 +26,7 @@ def test_starts_where_the_adapter_is(architecture, adapters, lora, tokens):
     expected = logits(PeftModel.from_pretrained(architecture[0](), adapters / "first").eval(), tokens)
     collection = AdapterCollection.from_pretrained(adapters)
     for source, name in ((collection, "first"), (adapters / "first", None)):
-        model = init_lora_from_adapter(architecture[0](), source, name=name, **lora)
+        model = init_lora_from_adapter(architecture[0](), adapters=source, name=name, **lora)
         assert model.peft_config["default"].r == lora.get("r", 4)
         torch.testing.assert_close(logits(model.eval(), tokens), expected, rtol=1e-4, atol=2e-6)
     assert all(p.requires_grad for name, p in model.named_parameters() if ".lora_" in name)
@@ -35,7 +35,7 @@ def test_starts_where_the_adapter_is(architecture, adapters, lora, tokens):
 def test_a_member_of_a_store_starts_as_it_lies_in_the_bases(architecture, adapters):
     collection = AdapterCollection.from_pretrained(adapters)
     store = AdapterStore.from_collection(SubspaceBuilder(3).fit(collection).subspace_, collection)
-    model = init_lora_from_adapter(architecture[0](), store, name="second")
+    model = init_lora_from_adapter(architecture[0](), adapters=store, name="second")
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             left, right = store.factors("second", name)
@@ -48,7 +48,7 @@ def test_takes_no_head(tmp_path, tokens):
     for name, parameter in old.named_parameters():
         parameter.data += 0.1 if "lora_" in name else 0.0
     old.save_pretrained(tmp_path / "old")
-    model = init_lora_from_adapter(tiny_bert(5), tmp_path / "old", task_type="SEQ_CLS")
+    model = init_lora_from_adapter(tiny_bert(5), adapters=tmp_path / "old", task_type="SEQ_CLS")
     assert model(input_ids=tokens).logits.shape[1] == 5
     pairs = zip(*([m for m in model.modules() if isinstance(m, LoraLayer)] for model in (old, model)), strict=True)
     for one, other in pairs:
@@ -59,4 +59,4 @@ def test_refuses_names_that_are_not_there(architecture, adapters):
     collection = AdapterCollection.from_pretrained(adapters)
     for name in (None, "third"):
         with pytest.raises(AdapterConfigError, match=rf"name={name!r} is not one of the 2 adapters: 'first', 'second'"):
-            init_lora_from_adapter(architecture[0](), collection, name=name)
+            init_lora_from_adapter(architecture[0](), adapters=collection, name=name)

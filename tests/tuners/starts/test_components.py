@@ -36,7 +36,7 @@ def sides(layer):
 
 @pytest.mark.parametrize("side", ["in", "out", "both"])
 def test_starts_at_the_components_and_every_row_can_learn(architecture, subspace, side, tokens):
-    model = init_lora_from_subspace(architecture[0](), subspace, side=side, r=4, task_type="CAUSAL_LM")
+    model = init_lora_from_subspace(architecture[0](), subspace=subspace, side=side, r=4, task_type="CAUSAL_LM")
     assert torch.equal(logits(model.eval(), tokens), logits(architecture[0](), tokens))
     layers = lora_layers(model)
     assert {name.removeprefix("base_model.model.") for name in layers} == set(subspace.modules)
@@ -55,7 +55,7 @@ def test_starts_at_the_components_and_every_row_can_learn(architecture, subspace
 
 
 def test_is_plain_lora_everywhere(architecture, subspace, tokens, tmp_path):
-    model = init_lora_from_subspace(architecture[0](), subspace, r=3, task_type="CAUSAL_LM")
+    model = init_lora_from_subspace(architecture[0](), subspace=subspace, r=3, task_type="CAUSAL_LM")
     assert model.peft_type.value == "LORA"
     expected = train(model, tokens)
     model.save_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_every_way_of_injecting_starts_there(architecture, subspace):
 
 def test_targets_that_the_subspace_lacks_start_as_lora_does(tokens):
     subspace = random_subspace(tiny_llama(), ["q_proj"])
-    model = init_lora_from_subspace(tiny_llama(), subspace, r=3, target_modules=["q_proj", "o_proj"])
+    model = init_lora_from_subspace(tiny_llama(), subspace=subspace, r=3, target_modules=["q_proj", "o_proj"])
     by_name = lora_layers(model)
     assert len(by_name) == 4
     for name, layer in by_name.items():
@@ -101,7 +101,7 @@ def test_targets_that_the_subspace_lacks_start_as_lora_does(tokens):
 def test_a_subspace_of_the_same_base_under_another_head():
     subspace = random_subspace(tiny_llama(), ["q_proj"])
     inner = PrincipalSubspace({f"other.{name}": subspace[name] for name in subspace}, info=subspace.info)
-    layers = lora_layers(init_lora_from_subspace(tiny_llama(), inner, r=2))
+    layers = lora_layers(init_lora_from_subspace(tiny_llama(), subspace=inner, r=2))
     assert len(layers) == 2
     assert all(torch.equal(next(sides(layer)), subspace[name[17:]].components_in[:2]) for name, layer in layers.items())
 
@@ -115,7 +115,7 @@ def test_other_kinds_of_layer(kind, side):
     x = torch.arange(shape).view(2, -1) if isinstance(shape, int) else torch.randn(shape)
     expected = base(x)
     subspace = whole_subspace(base, parameters=False)
-    model = init_lora_from_subspace(base, subspace, side=side, r=2, target_modules=["target"]).eval()
+    model = init_lora_from_subspace(base, subspace=subspace, side=side, r=2, target_modules=["target"]).eval()
     torch.testing.assert_close(model(x), expected)
     ((name, layer),) = lora_layers(model).items()
     lora_A, lora_B = sides(layer)
@@ -128,7 +128,7 @@ def test_other_kinds_of_layer(kind, side):
 
 def test_trains_in_transformers_trainer(tokens, tmp_path):
     subspace = random_subspace(tiny_llama(), ["q_proj", "v_proj"])
-    model = init_lora_from_subspace(tiny_llama(), subspace, r=4, task_type="CAUSAL_LM")
+    model = init_lora_from_subspace(tiny_llama(), subspace=subspace, r=4, task_type="CAUSAL_LM")
     before = logits(model.eval(), tokens)
     arguments = TrainingArguments(
         tmp_path, max_steps=3, report_to=[], use_cpu=True, learning_rate=0.1, disable_tqdm=True
@@ -150,6 +150,6 @@ def test_refusals():
         ),
     ):
         with pytest.raises(AdapterConfigError, match=message):
-            init_lora_from_subspace(tiny_llama(), subspace, **settings)
+            init_lora_from_subspace(tiny_llama(), subspace=subspace, **settings)
     with pytest.raises(AdapterConfigError, match=r"None of the 2 modules of the start, .* is in the model \(Linear\)"):
-        init_lora_from_subspace(nn.Linear(2, 2), subspace)
+        init_lora_from_subspace(nn.Linear(2, 2), subspace=subspace)

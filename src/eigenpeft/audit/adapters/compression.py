@@ -92,7 +92,15 @@ def _cut_rows(
             measured
         )
         numbers = sum(sum(min(rank, own) for own in module.ranks) * sum(module.shape) for module in measured.values())
-        rows.append(_shown("truncated", rank, round(numbers / n_adapters), kept, numbers / max(n_lora_parameters, 1)))
+        rows.append(
+            _shown(
+                "truncated",
+                n_components=rank,
+                n_parameters=round(numbers / n_adapters),
+                kept=kept,
+                ratio=numbers / max(n_lora_parameters, 1),
+            )
+        )
     return tuple(row for row in rows if row.n_components <= _ALL_RANKS or row.n_components in _SHOWN)
 
 
@@ -115,16 +123,28 @@ def _row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_param
         core += own * own
         bases += own * sum(module.shape)
         total += own * own * len(module.adapters)
-    return _shown("full", n_components, core, kept, (bases + total) / max(n_lora_parameters, 1))
+    return _shown(
+        "full",
+        n_components=n_components,
+        n_parameters=core,
+        kept=kept,
+        ratio=(bases + total) / max(n_lora_parameters, 1),
+    )
 
 
 def _paired_row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_parameters: int) -> CompressRow:
     kept = sum(module.paired[n_components] for module in measured.values()) / len(measured)
     numbers = sum(n_components * (sum(module.shape) + len(module.adapters)) for module in measured.values())
-    return _shown("diagonal", n_components, n_components * len(measured), kept, numbers / max(n_lora_parameters, 1))
+    return _shown(
+        "diagonal",
+        n_components=n_components,
+        n_parameters=n_components * len(measured),
+        kept=kept,
+        ratio=numbers / max(n_lora_parameters, 1),
+    )
 
 
-def _shown(core: str, n_components: int, n_parameters: int, kept: float, ratio: float) -> CompressRow:
+def _shown(core: str, *, n_components: int, n_parameters: int, kept: float, ratio: float) -> CompressRow:
     kept = min(kept, 1.0)
     return CompressRow(
         core=core,

@@ -19,7 +19,7 @@ _SHOWN = (2, 4, 8, 16, 32, 64, 128, 256)
 _N_BOOTSTRAP, _NUMBER = 1000, 4  # draws; bytes of a float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SharingRow:
     """Shared and own banks of one size.
 
@@ -97,7 +97,9 @@ def sharing_cost(
     for module, found in measured.items():
         kinds.setdefault((kind_of(module), found.shape), []).append(module)
     most = next(iter(measured.values())).real.held_out.both.shape[1]
-    parts, *nulls = _shared_parts(collection, kinds, measured, groups, most, n_nulls, seed)
+    parts, *nulls = _shared_parts(
+        collection, kinds=kinds, measured=measured, groups=groups, n_components=most, n_nulls=n_nulls, seed=seed
+    )
     own = by_adapter(names, [(m.adapters, m.real.held_out.both) for m in measured.values()])
     own_null = torch.stack(
         [by_adapter(names, [(m.adapters, m.nulls[i].held_out.both) for m in measured.values()]) for i in range(n_nulls)]
@@ -128,6 +130,7 @@ def sharing_cost(
 
 def _shared_parts(
     collection: AdapterCollection,
+    *,
     kinds: Mapping[tuple[str, tuple[int, int]], Sequence[str]],
     measured: Mapping[str, ModuleMeasures],
     groups: Mapping[str, Hashable],

@@ -66,7 +66,7 @@ class Event:
         return 1.0 / (1.0 + math.exp(-(self.intercept + sum(w * (measures[f] - c) / s for f, c, s, w in terms))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What was seen, and a model per event: from the adapters alone, and with rows of the new task.
 
@@ -88,7 +88,7 @@ class Calibration:
     seen: Mapping[str, Mapping[str, tuple[float, float]]]
     events: Mapping[str, tuple[Event, ...]]
 
-    def unseen(self, kind: str, measures: Mapping[str, float], *, base_model: str | None) -> list[str]:
+    def unseen(self, kind: str, *, measures: Mapping[str, float], base_model: str | None) -> list[str]:
         """Why nothing like this was seen, one reason per line; empty where something was.
 
         Args:

@@ -15,7 +15,7 @@ from eigenpeft.subspace.matching import match_modules
 from eigenpeft.subspace.principal import PrincipalSubspace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleGradient:
     """Shares of the squared norm of one weight's gradient G.
 
@@ -42,7 +42,7 @@ class ModuleGradient:
     optimum_curve: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientShare:
     """Shares over all modules, weighted by the squared norm of their gradients, and each module's own.
 
@@ -106,7 +106,8 @@ def gradient_share(
         >>> from eigenpeft.audit import gradient_share
         >>> from eigenpeft.subspace import ModuleSubspace
         >>> eye, ones = torch.eye(2, 4), torch.ones(2)
-        >>> subspace = PrincipalSubspace({"0": ModuleSubspace(eye, torch.eye(2, 3), ones, ones, ones / 2)})
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> subspace = PrincipalSubspace({"0": ModuleSubspace(eye, torch.eye(2, 3), **spectra)})
         >>> model = nn.Sequential(nn.Linear(4, 3))
         >>> found = gradient_share(
         ...     model, batches=[torch.eye(4)[:1]], subspace=subspace, loss=lambda model, x: model(x)[:, :2].sum()

@@ -64,7 +64,7 @@ def downhill(collection: AdapterCollection, *, tokens: Tokens) -> Downhill:
         factors: list[tuple[Tensor, Tensor]] = []
         for read in collection.factors(module):
             place, lora_b, lora_a = places[read.adapter], read.lora_B.to(torch.float64), read.lora_A.to(torch.float64)
-            inner[i, place] = -inner_product(deltas.mT, inputs, lora_b, lora_a)
+            inner[i, place] = -inner_product(deltas.mT, inputs, other_B=lora_b, other_A=lora_a)
             squares[i, place] = frobenius_norm(lora_b, lora_a) ** 2
             factors.append((lora_b, lora_a))
         if factors:
@@ -100,7 +100,7 @@ def nearest_adapters(
 
     Returns:
         `Downhill`: its `adapters` are in order, and so `next(iter(found.adapters))` is the nearest, for
-        `eigenpeft.tuners.init_lora_from_adapter(model, collection, name=...)`.
+        `eigenpeft.tuners.init_lora_from_adapter(model, adapters=collection, name=...)`.
 
     Raises:
         SubspaceError: If the model has none of the modules, no gradient reaches them, or everything is zero.
@@ -129,30 +129,30 @@ def reuse_answer(found: Downhill | None) -> Reuse:
     """
     if found is None:
         return Reuse(
-            "not asked",
-            "Not asked: pass a model and rows of the new task, and the nearest adapters are named.",
-            (),
-            None,
+            answer="not asked",
+            text="Not asked: pass a model and rows of the new task, and the nearest adapters are named.",
+            nearest=(),
+            mean=None,
         )
     nearest = tuple(found.adapters.items())
     named = ", ".join(f"{name} ({cosine:+.3f})" for name, cosine in nearest[:_NAMED])
     chance = f"the best of {len(nearest)} random updates of their sizes is above {found.chance:+.4f} once in 20 draws"
     if nearest[0][1] <= max(found.chance, 0.0):
         return Reuse(
-            "no",
-            f"No. None of the adapters is near this task: by the cosine of the update with the negative gradient the first are "
-            f"{named}, and {chance}. Train a fresh LoRA, or compare starts with `eigenpeft recycle`.",
-            nearest,
-            found.mean,
-            found.chance,
+            answer="no",
+            text=f"No. None of the adapters is near this task: by the cosine of the update with the negative gradient the first "
+            f"are {named}, and {chance}. Train a fresh LoRA, or compare starts with `eigenpeft recycle`.",
+            nearest=nearest,
+            mean=found.mean,
+            chance=found.chance,
         )
     middle, last = median(found.adapters.values()), nearest[-1][1]
     return Reuse(
-        "yes",
-        f"Start from {nearest[0][0]} if you continue one adapter. Nearest to this task, by the cosine of the update with the "
+        answer="yes",
+        text=f"Start from {nearest[0][0]} if you continue one adapter. Nearest to this task, by the cosine of the update with the "
         f"negative gradient: {named}; the median of all {len(nearest)} is {middle:+.3f}, the last {last:+.3f}, that of their mean "
         f"update {found.mean:+.3f}, and {chance}.",
-        nearest,
-        found.mean,
-        found.chance,
+        nearest=nearest,
+        mean=found.mean,
+        chance=found.chance,
     )

@@ -64,17 +64,32 @@ def train_answer(
     """
     kind = "task" if with_task else "adapters"
     events = calibration.events[kind]
-    unseen = calibration.unseen(kind, measures, base_model=base_model)
+    unseen = calibration.unseen(kind, measures=measures, base_model=base_model)
     task = "this task" if with_task else "a new task of the same kind as theirs"
     if unseen:
-        chances = tuple(Chance(event.event, None, event.base_rate, event.points, event.predicted) for event in events)
+        chances = tuple(
+            Chance(
+                event=event.event,
+                probability=None,
+                base_rate=event.base_rate,
+                points=event.points,
+                predicted=event.predicted,
+            )
+            for event in events
+        )
         text = (
             f"Unknown. Nothing like these adapters was seen: {'; '.join(unseen)}. Train a LoRA and EigenLoRA on the same rows "
             "and compare them on others, which eigenpeft recycle does."
         )
-        return Train("unknown", text, n_rows, with_task, chances)
+        return Train(answer="unknown", text=text, n_rows=n_rows, with_task=with_task, chances=chances)
     chances = tuple(
-        Chance(event.event, event.probability(measures), event.base_rate, event.points, event.predicted)
+        Chance(
+            event=event.event,
+            probability=event.probability(measures),
+            base_rate=event.base_rate,
+            points=event.points,
+            predicted=event.predicted,
+        )
         for event in events
     )
     # The word is about LoRA; being ahead of the head alone or of random directions is not a reason to recycle.
@@ -91,9 +106,9 @@ def train_answer(
         named = "these" if len(blind) == len(chances) else ", ".join(blind)
         caveat = f" For {named} nothing that was measured predicts better than how often it happened, and that is the figure."
     return Train(
-        answer,
-        f"{answer.capitalize()}. Probabilities for {task} with {n_rows} rows: {told}.{caveat}",
-        n_rows,
-        with_task,
-        chances,
+        answer=answer,
+        text=f"{answer.capitalize()}. Probabilities for {task} with {n_rows} rows: {told}.{caveat}",
+        n_rows=n_rows,
+        with_task=with_task,
+        chances=chances,
     )

@@ -91,7 +91,14 @@ def merge_command(
     score = None
     if dataset is not None:
         are_classifiers = sources.task_type == "SEQ_CLS"
-        score = _score(dataset, model or sources.base_model, metric, n_rows, sources.parts.heads, are_classifiers)
+        score = _score(
+            dataset,
+            base=model or sources.base_model,
+            metric=metric,
+            n_rows=n_rows,
+            heads=sources.parts.heads,
+            are_classifiers=are_classifiers,
+        )
     merged = merge(
         list(written.adapters),
         weights=_weights(written, sources.names) | typed,
@@ -172,7 +179,7 @@ def _number(text: str, flag: str) -> float:
 
 
 def _score(
-    datasets: list[str], base: str | None, metric: str | None, n_rows: int, heads: Any, are_classifiers: bool
+    datasets: list[str], *, base: str | None, metric: str | None, n_rows: int, heads: Any, are_classifiers: bool
 ) -> Callable[[MergedAdapter], float]:
     """Held-out tasks as a score: classifiers get the head of the adapter they are named after."""
     if base is None:
@@ -196,11 +203,11 @@ def _score(
                 f"--dataset {text}: {name!r} is not an adapter with a head; those are {sorted(heads)}."
             )
         labelled = True
-        tasks.append(_classifier(name, Path(path), base, heads[name], n_rows))
+        tasks.append(_classifier(name, path=Path(path), base=base, head=heads[name], n_rows=n_rows))
     return held_out_score(tasks, metric=metric or ("accuracy" if labelled else "loss"))
 
 
-def _classifier(name: str, path: Path, base: str, head: Any, n_rows: int) -> HeldOutTask:
+def _classifier(name: str, *, path: Path, base: str, head: Any, n_rows: int) -> HeldOutTask:
     rows: list[Any] = list(islice(iter(open_rows(path)), n_rows))
     n_labels = max(tensor.shape[0] for tensor in head.values())
     labels = [row.get("label") for row in rows]

@@ -75,7 +75,13 @@ def predict(
     classifier.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     bank = AdapterBank.from_store(opened, names=sorted(set(members) - {BASE}))
     logits = classify_texts(
-        bank, classifier, tokenizer, texts, members=members, batch_size=batch_size, max_length=max_length
+        bank,
+        model=classifier,
+        tokenizer=tokenizer,
+        texts=texts,
+        members=members,
+        batch_size=batch_size,
+        max_length=max_length,
     )
     n_outputs = {name: len(each) for name, each in zip(members, logits, strict=True)}
     names = {name: _label_names(opened, name, classifier, n_outputs=n) for name, n in n_outputs.items()}

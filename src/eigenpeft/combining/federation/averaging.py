@@ -59,7 +59,7 @@ AVERAGING: dict[str, AveragingRule] = {
 """Rules of federated averaging by name; every rule of `eigenpeft.merge` that needs no statistics can be named, too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Averaged:
     """What a server has after a round.
 
@@ -175,12 +175,14 @@ def average(
         odd = {update.name: reason for update in used if (reason := odd_steps(update, expected))}
         used, left_out = [update for update in used if update.name not in odd], left_out | odd
     if not used:
-        return Averaged(dict(expected), {}, left_out, bytes_received=received)
+        return Averaged(tensors=dict(expected), used={}, left_out=left_out, bytes_received=received)
     total = sum(update.n_examples for update in used)
     weights = [update.n_examples / total for update in used]
     if rule == "seeds":
         named = {update.name: weight for update, weight in zip(used, weights, strict=True)}
-        return Averaged(add_steps(expected, used, weights), named, left_out, bytes_received=received)
+        return Averaged(
+            tensors=add_steps(expected, used, weights), used=named, left_out=left_out, bytes_received=received
+        )
     tensors, residue = {}, {}
     pairs = {module: sides for module, sides in factor_keys(known).items() if len(sides) == 2}
     paired = {key for sides in pairs.values() for key in sides.values()}
@@ -205,11 +207,11 @@ def average(
             tensors |= _accumulated(module, further, expected, scaling)
     order = [*expected, *(key for key in tensors if key not in expected)]
     return Averaged(
-        {key: tensors[key] for key in order},
-        {update.name: weight for update, weight in zip(used, weights, strict=True)},
-        left_out,
-        residue,
-        received,
+        tensors={key: tensors[key] for key in order},
+        used={update.name: weight for update, weight in zip(used, weights, strict=True)},
+        left_out=left_out,
+        residue=residue,
+        bytes_received=received,
     )
 
 

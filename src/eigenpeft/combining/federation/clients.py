@@ -58,7 +58,9 @@ def round_update(
         )
     sent |= steps or {}
     own = base or getattr(config, "subspace_sha256", None) or config.base_model_name_or_path
-    return ClientUpdate(name, sent, float(n_examples), scaling_of(model, adapter_name=adapter_name), own)
+    return ClientUpdate(
+        name, sent, n_examples=float(n_examples), scaling=scaling_of(model, adapter_name=adapter_name), base=own
+    )
 
 
 def load_round(

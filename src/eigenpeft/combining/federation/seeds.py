@@ -33,8 +33,8 @@ def no_steps(model: nn.Module) -> dict[str, Tensor]:
 
 def train_steps(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
     *,
+    batches: Iterable[Mapping[str, Any]],
     learning_rate: float,
     epsilon: float = 1e-3,
     seed: int = 0,
@@ -65,7 +65,12 @@ def train_steps(
     Examples:
         >>> model = torch.nn.Linear(1, 1)
         >>> batches = [{"x": torch.ones(4, 1)}] * 3
-        >>> sent = train_steps(model, batches, learning_rate=0.1, objective=lambda model, batch: model(batch["x"]).square().mean())
+        >>> sent = train_steps(
+        ...     model,
+        ...     batches=batches,
+        ...     learning_rate=0.1,
+        ...     objective=lambda model, batch: model(batch["x"]).square().mean(),
+        ... )
         >>> sorted(tensor.numel() for tensor in sent.values())  # the number of values, three seeds, three steps
         [1, 3, 3]
     """

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class ClientUpdate:
 
     name: str
     tensors: Mapping[str, Tensor]
+    _: KW_ONLY
     n_examples: float = 1.0
     scaling: float = 1.0
     base: str | None = None

@@ -80,7 +80,7 @@ class TooFewDirectionsError(ValueError):
         self.rank = rank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FittedBases:
     """Bases of the input and the output side of one weight, K components each.
 
@@ -185,9 +185,9 @@ def stack_rows(
 
 def explained_share_curve(
     factors: ManyFactors,
+    *,
     components_in: Float[Tensor, "k n"],
     components_out: Float[Tensor, "k m"],
-    *,
     weighting: Weighting = "equal",
 ) -> Float[Tensor, " k"]:
     """Share of `Σ ω²‖ΔW‖²` that the first 1, 2, ..., K components of both sides explain.
@@ -210,7 +210,9 @@ def explained_share_curve(
     Examples:
         >>> import torch
         >>> eye = torch.eye(2)
-        >>> explained_share_curve([(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]))], eye, eye)
+        >>> explained_share_curve(
+        ...     [(eye, torch.tensor([[3.0, 0.0], [0.0, 4.0]]))], components_in=eye, components_out=eye
+        ... )
         tensor([0.3600, 1.0000])
     """
     stacks = stack_factors(factors, rows="raw", weighting=weighting)

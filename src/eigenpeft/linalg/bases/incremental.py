@@ -30,9 +30,9 @@ class Merged:
 
 def merge_components(
     components: Float[Tensor, "k_old n"],
+    *,
     singular_values: Float[Tensor, " k_old"],
     rows: Float[Tensor, "p n"],
-    *,
     n_components: int,
 ) -> Merged:
     """Top-K components of the stack of `diag(singular_values) @ components` and new rows.
@@ -54,7 +54,9 @@ def merge_components(
 
     Example:
         >>> import torch
-        >>> merged = merge_components(torch.eye(3)[:1], torch.ones(1), 2 * torch.eye(3)[1:2], n_components=1)
+        >>> merged = merge_components(
+        ...     torch.eye(3)[:1], singular_values=torch.ones(1), rows=2 * torch.eye(3)[1:2], n_components=1
+        ... )
         >>> merged.components, merged.discarded_squared_norm
         (tensor([[0., 1., 0.]]), 1.0)
     """

@@ -105,7 +105,7 @@ def with_model_inputs(space: CoreSpace) -> CoreSpace:
 
 
 def core_factors(
-    parts: FactoredSvd, space: CoreSpace, *, rank: int | None = None, dtype: torch.dtype = torch.float64
+    parts: FactoredSvd, *, space: CoreSpace, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[Float[Tensor, "m rank"], Float[Tensor, "rank n"]]:
     """A core `M = U S Vᵀ` as LoRA factors of equal norms, `lora_B lora_A = components_outᵀ M components_in`, scaling 1.
 
@@ -129,7 +129,7 @@ def core_factors(
         >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
         >>> space = core_space([(B, A), (B, 2 * A)])
         >>> parts = FactoredSvd(*torch.linalg.svd(space.cores[0], full_matrices=False))
-        >>> lora_B, lora_A = core_factors(parts, space)
+        >>> lora_B, lora_A = core_factors(parts, space=space)
         >>> torch.allclose(lora_B @ lora_A, (B @ A).double(), atol=1e-5)
         True
     """

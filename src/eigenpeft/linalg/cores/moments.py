@@ -29,7 +29,10 @@ def input_directions(factors: Factors) -> Float[Tensor, "rank n"]:
 
 
 def moments_on_axes(
-    gram: Float[Tensor, "r r"], directions: Sequence[Float[Tensor, "_rank n"]], components_in: Float[Tensor, "k_in n"]
+    gram: Float[Tensor, "r r"],
+    *,
+    directions: Sequence[Float[Tensor, "_rank n"]],
+    components_in: Float[Tensor, "k_in n"],
 ) -> Float[Tensor, "k_in k_in"]:
     """`V E[x xᵀ] Vᵀ` from `Z E[x xᵀ] Zᵀ`, Z the directions of all updates, V axes that they span.
 
@@ -44,7 +47,7 @@ def moments_on_axes(
         >>> import torch
         >>> eye = torch.eye(2).double()
         >>> gram = torch.diag(torch.tensor([4.0, 1.0])).double()  # of x along both directions
-        >>> moments_on_axes(gram, [eye[:1], eye[1:]], eye[1:]).round(decimals=6).tolist()
+        >>> moments_on_axes(gram, directions=[eye[:1], eye[1:]], components_in=eye[1:]).round(decimals=6).tolist()
         [[1.0]]
     """
     q, r = torch.linalg.qr(torch.cat(list(directions)).mT)

@@ -16,7 +16,7 @@ from eigenpeft.linalg.merging.registry import find_rule, merge_cores
 from eigenpeft.linalg.rules.pico import norm_scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergedUpdate:
     """One weight's merged update.
 
@@ -81,8 +81,8 @@ def merge_updates(
         space = with_model_inputs(space)
     merged = merge_cores(space.cores, method=method, weights=weights, calibrate=calibrate, **options)
     if isinstance(scale, str):
-        scale = float(norm_scale(merged, weighted(space.cores, weights)))
+        scale = float(norm_scale(merged, cores=weighted(space.cores, weights)))
     parts = triplets(scale * merged, noise=EXACT)
-    lora_B, lora_A = core_factors(parts, space, rank=rank, dtype=dtype)
-    measures = measure_merge(parts, space.cores, rank=rank)
-    return MergedUpdate(lora_B, lora_A, scale=scale, rank=len(parts.S), measures=measures)
+    lora_B, lora_A = core_factors(parts, space=space, rank=rank, dtype=dtype)
+    measures = measure_merge(parts, cores=space.cores, rank=rank)
+    return MergedUpdate(lora_B=lora_B, lora_A=lora_A, scale=scale, rank=len(parts.S), measures=measures)

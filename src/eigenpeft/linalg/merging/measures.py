@@ -9,7 +9,7 @@ from eigenpeft.linalg.factored import FactoredSvd
 from eigenpeft.linalg.rules.svc import response
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeMeasures:
     """Measures of one module; squares and inner products add up over modules, so that a report can.
 
@@ -33,7 +33,7 @@ class MergeMeasures:
 
 
 def measure_merge(
-    parts: FactoredSvd, cores: Float[Tensor, "t k_out k_in"], *, rank: int | None = None
+    parts: FactoredSvd, *, cores: Float[Tensor, "t k_out k_in"], rank: int | None = None
 ) -> MergeMeasures:
     """Numbers of one merged module.
 
@@ -46,7 +46,7 @@ def measure_merge(
         >>> import torch
         >>> cores = torch.stack([torch.eye(2), torch.eye(2)]).double()
         >>> parts = FactoredSvd(*torch.linalg.svd(cores.mean(dim=0)))
-        >>> measure_merge(parts, cores, rank=1).distances.tolist()
+        >>> measure_merge(parts, cores=cores, rank=1).distances.tolist()
         [1.0, 1.0]
     """
     squared_norms = parts.S.square()

@@ -1,7 +1,7 @@
 """The merging rules by name: the function, where it comes from, what it needs, and how it is applied to factors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Rule:
     """
 
     merge: Callable[..., Tensor]
+    _: KW_ONLY
     title: str
     paper: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -58,35 +59,40 @@ _TIES = {"density": 0.2, "agreement": "mean"}
 _SEEDS = frozenset({"seeds"})
 
 RULES: dict[str, Rule] = {
-    "task_arithmetic": Rule(task_arithmetic, "Task arithmetic", "arXiv 2212.04089"),
-    "mean": Rule(mean, "Mean of the updates", "arXiv 2203.05482"),
-    "ties": Rule(ties, "TIES", "arXiv 2306.01708", options=_TIES, is_mean=True),
-    "dare": Rule(dare, "DARE", "arXiv 2311.03099", options={"drop": 0.5}, needs=_SEEDS),
+    "task_arithmetic": Rule(task_arithmetic, title="Task arithmetic", paper="arXiv 2212.04089"),
+    "mean": Rule(mean, title="Mean of the updates", paper="arXiv 2203.05482"),
+    "ties": Rule(ties, title="TIES", paper="arXiv 2306.01708", options=_TIES, is_mean=True),
+    "dare": Rule(dare, title="DARE", paper="arXiv 2311.03099", options={"drop": 0.5}, needs=_SEEDS),
     "dare_ties": Rule(
         dare_ties,
-        "DARE-TIES",
-        "arXiv 2311.03099",
+        title="DARE-TIES",
+        paper="arXiv 2311.03099",
         options={"drop": 0.5, "agreement": "mean"},
         needs=_SEEDS,
         is_mean=True,
     ),
-    "knots": Rule(knots, "KnOTS-TIES", "arXiv 2410.19735", options=_TIES, model_inputs=True, is_mean=True),
-    "tsv": Rule(tsv, "TSV-M", "arXiv 2412.00081"),
-    "iso_c": Rule(iso_c, "Iso-C", "arXiv 2502.04959"),
-    "iso_cts": Rule(iso_cts, "Iso-CTS", "arXiv 2502.04959", options={"common_share": 0.8}),
-    "boosting": Rule(boosting, "Subspace Boosting", "arXiv 2506.16506", options={"beta": 0.01}),
-    "svc": Rule(task_arithmetic, "SVC", "arXiv 2602.05536", calibrations=("svc",), is_mean=True),
-    "pico": Rule(task_arithmetic, "Pico", "arXiv 2604.16826", calibrations=("pico",), scale="auto", is_mean=True),
-    "wudi": Rule(wudi, "WUDI, closed form", "arXiv 2503.08099", options={"ridge": 1e-3}, is_mean=True),
+    "knots": Rule(knots, title="KnOTS-TIES", paper="arXiv 2410.19735", options=_TIES, model_inputs=True, is_mean=True),
+    "tsv": Rule(tsv, title="TSV-M", paper="arXiv 2412.00081"),
+    "iso_c": Rule(iso_c, title="Iso-C", paper="arXiv 2502.04959"),
+    "iso_cts": Rule(iso_cts, title="Iso-CTS", paper="arXiv 2502.04959", options={"common_share": 0.8}),
+    "boosting": Rule(boosting, title="Subspace Boosting", paper="arXiv 2506.16506", options={"beta": 0.01}),
+    "svc": Rule(task_arithmetic, title="SVC", paper="arXiv 2602.05536", calibrations=("svc",), is_mean=True),
+    "pico": Rule(
+        task_arithmetic, title="Pico", paper="arXiv 2604.16826", calibrations=("pico",), scale="auto", is_mean=True
+    ),
+    "wudi": Rule(wudi, title="WUDI, closed form", paper="arXiv 2503.08099", options={"ridge": 1e-3}, is_mean=True),
     "regmean": Rule(
         regmean,
-        "RegMean",
-        "arXiv 2212.09849",
+        title="RegMean",
+        paper="arXiv 2212.09849",
         options={"shrink": 0.95, "ridge": 1e-4},
         needs=frozenset({"statistics"}),
     ),
     "compress": Rule(
-        compress_then_merge, "Compress-then-Merge", "arXiv 2606.03723", options={"n_components": 16, "beta": 0.25}
+        compress_then_merge,
+        title="Compress-then-Merge",
+        paper="arXiv 2606.03723",
+        options={"n_components": 16, "beta": 0.25},
     ),
 }
 """The rules of `merge_cores`, by the name a user passes as `method`. A new rule is one file and one row."""

@@ -86,7 +86,7 @@ def fit_user_weights(
             break
         w = weights[active]
         step, decrement = _newton_step(w, z, kept, concentration)
-        w = _search(w, step, decrement, z, kept, concentration)
+        w = _search(w, step=step, decrement=decrement, z=z, mask=kept, concentration=concentration)
         weights[active] = w / w.sum(dim=1, keepdim=True)
         going = decrement / 2 > tol
         if not bool(going.all()):
@@ -217,7 +217,7 @@ def _newton_step(w: Tensor, z: Tensor, mask: Tensor, concentration: Tensor) -> t
     return w * y, -(gradient * y).sum(dim=1)
 
 
-def _search(w: Tensor, step: Tensor, decrement: Tensor, z: Tensor, mask: Tensor, concentration: Tensor) -> Tensor:
+def _search(w: Tensor, *, step: Tensor, decrement: Tensor, z: Tensor, mask: Tensor, concentration: Tensor) -> Tensor:
     """The longest of the steps 1, 1/2, 1/4, ... that stays inside and lowers the objective as Armijo asks."""
     shrink = torch.where(step < 0, -0.99 * w / step, torch.inf).amin(dim=1).clamp(max=1.0)
     before = _objective(w, z, mask, concentration)

@@ -32,7 +32,7 @@ def pico(cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, "t k_out k_in"]:
     return ((directions * factors) @ directions.mT) @ cores
 
 
-def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, ""]:
+def norm_scale(merged: Float[Tensor, "k_out k_in"], *, cores: Float[Tensor, "t k_out k_in"]) -> Float[Tensor, ""]:
     """λ with `‖λ M‖ = mean ‖M_t‖` (Pico's magnitude rescaling, arXiv 2604.16826, section 4.2): as strong as one update.
 
     Args:
@@ -44,7 +44,7 @@ def norm_scale(merged: Float[Tensor, "k_out k_in"], cores: Float[Tensor, "t k_ou
 
     Examples:
         >>> import torch
-        >>> norm_scale(2 * torch.eye(2), torch.stack([torch.eye(2), 3 * torch.eye(2)])).item()
+        >>> norm_scale(2 * torch.eye(2), cores=torch.stack([torch.eye(2), 3 * torch.eye(2)])).item()
         1.0
     """
     return scale_to_mean(merged.norm(), torch.linalg.vector_norm(cores, dim=(1, 2)))

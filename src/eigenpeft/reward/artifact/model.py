@@ -267,7 +267,7 @@ class LowRankRewardModel(RewardModelArtifact):
             rows: (n,) number of the user of each comparison.
         """
         weights = fit_all_user_weights(margins, rows, n_users=len(names), concentration=self.concentration)
-        self.users.put(names, weights, torch.bincount(rows, minlength=len(names)).tolist())
+        self.users.put(names, user_weights=weights, n_pairs=torch.bincount(rows, minlength=len(names)).tolist())
         return self
 
     def to_sequence_classification(self, user_id: UserId | None = None) -> Any:
@@ -346,7 +346,7 @@ class LowRankRewardModel(RewardModelArtifact):
 
     def _put(self, user_id: UserId, chosen: Features, rejected: Features) -> UserPosterior:
         found = self.posterior(chosen, rejected)
-        self.users.put([user_id], found.weights[None], [found.n_pairs])
+        self.users.put([user_id], user_weights=found.weights[None], n_pairs=[found.n_pairs])
         return found
 
     def _backbone(self) -> Any:

@@ -96,7 +96,7 @@ class RewardModelArtifact(Pushable):
             ArtifactError: If it cannot be written, or the folder holds something that is not replaced.
         """
         self._write_to(Path(save_directory), overwrite=overwrite)
-        self.users.settle(self.users, Path(save_directory) / storage.USERS)
+        self.users.settle(self.users, path=Path(save_directory) / storage.USERS)
 
     def _write_to(self, folder: Path, *, overwrite: bool = False) -> None:
         storage.write(

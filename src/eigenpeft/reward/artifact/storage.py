@@ -121,7 +121,7 @@ def write_users(folder: str | Path, *, reward_basis: Tensor, users: UserTable) -
         merged = users.onto(UserTable.open(folder / USERS, n_basis=len(reward_basis)))
         with atomic_update(folder, last=USERS) as update:
             merged.save(update.scratch / USERS)
-        users.settle(merged, folder / USERS)
+        users.settle(merged, path=folder / USERS)
 
 
 def read(

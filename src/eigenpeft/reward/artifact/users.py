@@ -32,7 +32,7 @@ class UserTable:
 
     Examples:
         >>> users = UserTable(2)
-        >>> users.put(["ann"], torch.tensor([[0.25, 0.75]]), [3])
+        >>> users.put(["ann"], user_weights=torch.tensor([[0.25, 0.75]]), n_pairs=[3])
         >>> len(users), "ann" in users, users.weights(["ann"]).tolist()
         (1, True, [[0.25, 0.75]])
     """
@@ -142,7 +142,7 @@ class UserTable:
             return value[1]
         return int(self._n_pairs[int(self._rows([key])[0][0])])
 
-    def put(self, user_ids: Sequence[UserId], user_weights: Tensor, n_pairs: Sequence[int]) -> None:
+    def put(self, user_ids: Sequence[UserId], *, user_weights: Tensor, n_pairs: Sequence[int]) -> None:
         """Add users, or replace the weights of those already there.
 
         Args:
@@ -226,7 +226,7 @@ class UserTable:
         merged._changed = changed
         return merged
 
-    def settle(self, saved: "UserTable", path: Path) -> None:
+    def settle(self, saved: "UserTable", *, path: Path) -> None:
         """Take over a table that was saved: its users are known here, and what it holds is no longer a change.
 
         Args:

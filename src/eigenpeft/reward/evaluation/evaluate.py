@@ -27,7 +27,7 @@ _PERSONAL = ("head per user", "head per user, from the shared one", "user encode
 QUADRANTS = ("seen users, training comparisons", "seen users, new prompts", "new users, new prompts")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoReEvaluation:
     """What `evaluate_lore` found.
 
@@ -122,7 +122,15 @@ def evaluate_lore(
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
     texts = same_texts(chosen, rejected)
-    parts = Parts.draw(rows, len(names), texts, prompt_ids, held_out_users, held_out_prompts, seed)
+    parts = Parts.draw(
+        rows,
+        n_users=len(names),
+        texts=texts,
+        prompt_ids=prompt_ids,
+        users=held_out_users,
+        prompts=held_out_prompts,
+        seed=seed,
+    )
     nothing = torch.zeros(1, 1).expand_as(differences)
     fitter = fitter if fitter is not None else LoReFitter(seed=seed)
     train = parts.train
@@ -137,7 +145,7 @@ def evaluate_lore(
     shared = LoReFitter(n_basis=1, seed=seed).fit(*pairs, **keywords).model_.reward_basis[0]
     controls = _control_margins(differences, rows, parts, shared, reference_head, len(names), seed)
     oracle = {} if true_margins is None else {"oracle": true_margins}
-    draws = Bootstrap(rows, len(names), n_bootstrap, seed)
+    draws = Bootstrap(rows, n_users=len(names), n_draws=n_bootstrap, seed=seed)
 
     def judged(model: LowRankRewardModel) -> LoReEvaluation:
         margins = controls | _lore_margins(differences, rows, parts, model, len(names)) | oracle
@@ -175,24 +183,26 @@ def _evaluation(
     """Shares, gains, calibration and verdict from the margins of every method."""
     masks = dict(zip(QUADRANTS, (parts.train, parts.seen, parts.queries), strict=True))
     accuracy = {
-        method: {quadrant: draws.share(values, mask) for quadrant, mask in masks.items()}
+        method: {quadrant: draws.share(values, mask=mask) for quadrant, mask in masks.items()}
         for method, values in margins.items()
     }
     over_shared, over_population = (
-        {quadrant: draws.gain(margins["LoRe"], margins[other], mask) for quadrant, mask in masks.items()}
+        {quadrant: draws.gain(margins["LoRe"], others=margins[other], mask=mask) for quadrant, mask in masks.items()}
         for other in ("shared head", "LoRe, population")
     )
     calibrated = {
         method: calibration(margins[method], parts.queries) for method in ("shared head", "LoRe, population", "LoRe")
     }
     n_unused = len(draws.rows) - sum(int(mask.sum()) for mask in parts.masks.values())
+    few_shot, few_shot_gain = curve
     found = LoReEvaluation(
-        accuracy,
-        over_shared,
-        over_population,
-        *curve,
-        calibrated,
-        n_basis,
+        accuracy=accuracy,
+        gain_over_shared=over_shared,
+        gain_over_population=over_population,
+        few_shot=few_shot,
+        few_shot_gain=few_shot_gain,
+        calibration=calibrated,
+        n_basis=n_basis,
         split=parts.by,
         n_unused=n_unused,
         verdict="",
@@ -206,7 +216,7 @@ def _evaluation(
         chosen=chosen,
         split=found.split,
         n_unused=n_unused,
-        other=(other, draws.gain(margins[other], margins["LoRe"], parts.seen)),
+        other=(other, draws.gain(margins[other], others=margins["LoRe"], mask=parts.seen)),
     )
     return replace(found, verdict=said)
 
@@ -285,7 +295,7 @@ def _few_shot(
             by_basis[mine], rows[mine], n_users=n_users, concentration=lore.concentration
         ).float()
         personal, common = (by_basis * weights[rows]).sum(dim=1), differences @ shared
-        curve["LoRe"][n] = draws.share(personal, asked)
-        curve["shared head"][n] = draws.share(common, asked)
-        gain[n] = draws.gain(personal, differences @ lore.reward_head(), asked)
+        curve["LoRe"][n] = draws.share(personal, mask=asked)
+        curve["shared head"][n] = draws.share(common, mask=asked)
+        gain[n] = draws.gain(personal, others=differences @ lore.reward_head(), mask=asked)
     return curve, gain

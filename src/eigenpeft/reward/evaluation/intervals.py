@@ -8,7 +8,7 @@ from torch import Tensor
 from eigenpeft.linalg.scores.intervals import expanded_tail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """A share of comparisons in the right order, or a difference of two, each user counting the same.
 
@@ -38,11 +38,11 @@ class Bootstrap:
         seed: Seed of the draws.
     """
 
-    def __init__(self, rows: Tensor, n_users: int, n_draws: int, seed: int):
+    def __init__(self, rows: Tensor, *, n_users: int, n_draws: int, seed: int):
         self.rows, self.n_users, self.n_draws = rows, n_users, n_draws
         self.seed = seed
 
-    def share(self, margins: Tensor, mask: Tensor) -> Share:
+    def share(self, margins: Tensor, *, mask: Tensor) -> Share:
         """Share in the right order.
 
         Args:
@@ -51,7 +51,7 @@ class Bootstrap:
         """
         return self._of(_right(margins), mask, lowest=0.0)
 
-    def gain(self, margins: Tensor, others: Tensor, mask: Tensor) -> Share:
+    def gain(self, margins: Tensor, *, others: Tensor, mask: Tensor) -> Share:
         """Difference of two shares, taken comparison by comparison.
 
         Args:
@@ -68,13 +68,13 @@ class Bootstrap:
         of_users = sums[counts > 0] / counts[counts > 0]
         n_users, mean = len(of_users), float(of_users.mean())
         if n_users < 2:
-            return Share(mean, lowest, 1.0, n_users, len(rows))
+            return Share(mean=mean, low=lowest, high=1.0, n_users=n_users, n_pairs=len(rows))
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(n_users, (self.n_draws, n_users), generator=generator)
         tail = expanded_tail(n_users)
         ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
         low, high = torch.quantile(of_users[drawn].mean(dim=1), ends).tolist()
-        return Share(mean, min(low, mean), max(high, mean), n_users, len(rows))
+        return Share(mean=mean, low=min(low, mean), high=max(high, mean), n_users=n_users, n_pairs=len(rows))
 
 
 def _right(margins: Tensor) -> Tensor:

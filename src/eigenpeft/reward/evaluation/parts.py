@@ -37,6 +37,7 @@ class Parts:
     @staticmethod
     def draw(
         rows: Tensor,
+        *,
         n_users: int,
         texts: Tensor,
         prompt_ids: Sequence[Any] | None,

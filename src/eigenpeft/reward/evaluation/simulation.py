@@ -54,9 +54,9 @@ class SimulatedUsers:
     def __init__(
         self,
         n_users: int,
+        *,
         n_features: int,
         n_basis: int,
-        *,
         n_signal: int = 64,
         scale: float = 6.0,
         shared: float = 0.5,

@@ -36,7 +36,7 @@ class Setting:
     concentration: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LoReCandidate:
     """One setting that was tried on held-out comparisons.
 
@@ -177,13 +177,13 @@ def judge(
         if best is None or float(losses.sum()) < float(best.losses.sum()):
             (seen_loss, seen_accuracy), (new_loss, new_accuracy) = parts
             best = LoReCandidate(
-                setting,
-                strength,
-                float(seen_loss.mean()),
-                seen_accuracy,
-                float(new_loss.mean()),
-                new_accuracy,
-                losses,
+                setting=setting,
+                strength=strength,
+                seen_nll=float(seen_loss.mean()),
+                seen_accuracy=seen_accuracy,
+                unseen_nll=float(new_loss.mean()),
+                unseen_accuracy=new_accuracy,
+                losses=losses,
                 n_seen=len(seen_loss),
             )
     assert best is not None

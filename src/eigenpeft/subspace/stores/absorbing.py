@@ -100,7 +100,7 @@ def absorb(
         for name, member in tqdm(read.items(), desc="Moving", unit="adapter"):
             member, lost[name] = turned(member, grown.subspace, new, changes=changes)
             moved[name] = replace(member, subspace_sha256=new.fingerprint).to_bytes()
-    return new, _report(subspace, grown, new, collection, lost), moved
+    return new, _report(subspace, grown=grown, new=new, collection=collection, lost=lost), moved
 
 
 def within_bound(
@@ -185,6 +185,7 @@ def turned(
 
 def _report(
     old: PrincipalSubspace,
+    *,
     grown: Grown,
     new: PrincipalSubspace,
     collection: AdapterCollection,

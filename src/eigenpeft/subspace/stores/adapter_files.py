@@ -166,7 +166,7 @@ def projected(
         record["left_out"] = unknown
     if labels := labels_of(weights.parent):
         record["labels"] = labels
-    return AdapterMember(cores, record, kept, errors, paths)
+    return AdapterMember(cores, record=record, kept=kept, relative_errors=errors, paths=paths)
 
 
 def relative_error(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> float:
@@ -181,7 +181,7 @@ def relative_error(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> floa
     if norm == 0.0:
         return 0.0  # nothing to represent: an untrained adapter is reproduced exactly
     if bank.paired:
-        return paired_core(lora_B, lora_A, bank)[1] / norm
+        return paired_core(lora_B, lora_A, bank=bank)[1] / norm
     residual = projection_residual(lora_B, lora_A, components_out=bank.components_out, components_in=bank.components_in)
     return float(residual) / norm
 
@@ -246,11 +246,22 @@ def _trained(location: AdapterLocation, subspace: PrincipalSubspace) -> AdapterM
             raise SubspaceError(f"{label} cannot be kept in a store: {error}") from error
         _check_embedded(label, module, components.get(path, {}), subspace[module])
         paths[module] = path
-    return AdapterMember(cores, _record(location, config, settings, weights, len(cores)), kept, {}, paths)
+    return AdapterMember(
+        cores,
+        record=_record(location, config=config, settings=settings, weights=weights, n_modules=len(cores)),
+        kept=kept,
+        relative_errors={},
+        paths=paths,
+    )
 
 
 def _record(
-    location: AdapterLocation, config: Mapping[str, Any], settings: LoraSettings, weights: WeightsFile, n_modules: int
+    location: AdapterLocation,
+    *,
+    config: Mapping[str, Any],
+    settings: LoraSettings,
+    weights: WeightsFile,
+    n_modules: int,
 ) -> dict[str, Any]:
     source = location.source if location.revision else location.folder.resolve().name
     labels = labels_of(location.folder)

@@ -111,7 +111,11 @@ def _appended(old: ModuleSubspace | None, growth: Growth) -> ModuleSubspace | No
         shares = torch.zeros(len(growth.singular_values_in))
         shares[-1] = growth.share_after
         return ModuleSubspace(
-            growth.components_in, growth.components_out, growth.singular_values_in, growth.singular_values_out, shares
+            growth.components_in,
+            growth.components_out,
+            singular_values_in=growth.singular_values_in,
+            singular_values_out=growth.singular_values_out,
+            explained_variance_ratio=shares,
         )
     if not len(growth.components_in) and not len(growth.components_out):
         return old
@@ -127,7 +131,13 @@ def _appended(old: ModuleSubspace | None, growth: Growth) -> ModuleSubspace | No
     # What new components add to the adapters that were measured before is not known, and counts as nothing.
     shares = old.explained_variance_ratio
     shares = pad(shares, (0, max(len(spectrum_in), len(spectrum_out)) - len(shares)))
-    return ModuleSubspace(components_in, components_out, spectrum_in, spectrum_out, shares)
+    return ModuleSubspace(
+        components_in,
+        components_out,
+        singular_values_in=spectrum_in,
+        singular_values_out=spectrum_out,
+        explained_variance_ratio=shares,
+    )
 
 
 def _info(subspace: PrincipalSubspace, collection: AdapterCollection, added: Iterable[str]) -> SubspaceInfo:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class AdapterMember(Mapping[str, Core]):
     """
 
     cores: Mapping[str, Core]
+    _: KW_ONLY
     record: Mapping[str, Any] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     relative_errors: Mapping[str, float] = field(default_factory=dict)

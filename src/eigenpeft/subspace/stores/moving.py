@@ -34,7 +34,7 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     lora_B, lora_A = reconstruct(coefficients_out, coefficients_in, components_out=old_out, components_in=old_in)
     norm = float(frobenius_norm(lora_B, lora_A))
     if new.paired:
-        paired, residual = paired_core(lora_B, lora_A, new)
+        paired, residual = paired_core(lora_B, lora_A, bank=new)
         return paired, residual / norm if norm else 0.0
     left, right = change_of_bases(old_out=old_out, old_in=old_in, new_out=new.components_out, new_in=new.components_in)
     residual = projection_residual(lora_B, lora_A, components_out=new.components_out, components_in=new.components_in)
@@ -77,7 +77,7 @@ def moved_core(core: Core, left: Tensor, right: Tensor) -> Core:
         right: R, (K_in, K'_in).
     """
     parts = {name: tensor.to(left.dtype) for name, tensor in core.parts.items()}
-    moved = core.row.moved(parts, left, right)
+    moved = core.row.moved(parts, left=left, right=right)
     if moved is not None:
         return Core(core.kind, moved, core.scaling)
     return Core("full", {"coefficients_out": left @ core.row.to_dense(parts) @ right}, core.scaling)

@@ -52,12 +52,12 @@ class AdapterStore(Pushable, AdapterMembers):
 
     Examples:
         >>> import torch
-        >>> from eigenpeft import AdapterStore, PrincipalSubspace
-        >>> from eigenpeft.subspace import AdapterMember, Core, ModuleSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
-        >>> core = Core("diagonal", {"coefficients_out": torch.tensor([3.0, 1.0])})
-        >>> store = AdapterStore(PrincipalSubspace({"layer": bank}), members={"mine": AdapterMember({"layer": core})})
-        >>> store.cores("layer").shape
+        >>> from eigenpeft.subspace import AdapterMember, AdapterStore, Core, ModuleSubspace, PrincipalSubspace
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
+        >>> mine = AdapterMember({"layer": Core("diagonal", {"coefficients_out": torch.tensor([3.0, 1.0])})})
+        >>> AdapterStore(PrincipalSubspace({"layer": bank}), members={"mine": mine}).cores("layer").shape
         torch.Size([1, 2, 2])
     """
 

@@ -42,7 +42,7 @@ def is_core_rule(combination: str) -> bool:
     )
 
 
-def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> None:
+def check_core_rule(model: nn.Module, *, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> None:
     """Refuse a rule on cores where adapters have no cores on common axes.
 
     Args:
@@ -58,7 +58,7 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
         raise AdapterConfigError(
             f"combination_type={combination!r}: no rule merges the biases of lora_bias=True; combine with 'linear' or 'cat'."
         )
-    known = can_combine(model, configs, adapters, "svd")
+    known = can_combine(model, configs=configs, adapters=adapters, combination="svd")
     several = [
         module
         for name in adapters
@@ -80,7 +80,7 @@ def check_core_rule(model: nn.Module, configs: Sequence[Any], adapters: Sequence
         )
 
 
-def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> bool:
+def can_combine(model: nn.Module, *, configs: Sequence[Any], adapters: Sequence[str], combination: str) -> bool:
     """Whether adapters can be combined in coefficient space: one core, the same bases in every layer.
 
     Linear algebra is exact there. What works entry by entry is taken on the one coefficient tensor of the cores "full" and
@@ -114,7 +114,7 @@ def can_combine(model: nn.Module, configs: Sequence[Any], adapters: Sequence[str
 
 
 def with_offsets(
-    model: nn.Module, configs: Sequence[Any], adapters: Sequence[str], combination: str, rank: int | None
+    model: nn.Module, *, configs: Sequence[Any], adapters: Sequence[str], combination: str, rank: int | None
 ) -> tuple[str, int | None]:
     """PEFT's word and rank for a sum that is to contain the offsets of its sources, whose ranks PEFT does not know.
 
@@ -149,10 +149,10 @@ def with_offsets(
 @torch.no_grad()
 def combine(
     model: nn.Module,
+    *,
     adapters: Sequence[str],
     weights: Sequence[float],
     new: str,
-    *,
     combination: str,
     density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
@@ -196,10 +196,10 @@ def combine(
 @torch.no_grad()
 def combine_cores(
     model: nn.Module,
+    *,
     adapters: Sequence[str],
     weights: Sequence[float],
     new: str,
-    *,
     core: str,
     combination: str,
     scale: float | str | None = None,
@@ -237,10 +237,10 @@ def combine_cores(
             merged = merge_cores(cores, method=combination, weights=own, **options, **extra)
         except ValueError as error:
             raise AdapterConfigError(f"combination_type={combination!r}: {error}") from error
-        merged = merged * (norm_scale(merged, weighted(cores, own)) if isinstance(scale, str) else scale)
+        merged = merged * (norm_scale(merged, cores=weighted(cores, own)) if isinstance(scale, str) else scale)
         target_in, target_out = _coefficients(layer, new)
         rank = None if target_in is None else len(target_in)
-        parts = kind.from_factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype), rank)
+        parts = kind.from_factors(merged, torch.eye(merged.shape[1], dtype=merged.dtype), rank=rank)
         target_out.copy_(parts["coefficients_out"])
         if target_in is not None:
             target_in.copy_(parts["coefficients_in"])

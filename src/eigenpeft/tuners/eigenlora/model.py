@@ -39,7 +39,7 @@ class EigenLoraModel(FactorModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: EigenLoraConfig, adapter_name: str) -> Iterator[Injection]:
+    def injecting(cls, model: nn.Module, *, config: EigenLoraConfig, adapter_name: str) -> Iterator[Injection]:
         """Open subspace and sources once, and choose the modules when no targets are named; afterwards note what is embedded.
 
         Into the configuration goes, here alone, what its file must say: which subspace, the names of sources, the targets,
@@ -114,7 +114,7 @@ class EigenLoraModel(FactorModel):
             config.embedded_n_components = embedded_counts(model, adapter_name)
 
     @staticmethod
-    def swap(layer: LoraLayer, config: EigenLoraConfig, adapter_name: str, module: str, given: Injection) -> None:
+    def swap(layer: LoraLayer, *, config: EigenLoraConfig, adapter_name: str, module: str, given: Injection) -> None:
         """`FactorModel.swap`: coefficients on the module's components in the place of both of LoRA's factors.
 
         Raises:
@@ -127,7 +127,7 @@ class EigenLoraModel(FactorModel):
         if given.mixture is not None:
             check_one_core(layer, module, what="core='mixture'", instead="use another core")
             mixture = given.mixture.of(name, frozen_bank)
-            place(layer, adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
+            place(layer, bank=adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
             adopt(layer, adapter_name)
             return
         init: Any = config.init_lora_weights
@@ -139,7 +139,7 @@ class EigenLoraModel(FactorModel):
             offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, frozen_bank=frozen_bank)
         if offset is not None:
             check_one_core(layer, module, what="init_offset=True", instead="pass init_offset=False")
-        place(layer, adapter_name, frozen_bank=frozen_bank, parts=parts, core=core, offset=offset)
+        place(layer, bank=adapter_name, frozen_bank=frozen_bank, parts=parts, core=core, offset=offset)
         adopt(layer, adapter_name)
 
     @classmethod
@@ -149,7 +149,7 @@ class EigenLoraModel(FactorModel):
         Args:
             config: Configuration of the adapter.
         """
-        return all(len(shape) > 1 for shape in core_kind(config.core).shapes(1, 1, 1).values())
+        return all(len(shape) > 1 for shape in core_kind(config.core).shapes(n_in=1, n_out=1, rank=1).values())
 
     def add_weighted_adapter(
         self,
@@ -183,12 +183,14 @@ class EigenLoraModel(FactorModel):
         configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
         by_rule = is_core_rule(combination_type) and 0 < len(configs) == len(adapters)
         if by_rule:
-            check_core_rule(self.model, configs, adapters, combination_type)
+            check_core_rule(self.model, configs=configs, adapters=adapters, combination=combination_type)
         checked = self._check_add_weighted_adapter(adapters, "svd" if by_rule else combination_type, svd_rank)
         if not by_rule and not can_combine(
-            self.model, [self.peft_config[name] for name in adapters], adapters, checked[0]
+            self.model, configs=[self.peft_config[name] for name in adapters], adapters=adapters, combination=checked[0]
         ):
-            combination_type, svd_rank = with_offsets(self.model, configs, adapters, combination_type, svd_rank)
+            combination_type, svd_rank = with_offsets(
+                self.model, configs=configs, adapters=adapters, combination=combination_type, rank=svd_rank
+            )
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **kwargs)
             return
         combination, rank, target_modules = checked
@@ -203,12 +205,18 @@ class EigenLoraModel(FactorModel):
         if by_rule:
             core = self.peft_config[adapter_name].core  # pyright: ignore[reportAttributeAccessIssue]
             combine_cores(
-                self.model, adapters, weights, adapter_name, core=core, combination=combination_type, **kwargs
+                self.model,
+                adapters=adapters,
+                weights=weights,
+                new=adapter_name,
+                core=core,
+                combination=combination_type,
+                **kwargs,
             )
             return
         options = {name: kwargs[name] for name in ("density", "majority_sign_method") if name in kwargs}
-        combine(self.model, adapters, weights, adapter_name, combination=combination, **options)
-        sum_biases(self.model, adapters, weights, adapter_name)
+        combine(self.model, adapters=adapters, weights=weights, new=adapter_name, combination=combination, **options)
+        sum_biases(self.model, adapters=adapters, weights=weights, new=adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the bases that no other adapter uses.

@@ -137,7 +137,7 @@ class WarmStart:
         left, right = left[:n_out].float() / scaling, right[:, :n_in].float()
         left, right = pad(left, (0, 0, 0, n_out - len(left))), pad(right, (0, n_in - right.shape[1]))
         rank = min(free, len(right))
-        fitted = core.from_factors(left, right, rank)
+        fitted = core.from_factors(left, right, rank=rank)
         if not core.is_factored:
             return fitted
         # What the rank leaves free adds nothing: one side of it is zero, that which a start has at zero (embeddings' A).

@@ -58,7 +58,9 @@ def export_lora(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> from peft import get_peft_model
         >>> from eigenpeft import EigenLoraConfig
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -72,7 +74,9 @@ def export_lora(
     inputs = () if origin is None else (origin,)
     labels = _labels(model_or_store, adapter_name, fields.get("task_type"))
     files = {LABELS_NAME: label_file(labels)} if labels else None
-    write_lora(Path(out_dir), updates, fields, others, files=files, overwrite=overwrite, inputs=inputs)
+    write_lora(
+        Path(out_dir), updates=updates, fields=fields, others=others, files=files, overwrite=overwrite, inputs=inputs
+    )
 
 
 Contents = tuple[list[LoraUpdate], dict[str, Any], dict[str, Tensor]]

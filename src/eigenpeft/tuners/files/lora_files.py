@@ -75,10 +75,10 @@ def lora_keys(path: str, *, is_embedding: bool) -> tuple[str, str]:
 
 def write_lora(
     out_dir: Path,
+    *,
     updates: Sequence[LoraUpdate],
     fields: dict[str, Any],
     others: dict[str, Tensor],
-    *,
     rank: int | None = None,
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
@@ -104,7 +104,7 @@ def write_lora(
     """
     writing = atomic_folder(out_dir, kind=KIND, overwrite=overwrite, inputs=inputs, carried=[CARD_NAME])
     with writing as scratch:
-        fill_lora_folder(scratch, updates, fields, others, rank=rank)
+        fill_lora_folder(scratch, updates=updates, fields=fields, others=others, rank=rank)
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content)
@@ -114,10 +114,10 @@ def write_lora(
 
 def fill_lora_folder(
     folder: Path,
+    *,
     updates: Sequence[LoraUpdate],
     fields: dict[str, Any],
     others: dict[str, Tensor],
-    *,
     rank: int | None = None,
 ) -> None:
     """Write the two files that PEFT reads into a folder that is not in place yet; `write_lora` does the rest.

@@ -101,7 +101,7 @@ def convert_reference_checkpoint(folder: str | Path, out_dir: str | Path, *, ove
         message = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CollectionError([f"{str(folder)!r} cannot be converted: it {message}."]) from error
     fields: dict[str, Any] = {field: config[field] for field in _KEPT_FIELDS if config.get(field) is not None}
-    write_lora(Path(out_dir), updates, fields, others, overwrite=overwrite, inputs=(folder,))
+    write_lora(Path(out_dir), updates=updates, fields=fields, others=others, overwrite=overwrite, inputs=(folder,))
 
 
 def _parts(weights: WeightsFile, pattern: re.Pattern[str]) -> tuple[dict[str, Parts], Parts]:

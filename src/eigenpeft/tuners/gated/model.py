@@ -66,7 +66,7 @@ class GatedLoraModel(FactorModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: GatedLoraConfig, adapter_name: str) -> Iterator[GateSources]:
+    def injecting(cls, model: nn.Module, *, config: GatedLoraConfig, adapter_name: str) -> Iterator[GateSources]:
         """Open the sources once, and choose the subspace's modules when no targets are named.
 
         Args:
@@ -118,7 +118,7 @@ class GatedLoraModel(FactorModel):
             config.n_cores = len(names)
 
     @staticmethod
-    def swap(layer: LoraLayer, config: GatedLoraConfig, adapter_name: str, module: str, given: GateSources) -> None:
+    def swap(layer: LoraLayer, *, config: GatedLoraConfig, adapter_name: str, module: str, given: GateSources) -> None:
         """`FactorModel.swap`: components and gated cores in the place of LoRA's factors.
 
         Raises:

@@ -37,7 +37,7 @@ class FactorModel(LoraModel):
 
     @staticmethod
     @abstractmethod
-    def swap(layer: LoraLayer, config: Any, adapter_name: str, module: str, given: Any) -> None:
+    def swap(layer: LoraLayer, *, config: Any, adapter_name: str, module: str, given: Any) -> None:
         """Put factor modules in the place of LoRA's own.
 
         Args:
@@ -59,7 +59,7 @@ class FactorModel(LoraModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: Any, adapter_name: str) -> Iterator[Any]:
+    def injecting(cls, model: nn.Module, *, config: Any, adapter_name: str) -> Iterator[Any]:
         """What a method does once for each adapter, around its injection; nothing here.
 
         Args:
@@ -85,7 +85,7 @@ class FactorModel(LoraModel):
         if getattr(config, "is_from_file", False):
             check_sizes(model, r=config.r, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
             write_names(config, model)
-        with self.injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
+        with self.injecting(model, config=self.peft_config[adapter_name], adapter_name=adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._given = None
         twin = twin_of(self.peft_config, adapter_name)
@@ -101,7 +101,16 @@ class FactorModel(LoraModel):
             # PEFT extends a layer that it has made before, else it puts a new one in the target's place.
             extended = not had and has_adapter(target, adapter_name)
             tuned: Any = target if extended else getattr(parent, target_name)
-            give_factors(self, type(self), tuned, lora_config, adapter_name, target_name, current_key, self._given)
+            give_factors(
+                self,
+                method=type(self),
+                tuned=tuned,
+                config=lora_config,
+                adapter_name=adapter_name,
+                target_name=target_name,
+                key=current_key,
+                given=self._given,
+            )
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name, target, **kwargs):
@@ -145,7 +154,7 @@ class FactorModel(LoraModel):
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
         finally:
             self._plain = ()
-        sum_biases(self.model, adapters, weights, adapter_name)
+        sum_biases(self.model, adapters=adapters, weights=weights, new=adapter_name)
         self.peft_config[adapter_name] = self._plain_config(adapter_name)
 
     def _check_alike(self, adapters: Sequence[str]) -> None:
@@ -194,7 +203,7 @@ def write_names(config: Any, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sum_biases(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], new: str) -> None:
+def sum_biases(model: nn.Module, *, adapters: Sequence[str], weights: Sequence[float], new: str) -> None:
     """Give a combined adapter the weighted sum of its sources' biases (`lora_bias`), whatever became of their factors.
 
     Args:
@@ -250,6 +259,7 @@ def has_adapter(layer: Any, adapter_name: str) -> bool:
 
 def give_factors(
     tuner: BaseTuner,
+    *,
     method: type[FactorModel],
     tuned: nn.Module,
     config: LoraConfig,
@@ -283,7 +293,7 @@ def give_factors(
         if tied:
             _share_factors(tuner.model.get_input_embeddings(), layer, adapter_name)
         else:
-            method.swap(layer, config, adapter_name, module, given)
+            method.swap(layer, config=config, adapter_name=adapter_name, module=module, given=given)
         settle(layer, adapter_name, lora_config=config, active_adapters=tuner.active_adapters)
 
 

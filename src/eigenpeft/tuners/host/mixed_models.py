@@ -40,7 +40,16 @@ class FactorMixedModel(MixedModel):
         if method is not None:
             extended = not had and has_adapter(target, adapter_name)
             tuned: Any = target if extended else getattr(parent, target_name)
-            give_factors(self, method, tuned, config, adapter_name, target_name, current_key, self._given)
+            give_factors(
+                self,
+                method=method,
+                tuned=tuned,
+                config=config,
+                adapter_name=adapter_name,
+                target_name=target_name,
+                key=current_key,
+                given=self._given,
+            )
 
     @staticmethod
     def _create_new_module(config, adapter_name, target, **kwargs):
@@ -66,5 +75,5 @@ def _injecting(model: nn.Module, config: Any, adapter_name: str) -> Iterator[Any
         if getattr(config, "is_from_file", False):
             check_sizes(model, r=config.r, rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
             write_names(config, model)
-        with method.injecting(model, config, adapter_name) as given:
+        with method.injecting(model, config=config, adapter_name=adapter_name) as given:
             yield given

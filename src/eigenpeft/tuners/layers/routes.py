@@ -53,16 +53,24 @@ def add_update(
     n_tokens = x.numel() // x.shape[-1]
     route = choose_route(n_tokens, n_components=len(components_in), rank=rank)
     flat_y, flat_x = (side.to(dtype).reshape(n_tokens, side.shape[-1]) for side in (y, x))
-    matrices = (
-        components_in.to(dtype),
-        None if coefficients_in is None else coefficients_in.to(dtype),
-        coefficients_out.to(dtype),
-        components_out.to(dtype),
-    )
+    components_in, components_out = components_in.to(dtype), components_out.to(dtype)
+    coefficients_in = None if coefficients_in is None else coefficients_in.to(dtype)
+    coefficients_out = coefficients_out.to(dtype)
     if torch.is_grad_enabled():
-        output, _ = _LowRankUpdate.apply(flat_y, flat_x, *matrices, route)  # pyright: ignore[reportGeneralTypeIssues]
+        output, _ = _LowRankUpdate.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            flat_y, flat_x, components_in, coefficients_in, coefficients_out, components_out, route
+        )
     else:
-        output, _ = low_rank_update(flat_y, flat_x, *matrices, route=route, in_place=in_place)
+        output, _ = low_rank_update(
+            flat_y,
+            x=flat_x,
+            components_in=components_in,
+            coefficients_in=coefficients_in,
+            coefficients_out=coefficients_out,
+            components_out=components_out,
+            route=route,
+            in_place=in_place,
+        )
     return output.view(y.shape)
 
 
@@ -96,8 +104,8 @@ def add_updates(
     wide_y, wide_x = (side.to(dtype).reshape(len(side), -1, side.shape[-1]) for side in (y, x))
     return low_rank_updates(
         wide_y,
-        wide_x,
-        members,
+        x=wide_x,
+        members=members,
         components_in=components_in.to(dtype),
         coefficients_in=coefficients_in.to(dtype),
         coefficients_out=coefficients_out.to(dtype),
@@ -134,7 +142,15 @@ class _LowRankUpdate(torch.autograd.Function):
         components_out: Tensor,
         route: Route,
     ) -> tuple[Tensor, Tensor]:
-        return low_rank_update(y, x, components_in, coefficients_in, coefficients_out, components_out, route=route)
+        return low_rank_update(
+            y,
+            x=x,
+            components_in=components_in,
+            coefficients_in=coefficients_in,
+            coefficients_out=coefficients_out,
+            components_out=components_out,
+            route=route,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -149,8 +165,18 @@ class _LowRankUpdate(torch.autograd.Function):
         needs_y, needs_x, _, needs_in, needs_out, *_ = ctx.needs_input_grad
         if grad is None or not (needs_x or needs_in or needs_out):
             return (grad, *(None,) * 6)
-        x, kept, *matrices = ctx.saved_tensors
-        grad_x, grad_in, grad_out = low_rank_update_grad(grad, x, kept, *matrices, route=ctx.route, needs_x=needs_x)
+        x, kept, components_in, coefficients_in, coefficients_out, components_out = ctx.saved_tensors
+        grad_x, grad_in, grad_out = low_rank_update_grad(
+            grad,
+            x=x,
+            kept=kept,
+            components_in=components_in,
+            coefficients_in=coefficients_in,
+            coefficients_out=coefficients_out,
+            components_out=components_out,
+            route=ctx.route,
+            needs_x=needs_x,
+        )
         return grad if needs_y else None, grad_x, None, grad_in, grad_out, None, None
 
 

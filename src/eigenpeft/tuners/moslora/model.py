@@ -19,7 +19,7 @@ class MosLoraModel(FactorModel):
     """Tuner behind `MosLoraConfig`; made by `get_peft_model`."""
 
     @staticmethod
-    def swap(layer: LoraLayer, config: MosLoraConfig, adapter_name: str, module: str, given: None = None) -> None:
+    def swap(layer: LoraLayer, *, config: MosLoraConfig, adapter_name: str, module: str, given: None = None) -> None:
         """`FactorModel.swap`: `B M` in the place of LoRA's B, or the mixer's start folded into LoRA's own factors.
 
         Raises:

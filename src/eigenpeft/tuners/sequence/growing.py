@@ -40,8 +40,8 @@ class GrowingClassifier:
         >>> import torch
         >>> spaces = {"first": torch.eye(4), "second": 2 * torch.eye(4).flip(0)}
         >>> growing = GrowingClassifier(lambda name, rows: torch.stack(list(rows)) @ spaces[name])
-        >>> growing.add("first", [torch.eye(4)[0], torch.eye(4)[1]], ["cat", "dog"])
-        >>> growing.add("second", [torch.eye(4)[2], torch.eye(4)[3]], ["car", "bus"])
+        >>> growing.add("first", rows=[torch.eye(4)[0], torch.eye(4)[1]], labels=["cat", "dog"])
+        >>> growing.add("second", rows=[torch.eye(4)[2], torch.eye(4)[3]], labels=["car", "bus"])
         >>> growing.predict(list(torch.eye(4)))
         ['cat', 'dog', 'car', 'bus']
     """
@@ -55,7 +55,7 @@ class GrowingClassifier:
         self._owners = torch.zeros(0, dtype=torch.int64)
         self._prototypes: list[Tensor] = []  # of all classes, per adapter
 
-    def add(self, adapter: str, rows: Sequence[Any], labels: Sequence[Hashable]) -> None:
+    def add(self, adapter: str, *, rows: Sequence[Any], labels: Sequence[Hashable]) -> None:
         """Learn a task's classes with its adapter; the rows may be forgotten afterwards.
 
         Args:
@@ -128,7 +128,7 @@ class GrowingClassifier:
         write_growing(path, state, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | Path, embed: Embed) -> "GrowingClassifier":
+    def load(cls, path: str | Path, *, embed: Embed) -> "GrowingClassifier":
         """Read what `save` wrote; it goes on as if it had never been away.
 
         Args:

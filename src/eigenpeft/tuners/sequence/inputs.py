@@ -17,8 +17,8 @@ _PREFIX = "base_model.model."
 
 def collect_inputs(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
     *,
+    batches: Iterable[Mapping[str, Tensor]],
     n_rows: int = 512,
     adapter_name: str = "default",
     seed: int = 0,
@@ -42,7 +42,7 @@ def collect_inputs(
         >>> from peft import LoraConfig, get_peft_model
         >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
         >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
-        >>> inputs = collect_inputs(model, [{"input": torch.randn(1, 5, 6)}])
+        >>> inputs = collect_inputs(model, batches=[{"input": torch.randn(1, 5, 6)}])
         >>> {name: tuple(rows.shape) for name, rows in inputs.items()}
         {'0': (5, 6)}
     """

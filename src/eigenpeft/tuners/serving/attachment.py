@@ -88,7 +88,7 @@ class Attachment:
         for path, state in heads.items():
             module = self._heads[path] if path in self._heads else self._head(path)
             if module is not None:
-                check_head(name, path, state, module)
+                check_head(name, path=path, state=state, module=module)
 
     def hook(self) -> None:
         """Put the hooks for updates in place, and the one that lists logits."""
@@ -238,7 +238,7 @@ class _HeadHook(_Hook):
                 "model a head that returns one."
             )
         with choose(self.bank, None):  # the head is called again, with other parameters
-            padded, choice.widths = head_outputs(module, args[0], output, states, choice)
+            padded, choice.widths = head_outputs(module, x=args[0], output=output, states=states, choice=choice)
         return padded
 
 

@@ -49,7 +49,9 @@ class AdapterBank(nn.Module):
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bases = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> stacked = {"0": (torch.ones(5, 1, 2), torch.ones(5, 2, 1))}
         >>> bank = AdapterBank(PrincipalSubspace({"0": bases}), names=[f"task-{i}" for i in range(5)], coefficients=stacked)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))

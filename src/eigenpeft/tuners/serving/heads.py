@@ -49,7 +49,7 @@ def heads_of(name: str, member: AdapterMember) -> dict[str, dict[str, Tensor]]:
     return heads
 
 
-def check_head(name: str, path: str, state: State, module: nn.Module) -> None:
+def check_head(name: str, *, path: str, state: State, module: nn.Module) -> None:
     """Refuse a head that does not fit the model's module of that name.
 
     Args:
@@ -75,7 +75,7 @@ def check_head(name: str, path: str, state: State, module: nn.Module) -> None:
 
 
 def head_outputs(
-    module: nn.Module, x: Tensor, output: Tensor, states: Sequence[State | None], choice: Choice
+    module: nn.Module, *, x: Tensor, output: Tensor, states: Sequence[State | None], choice: Choice
 ) -> tuple[Tensor, list[int]]:
     """Outputs of each row's own head, padded with -inf to the widest.
 

@@ -13,10 +13,10 @@ from eigenpeft.tuners.serving.bank import AdapterBank
 @torch.no_grad()
 def classify_texts(
     bank: AdapterBank,
+    *,
     model: nn.Module,
     tokenizer: Any,
     texts: Sequence[tuple[str, ...]],
-    *,
     members: Sequence[str],
     batch_size: int = 64,
     max_length: int = 512,

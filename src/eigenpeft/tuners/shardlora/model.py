@@ -17,7 +17,7 @@ class ShardLoraModel(FactorModel):
 
     @classmethod
     @contextmanager
-    def injecting(cls, model: nn.Module, config: ShardLoraConfig, adapter_name: str) -> Iterator[list[Placed]]:
+    def injecting(cls, model: nn.Module, *, config: ShardLoraConfig, adapter_name: str) -> Iterator[list[Placed]]:
         """Collect the adapter's layers, and afterwards give them factors: how large a pool is depends on how many share it.
 
         Args:
@@ -44,7 +44,7 @@ class ShardLoraModel(FactorModel):
         )
 
     @staticmethod
-    def swap(layer: LoraLayer, config: ShardLoraConfig, adapter_name: str, module: str, given: list[Placed]) -> None:
+    def swap(layer: LoraLayer, *, config: ShardLoraConfig, adapter_name: str, module: str, given: list[Placed]) -> None:
         """`FactorModel.swap`: note the layer, which keeps LoRA's own factors until all layers are known.
 
         Raises:

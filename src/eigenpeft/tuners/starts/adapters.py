@@ -17,8 +17,8 @@ from eigenpeft.tuners.starts.config import StartedLoraConfig
 
 def init_lora_from_adapter(
     model: nn.Module,
-    adapters: AdapterCollection | AdapterStore | str | Path,
     *,
+    adapters: AdapterCollection | AdapterStore | str | Path,
     name: str | None = None,
     adapter_name: str = "default",
     **lora: Any,

@@ -33,8 +33,8 @@ SIDES: dict[str, Callable[[Tensor, Tensor, int], Factors]] = {"in": _at_in, "out
 
 def init_lora_from_subspace(
     model: nn.Module,
-    subspace: PrincipalSubspace,
     *,
+    subspace: PrincipalSubspace,
     side: str = "in",
     r: int = 8,
     adapter_name: str = "default",
@@ -63,9 +63,11 @@ def init_lora_from_subspace(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> base = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        >>> model = init_lora_from_subspace(base, PrincipalSubspace({"0": bank}), r=2)
+        >>> model = init_lora_from_subspace(base, subspace=PrincipalSubspace({"0": bank}), r=2)
         >>> model.base_model.model[0].lora_A["default"].weight.data
         tensor([[1., 0., 0., 0.],
                 [0., 1., 0., 0.]])
@@ -93,7 +95,9 @@ def lora_config_from_subspace(
     Examples:
         >>> import torch
         >>> from eigenpeft.subspace import ModuleSubspace, PrincipalSubspace
-        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), torch.ones(2), torch.ones(2), torch.ones(2) / 2)
+        >>> ones = torch.ones(2)
+        >>> spectra = {"singular_values_in": ones, "singular_values_out": ones, "explained_variance_ratio": ones / 2}
+        >>> bank = ModuleSubspace(torch.eye(2, 4), torch.eye(2, 3), **spectra)
         >>> config = lora_config_from_subspace(PrincipalSubspace({"0": bank}), r=2)
         >>> config.peft_type.value, config.lora_alpha
         ('LORA', 4)
