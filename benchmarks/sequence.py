@@ -221,7 +221,7 @@ class Absorbed:
         self.components.append(max(len(bank.components_in) for bank in self.store.subspace.banks.values()))
 
     def updates(self, name):
-        factors = {module: self.store.factors(name, module) for module in self.store[name]}
+        factors = {module: self.store.factors(name, module=module) for module in self.store[name]}
         return {module: lora_B @ lora_A for module, (lora_B, lora_A) in factors.items()}
 
     def measures(self, change):

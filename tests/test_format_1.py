@@ -46,7 +46,7 @@ def test_store_gives_the_same_updates(folder):
     assert store.names == ("adapter-0", "adapter-1", "adapter-2")
     for name in store.names:
         for module in store.subspace:
-            lora_B, lora_A = store.factors(name, module)
+            lora_B, lora_A = store.factors(name, module=module)
             torch.testing.assert_close(lora_B @ lora_A, EXPECTED[f"store.{name}.{module}"], rtol=1e-6, atol=1e-6)
 
 

@@ -94,7 +94,7 @@ def difference(adapter: LoRAModel, store: AdapterStore, name: str) -> float:
     """Largest difference of the factors' products on some inputs, relative to the products."""
     largest = 0.0
     for module in ("model.layers.0.self_attn.q_proj", f"model.layers.{N_LAYERS - 1}.mlp.down_proj"):
-        ours = store.factors(name, module)
+        ours = store.factors(name, module=module)
         assert ours is not None
         theirs = adapter.loras[module]
         inputs = torch.eye(ours[1].shape[1], 16)

@@ -58,7 +58,7 @@ def test_all_components_reconstruct_every_adapter_of_any_rank(tmp_path, method, 
     assert max(max(row.values()) for row in store.relative_errors.values()) < 1e-5
     for name, updates in made.updates.items():
         for module, update in updates.items():
-            lora_B, lora_A = store.factors(name, module)
+            lora_B, lora_A = store.factors(name, module=module)
             error = torch.linalg.norm(lora_B.double() @ lora_A.double() - update) / torch.linalg.norm(update)
             assert error < 1e-5
 

@@ -320,7 +320,7 @@ def test_members_of_a_store_are_merged(mixed):
     expected = {}
     for weight, name in zip([1, 2, 3, 4, 5], store.names, strict=True):
         for module in subspace:
-            if (pair := store.factors(name, module)) is not None:
+            if (pair := store.factors(name, module=module)) is not None:
                 expected[module] = expected.get(module, 0) + weight * pair[0].double() @ pair[1].double()
     assert relative_error(whole(merged), expected) < 1e-6
     assert merged.rank <= 6

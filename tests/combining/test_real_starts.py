@@ -116,7 +116,7 @@ def test_a_mixture(adapters, batch, tmp_path):
     model = get_peft_model(fresh(), EigenLoraConfig(core="mixture", sources=store, init_weights=start))
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            left, right = store.factors(name, whole.find(path))
+            left, right = store.factors(name, module=whole.find(path))
             torch.testing.assert_close(layer.get_delta_weight("default"), left @ right, rtol=1e-5, atol=1e-7)
 
 

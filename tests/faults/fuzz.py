@@ -164,7 +164,7 @@ def targets(folder: Path) -> list[Target]:
 
     def store() -> None:
         opened = AdapterStore.from_pretrained(folder / "store")
-        [(opened.member(name), [opened.factors(name, module) for module in opened.subspace]) for name in opened]
+        [(opened.member(name), [opened.factors(name, module=module) for module in opened.subspace]) for name in opened]
         opened.card()
 
     def rewarding() -> None:

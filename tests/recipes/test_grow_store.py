@@ -61,7 +61,7 @@ def test_new_tasks_are_absorbed_and_old_members_keep_their_bits(recipe, zoo, tmp
     base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     lora = PeftModel.from_pretrained(base, tmp_path / "grown" / "adapters" / "second")
     for module in store["second"]:
-        lora_B, lora_A = store.factors("second", module)
+        lora_B, lora_A = store.factors("second", module=module)
         expected = lora.base_model.model.get_submodule(module).get_delta_weight("default")
         torch.testing.assert_close(lora_B @ lora_A, expected, rtol=1e-4, atol=1e-6)
 

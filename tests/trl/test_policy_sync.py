@@ -68,7 +68,7 @@ def test_what_cannot_be_handed_over_is_refused(tmp_path):
         PolicySyncCallback(tmp_path, every=0)
     model = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(AdapterConfigError, match=r"'default' trains '.*lm_head.*' in full, which engines do not load"):
-        save_plain_lora(model, "default", tmp_path / "lora")
+        save_plain_lora(model, adapter_name="default", out_dir=tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

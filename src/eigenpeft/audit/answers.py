@@ -29,7 +29,7 @@ class CompressRow:
     ratio: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compress:
     """May these adapters be kept in fewer numbers?
 

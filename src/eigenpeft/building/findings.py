@@ -47,4 +47,4 @@ def fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedM
         f"{len(fewer)} of the {len(fitted)} modules have fewer than {DEFAULT_COMPONENTS} components, all that their adapters "
         f"span: {shown}{more}. With rank r each adapter of a module adds at most r; those of {some(names)} adapt them."
     )
-    return (Finding("fewer_components", names, message, float(len(fewer))),)
+    return (Finding(kind="fewer_components", adapters=names, message=message, value=float(len(fewer))),)

@@ -26,7 +26,7 @@ _ENTRIES_COMPARED = 8192
 _SKETCH_SIZE = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """Something noticed about adapters that is not an error.
 
@@ -136,7 +136,8 @@ class Diagnosis:
         for name, norm in self.norms.items():
             if norm == 0:
                 message = f"{name!r} changes nothing: its update is zero in every module, as before training."
-                yield Finding("untrained", (name,), f"{message} Leave it out, or look for the trained file.", 0.0)
+                message += " Leave it out, or look for the trained file."
+                yield Finding(kind="untrained", adapters=(name,), message=message, value=0.0)
 
     def _outliers(self) -> Iterator[Finding]:
         logs = {name: math.log(norm) for name, norm in self.norms.items() if norm > 0}
@@ -151,7 +152,7 @@ class Diagnosis:
                     f"{math.exp(center):.4g}; it may have diverged, and would own a subspace fitted with "
                     "weighting='none'."
                 )
-                yield Finding("outlier_norm", (name,), message, math.exp(log))
+                yield Finding(kind="outlier_norm", adapters=(name,), message=message, value=math.exp(log))
 
     def _same_starts(self) -> Iterator[Finding]:
         for names, cosine in self._starts.groups(above=SAME_START_COSINE):
@@ -159,7 +160,7 @@ class Diagnosis:
                 f"{_listed(names)} started from the same random lora_A (mean cosine {cosine:.2f}): directions they share "
                 "may be the seed's and not learnt."
             )
-            yield Finding("same_start", names, message, cosine)
+            yield Finding(kind="same_start", adapters=names, message=message, value=cosine)
 
     def _near_duplicates(self) -> Iterator[Finding]:
         for names, cosine in self._updates.groups(above=NEAR_DUPLICATE_COSINE):
@@ -167,7 +168,7 @@ class Diagnosis:
                 f"{_listed(names)} have nearly the same update (mean cosine {cosine:.2f}), like checkpoints of one run: "
                 "together they count as several adapters. Keep one."
             )
-            yield Finding("near_duplicate", names, message, cosine)
+            yield Finding(kind="near_duplicate", adapters=names, message=message, value=cosine)
 
 
 def independent_groups(names: Sequence[str], findings: Iterable[Finding]) -> dict[str, str]:

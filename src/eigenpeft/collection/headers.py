@@ -32,7 +32,7 @@ def _kept_aside(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 f"{some(names)}: {len(keys)} tensors are not weight updates of an adapted module, such as a head; a subspace holds "
                 f"none of them, a store keeps them beside: {some(keys)}."
             )
-            yield Finding("kept_aside", names, message, float(len(keys)))
+            yield Finding(kind="kept_aside", adapters=names, message=message, value=float(len(keys)))
 
 
 def _missing_modules(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -41,7 +41,7 @@ def _missing_modules(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
         absent = [module for module in modules if module not in set(present)]
         if absent:
             message = f"{some(names)}: {len(absent)} of the {len(modules)} modules have no update, {some(absent)}."
-            yield Finding("missing_modules", names, message, float(len(absent)))
+            yield Finding(kind="missing_modules", adapters=names, message=message, value=float(len(absent)))
 
 
 def _aligned_names(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def _aligned_names(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 f"{some(names)}: {len(aligned)} modules are named otherwise than in the other adapters, {old!r} for "
                 f"{new!r}, and were taken for the same."
             )
-            yield Finding("aligned_names", names, message, float(len(aligned)))
+            yield Finding(kind="aligned_names", adapters=names, message=message, value=float(len(aligned)))
 
 
 def _unknown_fields(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -62,7 +62,7 @@ def _unknown_fields(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 f"{some(names)}: the config sets {some(fields)}, which no version of PEFT up to 0.21 has. If a newer one or "
                 "another tool changes the update by it, what was read is not the adapter's update; ask its author."
             )
-            yield Finding("unknown_fields", names, message, float(len(fields)))
+            yield Finding(kind="unknown_fields", adapters=names, message=message, value=float(len(fields)))
 
 
 def _adapters_below(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
@@ -77,7 +77,9 @@ def _adapters_below(members: Sequence[OpenAdapter]) -> Iterator[Finding]:
                 f"{member.info.name!r}: {len(unread)} adapters in folders below it were not read, {some(unread)}. Name their "
                 "folders too if they are meant."
             )
-            yield Finding("adapters_below", (member.info.name,), message, float(len(unread)))
+            yield Finding(
+                kind="adapters_below", adapters=(member.info.name,), message=message, value=float(len(unread))
+            )
 
 
 def _groups(keyed: Sequence[tuple[tuple, str]]) -> list[tuple[tuple, tuple[str, ...]]]:

@@ -10,7 +10,7 @@ from eigenpeft.errors import EigenPeftError
 _FOLDER = Path(__file__).parent / "data" / "related"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NewCustomer:
     """A task that the related adapters were not trained on.
 
@@ -77,4 +77,4 @@ def new_customer(number: int, *, n_rows: int = 64) -> NewCustomer:
         if i < len(texts)
     ]
     test = [{"text": row["text"], "label": classes[row["label"]]} for row in splits["test"]]
-    return NewCustomer(f"new_{number}", tuple(found["intents"]), train[:n_rows], test)
+    return NewCustomer(name=f"new_{number}", intents=tuple(found["intents"]), train=train[:n_rows], test=test)

@@ -23,7 +23,7 @@ ENDPOINTS = (
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SyncReport:
     """What a synchronisation did, by the names that requests use (`STORE/MEMBER`).
 

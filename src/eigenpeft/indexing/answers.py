@@ -24,7 +24,7 @@ class Match:
     downhill: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexAnswer:
     """The adapters nearest to some rows.
 

@@ -144,7 +144,9 @@ class AdapterIndex(Pushable):
             lead = float(cosines[order[0]] - cosines[order[1]])
             probability = sureness.probability(lead, len(embedded))
             is_far = sureness.is_far(float(cosines[order[0]]), len(embedded))
-        return IndexAnswer(with_downhill(matches, downhill), len(embedded), probability, is_far)
+        return IndexAnswer(
+            matches=with_downhill(matches, downhill), n_rows=len(embedded), probability=probability, is_far=is_far
+        )
 
     def route(
         self, texts: Iterable[Any], *, top: int = 1, temperature: float = 0.05, base_if_far: bool = False

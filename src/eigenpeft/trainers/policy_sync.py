@@ -20,7 +20,7 @@ from eigenpeft.tuners.files.lora_files import write_lora
 _ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer"
 
 
-def save_plain_lora(model: Any, adapter_name: str, out_dir: str | Path) -> None:
+def save_plain_lora(model: Any, *, adapter_name: str, out_dir: str | Path) -> None:
     """Write an adapter in training as a plain LoRA of a rank that vLLM takes; whole or not at all.
 
     Args:
@@ -118,7 +118,7 @@ class PolicySyncCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         version = f"{self.name}-v{state.global_step}"
-        save_plain_lora(model, self.adapter_name, self.folder / version)
+        save_plain_lora(model, adapter_name=self.adapter_name, out_dir=self.folder / version)
         if self._endpoints is not None:
             answer = self._endpoints.load(version, self.folder / version)
             if answer is not None:
@@ -157,7 +157,7 @@ def plain_lora_for_async_grpo() -> Iterator[None]:
         if getattr(kind, "value", kind) == "LORA":
             original(model, accelerator, adapter_name, dest_dir)
         elif accelerator.is_main_process:
-            save_plain_lora(model, adapter_name, dest_dir)
+            save_plain_lora(model, adapter_name=adapter_name, out_dir=dest_dir)
 
     trainer.save_lora_adapter = save  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -153,7 +153,9 @@ def test_rebase_takes_trained_adapters(run, folder):
     moved, own = AdapterStore.from_pretrained("moved"), AdapterStore(bases)
     own.add("trained/mine")
     for module in bases:
-        both = [pair[0] @ pair[1] for pair in (moved.factors("mine", module), own.factors("mine", module))]
+        both = [
+            pair[0] @ pair[1] for pair in (moved.factors("mine", module=module), own.factors("mine", module=module))
+        ]
         torch.testing.assert_close(*both, rtol=0, atol=1e-5)
         assert float(both[0].norm()) > 0.1
     assert "only EigenLoRA adapters are moved" in run("store", "rebase", "adapters", "wide", "--out", "x").err

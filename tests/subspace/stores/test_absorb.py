@@ -35,13 +35,13 @@ def updates(store, name):
     return {
         module: lora_B.double() @ lora_A.double()
         for module in store[name]
-        for lora_B, lora_A in [store.factors(name, module)]
+        for lora_B, lora_A in [store.factors(name, module=module)]
     }
 
 
 def test_the_subspace_grows_and_no_member_changes(store, tmp_path):
     before = {name: store._records.read(name) for name in store}
-    factors = {name: {module: store.factors(name, module) for module in store[name]} for name in store}
+    factors = {name: {module: store.factors(name, module=module) for module in store[name]} for name in store}
     old = store.subspace
     report = store.absorb(tmp_path / "new", share=1.0)
     assert report.is_exact
@@ -56,7 +56,7 @@ def test_the_subspace_grows_and_no_member_changes(store, tmp_path):
             assert opened._records.read(name) == data
             for module, pair in factors[name].items():
                 # What is served, merged and exported is bit for bit what it was.
-                assert all(torch.equal(*both) for both in zip(opened.factors(name, module), pair, strict=True))
+                assert all(torch.equal(*both) for both in zip(opened.factors(name, module=module), pair, strict=True))
     for name in report.absorbed:
         assert max(store[name].relative_errors.values()) < 1e-5
         assert report.errors[name] < 1e-5

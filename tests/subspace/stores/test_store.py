@@ -36,14 +36,14 @@ def store(made):
 def test_errors_are_those_of_the_update(made, store):
     for name, updates in made.updates.items():
         for module, update in updates.items():
-            lora_B, lora_A = store.factors(name, module)
+            lora_B, lora_A = store.factors(name, module=module)
             error = torch.linalg.norm(update - lora_B.double() @ lora_A.double()) / torch.linalg.norm(update)
             assert store.relative_errors[module][name] == pytest.approx(float(error), rel=1e-3)
 
 
 def test_missing_modules_stay_missing(store):
     assert store["partial"].keys() == {"layer.0.query"}
-    assert store.factors("partial", "layer.1.query") is None
+    assert store.factors("partial", module="layer.1.query") is None
     assert "partial" not in store.relative_errors["layer.1.query"]
     assert store["adapter-0"]["layer.1.query"].coefficients_in.shape == (4, 5)
     assert store["adapter-1"]["layer.1.query"].coefficients_out.shape == (5, 2)
@@ -108,7 +108,7 @@ def test_cores_are_dense_and_in_order(store):
     dense = store.cores("layer.1.query")
     assert dense.shape == (6, 5, 5)
     for row, name in enumerate(store):
-        core = store.coefficients(name, "layer.1.query")
+        core = store.coefficients(name, module="layer.1.query")
         expected = torch.zeros(5, 5) if core is None else core.coefficients_out @ core.coefficients_in
         torch.testing.assert_close(dense[row], expected)
     assert torch.equal(store.cores("layer.1.query", names=["adapter-3", "adapter-0"]), dense[[3, 0]])
@@ -289,14 +289,15 @@ def test_rebase_is_exact_where_the_span_grows_and_measured_where_not(made, store
     )
     grown = original.rebase(wide)
     old, new = (
-        lora_B.double() @ lora_A.double() for lora_B, lora_A in (s.factors("one", module) for s in (original, grown))
+        lora_B.double() @ lora_A.double()
+        for lora_B, lora_A in (s.factors("one", module=module) for s in (original, grown))
     )
     torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-5)
     assert grown["one"][module].kind == kind
     assert torch.equal(grown["one"].kept["head"], torch.ones(2))
     assert grown["one"].relative_errors[module] < 1e-5
     smaller = grown.rebase(wide.truncate(2))
-    lora_B, lora_A = smaller.factors("one", module)
+    lora_B, lora_A = smaller.factors("one", module=module)
     error = torch.linalg.norm(new - lora_B.double() @ lora_A.double()) / torch.linalg.norm(new)
     assert smaller["one"].relative_errors[module] == pytest.approx(float(error), rel=1e-3)
     with pytest.raises(SubspaceError, match="has no bases of the same shape for 'layer.0.value'"):

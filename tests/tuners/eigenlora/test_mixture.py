@@ -81,7 +81,7 @@ def dense_loss(zoo, tokens, weights):
     for module, own in weights.items():
         update = torch.zeros_like(parameters[f"{module}.weight"])
         for weight, name in zip(own, RANKS, strict=True):
-            factors = store.factors(name, module)
+            factors = store.factors(name, module=module)
             if factors is not None:
                 update = update + weight * (factors[0].double() @ factors[1].double())
         parameters[f"{module}.weight"] = parameters[f"{module}.weight"] + update
@@ -243,7 +243,7 @@ def test_members_on_paired_directions_are_mixed_too(zoo, tokens):
     model = mixture(zoo, sources=store, init_weights=[1.0, -2.0])
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            pairs = [store.factors(member, name) for member in store.names]
+            pairs = [store.factors(member, module=name) for member in store.names]
             expected = pairs[0][0] @ pairs[0][1] - 2 * pairs[1][0] @ pairs[1][1]
             torch.testing.assert_close(layer.get_delta_weight("default"), expected, rtol=1e-4, atol=1e-6)
 

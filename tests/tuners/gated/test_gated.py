@@ -91,7 +91,7 @@ def test_equal_weights_are_the_mean_of_the_members(store, tokens):
                 parameter.zero_()
     base = tiny_llama()
     for name in opened.subspace:
-        pairs = [opened.factors(member, name) for member in opened.names]
+        pairs = [opened.factors(member, module=name) for member in opened.names]
         base.get_submodule(name).weight.data += sum(left @ right for left, right in pairs) / 3
     torch.testing.assert_close(logits(model, tokens), logits(base, tokens), rtol=1e-4, atol=1e-5)
 

@@ -38,7 +38,7 @@ def test_a_member_of_a_store_starts_as_it_lies_in_the_bases(architecture, adapte
     model = init_lora_from_adapter(architecture[0](), adapters=store, name="second")
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            left, right = store.factors("second", name)
+            left, right = store.factors("second", module=name)
             update = right.mT @ left.mT if is_conv1d(architecture) else left @ right
             torch.testing.assert_close(layer.get_delta_weight("default"), update)
 

@@ -32,7 +32,7 @@ def related_findings(names: Sequence[str], similarity: Tensor) -> list[Finding]:
             f"{names[i]!r} and {names[j]!r} have related updates (mean cosine {cosine:.2f} over the modules that both have), "
             "as runs on the same data have: what they share says little about other tasks."
         )
-        found.append(Finding("related", (str(names[i]), str(names[j])), message, cosine))
+        found.append(Finding(kind="related", adapters=(str(names[i]), str(names[j])), message=message, value=cosine))
     return found
 
 

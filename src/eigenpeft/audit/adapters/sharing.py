@@ -46,7 +46,7 @@ class SharingRow:
     shared_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sharing:
     """One bank for all modules of a kind and shape, beside a bank per module.
 
@@ -124,7 +124,7 @@ def sharing_cost(
         )
         for n_components in sorted({*(size for size in _SHOWN if size <= most), at})
     )
-    found = Sharing("", len(measured), len(kinds), rows)
+    found = Sharing(text="", n_modules=len(measured), n_banks=len(kinds), rows=rows)
     return replace(found, text=_words(found, at))
 
 

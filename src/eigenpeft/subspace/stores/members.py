@@ -97,7 +97,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         self._check_name(name)
         return sha256(self.subspace.fingerprint.encode() + self._records.read(name)).hexdigest()
 
-    def coefficients(self, name: str, module: str) -> Core | None:
+    def coefficients(self, name: str, *, module: str) -> Core | None:
         """The core of one member on one module; None if it does not adapt the module.
 
         Args:
@@ -106,14 +106,14 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         """
         return self[name].cores.get(module)
 
-    def factors(self, name: str, module: str) -> tuple[Tensor, Tensor] | None:
+    def factors(self, name: str, *, module: str) -> tuple[Tensor, Tensor] | None:
         """LoRA factors `(lora_B (out_features, r), lora_A (r, in_features))` of one member, scaling in lora_B.
 
         Args:
             name: Member.
             module: Module of the subspace.
         """
-        core = self.coefficients(name, module)
+        core = self.coefficients(name, module=module)
         return None if core is None else self.subspace.reconstruct({module: core})[module]
 
     def cores(self, module: str, *, names: Sequence[str] | None = None) -> Tensor:
