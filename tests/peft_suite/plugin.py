@@ -50,14 +50,14 @@ def _give_subspaces() -> None:
     OURS.__init__ = functools.partialmethod(OURS.__init__, core=CORE)
     injecting = EigenLoraModel.injecting.__func__
 
-    def injecting_with_subspace(cls, model, config, adapter_name):
+    def injecting_with_subspace(cls, model, *, config, adapter_name):
         if config.subspace_sha256 is None:
             if config.target_modules is None and not config.target_parameters:
                 cls._prepare_adapter_config(cls, config, cls.get_model_config(model))
             subspace = random_subspace(model, parameters=bool(config.target_parameters))
             _alive.append(subspace)
             config.subspace, config.subspace_sha256 = "random", eigenpeft.tuners.layers.shared_bases.remember(subspace)
-        return injecting(cls, model, config, adapter_name)
+        return injecting(cls, model, config=config, adapter_name=adapter_name)
 
     EigenLoraModel.injecting = classmethod(injecting_with_subspace)
 

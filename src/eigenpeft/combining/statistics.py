@@ -297,7 +297,7 @@ def _at_work(
 
 
 def _add_update(
-    factors: Factors, *, embedding: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    factors: Factors, embedding: bool, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     lora_B, lora_A = (side.to(output) for side in factors)
     seen = lora_A.mT[inputs[0]] if embedding else inputs[0] @ lora_A.mT

@@ -75,7 +75,7 @@ class AdapterResolver:
         temporary = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(gettempdir())
         folder = given.get("EIGENPEFT_CACHE_DIR") or temporary / f"eigenpeft-loras-{_user()}"
         cache = LoraCache(folder, max_bytes=max_bytes)
-        return cls(StoreCatalog(places), cache, base_models=_listed(given.get("EIGENPEFT_BASE_MODEL", "")))
+        return cls(StoreCatalog(places), cache=cache, base_models=_listed(given.get("EIGENPEFT_BASE_MODEL", "")))
 
     def resolve(self, model_name: str, *, base_model: str) -> Path:
         """The folder of the adapter that a request names, written if it is not there.

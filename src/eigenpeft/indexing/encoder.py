@@ -48,7 +48,13 @@ class BaseModelEncoder:
             batch_size: Texts at a time.
         """
         model = AutoModel.from_pretrained(name).eval()
-        return cls(model, AutoTokenizer.from_pretrained(name), name=name, max_length=max_length, batch_size=batch_size)
+        return cls(
+            model,
+            tokenizer=AutoTokenizer.from_pretrained(name),
+            name=name,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -164,7 +164,7 @@ class AdapterMember(Mapping[str, Core]):
         record = described["record"]
         if not isinstance(record, dict) or not isinstance(record.get("config") or {}, dict):
             raise ValueError("its record is not a JSON object")
-        return cls(cores, record, kept, errors, paths)
+        return cls(cores, record=record, kept=kept, relative_errors=errors, paths=paths)
 
 
 def record_in(data: bytes, *, name: str) -> dict[str, Any]:

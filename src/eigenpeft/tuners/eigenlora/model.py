@@ -127,7 +127,7 @@ class EigenLoraModel(FactorModel):
         if given.mixture is not None:
             check_one_core(layer, module, what="core='mixture'", instead="use another core")
             mixture = given.mixture.of(name, frozen_bank)
-            place(layer, bank=adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
+            place(layer, adapter_name, frozen_bank=frozen_bank, parts={}, core=core, mixture=mixture)
             adopt(layer, adapter_name)
             return
         init: Any = config.init_lora_weights
@@ -139,7 +139,7 @@ class EigenLoraModel(FactorModel):
             offset = given.warm_start.offset(name, parts, core=core, scaling=scaling, frozen_bank=frozen_bank)
         if offset is not None:
             check_one_core(layer, module, what="init_offset=True", instead="pass init_offset=False")
-        place(layer, bank=adapter_name, frozen_bank=frozen_bank, parts=parts, core=core, offset=offset)
+        place(layer, adapter_name, frozen_bank=frozen_bank, parts=parts, core=core, offset=offset)
         adopt(layer, adapter_name)
 
     @classmethod
