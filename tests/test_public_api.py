@@ -45,7 +45,7 @@ PAIRS = {
 # A method that overrides one of PEFT's, transformers', TRL's, Flower's or torch's has their signature, and so has a config
 # that extends theirs. These two have a host's signature without overriding a method.
 HOSTS = {
-    "LoReTrainer": "trainers of transformers and TRL are constructed with these",
+    "LoReTrainer": "a trainer of transformers or TRL takes its model and its arguments",
     "ZerothOrderMixin.training_step": "transformers' Trainer calls it",
 }
 SMALL_RECORD = 3  # A dataclass with no more fields may be built in their order; a named tuple is built as any tuple is.

@@ -119,7 +119,7 @@ def _of_adapters(
     if (folder / _ADAPTER_CONFIG).is_file():
         if audit is not None:
             raise ArtifactError(f"{str(folder)!r} is one adapter; an audit goes with a subspace or a store.")
-        return _adapter(folder, repo_id, subspace, base_model)
+        return _adapter(folder, repo_id=repo_id, subspace=subspace, base_model=base_model)
     if (folder / storage.STORE.config_name).is_file():
         store = AdapterStore.from_pretrained(folder)  # checks format, bases and index
         for name in store.names:
@@ -238,7 +238,7 @@ def push(publication: Publication, *, private: bool | None = None, token: str | 
         return storage.push_folder(scratch, publication.repo_id, private=private, token=token, message=message)
 
 
-def _adapter(folder: Path, repo_id: str, subspace: str | None, base_model: str | None) -> Publication:
+def _adapter(folder: Path, *, repo_id: str, subspace: str | None, base_model: str | None) -> Publication:
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         raise ArtifactError(f"{str(folder)!r} has {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS}; save the adapter again.")
     try:

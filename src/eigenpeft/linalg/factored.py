@@ -228,6 +228,7 @@ def truncate(
 def difference_norm(
     lora_B: Float[Tensor, "m r"],
     lora_A: Float[Tensor, "r n"],
+    *,
     other_B: Float[Tensor, "m s"],
     other_A: Float[Tensor, "s n"],
 ) -> Float[Tensor, ""]:
@@ -247,7 +248,7 @@ def difference_norm(
     Example:
         >>> import torch
         >>> eye = torch.eye(2)
-        >>> round(difference_norm(3 * eye[:, :1], eye[:1], eye, eye).item(), 4)  # diag(3, 0) - diag(1, 1)
+        >>> round(difference_norm(3 * eye[:, :1], eye[:1], other_B=eye, other_A=eye).item(), 4)  # diag(3, 0) - diag(1, 1)
         2.2361
     """
     left = torch.cat([lora_B.to(torch.float64), -other_B.to(torch.float64)], dim=1)

@@ -46,5 +46,5 @@ def paired_core(lora_B: Tensor, lora_A: Tensor, *, bank: ModuleSubspace) -> tupl
     diagonal = pair_coefficients(lora_B, lora_A, components_out=components_out, components_in=components_in).to(
         components_out.dtype
     )
-    missed = difference_norm(lora_B, lora_A, components_out.mT * diagonal, components_in)
+    missed = difference_norm(lora_B, lora_A, other_B=components_out.mT * diagonal, other_A=components_in)
     return Core("diagonal", {"coefficients_out": diagonal}), float(missed)

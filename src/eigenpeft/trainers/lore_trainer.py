@@ -66,6 +66,7 @@ class LoReTrainer(RewardTrainer):
         self,
         model: Any,
         args: LoReConfig | None = None,
+        *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,

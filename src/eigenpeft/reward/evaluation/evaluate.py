@@ -143,14 +143,18 @@ def evaluate_lore(
     pairs = (differences[train], nothing[train])
     lore = fitter.fit(*pairs, **keywords).model_
     shared = LoReFitter(n_basis=1, seed=seed).fit(*pairs, **keywords).model_.reward_basis[0]
-    controls = _control_margins(differences, rows, parts, shared, reference_head, len(names), seed)
+    controls = _control_margins(
+        differences, rows=rows, parts=parts, shared=shared, reference_head=reference_head, n_users=len(names), seed=seed
+    )
     oracle = {} if true_margins is None else {"oracle": true_margins}
     draws = Bootstrap(rows, n_users=len(names), n_draws=n_bootstrap, seed=seed)
 
     def judged(model: LowRankRewardModel) -> LoReEvaluation:
-        margins = controls | _lore_margins(differences, rows, parts, model, len(names)) | oracle
-        curve = _few_shot(differences, rows, parts, model, shared, shots, draws, seed)
-        return _evaluation(margins, parts, draws, curve, n_basis=model.n_basis, chosen=lore.n_basis)
+        margins = controls | _lore_margins(differences, rows=rows, parts=parts, lore=model, n_users=len(names)) | oracle
+        curve = _few_shot(
+            differences, rows=rows, parts=parts, lore=model, shared=shared, shots=shots, draws=draws, seed=seed
+        )
+        return _evaluation(margins, parts=parts, draws=draws, curve=curve, n_basis=model.n_basis, chosen=lore.n_basis)
 
     found, personal = judged(lore), _best_personal(fitter)
     if personal is None:
@@ -173,10 +177,10 @@ def _best_personal(fitter: LoReFitter) -> LoReFitter | None:
 
 def _evaluation(
     margins: dict[str, Tensor],
+    *,
     parts: Parts,
     draws: Bootstrap,
     curve: tuple[dict[str, dict[int, Share]], dict[int, Share]],
-    *,
     n_basis: int,
     chosen: int,
 ) -> LoReEvaluation:
@@ -223,6 +227,7 @@ def _evaluation(
 
 def _control_margins(
     differences: Tensor,
+    *,
     rows: Tensor,
     parts: Parts,
     shared: Tensor,
@@ -249,7 +254,7 @@ def _control_margins(
 
 
 def _lore_margins(
-    differences: Tensor, rows: Tensor, parts: Parts, lore: LowRankRewardModel, n_users: int
+    differences: Tensor, *, rows: Tensor, parts: Parts, lore: LowRankRewardModel, n_users: int
 ) -> dict[str, Tensor]:
     """Margins of every comparison under LoRe and its population; users are fitted to `train` and `pool`."""
     fitted = parts.train | parts.pool
@@ -265,6 +270,7 @@ def _lore_margins(
 
 def _few_shot(
     differences: Tensor,
+    *,
     rows: Tensor,
     parts: Parts,
     lore: LowRankRewardModel,

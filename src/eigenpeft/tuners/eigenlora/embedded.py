@@ -77,7 +77,7 @@ def fill_embedded(model: nn.Module, adapter_name: str, embedded: Mapping[str, Te
                 )
     for path, layer, frozen_bank in layers:
         if saved[path]:
-            filled = fill_bank(layer, frozen_bank, **saved[path])
+            filled = fill_bank(layer, frozen_bank=frozen_bank, **saved[path])
             for factors in factor_dicts(layer):
                 factors[adapter_name].use_bank(filled)
             drop_unused_bases(layer)

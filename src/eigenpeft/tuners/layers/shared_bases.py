@@ -156,7 +156,9 @@ def attach_empty_bank(
     return _add(layer, FrozenBank(components_in, components_out, is_filled=False), fingerprint=fingerprint)
 
 
-def fill_bank(layer: LoraLayer, frozen_bank: FrozenBank, components_in: Tensor, components_out: Tensor) -> FrozenBank:
+def fill_bank(
+    layer: LoraLayer, *, frozen_bank: FrozenBank, components_in: Tensor, components_out: Tensor
+) -> FrozenBank:
     """Load the components of an adapter's file into a bank of the layer.
 
     A bank of the layer that already holds equal components is shared. Otherwise the adapter's bank is filled if it is still
