@@ -130,7 +130,7 @@ def _check_task(model: str | None, dataset: Path | None, *, train_head: bool) ->
         raise EigenPeftError("Pass both --model and --dataset: the gradient of a new task needs the two of them.")
     if train_head and model is None:
         raise EigenPeftError("--train-head goes with --model and --dataset; leave it out or pass the two of them.")
-    if dataset is not None:
+    if dataset is not None:  # imported here for the same reason as the task below
         import_module("eigenpeft.cli.rows").check_there(dataset)
 
 
