@@ -1,7 +1,7 @@
 """Does training without gradients reach what gradients reach? The diagonal core on all-MiniLM-L6-v2, and what memory it takes.
 
 Papers:    MeZO, arXiv 2305.17333; SPSA, Spall, IEEE Trans. Autom. Control 37, 1992; directions at right angles, arXiv 1804.02395.
-Command:   python benchmarks/zeroth_order.py --data DIR --tasks trec6 mpqa; python benchmarks/zeroth_order.py --memory
+Command:   python benchmarks/zeroth_order.py --data DIR --tasks trec6 cr sst2; python benchmarks/zeroth_order.py --memory
 Hardware:  CPU, one thread; about seven minutes of CPU time per task.
 Writes:    benchmarks/results/zeroth_order.json (a part per call) and lines on stdout.
 
@@ -261,7 +261,7 @@ def measured(kind):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--tasks", nargs="*", default=["trec6", "mpqa"])
+    parser.add_argument("--tasks", nargs="*", default=["trec6", "cr", "sst2"])
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--measure", choices=("inference", "zeroth order", "adam"), help=argparse.SUPPRESS)
     given = parser.parse_args()
