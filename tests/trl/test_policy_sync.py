@@ -80,7 +80,7 @@ def test_sharded_parameters_are_refused(tmp_path):
         with pytest.raises(
             AdapterConfigError, match=r"sharded \(FSDP\); synchronise an adapter from unsharded processes"
         ):
-            save_plain_lora(model, "default", tmp_path / "lora")
+            save_plain_lora(model, adapter_name="default", out_dir=tmp_path / "lora")
     finally:
         distributed.destroy_process_group()
     assert not (tmp_path / "lora").exists()
