@@ -221,6 +221,7 @@ class SubspaceBuilder:
 
         Raises:
             SubspaceError: If the method cannot be updated, a name is already taken, or shapes differ.
+            CollectionError, ArtifactError, LostProcessError: As `fit`, which it is before anything has been fitted.
         """
         if not hasattr(self, "subspace_"):
             return self.fit(collection)

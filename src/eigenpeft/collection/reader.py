@@ -155,6 +155,7 @@ class AdapterCollection:
             names: As for `factors`.
 
         Raises:
+            KeyError: If no adapter adapts a module of that name.
             CollectionError: As `factors`, after the last adapter that can be read.
         """
         problems = []
@@ -196,6 +197,9 @@ class AdapterCollection:
 
         Args:
             name: Name of the adapter.
+
+        Raises:
+            CollectionError: If the name is unknown.
         """
         self._check_names([name])
         return dict(self._members[name].aligned)
@@ -205,6 +209,9 @@ class AdapterCollection:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts a module of that name.
         """
         return tuple(member.info.name for member in self._having(module))
 
@@ -213,6 +220,9 @@ class AdapterCollection:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts a module of that name.
         """
         return {
             member.info.name: member.weights.shapes[member.locations[module].key_A][0]
@@ -226,6 +236,9 @@ class AdapterCollection:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts a module of that name.
         """
         return any(member.fan_in_fan_out for member in self._having(module))
 
@@ -234,6 +247,9 @@ class AdapterCollection:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts a module of that name.
         """
         return any("lora_embedding_" in member.locations[module].key_A for member in self._having(module))
 
@@ -242,6 +258,9 @@ class AdapterCollection:
 
         Args:
             name: Adapter. With the hash of its weights file this says everything that its updates depend on.
+
+        Raises:
+            CollectionError: If the name is unknown.
         """
         self._check_names([name])
         member = self._members[name]

@@ -189,6 +189,7 @@ def choose_scale(
         λ, for `scale=` or `init_scale=`.
 
     Raises:
+        CollectionError: If the adapters cannot be read or merged together.
         AdapterConfigError: If the metric is unknown or the grid is empty.
     """
     was = {module: module.training for module in model.modules()}

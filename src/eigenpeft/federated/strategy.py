@@ -10,7 +10,7 @@ from flwr.serverapp import Grid  # pyright: ignore[reportMissingImports]
 from flwr.serverapp.strategy import FedAvg, Result  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from eigenpeft.combining.federation.averaging import average, find_rule
+from eigenpeft.combining.federation.averaging import average, find_averaging_rule
 from eigenpeft.combining.federation.round_files import Rounds, read_rounds, save_rounds
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.federated.messages import EXAMPLES, RULE, SCALING, read_replies, to_record
@@ -61,7 +61,7 @@ class AdapterFedAvg(FedAvg):
         options: Mapping[str, Any] | None = None,
         **fedavg: Any,
     ):
-        find_rule(rule)
+        find_averaging_rule(rule)
         if not scaling > 0:
             raise AdapterConfigError(
                 f"scaling={scaling} must be above 0: it is lora_alpha / r of the server's adapter."
@@ -153,6 +153,9 @@ class AdapterFedAvg(FedAvg):
         Args:
             server_round: Number of the round in this run.
             replies: Replies of the clients.
+
+        Raises:
+            AdapterConfigError: If the rule cannot average what was sent, or nothing usable came.
         """
         updates, contents, left_out = read_replies(replies)
         updates.sort(key=lambda update: update.name)  # sums of floats depend on the order, and answers come in any

@@ -120,6 +120,9 @@ def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[
     Returns:
         (min(k, l),) angles in radians, ascending, float64.
 
+    Raises:
+        ValueError: If the rows of one of them are not linearly independent.
+
     Example:
         >>> import torch
         >>> angle = principal_angles(torch.eye(3)[:2], torch.tensor([[1.0, 0.0, 1e-9]]))

@@ -143,6 +143,9 @@ class CoreKind(ABC):
             zero_side: Side of the factored core that starts at zero: "out" as LoRA does for linear layers, "in" as it does
                 for embeddings. Cores of one part start at zero there.
             scale: Standard deviation of the other side where `zero_side` is "in".
+
+        Raises:
+            SubspaceError: As `shapes`.
         """
         shape = self.shapes(n_in=n_in, n_out=n_out, rank=rank)["coefficients_out"]
         return {"coefficients_out": torch.zeros(shape) if init is not False else _uniform(shape)}

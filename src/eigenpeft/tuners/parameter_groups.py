@@ -59,8 +59,8 @@ def parameter_groups(
 def check_lorafa_pairs(names: Sequence[str]) -> None:
     """Refuse parameters that PEFT's LoRA-FA optimizer would pair wrongly: it takes LoRA's tensors two by two, A and B.
 
-    EigenLoRA's core "low_rank" has such pairs: A Aᵀ = C_in C_inᵀ, the components being orthonormal, so that the optimizer's
-    projection of the gradient (arXiv 2308.03303) is that of LoRA within the subspace.
+    EigenLoRA's core "low_rank" has such pairs: A Aᵀ = C_in C_inᵀ, the components being orthonormal, so that LoRA-FA (arXiv
+    2308.03303: A is frozen, the gradient of B is `∂L/∂B (A Aᵀ)⁻¹ / s²`) does within the subspace what it does for LoRA.
 
     Args:
         names: Names of the parameters, as the optimizer gets them.

@@ -84,7 +84,7 @@ class Averaged:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def find_rule(rule: str) -> AveragingRule:
+def find_averaging_rule(rule: str) -> AveragingRule:
     """The row of a rule; a merging rule gets one of its own.
 
     Args:
@@ -121,7 +121,7 @@ def sent_keys(keys: Iterable[str], *, rule: str) -> list[str]:
     """
     keys = [key for key in keys if not key.endswith(_FROZEN)]
     sides = {key: side for each in factor_keys(keys).values() for side, key in each.items()}
-    sent = find_rule(rule).sent
+    sent = find_averaging_rule(rule).sent
     return [key for key in keys if sides.get(key, _REST) in sent]
 
 
@@ -165,7 +165,7 @@ def average(
         tensor([[1., 1.],
                 [1., 1.]])
     """
-    row = find_rule(rule)
+    row = find_averaging_rule(rule)
     if rule == "seeds" and options:
         raise AdapterConfigError(f"{', '.join(options)} is not an option of rule='seeds', which takes none.")
     known = {key: tensor for key, tensor in expected.items() if f".{RESIDUE}_" not in key}

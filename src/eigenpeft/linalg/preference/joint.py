@@ -44,8 +44,9 @@ def fit_joint(
 ) -> JointFit:
     """Basis and user weights of least negative log posterior near a start that the data suggest.
 
-    LoRe's joint problem (Bose et al., arXiv 2504.14439), rewards `W R` with one basis R (n_basis, d) for all users and a row of W
-    on the simplex for each, under the prior of `joint_gradient`. The prior and the start are ours.
+    LoRe calls it collaborative ranking (Bose et al., arXiv 2504.14439): `min_{R, W} Σ_i -log σ(w_{u(i)}ᵀ R x_i)` with one basis R
+    (n_basis, d) for all users and a row w_u of W on the simplex for each; here under the prior of `joint_gradient`. The prior and
+    the start are ours.
 
     First the shared direction alone (a convex problem: every row the same). Then the users' own score vectors at that
     point, projected on their leading directions, say where users differ: the rows start as the vertices of a randomly

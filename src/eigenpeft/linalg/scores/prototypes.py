@@ -77,13 +77,13 @@ def prototype_logits(
     *,
     weight: float = 0.1,
 ) -> Float[Tensor, "p n_classes"]:
-    """`Σ_t w_ct cos(φ_t(x), P_ct)`: w is 1 in the space of the adapter that class c was learnt with, `weight` in the others.
+    """`Σ_t w_ct cos(φ_t(x), P_ct)` over adapters t: w is 1 for the one that class c was learnt with, `weight` for the others.
 
     Args:
         features: φ_t(x) of the same rows, per adapter t.
         prototypes: P_t of all classes, per adapter.
-        owners: t of each class.
-        weight: Weight of the other spaces; the paper has 0.1.
+        owners: Number of the adapter that each class was learnt with.
+        weight: Weight of the other spaces; 0.1 in EASE (arXiv 2403.12030).
     """
     logits = []
     for number, (own, means) in enumerate(zip(features, prototypes, strict=True)):

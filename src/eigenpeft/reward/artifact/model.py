@@ -167,6 +167,9 @@ class LowRankRewardModel(RewardModelArtifact):
 
         Returns:
             (n,), between 0 and 1.
+
+        Raises:
+            RewardModelError: As `rewards`; `UnknownUserError` for users that are not known.
         """
         first, second = (self.rewards(side, user_ids, unknown=unknown) for side in (chosen, rejected))
         return torch.sigmoid(first - second)
@@ -197,6 +200,9 @@ class LowRankRewardModel(RewardModelArtifact):
 
         Returns:
             Rows, best first.
+
+        Raises:
+            RewardModelError: If the candidates have another width than the basis, or their two sides differ in number.
         """
         candidates = pair_margins(chosen, rejected, self.reward_basis)
         return next_pair(posterior.weights, posterior.covariance, candidates=candidates).tolist()

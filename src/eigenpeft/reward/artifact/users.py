@@ -79,6 +79,9 @@ class UserTable:
 
         Returns:
             (n,) bool.
+
+        Raises:
+            RewardModelError: If an id is empty, too long, or of another type.
         """
         keys = [encode(user_id) for user_id in user_ids]
         found = self._rows(keys)[1]
@@ -99,6 +102,7 @@ class UserTable:
             (n, n_basis) float32.
 
         Raises:
+            RewardModelError: If an id is empty, too long, or of another type.
             UnknownUserError: If one is unknown and there is no default.
         """
         keys = [encode(user_id) for user_id in user_ids]
@@ -132,6 +136,7 @@ class UserTable:
             user_id: A known user.
 
         Raises:
+            RewardModelError: If an id is empty, too long, or of another type.
             UnknownUserError: If it is not known.
         """
         key = encode(user_id)
@@ -184,6 +189,7 @@ class UserTable:
             user_id: A known user.
 
         Raises:
+            RewardModelError: If an id is empty, too long, or of another type.
             UnknownUserError: If it is not known.
         """
         with self._lock:

@@ -176,6 +176,9 @@ class EigenLoraModel(FactorModel):
             combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
             svd_rank: PEFT's own: rank of the new adapter with "svd"; None takes the largest of the sources.
             **kwargs: PEFT's own.
+
+        Raises:
+            ValueError: If an adapter is not there, or what PEFT itself refuses.
         """
         if adapter_name in self.peft_config:
             return

@@ -106,6 +106,9 @@ class GrowingClassifier:
 
         Args:
             rows: As for `add`.
+
+        Raises:
+            AdapterConfigError: If there are no classes yet.
         """
         return [self.classes[i] for i in self.logits(rows).argmax(dim=1).tolist()]
 

@@ -69,6 +69,9 @@ class SubspaceHistory:
         Args:
             inputs: Module to rows (rows, in_features), as `collect_inputs` gives them.
             share: In (0, 1]; `size` bounds it.
+
+        Raises:
+            ValueError: If `share` is not in (0, 1].
         """
         for module, rows in inputs.items():
             memory = self.rows.get(module, rows[:0])
