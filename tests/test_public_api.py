@@ -198,8 +198,8 @@ def test_everything_after_the_first_argument_is_keyword_only(room, by_position):
 
 
 def test_every_exception_is_used(by_position):
-    if len(by_position) < len(ROOMS):
-        pytest.skip(f"needs {', '.join(EXTRAS.values())}")
+    if "eigenpeft.trainers" not in by_position:  # the room of Flower has no exceptions
+        pytest.skip("needs trl")
     rows = [row for found in by_position.values() for row in found]
     assert set(PAIRS) <= {positional for _, positional in rows}
     assert set(HOSTS) <= {name for name, _ in rows}
