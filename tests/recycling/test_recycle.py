@@ -258,7 +258,9 @@ def test_a_language_model_is_judged_row_by_row():
 
 def test_trials_at_chance_are_not_ranked():
     trials = tuple(
-        Trial(candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, numbers=12, seconds=1.0)
+        Trial(
+            candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, n_parameters=12, seconds=1.0
+        )
         for name, score in (("lora_r8", 0.5), ("init", 0.62))
     )
     report = RecycleReport(
@@ -289,7 +291,9 @@ def test_trials_at_chance_are_not_ranked():
 @pytest.mark.parametrize(("rival", "is_compared"), [(None, False), ("lora_r8", False), ("init", True)])
 def test_no_comparison_is_claimed_that_was_not_made(rival, is_compared):
     trials = tuple(
-        Trial(candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, numbers=12, seconds=1.0)
+        Trial(
+            candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, n_parameters=12, seconds=1.0
+        )
         for name, score in (("lora_r8", 0.8), ("init", 0.7))
     )
     report = RecycleReport(

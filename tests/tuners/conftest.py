@@ -1,8 +1,11 @@
 """Tiny real architectures from configs, and a subspace of random orthonormal bases for any of them."""
 
+import importlib.metadata
+
 import jaxtyping
 import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,12 +16,18 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import peft as integration
 from transformers.pytorch_utils import Conv1D
 
 from eigenpeft import PrincipalSubspace
 from eigenpeft.subspace import ModuleSubspace, SubspaceInfo
 
 VOCABULARY = 50
+WANTED_PEFT = getattr(integration, "MIN_PEFT_VERSION", "0")
+needs_own_adapters = pytest.mark.skipif(
+    Version(importlib.metadata.version("peft")) < Version(WANTED_PEFT),
+    reason=f"transformers' own add_adapter asks for peft >= {WANTED_PEFT}",
+)
 
 
 def tiny_llama(**changes):

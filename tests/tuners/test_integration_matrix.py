@@ -34,7 +34,15 @@ from eigenpeft.tuners import ShardLoraConfig
 from eigenpeft.tuners.layers.linear import InputFactor, MixedFactor, OutputFactor
 from eigenpeft.tuners.layers.shards import ShardFactor
 from eigenpeft.tuners.shardlora.sharing import SHARINGS
-from tests.tuners.conftest import MODELS, is_conv1d, logits, random_subspace, train, trained_by_trainer
+from tests.tuners.conftest import (
+    MODELS,
+    is_conv1d,
+    logits,
+    needs_own_adapters,
+    random_subspace,
+    train,
+    trained_by_trainer,
+)
 
 # shards, input, output: the sharings of ShardLoRA
 # offset: "low_rank" from a merge that it cannot hold; paired: "diagonal" on paired directions
@@ -157,6 +165,7 @@ def test_load_adapter_and_mixed_batch(architecture, method, trained, tmp_path, t
         torch.testing.assert_close(mixed[row], expected[row], atol=1e-5, rtol=1e-5)
 
 
+@needs_own_adapters
 def test_transformers_own_methods(architecture, method, tmp_path, tokens):  # 8, 9, 10, 11
     model = architecture[0]()
     model.add_adapter(config(architecture, method, tmp_path))

@@ -225,7 +225,7 @@ def test_banks_with_unequal_sides_are_refused(paired):
 
 @pytest.mark.parametrize("value", [0.9, "auto", {"*": 0.5}])
 def test_shares_of_pairs_are_refused(value, made):
-    with pytest.raises(SubspaceError, match=r"with method='paired': pairs of fewer directions are no part"):
+    with pytest.raises(SubspaceError, match=r"with method='paired': pairs of fewer directions are not part"):
         SubspaceBuilder(n_components=value, method="paired").fit(made[1])
 
 

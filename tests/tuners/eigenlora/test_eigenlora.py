@@ -16,7 +16,7 @@ from eigenpeft import EigenLoraConfig, PrincipalSubspace
 from eigenpeft.errors import AdapterConfigError, ArtifactError, SubspaceError, SubspaceNotFoundError
 from eigenpeft.tuners import control_config
 from eigenpeft.tuners.layers.linear import InputFactor, OutputFactor
-from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
+from tests.tuners.conftest import logits, needs_own_adapters, random_subspace, tiny_bert, tiny_llama, train
 
 CORES = ("low_rank", "full", "diagonal")
 
@@ -300,6 +300,7 @@ def test_torch_compile(tmp_path, tokens, core, no_shape_checks):
     torch.testing.assert_close(logits(compiled, tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+@needs_own_adapters
 def test_transformers_own_adapter_methods(tmp_path, tokens):
     model = tiny_llama()
     random_subspace(model, ["q_proj"]).save_pretrained(tmp_path / "subspace")

@@ -12,7 +12,7 @@ from torch import nn
 from eigenpeft import EigenLoraConfig, MosLoraConfig, export_lora
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners.files.lora_fields import KEPT, REFUSED, TRAINING, WRITTEN
-from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_llama, train
+from tests.tuners.conftest import logits, needs_own_adapters, random_subspace, tiny_bert, tiny_llama, train
 
 
 def base():
@@ -109,6 +109,7 @@ def test_a_base_compiled_before_it_was_adapted_is_exported_under_its_own_names(t
     torch.testing.assert_close(logits(plain, tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+@needs_own_adapters
 def test_a_model_that_transformers_adapted_is_exported_with_its_head(tmp_path, tokens):
     model = base()
     model.add_adapter(MosLoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]), "mine")

@@ -17,7 +17,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.tuners import init_lora_from_subspace, lora_config_from_subspace
 from eigenpeft.tuners.layers.kinds import factor_dicts
 from tests.peft_suite.random_subspaces import random_subspace as whole_subspace
-from tests.tuners.conftest import logits, random_subspace, tiny_llama, train
+from tests.tuners.conftest import logits, needs_own_adapters, random_subspace, tiny_llama, train
 from tests.tuners.layers.test_kinds import KINDS
 
 
@@ -74,13 +74,23 @@ def test_every_way_of_injecting_starts_there(architecture, subspace):
     config = lora_config_from_subspace(subspace, r=3, task_type="CAUSAL_LM")
     first = get_peft_model(architecture[0](), config)
     second = inject_adapter_in_model(copy.deepcopy(config), architecture[0]())
-    third = architecture[0]()
-    third.add_adapter(copy.deepcopy(config))
-    states = [list(get_peft_model_state_dict(first).values())]
-    states += [[model.state_dict()[key] for key in model.state_dict() if ".lora_" in key] for model in (second, third)]
+    states = [list(get_peft_model_state_dict(first).values()), lora_state(second)]
     assert all(len(state) == 2 * len(subspace) for state in states)
     for state in states[1:]:
         assert all(torch.equal(one, other) for one, other in zip(states[0], state, strict=True))
+
+
+def lora_state(model):
+    return [value for key, value in model.state_dict().items() if ".lora_" in key]
+
+
+@needs_own_adapters
+def test_transformers_own_add_adapter_starts_there(architecture, subspace):
+    config = lora_config_from_subspace(subspace, r=3, task_type="CAUSAL_LM")
+    first, own = get_peft_model(architecture[0](), copy.deepcopy(config)), architecture[0]()
+    own.add_adapter(config)
+    assert len(lora_state(own)) == 2 * len(subspace)
+    assert all(torch.equal(one, other) for one, other in zip(lora_state(first), lora_state(own), strict=True))
 
 
 def test_targets_that_the_subspace_lacks_start_as_lora_does(tokens):
