@@ -220,8 +220,9 @@ class SubspaceBuilder:
             The builder itself.
 
         Raises:
-            SubspaceError: If the method cannot be updated, a name is already taken, or shapes differ.
-            CollectionError, ArtifactError, LostProcessError: As `fit`, which it is before anything has been fitted.
+            SubspaceError: If an argument is out of range, the method cannot be updated, a name is already taken, shapes or numbers
+                of components differ, modules share a basis, or a pattern fits no module.
+            CollectionError: If adapters cannot be read.
         """
         if not hasattr(self, "subspace_"):
             return self.fit(collection)

@@ -96,6 +96,9 @@ class SourceAdapter:
         """What is written into artifacts made from this adapter, as JSON-able values.
 
         Of a local folder only its own name is kept, because artifacts get published. Modules are counted, not listed.
+
+        Raises:
+            CollectionError: If the file is not the one any more whose header was read.
         """
         record = asdict(self)
         for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):

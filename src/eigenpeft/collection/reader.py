@@ -139,6 +139,7 @@ class AdapterCollection:
             One pair per adapter, all of one dtype: float64 if a file has that, else float32.
 
         Raises:
+            KeyError: If no adapter adapts a module of that name.
             CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all
                 such adapters.
         """

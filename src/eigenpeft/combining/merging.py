@@ -78,6 +78,8 @@ def merge(
         The merged adapter: `.save_pretrained(folder)`, `.report`, `.heads`.
 
     Raises:
+        SubspaceError, ArtifactError, LostProcessError: If `work_dir` is of another merge, cannot be used or is damaged, or another
+            process of the launch is lost.
         CollectionError: If adapters cannot be read or merged together; one message names every problem.
         AdapterConfigError: If an argument is unknown or out of range, or weights or statistics do not fit.
 

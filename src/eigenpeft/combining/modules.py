@@ -41,6 +41,7 @@ def merge_modules(
         Merged modules by name, in every process.
 
     Raises:
+        ArtifactError, LostProcessError: If `work_dir` cannot be used or is damaged, or another process of the launch is lost.
         CollectionError: If an adapter cannot be read.
         AdapterConfigError: If a module cannot be merged as asked.
         SubspaceError: If the work folder belongs to another job.

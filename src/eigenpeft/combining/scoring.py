@@ -41,6 +41,7 @@ def held_out_score(tasks: Sequence[HeldOutTask], *, metric: str = "accuracy") ->
         Function of a merged adapter. The models are left as they were, bit for bit.
 
     Raises:
+        ArtifactError: When the function is called, if a head does not fit the model.
         AdapterConfigError: If the metric is unknown or there is no task.
     """
     if metric not in METRICS or not tasks:

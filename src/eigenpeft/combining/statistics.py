@@ -50,7 +50,11 @@ class InputStatistics:
     sha256: Mapping[str, str]
 
     def __add__(self, other: "InputStatistics") -> "InputStatistics":
-        """Statistics of both sets of rows."""
+        """Statistics of both sets of rows.
+
+        Raises:
+            AdapterConfigError: If the two are of other tasks or adapters.
+        """
         if (self.name, dict(self.layout), dict(self.sha256)) != (other.name, dict(other.layout), dict(other.sha256)):
             raise AdapterConfigError(
                 f"Statistics of {self.name!r} and {other.name!r} were not collected for one task and the same adapters, so "
@@ -110,7 +114,8 @@ def collect_statistics(
     an n x n matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
 
     With `merged`, the merged adapter is at work on the rows of every task: a layer's inputs are those that the merged layers
-    before it give, as in RegMean++ (arXiv 2508.03121). A layer's inputs depend on earlier layers alone, so that merging and
+    before it give, as in RegMean++ (arXiv 2508.03121: `X_l` of a
+    merged layer comes from the merged layers 1 to l - 1). A layer's inputs depend on earlier layers alone, so that merging and
     collecting in turns is RegMean++ after as many turns as there are layers; fewer come near it.
 
     Args:

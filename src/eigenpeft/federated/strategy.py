@@ -155,6 +155,7 @@ class AdapterFedAvg(FedAvg):
             replies: Replies of the clients.
 
         Raises:
+            ArtifactError: If the state of the round cannot be written.
             AdapterConfigError: If the rule cannot average what was sent, or nothing usable came.
         """
         updates, contents, left_out = read_replies(replies)

@@ -25,8 +25,9 @@ class AdapterIndex(Pushable):
     """Names the adapter for rows of a task, from a few rows of each adapter's own task.
 
     A task's vector is the mean embedding of its rows. A query's score is the cosine of its embedding with that vector, after the
-    mean over all tasks has been subtracted from both (as LORAUTER, arXiv 2601.21795, chooses among 1,500 adapters by task
-    embedding). How sure the first name is comes from rows of the index's own tasks that are held out of their means.
+    mean over all tasks has been subtracted from both: `cos(q - m, v_t - m)`. (That a task embedding chooses well among 1,500
+    adapters is shown by LORAUTER, arXiv 2601.21795; subtracting the mean is ours.) How sure the first name is comes from rows of
+    the index's own tasks that are held out of their means.
 
     Args:
         encoder: A `BaseModelEncoder`, its name, or any function from texts to (n, d) numbers, such as a sentence encoder's
@@ -163,7 +164,8 @@ class AdapterIndex(Pushable):
             One entry per text.
 
         Raises:
-            EigenPeftError: If the index is empty or an argument is out of range.
+            EigenPeftError: If the index is empty, an argument is out of range, there are no texts, or the encoder is another one or
+                gives something else than a row of numbers per text.
         """
         if top < 1 or not temperature > 0:
             raise EigenPeftError(f"top={top} must be at least 1 and temperature={temperature} above 0.")
@@ -195,6 +197,7 @@ class AdapterIndex(Pushable):
             overwrite: Whether to replace another index there, which must have been written by eigenpeft.
 
         Raises:
+            EigenPeftError: If the index has no adapters.
             ArtifactError: If the folder cannot be written, or holds something that is not replaced.
         """
         self._write(Path(save_directory), overwrite=overwrite)

@@ -113,6 +113,8 @@ def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[
     angles below 1e-8 from zero, a sine can; each angle is taken from the better of the two (Björck and Golub,
     Mathematics of Computation 27, 1973, section 3).
 
+    Rows that depend on one another are not refused; what they lack is filled with arbitrary directions, and so are the angles.
+
     Args:
         a: Linearly independent rows, orthonormal or not.
         b: Linearly independent rows, orthonormal or not.
@@ -121,7 +123,7 @@ def principal_angles(a: Float[Tensor, "k n"], b: Float[Tensor, "l n"]) -> Float[
         (min(k, l),) angles in radians, ascending, float64.
 
     Raises:
-        ValueError: If the rows of one of them are not linearly independent.
+        ValueError: If one of them has more rows than columns.
 
     Example:
         >>> import torch

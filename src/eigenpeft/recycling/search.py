@@ -65,6 +65,9 @@ class Search:
         Args:
             candidate: Key of `CANDIDATES`.
             sources: The adapters, and what candidates make of them.
+
+        Raises:
+            EigenPeftError: If the candidate cannot be made from these adapters.
         """
         torch.manual_seed(self.args.seed)
         base = self.make_model()

@@ -22,7 +22,7 @@ def parameter_groups(
     """Groups for a torch optimizer: MoSLoRA's mixers, EigenLoRA's coefficients, and whatever else is trained.
 
     Coefficients multiply components of unit norm, so that they bear, and mostly need, a larger rate than LoRA's factors;
-    the MoSLoRA paper trains the mixer at the common rate.
+    MoSLoRA (arXiv 2406.11909, equation 3: `ΔW = B W A`) trains its mixer W at the common rate.
 
     Args:
         model: Model with adapters; only parameters that require gradients are taken.

@@ -119,6 +119,9 @@ def directions_outside(
     Returns:
         Orthonormal rows, leading first, and singular values, float64; those that are rounding of X are left out.
 
+    Raises:
+        ValueError: If there are more components than features.
+
     Example:
         >>> import torch
         >>> rows, values = directions_outside(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:1])

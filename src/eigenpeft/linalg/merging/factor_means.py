@@ -24,6 +24,9 @@ def mean_of_factors(
     Returns:
         `(lora_B, lora_A)`, float64.
 
+    Raises:
+        ValueError: If there is not one weight for each.
+
     Example:
         >>> import torch
         >>> one, minus = torch.ones(1, 1), -torch.ones(1, 1)
@@ -51,6 +54,9 @@ def residue_of_factor_mean(
 
     Returns:
         `(residue_B, residue_A)`, float64.
+
+    Raises:
+        ValueError: If there is not one weight for each.
 
     Example:
         >>> import torch

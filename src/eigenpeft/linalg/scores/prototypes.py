@@ -84,6 +84,9 @@ def prototype_logits(
         prototypes: P_t of all classes, per adapter.
         owners: Number of the adapter that each class was learnt with.
         weight: Weight of the other spaces; 0.1 in EASE (arXiv 2403.12030).
+
+    Raises:
+        ValueError: If `features` and `prototypes` differ in number.
     """
     logits = []
     for number, (own, means) in enumerate(zip(features, prototypes, strict=True)):

@@ -76,7 +76,7 @@ class LowRankRewardModel(RewardModelArtifact):
 
         Raises:
             UnknownUserError: If one is unknown and `unknown` is "error".
-            RewardModelError: If `unknown` is neither "error" nor "population".
+            RewardModelError: If `unknown` is neither "error" nor "population", or an id is empty, too long or of another type.
         """
         if unknown not in ("error", "population"):
             raise RewardModelError(f'unknown={unknown!r} must be "error" or "population".')
@@ -92,6 +92,7 @@ class LowRankRewardModel(RewardModelArtifact):
             (n_features,).
 
         Raises:
+            RewardModelError: If the id is empty, too long or of another type.
             UnknownUserError: If the user is not known.
         """
         weights = self.population_weights if user_id is None else self.user_weights([user_id])[0]
@@ -136,7 +137,8 @@ class LowRankRewardModel(RewardModelArtifact):
 
         Raises:
             UnknownUserError: If a user is unknown and `unknown` is "error".
-            RewardModelError: If lengths or widths do not fit.
+            RewardModelError: If lengths or widths do not fit, values are not finite, `unknown` is neither "error" nor "population",
+                or an id is empty, too long or of another type.
         """
         by_basis = self.basis_rewards(features)
         if user_ids is None:
@@ -202,7 +204,8 @@ class LowRankRewardModel(RewardModelArtifact):
             Rows, best first.
 
         Raises:
-            RewardModelError: If the candidates have another width than the basis, or their two sides differ in number.
+            RewardModelError: If the candidates have another width than the basis, their two sides differ in number, or values are
+                not finite.
         """
         candidates = pair_margins(chosen, rejected, self.reward_basis)
         return next_pair(posterior.weights, posterior.covariance, candidates=candidates).tolist()
@@ -233,6 +236,7 @@ class LowRankRewardModel(RewardModelArtifact):
             rejected: (n, n_features).
 
         Raises:
+            RewardModelError: If the comparisons are not well-formed, or the id is empty, too long or of another type.
             UnknownUserError: If the user is not known.
         """
         self.user_weights([user_id])
@@ -245,6 +249,7 @@ class LowRankRewardModel(RewardModelArtifact):
             user_id: A known user.
 
         Raises:
+            RewardModelError: If the id is empty, too long or of another type.
             UnknownUserError: If the user is not known.
         """
         self.users.delete(user_id)
@@ -258,7 +263,7 @@ class LowRankRewardModel(RewardModelArtifact):
             user_ids: User of each comparison, in any order.
 
         Raises:
-            RewardModelError: If lengths disagree or values are not finite.
+            RewardModelError: If lengths or widths disagree, values are not finite, or an id is empty, too long or of another type.
         """
         margins = pair_margins(chosen, rejected, self.reward_basis)
         names, rows = index_users(user_ids, n_pairs=len(margins))
@@ -271,6 +276,9 @@ class LowRankRewardModel(RewardModelArtifact):
             margins: (n, n_basis).
             names: The users.
             rows: (n,) number of the user of each comparison.
+
+        Raises:
+            RewardModelError: If a user is named twice, or an id is empty, too long or of another type.
         """
         weights = fit_all_user_weights(margins, rows, n_users=len(names), concentration=self.concentration)
         self.users.put(names, user_weights=weights, n_pairs=torch.bincount(rows, minlength=len(names)).tolist())
@@ -283,7 +291,7 @@ class LowRankRewardModel(RewardModelArtifact):
             user_id: A known user; None for the population.
 
         Raises:
-            RewardModelError: If the model has no backbone.
+            RewardModelError: If the model has no backbone, or its head has another width.
             UnknownUserError: If the user is not known.
         """
         return with_head(self._backbone(), self.reward_head(user_id)[None])

@@ -156,7 +156,8 @@ class UserTable:
             n_pairs: Size of each history.
 
         Raises:
-            RewardModelError: If an id comes twice, or the weights are not on the simplex.
+            RewardModelError: If an id comes twice, is empty, too long or of another type, or the weights have another shape or are
+                not on the simplex.
         """
         keys = [encode(user_id) for user_id in user_ids]
         if len(set(keys)) != len(keys):

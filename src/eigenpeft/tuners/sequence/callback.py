@@ -91,6 +91,9 @@ class OrthogonalSubspaceCallback(TrainerCallback):
             control: The trainer's control; not used.
             model: Model that is trained.
             **kwargs: What else the trainer hands out.
+
+        Raises:
+            AdapterConfigError: If the model has no input factor of the adapter.
         """
         for name, factor in input_factors(model, self.adapter_name):
             rows = self.history.rows.get(name)
@@ -112,6 +115,9 @@ class OrthogonalSubspaceCallback(TrainerCallback):
             control: The trainer's control; not used.
             model: Model that is trained.
             **kwargs: What else the trainer hands out.
+
+        Raises:
+            AdapterConfigError: If the model has no input factor of the adapter.
         """
         for name, factor in input_factors(model, self.adapter_name) if self.mode == "project" else ():
             self._project(factor, name)

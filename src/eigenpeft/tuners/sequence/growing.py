@@ -64,7 +64,8 @@ class GrowingClassifier:
             labels: Class of each row, by name; classes that were not there before.
 
         Raises:
-            AdapterConfigError: If the adapter or a class came before, or there is not one label per row.
+            AdapterConfigError: If the adapter or a class came before, there is not one label per row, or `embed` gives something
+                else than (rows, features).
         """
         new = tuple(dict.fromkeys(labels))
         again = [name for name in new if name in self.classes]
@@ -94,7 +95,7 @@ class GrowingClassifier:
             rows: As for `add`.
 
         Raises:
-            AdapterConfigError: If no task was added.
+            AdapterConfigError: If no task was added, or `embed` gives something else than (rows, features).
         """
         if not self.adapters:
             raise AdapterConfigError("There are no classes yet; add a task first.")
@@ -108,7 +109,7 @@ class GrowingClassifier:
             rows: As for `add`.
 
         Raises:
-            AdapterConfigError: If there are no classes yet.
+            AdapterConfigError: If there are no classes yet, or `embed` gives something else than (rows, features).
         """
         return [self.classes[i] for i in self.logits(rows).argmax(dim=1).tolist()]
 

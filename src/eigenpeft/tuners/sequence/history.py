@@ -71,7 +71,7 @@ class SubspaceHistory:
             share: In (0, 1]; `size` bounds it.
 
         Raises:
-            ValueError: If `share` is not in (0, 1].
+            ValueError: If `share` is not in (0, 1], or more rows are kept of a module than it has inputs.
         """
         for module, rows in inputs.items():
             memory = self.rows.get(module, rows[:0])
@@ -100,6 +100,7 @@ class SubspaceHistory:
             size: As for the class.
 
         Raises:
+            AdapterConfigError: If `size` is less than 1.
             ArtifactError: If the file cannot be read, or holds something else.
         """
         history = cls(size=size)

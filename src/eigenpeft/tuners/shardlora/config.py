@@ -34,8 +34,8 @@ class ShardLoraConfig(ExplainedConfig):
     `sharing="shards"` each layer's r vectors are `shards_per_vector` shards end to end: r - `private_rank` vectors of shards
     that are drawn from the public ones, by `seed`, for A and B apart, and `private_rank` vectors of shards that no other layer
     has. A pool is as large as the A (or B) of a LoRA of rank `pool_rank` on all these layers, so that this is the number of
-    trained values, whatever r is. `sharing="input"` is one A for all layers of a kind and a B per layer (ASLoRA, arXiv
-    2412.10135, without its merging of B; UniAdapter); `sharing="output"` is the mirror image.
+    trained values, whatever r is. `sharing="input"` is one A for all layers of a kind and a B per layer, `ΔW_l = B_l A`
+    (ASLoRA, arXiv 2412.10135, without its merging of B); `sharing="output"` is the mirror image, `ΔW_l = B A_l`.
 
     All of `peft.LoraConfig`'s fields apply, on linear layers and Conv1D. It is exactly a LoRA of rank r when merged or exported.
 

@@ -52,8 +52,8 @@ SHARINGS: dict[str, tuple[Side, Side]] = {
     "input": (_COMMON, _OWN),
     "output": (_OWN, _COMMON),
 }
-"""(A, B) by the name of the sharing: MoS (arXiv 2410.00938), one A for all layers (ASLoRA, arXiv 2412.10135, before its B are
-merged; UniAdapter), and its mirror image."""
+"""(A, B) by the name of the sharing: MoS (arXiv 2410.00938, section 3); one A for all layers, `ΔW_l = B_l A` (ASLoRA, arXiv
+2412.10135, before its B are merged); and its mirror image."""
 
 
 def n_parameters(sharing: str, budget: Budget, *, in_features: int, out_features: int) -> int:

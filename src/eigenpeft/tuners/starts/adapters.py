@@ -39,6 +39,7 @@ def init_lora_from_adapter(
         The adapted model.
 
     Raises:
+        ArtifactError: If a store is damaged.
         AdapterConfigError: If there is no such adapter, or the model has none of its modules.
         CollectionError: If its files cannot be read.
     """
@@ -59,6 +60,7 @@ def lora_config_from_adapter(
         **lora: As for `init_lora_from_adapter`.
 
     Raises:
+        ArtifactError: If a store is damaged.
         AdapterConfigError: If there is no such adapter.
         CollectionError: If its files cannot be read.
 
