@@ -89,7 +89,7 @@ def prepare(
 
     Raises:
         ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; if
-            the audit is of other adapters; or if an option does not go with what the folder holds.
+            the audit is of other adapters; if `repo_id` is not OWNER/NAME; or if an option does not go with what the folder holds.
         EigenPeftError: If an audit is given and matplotlib is not installed.
     """
     folder = Path(folder)
