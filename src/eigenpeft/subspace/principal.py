@@ -363,7 +363,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             paired_banks: The banks of paired directions.
 
         Raises:
-            ArtifactError: If a tensor is missing or left over, a module shares a bank that there is not, or `paired_banks` do not fit.
+            ArtifactError: If a tensor is missing or left over, a module shares a bank that is not there, or paired ones do not fit.
         """
         banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks, paired_banks=paired_banks)
         return cls(banks, info=info)
