@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eigenpeft import AdapterCollection, PrincipalSubspace, SubspaceBuilder
 from eigenpeft.building import build_shared_subspace
 from eigenpeft.building.sharing import last_name
-from eigenpeft.errors import SubspaceError
+from eigenpeft.errors import CollectionError, SubspaceError
 from tests.factories import make_collection
 
 MODULES = {"layers.0.q": (12, 10), "layers.1.q": (12, 10), "layers.0.v": (12, 10), "layers.1.odd.v": (8, 10)}
@@ -83,3 +84,15 @@ def test_the_builder_shares_by_layers_or_patterns(collection):
         SubspaceBuilder(4, share="layers", n_pseudo_components=2).fit(collection)
     with pytest.raises(SubspaceError, match="n_components='auto' cannot be looked for in shared banks"):
         SubspaceBuilder("auto", share="layers").fit(collection)
+
+
+def test_an_adapter_that_cannot_be_read_is_named_as_such(made):
+    path = made.folder / "adapter-1" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+    with (
+        AdapterCollection.from_pretrained(made.folder) as collection,
+        pytest.raises(CollectionError, match="adapter-1"),
+    ):
+        SubspaceBuilder(2, share="layers").fit(collection)

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from eigenpeft.collection.reader import AdapterCollection
-from eigenpeft.errors import SubspaceError
+from eigenpeft.errors import CollectionError, SubspaceError
 from eigenpeft.linalg.bases.fitting import METHODS, WEIGHTINGS, Method, Weighting, fit_bases
 from eigenpeft.linalg.bases.stacking import Factors, FactorStream
 from eigenpeft.subspace.info import SubspaceInfo
@@ -104,6 +104,7 @@ def build_shared_subspace(
 
     Raises:
         SubspaceError: If an argument is out of range, or a group has fewer independent directions than `n_components`.
+        CollectionError: If an adapter cannot be read or holds NaN or infinity.
 
     Examples:
         >>> from eigenpeft.demo import shipped_adapters
@@ -135,6 +136,8 @@ def build_shared_subspace(
                 tol=tol,
                 generator=generator,
             )
+        except CollectionError:  # an adapter that cannot be read, which is no fault of the bank
+            raise
         except ValueError as error:
             raise SubspaceError(f"The bank of {len(modules)} modules, such as {modules[0]!r}: {error}") from error
         bank = ModuleSubspace(

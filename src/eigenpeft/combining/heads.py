@@ -52,7 +52,7 @@ def parts_of_files(collection: AdapterCollection) -> OtherParts:
         collection: Adapters on disk.
 
     Raises:
-        ValueError: If a file is gone or was changed since its header was read.
+        OSError, ValueError: If a file is gone, or a tensor that it had is not there any more.
         CollectionError: If an adapter has other trained tensors; the message names them all.
     """
     folders = {adapter.name: Path(adapter.weights_path).parent for adapter in collection.adapters}

@@ -38,7 +38,7 @@ class AdapterFedAvg(FedAvg):
         **fedavg: As for Flower's `FedAvg`: `fraction_train`, `min_train_nodes`, ...
 
     Raises:
-        AdapterConfigError: If there is no such rule.
+        AdapterConfigError: If there is no such rule, or `scaling` is not above 0.
 
     Attributes:
         rounds: One record per finished round: clients used and left out, bytes each way, what the truncation lost.
@@ -156,7 +156,7 @@ class AdapterFedAvg(FedAvg):
 
         Raises:
             ArtifactError: If the state of the round cannot be written.
-            AdapterConfigError: If the rule cannot average what was sent, or nothing usable came.
+            AdapterConfigError: If the rule cannot average what was sent. Where nothing usable came, the state stays as it is.
         """
         updates, contents, left_out = read_replies(replies)
         updates.sort(key=lambda update: update.name)  # sums of floats depend on the order, and answers come in any

@@ -149,7 +149,7 @@ def same_parameters_lora(
         PEFT's `LoraConfig` with `r` and `target_modules` set; add task_type and modules_to_save to it.
 
     Raises:
-        SubspaceError: If the core is unknown, r is less than 1, or not even one module of rank 1 fits.
+        SubspaceError: If the core or the place is unknown, r is less than 1, or not even one module of rank 1 fits.
 
     Examples:
         >>> import torch

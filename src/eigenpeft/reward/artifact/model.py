@@ -219,7 +219,8 @@ class LowRankRewardModel(RewardModelArtifact):
             rejected: (n, n_features).
 
         Raises:
-            RewardModelError: If the user is known already, or the comparisons are not well-formed.
+            RewardModelError: If the user is known already, the comparisons are not well-formed, or the id is empty, too long or of
+                another type.
         """
         if user_id in self.users:
             raise RewardModelError(

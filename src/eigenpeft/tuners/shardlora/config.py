@@ -55,7 +55,7 @@ class ShardLoraConfig(ExplainedConfig):
         default="shards",
         metadata={
             "help": "'shards': A and B of shards from common pools, some private (MoS). 'input': one A for all layers of a "
-            "kind, a B per layer (ASLoRA, UniAdapter). 'output': one B, an A per layer."
+            "kind, a B per layer (ASLoRA). 'output': one B, an A per layer."
         },
     )
     pool_rank: int = field(
