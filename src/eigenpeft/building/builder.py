@@ -221,7 +221,8 @@ class SubspaceBuilder:
 
         Raises:
             SubspaceError: If an argument is out of range, the method cannot be updated, a name is already taken, shapes or numbers
-                of components differ, modules share a basis, or a pattern fits no module.
+                of components differ, modules share a basis, a pattern fits no module, a new module has fewer independent
+                directions than it should get, or the memory does not suffice.
             CollectionError: If adapters cannot be read.
         """
         if not hasattr(self, "subspace_"):

@@ -42,7 +42,8 @@ def held_out_score(tasks: Sequence[HeldOutTask], *, metric: str = "accuracy") ->
 
     Raises:
         ArtifactError: When the function is called, if a head does not fit the model.
-        AdapterConfigError: If the metric is unknown or there is no task.
+        AdapterConfigError: If the metric is unknown or there is no task; when the function is called, if the model lacks a module or
+            gives something else than a row of logits per example.
     """
     if metric not in METRICS or not tasks:
         raise AdapterConfigError(
@@ -69,6 +70,9 @@ def merged_into(model: nn.Module, merged: MergedAdapter) -> Iterator[None]:
     Args:
         model: The base model.
         merged: The update.
+
+    Raises:
+        AdapterConfigError: If the model lacks a module, or has one of another shape.
     """
     modules = dict(model.named_modules())
     places: dict[str, Any] = {name: find_module(modules, name) for name in merged.factors}

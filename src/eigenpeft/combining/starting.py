@@ -74,7 +74,8 @@ def init_lora_from_merge(
         The adapted model. Its exports have the rank of the merge plus r.
 
     Raises:
-        AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module.
+        AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module or has one of
+            another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
     """
     merged = merged_start(model, adapters=adapters, method=method, scale=scale, options=options)
@@ -111,7 +112,8 @@ def merged_start(
         The merge, λ included.
 
     Raises:
-        AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module.
+        AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module or has one of
+            another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
 
     Examples:
@@ -190,7 +192,8 @@ def choose_scale(
 
     Raises:
         CollectionError: If the adapters cannot be read or merged together.
-        AdapterConfigError: If the metric is unknown or the grid is empty.
+        AdapterConfigError: If the metric, the rule or an option is unknown, the grid is empty, the model lacks a module, or it gives
+            something else than a row of logits per example.
     """
     was = {module: module.training for module in model.modules()}
     model.eval()

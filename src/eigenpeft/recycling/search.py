@@ -84,6 +84,9 @@ class Search:
             learning_rate: Peak learning rate.
             steps: Number of steps.
             rows: Rows to train on.
+
+        Raises:
+            EigenPeftError: As `model`.
         """
         model = self.model(candidate, sources)
         settings = {"args": self.args, "collator": self.collator, "trainer": self.trainer}
@@ -119,6 +122,9 @@ class Search:
             sources: The adapters, and what candidates make of them.
             learning_rate: Peak learning rate.
             steps: Number of steps.
+
+        Raises:
+            EigenPeftError: As `model`.
         """
         if (done := self.done(candidate, sources, learning_rate=learning_rate, steps=steps)) is not None:
             self._use(done)
@@ -207,6 +213,9 @@ def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
         entrants: Candidates with their learning rates.
         steps: Steps of the first round; each further round has twice as many.
         bar: Progress bar.
+
+    Raises:
+        EigenPeftError: If no candidate could be tried.
     """
     control = next((entrant for entrant in entrants if entrant[0] == CONTROL), None)
     while True:

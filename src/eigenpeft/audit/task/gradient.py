@@ -97,7 +97,8 @@ def gradient_share(
         A `GradientShare`.
 
     Raises:
-        SubspaceError: If no module of the model is in the subspace, widths differ, there are no batches or no gradient.
+        SubspaceError: If no module of the model is in the subspace, several fit one, widths differ, or there are no batches or no
+            gradient.
 
     Examples:
         >>> import torch

@@ -129,7 +129,7 @@ def inflora_start(inputs: Float[Tensor, "p n"], memory: Float[Tensor, "k n"], *,
         Orthonormal rows, fewer than r where the inputs have fewer directions outside the memory; float64.
 
     Raises:
-        ValueError: If the rank is less than 1.
+        ValueError: If the rank is less than 1, or the memory has more rows than columns.
 
     Example:
         >>> import torch
@@ -158,7 +158,7 @@ def grow_memory(
         Orthonormal rows, the old ones first, float64.
 
     Raises:
-        ValueError: If the share is out of range.
+        ValueError: If the share is out of range, or the memory has more rows than columns.
 
     Example:
         >>> import torch

@@ -188,7 +188,8 @@ class LoReFitter:
             user_ids: User of each comparison.
 
         Raises:
-            RewardModelError: If `fit` was not called, or shapes do not fit.
+            RewardModelError: If `fit` was not called, shapes do not fit, values are not finite, or an id is empty, too long or of
+                another type.
         """
         if not hasattr(self, "model_"):
             raise RewardModelError("There is no basis yet: call fit on the known users' comparisons first.")

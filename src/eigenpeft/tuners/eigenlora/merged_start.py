@@ -60,6 +60,7 @@ def merged_updates(
         Module to `(lora_B (m, R), lora_A (R, n))`, float64; modules are named as in the adapters.
 
     Raises:
+        ArtifactError: If a store or a finished merge is damaged.
         CollectionError: If adapters cannot be read together.
         AdapterConfigError: If the rule or its options are unknown, or the updates of a module cannot be merged.
     """

@@ -190,6 +190,7 @@ def read_warm_start(
         keeps_offset: Whether what the core cannot hold is kept beside it; default: of merges.
 
     Raises:
+        SubspaceNotFoundError, ArtifactError: If a store, or the subspace of an adapter, is not there or is damaged.
         AdapterConfigError: If it has other bases, the adapter has none of the subspace's modules, or two that fit one.
         CollectionError: If an adapter cannot be read.
     """

@@ -66,7 +66,8 @@ class OrthogonalSubspaceCallback(TrainerCallback):
             **kwargs: What else the trainer hands out.
 
         Raises:
-            AdapterConfigError: If the history has no module of the adapter, or leaves too few directions for A.
+            AdapterConfigError: If the model has no input factor of the adapter, the history has none of its modules, or leaves too
+                few directions for A.
         """
         own = dict(input_factors(model, self.adapter_name))
         if self.history.rows and not self.history.rows.keys() & own.keys():
