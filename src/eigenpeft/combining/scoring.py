@@ -42,8 +42,8 @@ def held_out_score(tasks: Sequence[HeldOutTask], *, metric: str = "accuracy") ->
 
     Raises:
         ArtifactError: When the function is called, if a head does not fit the model.
-        AdapterConfigError: If the metric is unknown or there is no task; when the function is called, if the model lacks a module or
-            gives something else than a row of logits per example.
+        AdapterConfigError: If the metric is unknown or there is no task; when the function is called, if the model lacks a module
+            or gives something else than a row of logits per example.
     """
     if metric not in METRICS or not tasks:
         raise AdapterConfigError(

@@ -192,8 +192,8 @@ def choose_scale(
 
     Raises:
         CollectionError: If the adapters cannot be read or merged together.
-        AdapterConfigError: If the metric, the rule or an option is unknown, the grid is empty, the model lacks a module, or it gives
-            something else than a row of logits per example.
+        AdapterConfigError: If the metric, the rule or an option is unknown, the grid is empty, the model lacks a module, or it
+            gives something else than a row of logits per example.
     """
     was = {module: module.training for module in model.modules()}
     model.eval()
