@@ -8,7 +8,7 @@ Per target the subspace (K 16) is of the nine other shipped adapters, on query a
 first, alone and to the end, and frozen, so that what is measured is what 64 numbers add to it. 100 steps of 8 rows with Adam, the
 same rows and batches for all; the rate of each basis is chosen on 100 rows that are neither trained on nor tested on. Controls: the
 head alone, and random orthonormal bases of the same sizes, whose pairs are random too.
-How it is run: zeroth_order.py. The published file has ten targets, one seed (two with a second); standard errors are over targets.
+How it is run: zeroth_order.py. Standard errors are over targets, each the mean of its seeds.
 """
 
 import argparse
