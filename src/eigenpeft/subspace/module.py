@@ -93,6 +93,11 @@ class ModuleSubspace:
         return len(self.components_out)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Numbers of components of both sides, (K_in, K_out)."""
+        return self.n_components_in, self.n_components_out
+
+    @property
     def n_pseudo_components(self) -> int:
         """How many of the last components are random directions rather than principal ones; of the side with most."""
         return max(

@@ -88,7 +88,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        counts = sorted({count for bank in self.values() for count in _counts(bank)})
+        counts = sorted({count for bank in self.values() for count in bank.sides})
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
         banks = f"banks={len(self.banks)}, " if len(self.banks) < len(self) else ""
         return (
@@ -176,7 +176,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
         def fewer(_: str, bank: ModuleSubspace) -> ModuleSubspace:
             if isinstance(n_components, tuple):
-                n_in, n_out = (min(count, own) for count, own in zip(n_components, _counts(bank), strict=True))
+                n_in, n_out = (min(count, own) for count, own in zip(n_components, bank.sides, strict=True))
                 return bank.truncate((n_in, n_out))
             return bank.truncate(min(n_components, bank.n_components))
 
@@ -279,7 +279,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
     def rows(self) -> list[ModuleRow]:
         """Shape, number of components and explained share of every module."""
         return [
-            ModuleRow(name, (bank.out_features, bank.in_features), _counts(bank), bank.explained_share)
+            ModuleRow(name, (bank.out_features, bank.in_features), bank.sides, bank.explained_share)
             for name, bank in self.items()
         ]
 
@@ -394,7 +394,3 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
         )
     subspace.origin, subspace.revision = where.origin, where.revision
     return subspace
-
-
-def _counts(bank: ModuleSubspace) -> tuple[int, int]:
-    return bank.n_components_in, bank.n_components_out

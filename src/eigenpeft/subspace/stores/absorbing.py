@@ -199,7 +199,7 @@ def _report(
             error = relative_error(pair.lora_B, pair.lora_A, new[own])
             errors[pair.adapter].append(error)
             held[new.bank_of[own]].append(1.0 - error**2)
-    counts = {bank: ((0, 0) if bank not in old else _counts(old[bank]), _counts(new[bank])) for bank in new.banks}
+    counts = {bank: ((0, 0) if bank not in old else old[bank].sides, new[bank].sides) for bank in new.banks}
     before = [share for share, _ in grown.shares.values()]
     after = [sum(shares) / len(shares) for shares in held.values() if shares]
     return AbsorbReport(
@@ -212,10 +212,6 @@ def _report(
         sha256_before=old.fingerprint,
         sha256_after=new.fingerprint,
     )
-
-
-def _counts(bank: ModuleSubspace) -> Shape:
-    return bank.n_components_in, bank.n_components_out
 
 
 def _padded(core: Core, bank: ModuleSubspace) -> Factors:
