@@ -49,7 +49,13 @@ HOSTS = {
     "ZerothOrderMixin.training_step": "transformers' Trainer calls it",
 }
 SMALL_RECORD = 3  # A dataclass with no more fields may be built in their order; a named tuple is built as any tuple is.
-EXTRAS = {"eigenpeft.federated": "flwr", "eigenpeft.trainers": "trl"}  # room to what it cannot be imported without
+EXTRAS = {  # room to what it cannot be imported without, and why its test is then skipped
+    "eigenpeft.federated": ("flwr", "Flower is heavy and has an environment of its own"),
+    "eigenpeft.trainers": (
+        "trl",
+        "LoReTrainer cannot be imported without the extra trl, which CI's main environment has",
+    ),
+}
 
 
 def test_names_exist_and_are_few():
@@ -186,20 +192,20 @@ def positional_arguments(room):
 @pytest.fixture(scope="module")
 def by_position():
     """The rooms whose extras are installed, each with its `positional_arguments`."""
-    there = [room for room in ROOMS if room not in EXTRAS or find_spec(EXTRAS[room])]
+    there = [room for room in ROOMS if room not in EXTRAS or find_spec(EXTRAS[room][0])]
     return {room: list(positional_arguments(room)) for room in there}
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_everything_after_the_first_argument_is_keyword_only(room, by_position):
     if room not in by_position:
-        pytest.skip(f"needs {EXTRAS[room]}")
+        pytest.skip(EXTRAS[room][1])
     assert not [(name, found) for name, found in by_position[room] if found not in PAIRS and name not in HOSTS]
 
 
 def test_every_exception_is_used(by_position):
     if "eigenpeft.trainers" not in by_position:  # the room of Flower has no exceptions
-        pytest.skip("needs trl")
+        pytest.skip(EXTRAS["eigenpeft.trainers"][1])
     rows = [row for found in by_position.values() for row in found]
     assert set(PAIRS) <= {positional for _, positional in rows}
     assert set(HOSTS) <= {name for name, _ in rows}

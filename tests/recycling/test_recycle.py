@@ -256,27 +256,29 @@ def test_a_language_model_is_judged_row_by_row():
     assert score == pytest.approx(-sum(expected) / 5, rel=1e-5)
 
 
-def test_trials_at_chance_are_not_ranked():
-    trials = tuple(
-        Trial(
-            candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, n_parameters=12, seconds=1.0
-        )
-        for name, score in (("lora_r8", 0.5), ("init", 0.62))
-    )
-    report = RecycleReport(
-        winner="init",
+def report_of(*, lora_r8, init, winner, **changes):
+    """A report of two trials with these scores."""
+    scores = {"lora_r8": lora_r8, "init": init}
+    trial = {"learning_rate": 1e-3, "steps": 8, "scale": None, "loss": 0.7, "n_parameters": 12, "seconds": 1.0}
+    return RecycleReport(
+        winner=winner,
         learning_rate=1e-3,
         steps=8,
-        score=0.62,
-        control=(0.5, 8),
-        trials=trials,
+        score=scores[winner],
+        control=(lora_r8, 8),
+        trials=tuple(Trial(candidate=name, score=score, **trial) for name, score in scores.items()),
         refused={},
         n_train=48,
         n_held_out=16,
         seconds=3.0,
         stopped=False,
-        majority=0.5,
+        **changes,
     )
+
+
+def test_trials_at_chance_are_not_ranked():
+    report = report_of(lora_r8=0.5, init=0.62, winner="init", majority=0.5)
+    trials = report.trials
     assert report.is_at_chance
     assert report.text.startswith(
         "None of the 2 trials learnt anything that 16 held-out rows show: they scored 0.500 to 0.620"
@@ -290,27 +292,7 @@ def test_trials_at_chance_are_not_ranked():
 
 @pytest.mark.parametrize(("rival", "is_compared"), [(None, False), ("lora_r8", False), ("init", True)])
 def test_no_comparison_is_claimed_that_was_not_made(rival, is_compared):
-    trials = tuple(
-        Trial(
-            candidate=name, learning_rate=1e-3, steps=8, scale=None, score=score, loss=0.7, n_parameters=12, seconds=1.0
-        )
-        for name, score in (("lora_r8", 0.8), ("init", 0.7))
-    )
-    report = RecycleReport(
-        winner="lora_r8",
-        learning_rate=1e-3,
-        steps=8,
-        score=0.8,
-        control=(0.8, 8),
-        trials=trials,
-        refused={},
-        n_train=48,
-        n_held_out=16,
-        seconds=3.0,
-        stopped=False,
-        rival=rival,
-        lead=(-0.1, 0.1),
-    )
+    report = report_of(lora_r8=0.8, init=0.7, winner="lora_r8", rival=rival, lead=(-0.1, 0.1))
     assert ("nothing that was recycled did better" in report.text) == is_compared
     assert ("nothing that was recycled was trained as long" in report.text) != is_compared
 

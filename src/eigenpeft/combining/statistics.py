@@ -114,9 +114,8 @@ def collect_statistics(
     an n x n matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
 
     With `merged`, the merged adapter is at work on the rows of every task: a layer's inputs are those that the merged layers
-    before it give, as in RegMean++ (arXiv 2508.03121: `X_l` of a
-    merged layer comes from the merged layers 1 to l - 1). A layer's inputs depend on earlier layers alone, so that merging and
-    collecting in turns is RegMean++ after as many turns as there are layers; fewer come near it.
+    before it give, as in RegMean++ (arXiv 2508.03121: `X_l` comes from the merged layers 1 to l - 1). So merging and collecting in
+    turns is RegMean++ after as many turns as there are layers; fewer come near it.
 
     Args:
         model: The base model, without adapters; left as it is.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from eigenpeft.errors import EigenPeftError
+from eigenpeft.linalg.scores.intervals import mean_error
 from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
 from eigenpeft.recycling.earlier import row_text
 from eigenpeft.recycling.halving import paired_lead
@@ -73,5 +74,5 @@ def _control_rate(search: Search) -> float:
 
 def _error(values: list[float]) -> float | None:
     """Standard error of a mean; None below two rows, or where a value is not finite."""
-    error = paired_lead([0.0] * len(values), values)[1]
+    error = mean_error(values)
     return error if math.isfinite(error) else None

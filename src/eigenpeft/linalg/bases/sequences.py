@@ -15,8 +15,8 @@ def frequent_directions(sketch: Float[Tensor, "l n"], rows: Float[Tensor, "p n"]
 
     `S² := max(S² - S²_{size+1}, 0)` of the singular values of the sketch and the new rows together. With X all rows ever seen and B
     the sketch, `0 ≤ ‖Xv‖² - ‖Bv‖² ≤ ‖X - X_k‖² / (size + 1 - k)` for every unit vector v and every k ≤ size, X_k being the best
-    approximation of rank k; nothing else of the rows is kept. CoSO (arXiv 2505.11816) consolidates
-    the gradients of a task by this sketch.
+    approximation of rank k; nothing else of the rows is kept. CoSO (arXiv 2505.11816) consolidates the
+    gradients of a task by this sketch.
 
     Args:
         sketch: Sketch of the rows before; (0, n) for none.
