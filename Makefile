@@ -140,6 +140,7 @@ $(FEDERATED)/.installed: pyproject.toml
 federated: $(FEDERATED)/.installed ## Run the tests of federated training with Flower, its simulation included
 	$(FEDERATED)/bin/python -m pytest -n 0 tests/federated tests/combining/federation
 	$(FEDERATED)/bin/python -m pytest -n 0 tests/test_docs.py -k "docstring_examples and federated"
+	$(FEDERATED)/bin/python -m pytest -n 0 tests/test_public_api.py -k "keyword_only and federated"
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .bare .lowest dist .llama .vllm .federated engines-work demo-output study-work regimes-work .pytest_cache .ruff_cache

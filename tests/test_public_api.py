@@ -50,7 +50,7 @@ HOSTS = {
 }
 SMALL_RECORD = 3  # A dataclass with no more fields may be built in their order; a named tuple is built as any tuple is.
 EXTRAS = {  # room to what it cannot be imported without, and why its test is then skipped
-    "eigenpeft.federated": ("flwr", "Flower is heavy and has an environment of its own"),
+    "eigenpeft.federated": ("flwr", "Flower is heavy and has an environment of its own: make federated"),
     "eigenpeft.trainers": (
         "trl",
         "LoReTrainer cannot be imported without the extra trl, which CI's main environment has",
