@@ -17,7 +17,11 @@ _COEFFICIENTS = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+\.coefficients$")
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, mixer_lr: float | None = None, coefficients_lr: float | None = None
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    mixer_learning_rate: float | None = None,
+    coefficients_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: MoSLoRA's mixers, EigenLoRA's coefficients, and whatever else is trained.
 
@@ -26,9 +30,9 @@ def parameter_groups(
 
     Args:
         model: Model with adapters; only parameters that require gradients are taken.
-        lr: Learning rate of everything else (factors, heads, biases).
-        mixer_lr: Learning rate of MoSLoRA's mixers; None takes `lr`.
-        coefficients_lr: Learning rate of EigenLoRA's coefficients and the weights of its mixtures; None takes `lr`.
+        learning_rate: Learning rate of everything else (factors, heads, biases).
+        mixer_learning_rate: Learning rate of MoSLoRA's mixers; None takes `learning_rate`.
+        coefficients_learning_rate: Learning rate of EigenLoRA's coefficients and the weights of its mixtures; None takes `learning_rate`.
 
     Returns:
         Groups with "params", "lr" and "name" ("mixer", "coefficients", "other"); empty ones are left out.
@@ -39,20 +43,22 @@ def parameter_groups(
         >>> from eigenpeft import MosLoraConfig
         >>> from eigenpeft.tuners.parameter_groups import parameter_groups
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), MosLoraConfig(r=2, target_modules=["0"]))
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4, mixer_lr=1e-3))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-4, mixer_learning_rate=1e-3))
         >>> {group["name"]: (group["lr"], len(group["params"])) for group in optimizer.param_groups}
         {'mixer': (0.001, 1), 'other': (0.0001, 2)}
     """
-    rates = {"mixer": mixer_lr, "coefficients": coefficients_lr, "other": lr}
+    rates = {
+        "mixer": learning_rate if mixer_learning_rate is None else mixer_learning_rate,
+        "coefficients": learning_rate if coefficients_learning_rate is None else coefficients_learning_rate,
+        "other": learning_rate,
+    }
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             ending = "coefficients" if _WEIGHTS.search(name) else name.rpartition(".")[2]
             members[ending if ending in rates else "other"].append(parameter)
     return [
-        {"name": name, "params": parameters, "lr": lr if (rate := rates[name]) is None else rate}
-        for name, parameters in members.items()
-        if parameters
+        {"name": name, "params": parameters, "lr": rates[name]} for name, parameters in members.items() if parameters
     ]
 
 

@@ -143,12 +143,15 @@ def test_tied_weights_share_what_is_trained(method, tmp_path, tokens):
 
 def test_parameter_groups():
     model = two_adapters("moslora")
-    groups = {group["name"]: group for group in parameter_groups(model, lr=1e-3, mixer_lr=1e-2)}
+    groups = {group["name"]: group for group in parameter_groups(model, learning_rate=1e-3, mixer_learning_rate=1e-2)}
     assert {name: group["lr"] for name, group in groups.items()} == {"mixer": 1e-2, "other": 1e-3}
     assert all(p.shape == (4, 4) for p in groups["mixer"]["params"])
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups.values()) == len(trained)
-    eigen = {group["name"]: group for group in parameter_groups(two_adapters("full"), lr=1e-3, coefficients_lr=0.1)}
+    eigen = {
+        group["name"]: group
+        for group in parameter_groups(two_adapters("full"), learning_rate=1e-3, coefficients_learning_rate=0.1)
+    }
     assert {name: group["lr"] for name, group in eigen.items()} == {"coefficients": 0.1}
 
 

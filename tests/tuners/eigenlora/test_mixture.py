@@ -194,7 +194,7 @@ def test_lora_alpha_has_no_meaning(zoo, caplog):
 
 
 def test_weights_get_the_rate_of_coefficients(zoo):
-    groups = parameter_groups(mixture(zoo), lr=1e-3, coefficients_lr=0.1)
+    groups = parameter_groups(mixture(zoo), learning_rate=1e-3, coefficients_learning_rate=0.1)
     assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [("coefficients", 0.1, 1)]
 
 
