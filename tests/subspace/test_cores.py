@@ -14,9 +14,9 @@ SIZES = [(7, 5), (5, 7), (6, 6)]
 DEFINED = [(name, sizes) for name in CORES for sizes in SIZES if name != "diagonal" or sizes[0] == sizes[1]]
 
 
-def random_parts(name, n_in, n_out, dtype=torch.float32):
+def random_parts(name, n_components_in, n_components_out, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = CORES[name].shapes(n_in=n_in, n_out=n_out, rank=RANK)
+    shapes = CORES[name].shapes(n_components_in=n_components_in, n_components_out=n_components_out, rank=RANK)
     return {part: torch.randn(shape, generator=generator, dtype=dtype) for part, shape in shapes.items()}
 
 
@@ -44,7 +44,7 @@ def test_dense_and_factors_are_the_matrix(name, sizes):
     assert left.shape[1] == len(right) <= max(RANK, min(sizes))
     torch.testing.assert_close(core.dense().double(), 0.3 * expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close((left @ right).double(), 0.3 * expected, rtol=1e-5, atol=1e-6)
-    assert (core.n_in, core.n_out) == sizes
+    assert (core.n_components_in, core.n_components_out) == sizes
     torch.testing.assert_close(core.coefficients_out @ core.coefficients_in, core.dense(), rtol=1e-5, atol=1e-6)
 
 
@@ -56,24 +56,33 @@ def test_parts_come_out_bit_for_bit(name, sizes, dtype):
     assert set(core.parts) == set(parts)
     assert all(core.parts[part] is tensor for part, tensor in parts.items())
     row = CORES[name]
-    n_in, n_out, rank = row.sizes(parts)
+    n_components_in, n_components_out, rank = row.sizes(parts)
     found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-    assert found == row.shapes(n_in=n_in, n_out=n_out, rank=rank)
+    assert found == row.shapes(n_components_in=n_components_in, n_components_out=n_components_out, rank=rank)
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
 def test_number_of_parameters_counts_what_is_trained(name, sizes):
     parts = random_parts(name, *sizes)
     counted = sum(parts[part].numel() for part in CORES[name].trained)
-    n_in, n_out = sizes
-    formula = {"low_rank": RANK * (n_in + n_out), "full": n_in * n_out, "diagonal": n_in, "mixture": RANK}[name]
-    assert CORES[name].n_parameters(n_in=n_in, n_out=n_out, rank=RANK) == counted == formula
+    n_components_in, n_components_out = sizes
+    formula = {
+        "low_rank": RANK * (n_components_in + n_components_out),
+        "full": n_components_in * n_components_out,
+        "diagonal": n_components_in,
+        "mixture": RANK,
+    }[name]
+    assert (
+        CORES[name].n_parameters(n_components_in=n_components_in, n_components_out=n_components_out, rank=RANK)
+        == counted
+        == formula
+    )
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
 def test_factors_become_the_nearest_core_of_a_kind(name, sizes):
-    n_in, n_out = sizes
-    dense = oracle("full", random_parts("full", n_in, n_out, torch.float64))
+    n_components_in, n_components_out = sizes
+    dense = oracle("full", random_parts("full", n_components_in, n_components_out, torch.float64))
     left, right = Core("full", {"coefficients_out": dense}).factors()
     nearest = CORES[name].from_factors(left, right, rank=RANK)
     got = CORES[name].to_dense(nearest)
@@ -81,7 +90,7 @@ def test_factors_become_the_nearest_core_of_a_kind(name, sizes):
     expected = {
         "low_rank": (u[:, :RANK] * s[:RANK]) @ vh[:RANK],
         "full": dense,
-        "diagonal": dense * torch.eye(n_out, n_in),
+        "diagonal": dense * torch.eye(n_components_out, n_components_in),
         "mixture": dense,
     }[name]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -99,7 +108,7 @@ def test_a_smaller_rank_than_asked_for_is_filled_with_zeros():
 @pytest.mark.parametrize("name", FROM_ZERO)
 @pytest.mark.parametrize("zero_side", ["in", "out"])
 def test_starts_at_zero_and_not_on_a_saddle(name, zero_side):
-    parts = CORES[name].start(n_in=6, n_out=6, rank=RANK, zero_side=zero_side)
+    parts = CORES[name].start(n_components_in=6, n_components_out=6, rank=RANK, zero_side=zero_side)
     Core(name, parts)
     for tensor in parts.values():
         tensor.requires_grad_(True)
@@ -107,18 +116,24 @@ def test_starts_at_zero_and_not_on_a_saddle(name, zero_side):
     assert not dense.any()
     (dense * torch.randn(6, 6)).sum().backward()
     assert any(tensor.grad is not None and tensor.grad.any() for tensor in parts.values())
-    assert CORES[name].to_dense(CORES[name].start(n_in=6, n_out=6, rank=RANK, init=False)).any()
+    assert CORES[name].to_dense(CORES[name].start(n_components_in=6, n_components_out=6, rank=RANK, init=False)).any()
 
 
 @pytest.mark.parametrize(("name", "sizes"), DEFINED)
 def test_a_moved_core_is_the_product(name, sizes):
-    n_in, n_out = sizes
-    parts = random_parts(name, n_in, n_out, torch.float64)
-    left, right = torch.randn(4, n_out, dtype=torch.float64), torch.randn(n_in, 9, dtype=torch.float64)
+    n_components_in, n_components_out = sizes
+    parts = random_parts(name, n_components_in, n_components_out, torch.float64)
+    left, right = (
+        torch.randn(4, n_components_out, dtype=torch.float64),
+        torch.randn(n_components_in, 9, dtype=torch.float64),
+    )
     moved = CORES[name].moved(parts, left=left, right=right)
     if name == "diagonal":
         assert moved is None  # L diag(d) R is not diagonal
-        left, right = torch.eye(8, n_out, dtype=torch.float64), torch.eye(n_in, 8, dtype=torch.float64)
+        left, right = (
+            torch.eye(8, n_components_out, dtype=torch.float64),
+            torch.eye(n_components_in, 8, dtype=torch.float64),
+        )
         moved = CORES[name].moved(parts, left=left, right=right)
         assert CORES[name].moved(parts, left=left, right=right[:, :7]) is None  # as many components on both sides
     Core(name, moved)
@@ -147,11 +162,11 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(SubspaceError, match="core='other' must be one of 'low_rank', 'full', 'diagonal', 'mixture'"):
         core_kind("other")
     with pytest.raises(SubspaceError, match="core='diagonal' pairs .* there are 7 and 5; use core='full'"):
-        CORES["diagonal"].shapes(n_in=7, n_out=5, rank=1)
+        CORES["diagonal"].shapes(n_components_in=7, n_components_out=5, rank=1)
     with pytest.raises(SubspaceError, match="core='diagonal' pairs"):
         CORES["diagonal"].from_factors(torch.ones(5, 1), torch.ones(1, 7))
     with pytest.raises(SubspaceError, match="'mixture' has no start of its own"):
-        CORES["mixture"].start(n_in=4, n_out=4, rank=2)
+        CORES["mixture"].start(n_components_in=4, n_components_out=4, rank=2)
     for parts in (
         {"coefficients_out": torch.ones(3, 2)},
         {"coefficients_out": torch.ones(3, 2), "coefficients_in": torch.ones(3, 4)},

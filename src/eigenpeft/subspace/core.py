@@ -42,12 +42,14 @@ class Core:
         object.__setattr__(self, "parts", dict(self.parts))
         found = {name: tuple(tensor.shape) for name, tensor in self.parts.items()}
         try:
-            n_in, n_out, rank = self.row.sizes(self.parts)
-            fits = found == self.row.shapes(n_in=n_in, n_out=n_out, rank=rank)
+            n_components_in, n_components_out, rank = self.row.sizes(self.parts)
+            fits = found == self.row.shapes(
+                n_components_in=n_components_in, n_components_out=n_components_out, rank=rank
+            )
         except (KeyError, IndexError, TypeError, ValueError):
             fits = False
         if not fits:
-            expected = self.row.shapes(n_in=1, n_out=1, rank=1)
+            expected = self.row.shapes(n_components_in=1, n_components_out=1, rank=1)
             raise SubspaceError(
                 f"A core of kind {self.kind!r} has the parts {', '.join(expected)}, with {len(expected)} shapes that fit "
                 f"each other as subspace/cores.py defines; got {found}."
@@ -59,12 +61,12 @@ class Core:
         return CORES[self.kind]
 
     @property
-    def n_in(self) -> int:
+    def n_components_in(self) -> int:
         """K_in, components of the input side."""
         return self.row.sizes(self.parts)[0]
 
     @property
-    def n_out(self) -> int:
+    def n_components_out(self) -> int:
         """K_out, components of the output side."""
         return self.row.sizes(self.parts)[1]
 

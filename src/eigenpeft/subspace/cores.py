@@ -34,8 +34,8 @@ class CoreKind(ABC):
     Examples:
         >>> (
         ...     isinstance(CORES["full"], CoreKind),
-        ...     CORES["full"].shapes(n_in=3, n_out=2, rank=1),
-        ...     CORES["full"].n_parameters(n_in=3, n_out=2, rank=1),
+        ...     CORES["full"].shapes(n_components_in=3, n_components_out=2, rank=1),
+        ...     CORES["full"].n_parameters(n_components_in=3, n_components_out=2, rank=1),
         ... )
         (True, {'coefficients_out': (2, 3)}, 6)
     """
@@ -47,12 +47,12 @@ class CoreKind(ABC):
     weighs_sources: ClassVar[bool] = False
 
     @abstractmethod
-    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, *, n_components_in: int, n_components_out: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Shape of each part.
 
         Args:
-            n_in: K_in, components of the input side.
-            n_out: K_out, components of the output side.
+            n_components_in: K_in, components of the input side.
+            n_components_out: K_out, components of the output side.
             rank: r of "low_rank"; the number of frozen cores of "mixture"; without meaning for the others.
 
         Raises:
@@ -61,7 +61,7 @@ class CoreKind(ABC):
 
     @abstractmethod
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
-        """The arguments `(n_in, n_out, rank)` of `shapes` that fit some parts.
+        """The arguments `(n_components_in, n_components_out, rank)` of `shapes` that fit some parts.
 
         Args:
             parts: Tensors by name.
@@ -103,9 +103,9 @@ class CoreKind(ABC):
             For "low_rank" its own parts, q = r; for the others M and an identity, q = min(K_out, K_in).
         """
         dense = self.to_dense(parts)
-        n_out, n_in = dense.shape
-        identity = torch.eye(min(n_out, n_in), dtype=dense.dtype, device=dense.device)
-        return (dense, identity) if n_in <= n_out else (identity, dense)
+        n_components_out, n_components_in = dense.shape
+        identity = torch.eye(min(n_components_out, n_components_in), dtype=dense.dtype, device=dense.device)
+        return (dense, identity) if n_components_in <= n_components_out else (identity, dense)
 
     def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
         """The parts of `L M R` (`linalg.coefficients.change_of_bases`); None where that is not of this kind.
@@ -117,27 +117,34 @@ class CoreKind(ABC):
         """
         return {"coefficients_out": left @ parts["coefficients_out"] @ right}
 
-    def n_parameters(self, *, n_in: int, n_out: int, rank: int) -> int:
+    def n_parameters(self, *, n_components_in: int, n_components_out: int, rank: int) -> int:
         """How many numbers are trained in one module.
 
         Args:
-            n_in: K_in.
-            n_out: K_out.
+            n_components_in: K_in.
+            n_components_out: K_out.
             rank: As in `shapes`.
         """
-        shapes = self.shapes(n_in=n_in, n_out=n_out, rank=rank)
+        shapes = self.shapes(n_components_in=n_components_in, n_components_out=n_components_out, rank=rank)
         return sum(math.prod(shapes[part]) for part in self.trained)
 
     def start(
-        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self,
+        *,
+        n_components_in: int,
+        n_components_out: int,
+        rank: int,
+        init: Init = True,
+        zero_side: str = "out",
+        scale: float = 1.0,
     ) -> dict[str, Tensor]:
         """The parts of the start `ΔW = 0`, from torch's global generator as PEFT's own starts are.
 
         Only one side is zero: with zeros on both sides no gradient would ever flow (a saddle).
 
         Args:
-            n_in: K_in.
-            n_out: K_out.
+            n_components_in: K_in.
+            n_components_out: K_out.
             rank: As in `shapes`.
             init: As LoRA's `init_lora_weights`.
             zero_side: Side of the factored core that starts at zero: "out" as LoRA does for linear layers, "in" as it does
@@ -147,7 +154,8 @@ class CoreKind(ABC):
         Raises:
             SubspaceError: As `shapes`.
         """
-        shape = self.shapes(n_in=n_in, n_out=n_out, rank=rank)["coefficients_out"]
+        shapes = self.shapes(n_components_in=n_components_in, n_components_out=n_components_out, rank=rank)
+        shape = shapes["coefficients_out"]
         return {"coefficients_out": torch.zeros(shape) if init is not False else _uniform(shape)}
 
 
@@ -158,8 +166,8 @@ class _LowRank(CoreKind):
     trained = ("coefficients_in", "coefficients_out")
     is_factored = True
 
-    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"coefficients_in": (rank, n_in), "coefficients_out": (n_out, rank)}
+    def shapes(self, *, n_components_in: int, n_components_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"coefficients_in": (rank, n_components_in), "coefficients_out": (n_components_out, rank)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
         return parts["coefficients_in"].shape[1], len(parts["coefficients_out"]), len(parts["coefficients_in"])
@@ -184,17 +192,26 @@ class _LowRank(CoreKind):
         }
 
     def start(
-        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self,
+        *,
+        n_components_in: int,
+        n_components_out: int,
+        rank: int,
+        init: Init = True,
+        zero_side: str = "out",
+        scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        shapes = self.shapes(n_in=n_in, n_out=n_out, rank=rank)
+        shapes = self.shapes(n_components_in=n_components_in, n_components_out=n_components_out, rank=rank)
         if zero_side == "in":
-            left = torch.zeros(shapes["coefficients_in"]) if init is not False else torch.randn(rank, n_in)
-            return {"coefficients_in": left, "coefficients_out": scale * torch.randn(n_out, rank)}
+            left = torch.zeros(shapes["coefficients_in"]) if init is not False else torch.randn(rank, n_components_in)
+            return {"coefficients_in": left, "coefficients_out": scale * torch.randn(n_components_out, rank)}
         # As LoRA starts A: the rows of A = C_in V_in get the norm that LoRA's rows have, V_in being orthonormal.
         coefficients_in = nn.init.kaiming_uniform_(torch.empty(shapes["coefficients_in"]), a=math.sqrt(5))
         if init == "gaussian":
             nn.init.normal_(coefficients_in, std=1 / rank)
-        return {"coefficients_in": coefficients_in} | super().start(n_in=n_in, n_out=n_out, rank=rank, init=init)
+        return {"coefficients_in": coefficients_in} | super().start(
+            n_components_in=n_components_in, n_components_out=n_components_out, rank=rank, init=init
+        )
 
 
 class _Full(CoreKind):
@@ -202,12 +219,12 @@ class _Full(CoreKind):
 
     name = "full"
 
-    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"coefficients_out": (n_out, n_in)}
+    def shapes(self, *, n_components_in: int, n_components_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"coefficients_out": (n_components_out, n_components_in)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
-        n_out, n_in = parts["coefficients_out"].shape
-        return n_in, n_out, min(n_in, n_out)
+        n_components_out, n_components_in = parts["coefficients_out"].shape
+        return n_components_in, n_components_out, min(n_components_in, n_components_out)
 
     def to_dense(self, parts: Parts) -> Tensor:
         return parts["coefficients_out"]
@@ -224,13 +241,13 @@ class _Diagonal(CoreKind):
     name = "diagonal"
     is_matrix = False
 
-    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-        if n_in != n_out:
+    def shapes(self, *, n_components_in: int, n_components_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        if n_components_in != n_components_out:
             raise SubspaceError(
-                f"core='diagonal' pairs each component of the input with one of the output, and there are {n_in} and "
-                f"{n_out}; use core='full' or core='low_rank', or bases with equal numbers of components."
+                f"core='diagonal' pairs each component of the input with one of the output, and there are {n_components_in} and "
+                f"{n_components_out}; use core='full' or core='low_rank', or bases with equal numbers of components."
             )
-        return {"coefficients_out": (n_out,)}
+        return {"coefficients_out": (n_components_out,)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
         n = len(parts["coefficients_out"])
@@ -242,7 +259,7 @@ class _Diagonal(CoreKind):
     def from_factors(
         self, coefficients_out: Tensor, coefficients_in: Tensor, *, rank: int | None = None
     ) -> dict[str, Tensor]:
-        self.shapes(n_in=coefficients_in.shape[1], n_out=len(coefficients_out), rank=1)
+        self.shapes(n_components_in=coefficients_in.shape[1], n_components_out=len(coefficients_out), rank=1)
         return {"coefficients_out": (coefficients_out * coefficients_in.mT).sum(dim=1)}
 
     def moved(self, parts: Parts, *, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
@@ -259,12 +276,12 @@ class _Mixture(CoreKind):
     trained = ("weights",)
     weighs_sources = True
 
-    def shapes(self, *, n_in: int, n_out: int, rank: int) -> dict[str, tuple[int, ...]]:
-        return {"weights": (rank,), "cores": (rank, n_out, n_in)}
+    def shapes(self, *, n_components_in: int, n_components_out: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"weights": (rank,), "cores": (rank, n_components_out, n_components_in)}
 
     def sizes(self, parts: Parts) -> tuple[int, int, int]:
-        n_cores, n_out, n_in = parts["cores"].shape
-        return n_in, n_out, n_cores
+        n_cores, n_components_out, n_components_in = parts["cores"].shape
+        return n_components_in, n_components_out, n_cores
 
     def to_dense(self, parts: Parts) -> Tensor:
         return torch.einsum("t,tij->ij", parts["weights"], parts["cores"])
@@ -279,7 +296,14 @@ class _Mixture(CoreKind):
         return {"weights": parts["weights"], "cores": torch.einsum("ij,tjk,kl->til", left, parts["cores"], right)}
 
     def start(
-        self, *, n_in: int, n_out: int, rank: int, init: Init = True, zero_side: str = "out", scale: float = 1.0
+        self,
+        *,
+        n_components_in: int,
+        n_components_out: int,
+        rank: int,
+        init: Init = True,
+        zero_side: str = "out",
+        scale: float = 1.0,
     ) -> dict[str, Tensor]:
         raise SubspaceError(
             "core='mixture' has no start of its own: it weighs cores that exist already. Make it from members of a store."
@@ -306,7 +330,7 @@ def core_kind(name: str, *, from_file: bool = False, stacklevel: int = 2) -> Cor
         SubspaceError: If there is no such core.
 
     Examples:
-        >>> core_kind("low_rank").n_parameters(n_in=16, n_out=16, rank=4)
+        >>> core_kind("low_rank").n_parameters(n_components_in=16, n_components_out=16, rank=4)
         128
     """
     if name in RENAMED:

@@ -168,7 +168,7 @@ def same_parameters_lora(
     if r < 1:
         raise SubspaceError(f"r={r} must be at least 1.")
     budget = sum(
-        kind.n_parameters(n_in=len(each.components_in), n_out=len(each.components_out), rank=r)
+        kind.n_parameters(n_components_in=len(each.components_in), n_components_out=len(each.components_out), rank=r)
         for each in subspace.values()
     )
     cost = {name: bank.in_features + bank.out_features for name, bank in subspace.items()}

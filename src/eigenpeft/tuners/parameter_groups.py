@@ -32,7 +32,8 @@ def parameter_groups(
         model: Model with adapters; only parameters that require gradients are taken.
         learning_rate: Learning rate of everything else (factors, heads, biases).
         mixer_learning_rate: Learning rate of MoSLoRA's mixers; None takes `learning_rate`.
-        coefficients_learning_rate: Learning rate of EigenLoRA's coefficients and the weights of its mixtures; None takes `learning_rate`.
+        coefficients_learning_rate: Learning rate of EigenLoRA's coefficients and the weights of its mixtures; None takes
+            `learning_rate`.
 
     Returns:
         Groups with "params", "lr" and "name" ("mixer", "coefficients", "other"); empty ones are left out.

@@ -69,5 +69,5 @@ def test_an_adapter_from_before_keeps_its_logits(core, tmp_path, monkeypatch):
         tiny_bert(), EigenLoraConfig(subspace=str(tmp_path / "store"), core=core, r=2, task_type="SEQ_CLS")
     )
     opened.add(later, name="later-training")
-    assert {core.n_in for core in opened["later-training"].values()} == {9}
-    assert {core.n_in for core in opened["early"].values()} == {6}
+    assert {core.n_components_in for core in opened["later-training"].values()} == {9}
+    assert {core.n_components_in for core in opened["early"].values()} == {6}

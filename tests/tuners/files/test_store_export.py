@@ -79,7 +79,7 @@ def test_adapters_that_embed_their_subspace_or_use_a_part_of_it(subspace, tmp_pa
         export_lora(store, tmp_path / name, adapter_name=name)
         back = PeftModel.from_pretrained(tiny_bert(), tmp_path / name)
         torch.testing.assert_close(logits(back.eval()), logits(model), atol=1e-6, rtol=0)
-    assert {core.n_in for core in store["first"].values()} == {4}
+    assert {core.n_components_in for core in store["first"].values()} == {4}
     assert store.cores(subspace.modules[0]).shape == (2, 6, 6)
 
 

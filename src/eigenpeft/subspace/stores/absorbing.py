@@ -172,7 +172,7 @@ def turned(
             pairs = ((new[module].components_in, old.components_in), (new[module].components_out, old.components_out))
             changes[bank] = tuple(one @ other.mT for one, other in pairs)  # pyright: ignore[reportArgumentType]
         rows_in, rows_out = changes[bank]
-        cores[module] = moved_core(core, rows_out[:, : core.n_out], rows_in[:, : core.n_in].mT)
+        cores[module] = moved_core(core, rows_out[:, : core.n_components_out], rows_in[:, : core.n_components_in].mT)
         factor_out, factor_in = _padded(core, old)
         norm = float(frobenius_norm(factor_out, factor_in))
         residual = float(projection_residual(factor_out, factor_in, components_out=rows_out, components_in=rows_in))

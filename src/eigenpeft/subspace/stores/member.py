@@ -60,7 +60,7 @@ class AdapterMember(Mapping[str, Core]):
     def ranks(self) -> tuple[int, ...]:
         """Largest rank that the update can have, module by module: r of a factored core, min(K_in, K_out) of another."""
         return tuple(
-            core.row.sizes(core.parts)[2] if core.row.is_factored else min(core.n_in, core.n_out)
+            core.row.sizes(core.parts)[2] if core.row.is_factored else min(core.n_components_in, core.n_components_out)
             for core in self.cores.values()
         )
 
@@ -198,10 +198,11 @@ def check_core(core: Core, module: str, subspace: PrincipalSubspace, *, known_fi
     if module not in subspace:
         raise SubspaceError(f"it has a core for {module!r}, which is not in the subspace of {len(subspace)} modules")
     bank = subspace[module]
-    n_in, n_out = len(bank.components_in), len(bank.components_out)
-    if core.n_in > n_in or core.n_out > n_out:
+    n_in, n_out = bank.n_components_in, bank.n_components_out
+    if core.n_components_in > n_in or core.n_components_out > n_out:
         raise SubspaceError(
-            f"its core of {module!r} is for {core.n_out} x {core.n_in} components, and the subspace has {n_out} x {n_in}"
+            f"its core of {module!r} is for {core.n_components_out} x {core.n_components_in} components, and the subspace "
+            f"has {n_out} x {n_in}"
         )
     if bank.paired and core.row.is_matrix:
         raise SubspaceError(

@@ -135,7 +135,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         for row, name in enumerate(names):
             core = self[name].cores.get(module)
             if core is not None:
-                dense[row, : core.n_out, : core.n_in] = core.dense()
+                dense[row, : core.n_components_out, : core.n_components_in] = core.dense()
         return dense
 
     def _each(self) -> Iterator[tuple[str, bytes]]:

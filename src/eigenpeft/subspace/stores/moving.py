@@ -28,7 +28,7 @@ def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, fl
     Returns:
         The core, of the same kind where that can be, else "full"; and ‖ΔW - ΔW'‖ / ‖ΔW‖ in the Frobenius norm.
     """
-    old_out, old_in = old.components_out[: core.n_out], old.components_in[: core.n_in]
+    old_out, old_in = old.components_out[: core.n_components_out], old.components_in[: core.n_components_in]
     dtype = new.components_out.dtype
     coefficients_out, coefficients_in = (side.to(dtype) for side in core.factors())
     lora_B, lora_A = reconstruct(coefficients_out, coefficients_in, components_out=old_out, components_in=old_in)

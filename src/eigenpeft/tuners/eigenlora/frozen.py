@@ -49,13 +49,13 @@ def empty_offset(layer: LoraLayer, rank: Any, *, module: str) -> Factors | None:
     """
     if rank is None:
         return None
-    n_out, n_in = weight_shape(layer)
-    if type(rank) is not int or not 1 <= rank <= min(n_out, n_in) or not kind_of(layer).has_one_core:
+    out_features, in_features = weight_shape(layer)
+    if type(rank) is not int or not 1 <= rank <= min(out_features, in_features) or not kind_of(layer).has_one_core:
         raise AdapterConfigError(
-            f"offset_ranks[{module!r}]={rank!r} must be a whole number between 1 and {min(n_out, n_in)}, of a linear layer "
-            "or an embedding: the config was altered. Get a fresh copy of the adapter."
+            f"offset_ranks[{module!r}]={rank!r} must be a whole number between 1 and {min(out_features, in_features)}, of a "
+            "linear layer or an embedding: the config was altered. Get a fresh copy of the adapter."
         )
-    return torch.zeros(n_out, rank), torch.zeros(rank, n_in)
+    return torch.zeros(out_features, rank), torch.zeros(rank, in_features)
 
 
 def offset_ranks(model: nn.Module, adapter_name: str) -> dict[str, int] | None:

@@ -149,7 +149,8 @@ class EigenLoraModel(FactorModel):
         Args:
             config: Configuration of the adapter.
         """
-        return all(len(shape) > 1 for shape in core_kind(config.core).shapes(n_in=1, n_out=1, rank=1).values())
+        shapes = core_kind(config.core).shapes(n_components_in=1, n_components_out=1, rank=1)
+        return all(len(shape) > 1 for shape in shapes.values())
 
     def add_weighted_adapter(
         self,

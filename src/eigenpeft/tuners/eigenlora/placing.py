@@ -55,14 +55,19 @@ def start(
     if n_blocks == 1 or kind.rank_is_split:
         # Where the output side is not zero, the entries of B = V_outᵀ C_out get the variance 1 that LoRA's have.
         scale = math.sqrt((layer.out_features or 0) / n_out)
-        whole = core.start(n_in=n_in, n_out=n_out, rank=rank, init=init, zero_side=kind.zero_side, scale=scale)
+        whole = core.start(
+            n_components_in=n_in, n_components_out=n_out, rank=rank, init=init, zero_side=kind.zero_side, scale=scale
+        )
         n_parts = n_blocks_of(factor_dicts(layer)[0][adapter_name])
         if n_parts > 1:  # a row of A has 1 / N of the components' entries: the same norm as without blocks
             whole["coefficients_in"] = whole["coefficients_in"] * math.sqrt(n_parts)
         return whole if n_blocks == 1 else _grouped(whole, n_blocks, core, module)
     if core.is_factored:
-        return core.start(n_in=n_in, n_out=n_out, rank=rank * n_blocks, init=init)
-    each = [core.start(n_in=n_in, n_out=n_out, rank=rank, init=init)["coefficients_out"] for _ in range(n_blocks)]
+        return core.start(n_components_in=n_in, n_components_out=n_out, rank=rank * n_blocks, init=init)
+    each = [
+        core.start(n_components_in=n_in, n_components_out=n_out, rank=rank, init=init)["coefficients_out"]
+        for _ in range(n_blocks)
+    ]
     return {"coefficients_out": torch.stack(each, dim=-1).flatten(1)}
 
 

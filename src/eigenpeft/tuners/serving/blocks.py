@@ -147,7 +147,11 @@ class ModuleStacks(nn.Module):
                 stacks[1][slot, : len(coefficients_out), : coefficients_out.shape[1]], coefficients_out, core.scaling
             )
         elif stacks[0].ndim == 3:
-            _copy_scaled(stacks[0][slot, : core.n_out, : core.n_in], core.row.to_dense(core.parts), core.scaling)
+            _copy_scaled(
+                stacks[0][slot, : core.n_components_out, : core.n_components_in],
+                core.row.to_dense(core.parts),
+                core.scaling,
+            )
         else:
             diagonal = core.parts["coefficients_out"]
             _copy_scaled(stacks[0][slot, : len(diagonal)], diagonal, core.scaling)
