@@ -125,7 +125,7 @@ def one(tool, method, model, work):
     """One merge in this process; what it made lies in `made` as a plain LoRA's updates."""
     folders, weights = [work / "adapters" / name for name in ADAPTERS], [weight for *_, weight in ADAPTERS.values()]
     if tool == "eigenpeft":
-        merged = merge(folders, method=method, weights=weights, progress=False)
+        merged = merge(folders, rule=method, weights=weights, progress=False)
         merged.save_pretrained(work / "made", overwrite=True)
         return
     adapted = PeftModel.from_pretrained(

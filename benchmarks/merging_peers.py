@@ -57,7 +57,7 @@ def main():
         rows = {}
         for method, options in OURS.items():
             start = time.process_time()
-            merged = merge(folders, method=method, weights=[1 / len(folders)] * len(folders), progress=False, **options)
+            merged = merge(folders, rule=method, weights=[1 / len(folders)] * len(folders), progress=False, **options)
             seconds = time.process_time() - start
             found = {name: B.double() @ A.double() for name, (B, A) in merged.factors.items()}
             rows[f"eigenpeft {method}"] = {"error": relative_error(found, exact), "cpu_seconds": round(seconds, 2)}

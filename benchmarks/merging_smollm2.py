@@ -36,10 +36,10 @@ RATIOS = (0.7, 1.0, 1.4)
 CELLS = {
     "base": {},
     **{f"adapter {task}": {"names": [task], "scale": 1.0} for task in TASKS},
-    "task arithmetic": {"method": "task_arithmetic"},
-    "TSV-M": {"method": "tsv"},
-    "RegMean, 32 rows": {"method": "regmean"},
-    "task arithmetic, λ auto": {"method": "task_arithmetic", "scale": "auto"},
+    "task arithmetic": {"rule": "task_arithmetic"},
+    "TSV-M": {"rule": "tsv"},
+    "RegMean, 32 rows": {"rule": "regmean"},
+    "task arithmetic, λ auto": {"rule": "task_arithmetic", "scale": "auto"},
 }
 
 
@@ -104,7 +104,7 @@ def run_cell(settings, folders, rows, model, arguments):
     if not settings:
         return {"losses": losses("test")}
     settings = {"rank": RANK, "scale": 1.0, **settings}
-    if settings.get("method") == "regmean":
+    if settings.get("rule") == "regmean":
         read = {task: [{k: v for k, v in b.items() if k != "labels"} for b in rows[task]["train"]] for task in TASKS}
         settings["statistics"] = collect_statistics(model, rows=read, adapters=folders, progress=False)
     start = time.process_time()

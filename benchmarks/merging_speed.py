@@ -100,7 +100,7 @@ def in_a_process(adapters, method, *, threads):
 def one(adapters, method):
     """One merge in this process; prints what it took."""
     start, cpu = time.perf_counter(), time.process_time()
-    merged = merge(adapters, method=method, rank=16, progress=False)
+    merged = merge(adapters, rule=method, rank=16, progress=False)
     merged.save_pretrained(adapters.parent / f"merged-{method}", overwrite=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(

@@ -72,9 +72,9 @@ def test_weighted_sum_is_exact_whatever_the_ranks_and_alphas(mixed):
     assert {len(A) for _, A in merged.factors.values()} == {merged.rank} == {14}
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_every_method_merges_a_mixed_folder(method, mixed):
-    merged = merge(mixed, method=method, rank=4, progress=False)
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_every_rule_merges_a_mixed_folder(rule, mixed):
+    merged = merge(mixed, rule=rule, rank=4, progress=False)
     assert set(merged.factors) == set(MODULES)
     for module, (lora_B, lora_A) in merged.factors.items():
         assert lora_B.shape == (MODULES[module][0], 4)
@@ -86,7 +86,7 @@ def test_every_method_merges_a_mixed_folder(method, mixed):
 
 
 def test_the_number_of_updates_of_a_module_is_that_of_those_who_have_it(mixed):
-    merged, updates = merge(mixed, method="mean", progress=False), updates_on_disk(mixed)
+    merged, updates = merge(mixed, rule="mean", progress=False), updates_on_disk(mixed)
     value = [own["layer.0.value"] for own in updates.values() if "layer.0.value" in own]
     assert len(value) == 4
     torch.testing.assert_close(whole(merged)["layer.0.value"], sum(value) / 4, atol=1e-5, rtol=1e-5)
@@ -108,13 +108,13 @@ def test_one_adapter_is_reduced_to_a_rank_with_its_error(mixed):
 def test_order_and_names_do_not_matter(mixed):
     names = ["rs", "adapter-1", "half"]
     collection = AdapterCollection.from_pretrained(mixed)
-    one = merge(collection, method="dare_ties", names=names, seed=3, progress=False)
-    other = merge(mixed, method="dare_ties", names=names[::-1], seed=3, progress=False)
+    one = merge(collection, rule="dare_ties", names=names, seed=3, progress=False)
+    other = merge(mixed, rule="dare_ties", names=names[::-1], seed=3, progress=False)
     assert relative_error(whole(other), whole(one)) < 1e-6
 
 
 def test_the_report_counts_over_all_modules(mixed):
-    merged, updates = merge(mixed, method="mean", rank=3, progress=False), updates_on_disk(mixed)
+    merged, updates = merge(mixed, rule="mean", rank=3, progress=False), updates_on_disk(mixed)
     found = whole(merged)
     for source in merged.report.sources:
         own = updates[source.name]
@@ -378,21 +378,21 @@ def with_tensor(folder, key, shape=(12,)):
 
 
 BAD_ARGUMENTS = {
-    "unknown method": ({"method": "average"}, AdapterConfigError, "method='average' is unknown; pass one of"),
+    "unknown rule": ({"rule": "average"}, AdapterConfigError, "rule='average' is unknown; pass one of"),
     "density out of range": (
-        {"method": "ties", "density": 1.2},
+        {"rule": "ties", "density": 1.2},
         AdapterConfigError,
         r"density=1.2 must be above 0 and at most 1",
     ),
     "option of another kind": (
-        {"method": "ties", "density": "0.5"},
+        {"rule": "ties", "density": "0.5"},
         AdapterConfigError,
         "density='0.5' must be a number, such as 0.2",
     ),
     "another rule's option": (
-        {"method": "tsv", "density": 0.2},
+        {"rule": "tsv", "density": 0.2},
         AdapterConfigError,
-        "density=0.2 is not an option of method='tsv'",
+        "density=0.2 is not an option of rule='tsv'",
     ),
     "too few weights": ({"weights": [1.0, 2.0]}, AdapterConfigError, "2 weights do not fit 5 adapters, 'adapter-0'"),
     "weights by unknown name": (
@@ -412,17 +412,17 @@ BAD_ARGUMENTS = {
     ),
     "rank of zero": ({"rank": 0}, AdapterConfigError, "rank=0 must be None or a whole number of at least 1"),
     "statistics missing": (
-        {"method": "regmean"},
+        {"rule": "regmean"},
         AdapterConfigError,
-        r"method='regmean' needs statistics .*\(5 of 5\) have none.*collect_statistics",
+        r"rule='regmean' needs statistics .*\(5 of 5\) have none.*collect_statistics",
     ),
     "scale that is no number": ({"scale": "best"}, AdapterConfigError, "scale='best' must be a finite number, 'auto'"),
     "scales without a score": ({"scale": [0.1, 0.2]}, AdapterConfigError, r"scale=\[0.1, 0.2\] with score=None"),
     "unknown calibration": ({"calibrate": ["svd"]}, AdapterConfigError, r"calibrate=\['svd'\] is unknown"),
     "unknown adapter": ({"names": ["nobody"]}, CollectionError, "'nobody' is not in the collection"),
-    "mean of nothing": ({"method": "mean", "weights": [0.0] * 5}, AdapterConfigError, "are all 0, so there is no mean"),
+    "mean of nothing": ({"rule": "mean", "weights": [0.0] * 5}, AdapterConfigError, "are all 0, so there is no mean"),
     "mean of nothing in one module": (  # "half" has the queries alone
-        {"method": "mean", "weights": {"adapter-0": 0.0, "adapter-1": 0.0, "adapter-2": 0.0, "half": 1.0, "rs": 0.0}},
+        {"rule": "mean", "weights": {"adapter-0": 0.0, "adapter-1": 0.0, "adapter-2": 0.0, "half": 1.0, "rs": 0.0}},
         AdapterConfigError,
         r"^Cannot merge '[\w.]*value': .*are all 0, so there is no mean",
     ),
@@ -505,7 +505,7 @@ def test_a_model_that_lacks_the_modules_is_named(mixed):
 
 
 def test_an_interrupted_merge_goes_on_and_gives_the_same(mixed, tmp_path, monkeypatch):
-    expected = merge(mixed, method="dare_ties", rank=4, seed=3, progress=False)
+    expected = merge(mixed, rule="dare_ties", rank=4, seed=3, progress=False)
     calls = []
 
     def fail_at_third(space, **arguments):
@@ -514,7 +514,7 @@ def test_an_interrupted_merge_goes_on_and_gives_the_same(mixed, tmp_path, monkey
             raise KeyboardInterrupt
         return merge_updates(space, **arguments)
 
-    arguments = {"method": "dare_ties", "rank": 4, "seed": 3, "work_dir": tmp_path / "work", "progress": False}
+    arguments = {"rule": "dare_ties", "rank": 4, "seed": 3, "work_dir": tmp_path / "work", "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr("eigenpeft.combining.merging.merge_updates", fail_at_third)
         with pytest.raises(KeyboardInterrupt):
@@ -541,6 +541,6 @@ def test_a_work_folder_needs_adapters_on_disk(tmp_path):
 @pytest.mark.parametrize("options", ["[density]", "0.2", "density"])
 def test_options_of_a_recipe_are_names_and_values(tmp_path, options):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"adapters: [first, second]\nmethod: ties\noptions: {options}\n")
+    path.write_text(f"adapters: [first, second]\nrule: ties\noptions: {options}\n")
     with pytest.raises(AdapterConfigError, match=r"recipe.yaml' has options=.*; write names and values"):
         read_recipe(path)

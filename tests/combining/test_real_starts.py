@@ -76,7 +76,7 @@ def numbers(model):
 
 def test_a_merged_start(adapters, subspace, batch, tmp_path):
     merged = fresh()
-    merge(adapters, method="mean", progress=False).scaled(3.0).apply_to(merged)
+    merge(adapters, rule="mean", progress=False).scaled(3.0).apply_to(merged)
     config = EigenLoraConfig(
         subspace=subspace, r=8, init_from="mean", init_adapters=adapters, init_scale=3.0, task_type="SEQ_CLS"
     )

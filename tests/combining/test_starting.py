@@ -48,9 +48,9 @@ def reload(architecture, folder):
 
 def test_lora_on_top_of_a_merge_is_exported_as_one(architecture, adapters, tokens, tmp_path, caplog):
     base = architecture[0]()
-    merge(adapters, method="ties", density=0.5, progress=False).scaled(2.0).apply_to(base)
+    merge(adapters, rule="ties", density=0.5, progress=False).scaled(2.0).apply_to(base)
     options = {"options": {"density": 0.5}, "scale": 2.0, "r": 3, "task_type": "CAUSAL_LM"}
-    model = init_lora_from_merge(architecture[0](), adapters=adapters, method="ties", **options)
+    model = init_lora_from_merge(architecture[0](), adapters=adapters, rule="ties", **options)
     torch.testing.assert_close(logits(model.eval(), tokens), logits(base, tokens), rtol=1e-4, atol=1e-5)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
@@ -123,7 +123,7 @@ def test_the_scale_that_rows_like_best(tmp_path, tokens):
         get_peft_model(base, config).save_pretrained(tmp_path / f"adapters/{seed}")
     adapters = tmp_path / "adapters"
     teacher = tiny_bert()
-    merge(adapters, method="mean", progress=False).scaled(3.0).apply_to(teacher)
+    merge(adapters, rule="mean", progress=False).scaled(3.0).apply_to(teacher)
     rows = torch.randint(3, 50, (64, 9), generator=torch.Generator().manual_seed(2))
     model = tiny_bert().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

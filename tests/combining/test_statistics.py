@@ -65,7 +65,7 @@ def test_regmean_of_a_model_is_that_of_whole_moments(model, tmp_path):
     targets = ("q_proj", "down_proj") if model is tiny_llama else ("c_attn", "c_fc")
     folder = make_zoo(tmp_path / "zoo", model, targets)
     statistics = collect_statistics(model(), rows=ROWS, adapters=folder, progress=False)
-    merged = merge(folder, method="regmean", statistics=statistics, shrink=1.0, progress=False)
+    merged = merge(folder, rule="regmean", statistics=statistics, shrink=1.0, progress=False)
     singles = {task: merge(folder / task, progress=False) for task in ROWS}
     by_hand = {task: moments_by_hand(folder, task, rows, model) for task, rows in ROWS.items()}
     for module, (lora_B, lora_A) in merged.factors.items():
@@ -125,7 +125,7 @@ def test_statistics_serve_any_of_the_adapters_they_were_collected_for(tmp_path):
     )
     names = ["task0", "task2"]
     one, other = (
-        merge(folder, method="regmean", statistics=each, names=names, progress=False) for each in (statistics, fewer)
+        merge(folder, rule="regmean", statistics=each, names=names, progress=False) for each in (statistics, fewer)
     )
     for module, (lora_B, lora_A) in one.factors.items():
         expected = other.factors[module][0] @ other.factors[module][1]
@@ -192,7 +192,7 @@ def test_bad_statistics_are_named(tmp_path):
     make_zoo(tmp_path / "other", n_adapters=1)
     (tmp_path / "other" / "task0").rename(tmp_path / "zoo" / "new")
     with pytest.raises(AdapterConfigError, match=r"'new' \(1 of 4\) have none"):
-        merge(folder, method="regmean", statistics=statistics, progress=False)
+        merge(folder, rule="regmean", statistics=statistics, progress=False)
 
 
 def test_statistics_of_other_weights_are_refused(tmp_path):
@@ -201,4 +201,4 @@ def test_statistics_of_other_weights_are_refused(tmp_path):
     make_zoo(tmp_path / "again", targets=("q_proj",))
     (tmp_path / "again" / "task1" / "adapter_model.safetensors").replace(folder / "task1" / "adapter_model.safetensors")
     with pytest.raises(AdapterConfigError, match="were collected when 'task1' had other weights"):
-        merge(folder, method="regmean", statistics=statistics, progress=False)
+        merge(folder, rule="regmean", statistics=statistics, progress=False)

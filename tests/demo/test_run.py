@@ -48,7 +48,7 @@ def test_an_incomplete_wheel_is_one_error(monkeypatch, tmp_path):
 def test_equal_parameters_are_equal_and_heads_too():
     with AdapterCollection.from_pretrained(related_adapters()) as collection:
         built = SubspaceBuilder(N_COMPONENTS).fit(collection).subspace_
-        merged = merge(collection, method="mean", scale="auto", progress=False)
+        merged = merge(collection, rule="mean", scale="auto", progress=False)
     task, counts, heads = load_task(new_customer(0)), {}, {}
     for method in methods(built, merged):
         model = method.adapt(fresh_base(task, seed=0), 0)

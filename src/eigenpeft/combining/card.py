@@ -1,4 +1,4 @@
-"""Model card of a merged adapter: sources, licenses, method and numbers, complete without editing."""
+"""Model card of a merged adapter: sources, licenses, rule and numbers, complete without editing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +43,7 @@ def merged_card(
     body = f"""# {report.title} of {len(report.sources)} LoRA adapters
 
 One ordinary LoRA of rank {report.rank} in {report.n_modules} modules, made by eigenpeft from the updates themselves (scaling
-included), in their core space: `method="{report.method}"`{_options(report)}, {report.paper}. Final multiplier: {scale}
+included), in their core space: `rule="{report.rule}"`{_options(report)}, {report.paper}. Final multiplier: {scale}
 (`scale={report.scale!r}`).
 
 ## Loading this adapter

@@ -25,7 +25,7 @@ from eigenpeft.version import __version__
 def merge(
     adapters: Adapters,
     *,
-    method: str = "task_arithmetic",
+    rule: str = "task_arithmetic",
     weights: Mapping[str, float] | Sequence[float] | None = None,
     rank: int | None = None,
     scale: float | str | Sequence[float] | None = None,
@@ -42,7 +42,7 @@ def merge(
     """Merge LoRA adapters of one base model into one plain LoRA of one rank and one alpha.
 
     `ΔW = λ rule(w_1 ΔW_1, ..., w_T ΔW_T)`, cut off at `rank`; with "task_arithmetic" (arXiv 2212.04089, section 2) the
-    rule is the sum. `RULES[method].paper` names the paper of every other rule, whose function in `eigenpeft.linalg.rules`
+    rule is the sum. `RULES[rule].paper` names the paper of every other rule, whose function in `eigenpeft.linalg.rules`
     has its equation.
 
     Works on the updates `ΔW_t = s_t B_t A_t` (out_features, in_features) themselves: ranks, alphas, rsLoRA and adapted
@@ -53,7 +53,7 @@ def merge(
     Args:
         adapters: Folders of adapters, folders of such folders and Hub ids, one or many; an `AdapterCollection`; a store, whose
             members are merged; or a PEFT model, whose adapters are merged.
-        method: Name in `eigenpeft.linalg.merging.RULES`: "task_arithmetic" (default, the exact weighted sum), "mean",
+        rule: Name in `eigenpeft.linalg.merging.RULES`: "task_arithmetic" (default, the exact weighted sum), "mean",
             "ties", "dare", "dare_ties", "knots", "tsv", "iso_c", "iso_cts", "boosting", "svc", "pico", "wudi", "regmean" or
             "compress".
         weights: Number by adapter, or one per adapter in order; each scales that adapter's update, negative ones subtract
@@ -90,12 +90,12 @@ def merge(
         ...     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
         ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
-        >>> merged = merge("adapters", method="tsv", rank=3, progress=False)
+        >>> merged = merge("adapters", rule="tsv", rank=3, progress=False)
         >>> merged.save_pretrained("merged")
         >>> merged.rank, sorted(path.name for path in Path("merged").glob("adapter*"))
         (3, ['adapter_config.json', 'adapter_model.safetensors'])
     """
-    settings = _Settings(method, scale, rank, tuple(calibrate), dict(options), seed, statistics, work_dir)
+    settings = _Settings(rule, scale, rank, tuple(calibrate), dict(options), seed, statistics, work_dir)
     settings.check(score=score)
     sources = open_sources(adapters, names=names, allow_different_base_models=allow_different_base_models)
     given = weights_by_name(sources.names, weights)
@@ -157,7 +157,7 @@ _KINDS = {float: "number", int: "whole number", str: "word"}
 class _Settings:
     """How to merge, the same for every module."""
 
-    method: str
+    rule: str
     scale: float | str | Sequence[float] | None
     rank: int | None
     calibrate: tuple[str, ...]
@@ -170,7 +170,7 @@ class _Settings:
         """What a merged module depends on besides the adapters, JSON-able."""
         digests = {name: one.digest() for name, one in (self.statistics or {}).items()}
         return [
-            ("method", self.method),
+            ("rule", self.rule),
             ("options", self.typed_options()),
             ("calibrate", list(self.calibrate)),
             ("scale", self.scale),
@@ -202,18 +202,18 @@ class _Settings:
         if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise AdapterConfigError(f"rank={self.rank!r} must be None or a whole number of at least 1.")
         for name, value in self.options.items():
-            default = find_rule(self.method).options.get(name) if self.method in RULES else None
+            default = find_rule(self.rule).options.get(name) if self.rule in RULES else None
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if default is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise AdapterConfigError(f"{name}={value!r} must be a {_KINDS[type(default)]}, such as {default!r}.")
         try:
-            check_options(self.method, calibrate=self.calibrate, **self.typed_options())
+            check_options(self.rule, calibrate=self.calibrate, **self.typed_options())
         except ValueError as error:
             raise AdapterConfigError(str(error)) from error
 
     def typed_options(self) -> dict[str, Any]:
         """The rule's options, whole numbers as floats where it takes floats."""
-        defaults = RULES[self.method].options if self.method in RULES else {}
+        defaults = RULES[self.rule].options if self.rule in RULES else {}
         return {
             name: float(value) if isinstance(defaults.get(name), float) else value
             for name, value in self.options.items()
@@ -221,7 +221,7 @@ class _Settings:
 
     def arguments(self, module: str, updates: Mapping[str, Factors], space: CoreSpace) -> dict[str, Any]:
         """What `merge_updates` gets for one module besides the weights."""
-        needs, extra = find_rule(self.method).needs, {}
+        needs, extra = find_rule(self.rule).needs, {}
         if "seeds" in needs:
             extra["seeds"] = [seeded_generator(self.seed, module, f"dare {name}").initial_seed() for name in updates]
         if "statistics" in needs and self.statistics is not None and space.axes_in is not None:
@@ -229,10 +229,10 @@ class _Settings:
             extra["grams"] = torch.stack(
                 [self.statistics[name].on_axes(module, updates=updates, components_in=rows) for name in updates]
             )
-        if self.method == "compress" and self.rank is not None:
+        if self.rule == "compress" and self.rank is not None:
             extra["n_components"] = self.rank
         options = {**extra, **self.typed_options()}
-        settings = {"method": self.method, "rank": self.rank, "calibrate": self.calibrate, "scale": self.scale}
+        settings = {"rule": self.rule, "rank": self.rank, "calibrate": self.calibrate, "scale": self.scale}
         return {**settings, "dtype": torch.float32, **options}
 
 
@@ -255,14 +255,14 @@ def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, 
     scales = [merged.scale for _, merged in modules.values()]
     ranks = [merged.rank for _, merged in modules.values()]
     rank = settings.rank or max(1, *ranks)
-    rule = find_rule(settings.method)
+    rule = find_rule(settings.rule)
     options = {name: settings.options.get(name, value) for name, value in rule.options.items()}
     scale = rule.scale if settings.scale is None else settings.scale
     report = MergeReport(
-        method=settings.method,
+        rule=settings.rule,
         title=rule.title,
         paper=rule.paper,
-        options=options | ({"n_components": rank} if settings.method == "compress" and settings.rank else {}),
+        options=options | ({"n_components": rank} if settings.rule == "compress" and settings.rank else {}),
         calibrate=settings.calibrate,
         scale=scale if isinstance(scale, str) else float(scale),  # pyright: ignore[reportArgumentType]
         scale_range=(min(scales), max(scales)),
@@ -308,15 +308,15 @@ def _check_rank(sources: Sources, rank: int | None) -> None:
 
 
 def _check_statistics(sources: Sources, settings: _Settings) -> None:
-    if "statistics" not in find_rule(settings.method).needs:
+    if "statistics" not in find_rule(settings.rule).needs:
         return
     known = settings.statistics or {}
     missing = [name for name in sources.names if name not in known]
     if missing:
         raise AdapterConfigError(
-            f"method={settings.method!r} needs statistics of each task's inputs, and {', '.join(map(repr, missing[:5]))} "
+            f"rule={settings.rule!r} needs statistics of each task's inputs, and {', '.join(map(repr, missing[:5]))} "
             f"({len(missing)} of {len(sources.names)}) have none. Pass statistics=collect_statistics(model, rows=..., "
-            "adapters=...), or choose a method without data."
+            "adapters=...), or choose a rule without data."
         )
     digests = {record["name"]: record.get("sha256") for record in sources.records}
     for name, digest in digests.items():

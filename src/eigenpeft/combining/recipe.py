@@ -1,4 +1,4 @@
-"""A merge as a YAML file: adapters with weights, method, rank, multiplier and options."""
+"""A merge as a YAML file: adapters with weights, rule, rank, multiplier and options."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 
 from eigenpeft.errors import AdapterConfigError
 
-_FIELDS = ("adapters", "method", "rank", "scale", "calibrate", "seed", "options")
+_FIELDS = ("adapters", "rule", "rank", "scale", "calibrate", "seed", "options")
 _EXAMPLE = "adapters: [{path: adapters/sst2, weight: 1.0}, {path: adapters/mr, weight: -0.3}]"
 
 
@@ -33,7 +33,7 @@ def read_recipe(path: str | Path) -> MergeRecipe:
     """Read a recipe; folders in it are relative to the file.
 
     Args:
-        path: YAML file with `adapters` (a list of `path` and `weight`, 1 where it is left out), and any of `method`, `rank`,
+        path: YAML file with `adapters` (a list of `path` and `weight`, 1 where it is left out), and any of `rule`, `rank`,
             `scale`, `calibrate`, `seed` and `options`.
 
     Raises:
@@ -68,5 +68,5 @@ def read_recipe(path: str | Path) -> MergeRecipe:
     options = content.get("options") or {}
     if not isinstance(options, dict):
         raise AdapterConfigError(f"The recipe {str(path)!r} has options={options!r}; write names and values.")
-    settings = {name: content[name] for name in ("method", "rank", "scale", "calibrate", "seed") if name in content}
+    settings = {name: content[name] for name in ("rule", "rank", "scale", "calibrate", "seed") if name in content}
     return MergeRecipe(tuple(places), tuple(weights), settings, {str(name): value for name, value in options.items()})

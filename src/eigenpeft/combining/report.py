@@ -43,7 +43,7 @@ class MergeReport:
     """A merge in numbers.
 
     Attributes:
-        method: Name of the rule.
+        rule: Name of the rule.
         title: Its name in the literature.
         paper: Where the rule comes from.
         options: What it was called with.
@@ -63,7 +63,7 @@ class MergeReport:
         grid: What was tried to choose λ: `{"scale": ..., "score": ...}` each; empty where nothing was.
     """
 
-    method: str
+    rule: str
     title: str
     paper: str
     options: dict[str, Any]

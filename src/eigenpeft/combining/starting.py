@@ -47,7 +47,7 @@ def init_lora_from_merge(
     model: nn.Module,
     *,
     adapters: Adapters | MergedAdapter,
-    method: str = "mean",
+    rule: str = "mean",
     scale: float | str | None = None,
     options: Mapping[str, Any] | None = None,
     r: int = 8,
@@ -63,7 +63,7 @@ def init_lora_from_merge(
     Args:
         model: Base model, unquantised, without adapters; its weights are changed in place.
         adapters: What is merged, as `eigenpeft.merge` takes it; or a merge that is done.
-        method: Rule of the merge.
+        rule: Rule of the merge.
         scale: λ: a number, "auto" (Pico's norm, without data) or None for the rule's own; see `choose_scale` for rows.
         options: Options of the rule, such as {"density": 0.2}.
         r: Rank of what is trained.
@@ -78,7 +78,7 @@ def init_lora_from_merge(
             another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
     """
-    merged = merged_start(model, adapters=adapters, method=method, scale=scale, options=options)
+    merged = merged_start(model, adapters=adapters, rule=rule, scale=scale, options=options)
     modules = dict(model.named_modules())
     placed = {id(find_module(modules, name)) for name in merged.factors}
     names = [name for name, module in modules.items() if id(module) in placed]
@@ -92,7 +92,7 @@ def merged_start(
     model: nn.Module,
     *,
     adapters: Adapters | MergedAdapter,
-    method: str = "mean",
+    rule: str = "mean",
     scale: float | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> MergedAdapter:
@@ -104,7 +104,7 @@ def merged_start(
     Args:
         model: Base model, unquantised, without adapters; its weights are changed in place.
         adapters: What is merged, as `eigenpeft.merge` takes it; or a merge that is done.
-        method: Rule of the merge.
+        rule: Rule of the merge.
         scale: λ: a number, "auto" (Pico's norm, without data) or None for the rule's own.
         options: Options of the rule.
 
@@ -141,7 +141,7 @@ def merged_start(
             )
         merged = adapters if scale is None else adapters.scaled(scale)
     else:
-        merged = merge(adapters, method=method, scale=scale, progress=False, **(options or {}))
+        merged = merge(adapters, rule=rule, scale=scale, progress=False, **(options or {}))
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     placed: dict[str, Any] = {name: find_module(modules, name) for name in merged.factors}
@@ -169,7 +169,7 @@ def choose_scale(
     adapters: Adapters,
     batches: Sequence[Mapping[str, Tensor]],
     grid: Sequence[float] = GRID,
-    method: str = "mean",
+    rule: str = "mean",
     metric: str = "accuracy",
     options: Mapping[str, Any] | None = None,
 ) -> float:
@@ -183,7 +183,7 @@ def choose_scale(
         adapters: What is merged, as `eigenpeft.merge` takes it.
         batches: Held-out rows as the model takes them, `labels` included.
         grid: Multipliers to try; of equally good ones the smallest is taken.
-        method: Rule of the merge.
+        rule: Rule of the merge.
         metric: "accuracy" or "loss", as for `held_out_score`; "loss" for language models.
         options: Options of the rule.
 
@@ -199,7 +199,7 @@ def choose_scale(
     model.eval()
     try:
         score = held_out_score([HeldOutTask("the new task", model, batches)], metric=metric)
-        merged = merge(adapters, method=method, scale=list(grid), score=score, progress=False, **(options or {}))
+        merged = merge(adapters, rule=rule, scale=list(grid), score=score, progress=False, **(options or {}))
     finally:
         for module, training in was.items():
             module.training = training

@@ -110,7 +110,7 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Second moments of every adapted module's inputs on each task's own rows, each adapter at work on its rows.
 
-    For `merge(..., method="regmean", statistics=...)`: the inputs `E_t[x xᵀ]` of RegMean (arXiv 2212.09849, equation 2) without
+    For `merge(..., rule="regmean", statistics=...)`: the inputs `E_t[x xᵀ]` of RegMean (arXiv 2212.09849, equation 2) without
     an n x n matrix, R x R numbers per module and task with `R = Σ r_t`. About 50 rows per task are enough.
 
     With `merged`, the merged adapter is at work on the rows of every task: a layer's inputs are those that the merged layers

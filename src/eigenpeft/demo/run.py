@@ -66,7 +66,7 @@ def run_demo(
     with AdapterCollection.from_pretrained(related_adapters()) as collection:
         audit = audit_adapters(collection, progress=progress)
         subspace = SubspaceBuilder(n_components=N_COMPONENTS).fit(collection).subspace_
-        merged = merge(collection, method="mean", scale="auto", progress=progress)
+        merged = merge(collection, rule="mean", scale="auto", progress=progress)
     subspace.save_pretrained(out / "subspace", overwrite=overwrite)
     customers = [new_customer(number) for number in range(n_customers)]
     tasks = [load_task(customer) for customer in customers]

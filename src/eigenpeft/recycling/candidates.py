@@ -54,7 +54,7 @@ class Sources:
     @cached_property
     def merged(self) -> MergedAdapter:
         """λ times the mean update; `CollectionError` if the adapters cannot be read or merged."""
-        return merge(self.collection, method="mean", progress=False).scaled(self.scale)
+        return merge(self.collection, rule="mean", progress=False).scaled(self.scale)
 
     def lora(self, r: int) -> LoraConfig:
         """A plain LoRA on the modules that the adapters have.

@@ -11,13 +11,13 @@ from tests.factories import random_factors, write_adapter
 
 
 def test_a_folder_becomes_one_plain_lora(run, adapters, tmp_path):
-    ran = run("merge", adapters.folder, "--method", "tsv", "--rank", "3", "--out", tmp_path / "merged")
+    ran = run("merge", adapters.folder, "--rule", "tsv", "--rank", "3", "--out", tmp_path / "merged")
     assert ran.code == 0, ran.err
     assert "TSV-M of 5 adapters: rank 3" in ran.out
     config = LoraConfig.from_pretrained(tmp_path / "merged")
     assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (3, 3, {}, {})
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
-    assert report["method"] == "tsv"
+    assert report["rule"] == "tsv"
     assert [source["name"] for source in report["sources"]] == adapters.names
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "arXiv 2412.00081" in card
@@ -26,9 +26,7 @@ def test_a_folder_becomes_one_plain_lora(run, adapters, tmp_path):
 
 
 def test_json_is_the_report(run, adapters, tmp_path):
-    ran = run(
-        "merge", adapters.folder, "--option", "density=0.5", "--method", "ties", "--out", tmp_path / "m", "--json"
-    )
+    ran = run("merge", adapters.folder, "--option", "density=0.5", "--rule", "ties", "--out", tmp_path / "m", "--json")
     report = json.loads(ran.out)
     assert report["options"] == {"density": 0.5, "agreement": "mean"}
     assert report["path"] == str(tmp_path / "m")
@@ -50,7 +48,7 @@ def test_weights_scales_and_calibrations_are_those_of_the_function(run, adapters
 
 
 RECIPE = """
-method: dare_ties
+rule: dare_ties
 rank: 3
 seed: 5
 options: {drop: 0.2}
@@ -71,7 +69,7 @@ def test_a_recipe_says_all_of_it(run, adapters, tmp_path):
         "adapter-3": -0.3,
         "adapter-1": 1.0,
     }
-    assert (report["method"], report["rank"], report["options"]["drop"]) == ("dare_ties", 3, 0.2)
+    assert (report["rule"], report["rank"], report["options"]["drop"]) == ("dare_ties", 3, 0.2)
 
 
 def recipe(text):
@@ -85,15 +83,15 @@ def recipe(text):
 BAD = {
     "no such folder": (["nowhere"], None, "nowhere"),
     "nothing named": ([], None, "Name adapters, or a --recipe"),
-    "unknown method": (["adapters", "--method", "average"], None, "--method average is unknown"),
-    "density out of range": (["adapters", "--method", "ties", "--option", "density=2"], None, "density=2"),
+    "unknown rule": (["adapters", "--rule", "average"], None, "--rule average is unknown"),
+    "density out of range": (["adapters", "--rule", "ties", "--option", "density=2"], None, "density=2"),
     "density that is no number": (
-        ["adapters", "--method", "ties", "--option", "density=much"],
+        ["adapters", "--rule", "ties", "--option", "density=much"],
         None,
         "density='much' must be a number",
     ),
-    "an option of another method": (
-        ["adapters", "--method", "tsv", "--option", "density=0.2"],
+    "an option of another rule": (
+        ["adapters", "--rule", "tsv", "--option", "density=0.2"],
         None,
         "is not an option of",
     ),
@@ -104,9 +102,9 @@ BAD = {
     "rank of zero": (["adapters", "--rank", "0"], None, "--rank 0 must be None or a whole number"),
     "scale that is no number": (["adapters", "--scale", "much"], None, "--scale 'much' must be a number"),
     "scales without rows": (["adapters", "--scale", "0.1,0.2"], None, "several scales and a score"),
-    "regmean without statistics": (["adapters", "--method", "regmean"], None, "needs statistics of each task's inputs"),
+    "regmean without statistics": (["adapters", "--rule", "regmean"], None, "needs statistics of each task's inputs"),
     "no statistics there": (
-        ["adapters", "--method", "regmean", "--statistics", "adapters"],
+        ["adapters", "--rule", "regmean", "--statistics", "adapters"],
         None,
         "No statistics can be read",
     ),
@@ -131,7 +129,7 @@ BAD = {
         "biases of the base model",
     ),
     "a recipe that is not YAML": (["--recipe", "recipe.yaml"], recipe("adapters: ["), "cannot be read"),
-    "a recipe without adapters": (["--recipe", "recipe.yaml"], recipe("method: tsv"), "lists no adapters"),
+    "a recipe without adapters": (["--recipe", "recipe.yaml"], recipe("rule: tsv"), "lists no adapters"),
     "a recipe with another word": (
         ["--recipe", "recipe.yaml"],
         recipe("adapters: [adapters/adapter-0]\nmodels: []"),

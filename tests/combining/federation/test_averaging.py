@@ -186,7 +186,7 @@ def test_without_any_usable_client_the_server_keeps_what_it_has():
     [
         ("fedavg", {}, r"rule='fedavg' is unknown; pass one of 'exact', 'fedex'"),
         ("regmean", {}, "needs statistics, which clients do not send"),
-        ("ties", {"colour": 1}, "is not an option of method='ties'"),
+        ("ties", {"colour": 1}, "is not an option of rule='ties'"),
         ("fedit", {"density": 0.1}, "is not an option of rule='fedit'"),
     ],
 )

@@ -9,7 +9,7 @@ from eigenpeft.linalg.merging import merge_updates
 
 def test_scale_auto_gives_the_mean_norm(adapters, dense):
     factors = adapters()
-    found = merge_updates(factors, method="task_arithmetic", scale="auto")
+    found = merge_updates(factors, rule="task_arithmetic", scale="auto")
     norms = [np.linalg.norm(update) for update in dense(factors)]
     np.testing.assert_allclose((found.lora_B @ found.lora_A).norm(), np.mean(norms), rtol=1e-9)
     assert found.scale < 1.0
@@ -17,7 +17,7 @@ def test_scale_auto_gives_the_mean_norm(adapters, dense):
 
 def test_scale_multiplies_the_result(adapters, dense, close):
     factors = adapters()
-    result = merge_updates(factors, method="task_arithmetic", scale=0.3)
+    result = merge_updates(factors, rule="task_arithmetic", scale=0.3)
     close(result.lora_B @ result.lora_A, 0.3 * sum(dense(factors)), 1e-6)
 
 
@@ -42,28 +42,28 @@ def test_measures_are_those_of_whole_matrices(rank, adapters, dense):
 def test_over_counting_is_how_often_a_direction_was_counted(random_factors):
     one = random_factors(30, 20, 4, dtype=torch.float64)
     np.testing.assert_allclose(merge_updates([one] * 3).measures.over_counting, 3.0, rtol=1e-9)
-    np.testing.assert_allclose(merge_updates([one] * 3, method="mean").measures.over_counting, 1.0, rtol=1e-9)
+    np.testing.assert_allclose(merge_updates([one] * 3, rule="mean").measures.over_counting, 1.0, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "average"}, "method='average' is unknown; pass one of 'task_arithmetic', 'mean'"),
-        ({"method": "tsv", "density": 0.5}, "density=0.5 is not an option of method='tsv', which takes no options"),
-        ({"method": "ties", "density": 0.0}, r"density=0.0 must be above 0 and at most 1"),
-        ({"method": "ties", "density": 1.5}, r"density=1.5 must be above 0 and at most 1"),
-        ({"method": "dare", "drop": 1.0}, r"drop=1.0 must be at least 0 and below 1"),
-        ({"method": "dare", "seeds": [1]}, "1 seeds do not fit 8 updates"),
-        ({"method": "iso_cts", "common_share": 2.0}, r"common_share=2.0 must be between 0 and 1"),
-        ({"method": "boosting", "beta": 0.0}, r"beta=0.0 must be above 0 and at most 1"),
-        ({"method": "wudi", "ridge": 0.0}, r"ridge=0.0 must be above 0"),
-        ({"method": "regmean"}, "method='regmean' needs statistics"),
-        ({"method": "regmean", "grams": torch.eye(25).double()[None]}, "statistics of 1 tasks do not fit 8 updates"),
-        ({"method": "compress", "n_components": 0}, "n_components=0 is not a number of components"),
-        ({"method": "compress", "beta": -1.0}, r"beta=-1.0 must be between 0 and 1"),
+        ({"rule": "average"}, "rule='average' is unknown; pass one of 'task_arithmetic', 'mean'"),
+        ({"rule": "tsv", "density": 0.5}, "density=0.5 is not an option of rule='tsv', which takes no options"),
+        ({"rule": "ties", "density": 0.0}, r"density=0.0 must be above 0 and at most 1"),
+        ({"rule": "ties", "density": 1.5}, r"density=1.5 must be above 0 and at most 1"),
+        ({"rule": "dare", "drop": 1.0}, r"drop=1.0 must be at least 0 and below 1"),
+        ({"rule": "dare", "seeds": [1]}, "1 seeds do not fit 8 updates"),
+        ({"rule": "iso_cts", "common_share": 2.0}, r"common_share=2.0 must be between 0 and 1"),
+        ({"rule": "boosting", "beta": 0.0}, r"beta=0.0 must be above 0 and at most 1"),
+        ({"rule": "wudi", "ridge": 0.0}, r"ridge=0.0 must be above 0"),
+        ({"rule": "regmean"}, "rule='regmean' needs statistics"),
+        ({"rule": "regmean", "grams": torch.eye(25).double()[None]}, "statistics of 1 tasks do not fit 8 updates"),
+        ({"rule": "compress", "n_components": 0}, "n_components=0 is not a number of components"),
+        ({"rule": "compress", "beta": -1.0}, r"beta=-1.0 must be between 0 and 1"),
         ({"weights": [1.0, 2.0]}, r"weights=\[1.0, 2.0\] do not fit 8 updates"),
         ({"weights": [float("nan")] * 8}, "pass one finite number for each"),
-        ({"method": "mean", "weights": [0.0] * 8}, "are all 0, so there is no mean"),
+        ({"rule": "mean", "weights": [0.0] * 8}, "are all 0, so there is no mean"),
         ({"calibrate": ["svd"]}, r"calibrate=\['svd'\] is unknown"),
         ({"scale": "best"}, "scale='best' is unknown"),
         ({"rank": 0}, "rank=0 is not a rank"),

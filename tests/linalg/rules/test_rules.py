@@ -11,7 +11,7 @@ from tests.linalg.rules import oracle
 # Factors of 8 adapters with ranks 2, 3, 5 in turn; the last shapes are smaller than the ranks together.
 SHAPES = [(40, 56), (56, 40), (12, 40), (40, 9)]
 shapes = pytest.mark.parametrize(("m", "n"), SHAPES)
-# What each method is called with here; those without an entry take their defaults.
+# What each rule is called with here; those without an entry take their defaults.
 OPTIONS = {"compress": {"n_components": 5}, "boosting": {"beta": 0.5}}
 DATA_FREE = [name for name, rule in RULES.items() if "statistics" not in rule.needs]
 
@@ -26,28 +26,28 @@ def statistics(factors, *, seed=0):
     return (space.components_in.mT @ grams @ space.components_in).numpy(), grams
 
 
-def merged(factors, method, **options):
-    result = merge_updates(factors, method=method, **OPTIONS.get(method, {}), **options)
+def merged(factors, rule, **options):
+    result = merge_updates(factors, rule=rule, **OPTIONS.get(rule, {}), **options)
     return result.lora_B @ result.lora_A
 
 
 @shapes
-@pytest.mark.parametrize("method", [name for name in DATA_FREE if "dare" not in name and name != "compress"])
-def test_rule_is_its_definition_on_whole_matrices(method, m, n, adapters, dense, close):
+@pytest.mark.parametrize("rule", [name for name in DATA_FREE if "dare" not in name and name != "compress"])
+def test_rule_is_its_definition_on_whole_matrices(rule, m, n, adapters, dense, close):
     factors = adapters(m=m, n=n, dtype=torch.float64)
-    expected = getattr(oracle, method)(dense(factors), **OPTIONS.get(method, {}))
-    close(merged(factors, method), expected, 1e-6)
+    expected = getattr(oracle, rule)(dense(factors), **OPTIONS.get(rule, {}))
+    close(merged(factors, rule), expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", [name for name in DATA_FREE if "dare" not in name and name != "compress"])
-def test_weights_scale_the_updates(method, adapters, dense, close):
+@pytest.mark.parametrize("rule", [name for name in DATA_FREE if "dare" not in name and name != "compress"])
+def test_weights_scale_the_updates(rule, adapters, dense, close):
     factors = adapters(dtype=torch.float64)[:4]
     weights = [1.0, 0.5, 2.0, 0.25]
     updates = [weight * update for weight, update in zip(weights, dense(factors), strict=True)]
-    expected = getattr(oracle, method)(updates, **OPTIONS.get(method, {}))
-    if method == "mean":
+    expected = getattr(oracle, rule)(updates, **OPTIONS.get(rule, {}))
+    if rule == "mean":
         expected = expected * 4 / sum(weights)
-    close(merged(factors, method, weights=weights), expected, 1e-6)
+    close(merged(factors, rule, weights=weights), expected, 1e-6)
 
 
 def test_negative_weights_subtract(adapters, dense, close):
@@ -104,22 +104,22 @@ def test_compress_finds_what_an_independent_iteration_finds(adapters, dense, clo
 
 def test_compress_with_all_components_is_the_sum(adapters, dense, close):
     factors = adapters()[:3]
-    found = merge_updates(factors, method="compress", n_components=100)
+    found = merge_updates(factors, rule="compress", n_components=100)
     close(found.lora_B @ found.lora_A, sum(dense(factors)), 1e-6)
 
 
-@pytest.mark.parametrize("method", ["dare", "dare_ties"])
-def test_dare_keeps_the_expected_update_and_draws_by_seed(method, adapters):
+@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+def test_dare_keeps_the_expected_update_and_draws_by_seed(rule, adapters):
     space = core_space(adapters())
-    one, same = (merge_cores(space.cores, method=method, drop=0.5, seeds=range(8)) for _ in range(2))
-    other = merge_cores(space.cores, method=method, drop=0.5, seeds=range(8, 16))
+    one, same = (merge_cores(space.cores, rule=rule, drop=0.5, seeds=range(8)) for _ in range(2))
+    other = merge_cores(space.cores, rule=rule, drop=0.5, seeds=range(8, 16))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 def test_dare_is_right_on_average(adapters):
     cores = core_space(adapters(scale_spread=1.0)).cores
-    draws = [merge_cores(cores, method="dare", drop=0.5, seeds=range(8 * i, 8 * i + 8)) for i in range(400)]
+    draws = [merge_cores(cores, rule="dare", drop=0.5, seeds=range(8 * i, 8 * i + 8)) for i in range(400)]
     error = (torch.stack(draws).mean(0) - cores.sum(0)).norm() / cores.sum(0).norm()
     # The standard error of 400 draws: √(Σ‖M_t‖² / 400) relative to the sum.
     assert error < 2 * float((cores.square().sum() / 400).sqrt() / cores.sum(0).norm())
@@ -130,20 +130,20 @@ def test_dare_that_drops_nothing_is_the_sum(adapters, dense, close):
     close(merged(factors, "dare", drop=0.0), sum(dense(factors)), 1e-6)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_rule_depends_on_the_updates_alone(method, adapters, regauge, close):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_rule_depends_on_the_updates_alone(rule, adapters, regauge, close):
     factors = adapters(dtype=torch.float64)
-    close(merged(regauge(factors), method), merged(factors, method).numpy(), 1e-6)
+    close(merged(regauge(factors), rule), merged(factors, rule).numpy(), 1e-6)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_rule_does_not_depend_on_the_order(method, adapters, close):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_rule_does_not_depend_on_the_order(rule, adapters, close):
     factors = adapters(dtype=torch.float64)
     weights = torch.linspace(0.5, 1.5, len(factors))
-    seeds = {"seeds": range(8)} if "seeds" in RULES[method].needs else {}
+    seeds = {"seeds": range(8)} if "seeds" in RULES[rule].needs else {}
     turned = {"seeds": range(7, -1, -1)} if seeds else {}
-    expected = merged(factors, method, weights=weights, **seeds)
-    close(merged(factors[::-1], method, weights=weights.flip(0), **turned), expected.numpy(), 1e-6)
+    expected = merged(factors, rule, weights=weights, **seeds)
+    close(merged(factors[::-1], rule, weights=weights.flip(0), **turned), expected.numpy(), 1e-6)
 
 
 def test_regmean_depends_on_the_updates_alone_and_not_on_the_order(adapters, regauge, close):
@@ -155,43 +155,43 @@ def test_regmean_depends_on_the_updates_alone_and_not_on_the_order(adapters, reg
 
 
 # What flattens a spectrum, drops entries or cuts off changes even one update; these must not.
-@pytest.mark.parametrize("method", ["task_arithmetic", "mean", "tsv", "svc", "pico", "wudi"])
-def test_one_update_comes_back(method, random_factors, dense, close):
+@pytest.mark.parametrize("rule", ["task_arithmetic", "mean", "tsv", "svc", "pico", "wudi"])
+def test_one_update_comes_back(rule, random_factors, dense, close):
     factors = [random_factors(30, 20, 4, dtype=torch.float64)]
-    close(merged(factors, method), dense(factors)[0], 1e-9)
+    close(merged(factors, rule), dense(factors)[0], 1e-9)
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_updates_of_zero_merge_to_zero(method):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_updates_of_zero_merge_to_zero(rule):
     factors = [(torch.zeros(6, 2), torch.ones(2, 4)), (torch.zeros(6, 3), torch.ones(3, 4))]
-    result = merge_updates(factors, method=method, rank=2)
+    result = merge_updates(factors, rule=rule, rank=2)
     assert not result.lora_A.any()
     assert (result.lora_B.shape, result.lora_A.shape) == ((6, 2), (2, 4))
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_an_untrained_adapter_among_others(method, adapters):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_an_untrained_adapter_among_others(rule, adapters):
     factors = [*adapters()[:3], (torch.zeros(40, 4), torch.ones(4, 56))]
-    assert merged(factors, method).isfinite().all()
+    assert merged(factors, rule).isfinite().all()
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_identical_adapters(method, random_factors):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_identical_adapters(rule, random_factors):
     # One direction counted three times: the polar factors and residues are degenerate here.
     factors = [random_factors(30, 20, 4, dtype=torch.float64)] * 3
-    assert merged(factors, method).isfinite().all()
+    assert merged(factors, rule).isfinite().all()
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_pico_and_svc_go_around_any_rule(method, adapters, dense, close):
+@pytest.mark.parametrize("rule", DATA_FREE)
+def test_pico_and_svc_go_around_any_rule(rule, adapters, dense, close):
     factors = adapters(dtype=torch.float64)
-    options = {"seeds": range(8)} if "seeds" in RULES[method].needs else {}
-    options |= OPTIONS.get(method, {})
+    options = {"seeds": range(8)} if "seeds" in RULES[rule].needs else {}
+    options |= OPTIONS.get(rule, {})
     space = core_space(factors)
-    if RULES[method].model_inputs:
+    if RULES[rule].model_inputs:
         space = with_model_inputs(space)
-    plain = merge_cores(space.cores, method=method, **options)
-    around = merge_cores(space.cores, method=method, calibrate=["pico", "svc"], **options)
+    plain = merge_cores(space.cores, rule=rule, **options)
+    around = merge_cores(space.cores, rule=rule, calibrate=["pico", "svc"], **options)
     assert around.shape == plain.shape
     assert around.isfinite().all()
 
@@ -206,8 +206,8 @@ def test_unknown_agreement_is_named(unannotated):
         unannotated(elect)(torch.ones(2, 3, 3), agreement="vote")
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "boosting", "svc", "pico", "wudi"])
-def test_rounding_apart_of_a_common_subspace_is_no_room_for_more_directions(method, close):
+@pytest.mark.parametrize("rule", ["tsv", "iso_c", "iso_cts", "boosting", "svc", "pico", "wudi"])
+def test_rounding_apart_of_a_common_subspace_is_no_room_for_more_directions(rule, close):
     # Adapters exported from one subspace: their row spaces are the same up to float32, and the core space has twice the axes.
     generator = torch.Generator().manual_seed(0)
     out, in_side = (torch.linalg.qr(torch.randn(n, 6, generator=generator).double())[0] for n in (30, 40))
@@ -217,7 +217,7 @@ def test_rounding_apart_of_a_common_subspace_is_no_room_for_more_directions(meth
         ((out @ turn).float(), (turn.mT @ core @ in_side.mT).float()) for core, turn in zip(cores, turns(), strict=True)
     ]
     assert core_space(rounded).cores.shape[1] > 6
-    close(merged(rounded, method), merged(exact, method).numpy(), 1e-4)
+    close(merged(rounded, rule), merged(exact, rule).numpy(), 1e-4)
 
 
 def turns():

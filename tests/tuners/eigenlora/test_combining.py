@@ -221,7 +221,7 @@ def test_rules_merge_the_cores_where_adapters_share_a_subspace(rule, core):
             continue
         # The same rule on the whole updates, as `eigenpeft.merge` would: what a rule gives does not depend on the axes.
         factors = [balance(source[path], torch.eye(source[path].shape[1])) for source in sources]
-        expected = merge_updates(factors, method=rule, weights=[0.7, 1.0])
+        expected = merge_updates(factors, rule=rule, weights=[0.7, 1.0])
         expected = expected.lora_B @ expected.lora_A
         torch.testing.assert_close(found.double(), expected, atol=2e-4 * float(expected.norm()), rtol=0)
 
@@ -231,7 +231,7 @@ def test_rules_on_cores_refuse_what_has_no_common_core():
     with pytest.raises(AdapterConfigError, match="'tsv' works on cores .* diagonal cores is not diagonal"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv")
     model = two_adapters("full")
-    with pytest.raises(AdapterConfigError, match="density=0.5 is not an option of method='tsv'"):
+    with pytest.raises(AdapterConfigError, match="density=0.5 is not an option of rule='tsv'"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "merged", combination_type="tsv", density=0.5)
     model.add_adapter(
         "plain", EigenLoraConfig(subspace=random_subspace(model.get_base_model(), TARGETS, seed=9), core="full")

@@ -73,11 +73,11 @@ def same_update(model, factors):
 )
 def test_starts_at_the_merge_exactly(zoo, core, rule, scale, options):
     model = started(zoo, core=core, init_from=rule, init_scale=scale, init_options=options)
-    same_update(model, merged(zoo, method=rule, scale=scale, **options or {}).factors)
+    same_update(model, merged(zoo, rule=rule, scale=scale, **options or {}).factors)
 
 
 def test_the_core_holds_the_leading_triplets_of_the_projection(zoo):
-    model, factors = started(zoo, init_from="mean"), merged(zoo, method="mean").factors
+    model, factors = started(zoo, init_from="mean"), merged(zoo, rule="mean").factors
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             left, right = factors[name.removeprefix("base_model.model.")]
@@ -142,15 +142,15 @@ def test_members_of_a_store_are_merged_as_adapters_are(zoo):
     store = AdapterStore.from_pretrained(zoo / "store")
     for adapters in (store, str(zoo / "store")):
         model = started(zoo, init_from="mean", init_adapters=adapters)
-        same_update(model, merge(store, method="mean", progress=False).factors)
+        same_update(model, merge(store, rule="mean", progress=False).factors)
     model = started(zoo, subspace=str(zoo / "store"), core="full", init_from="mean", init_adapters=str(zoo / "store"))
     assert model.peft_config["default"].offset_ranks is None  # its own bases hold it
-    same_update(model, merge(store, method="mean", progress=False).factors)
+    same_update(model, merge(store, rule="mean", progress=False).factors)
 
 
 def test_a_folder_that_a_merge_wrote(zoo, tmp_path, caplog):
-    merged(zoo, method="ties").save_pretrained(tmp_path / "merged")
-    factors = merged(zoo, method="ties").factors
+    merged(zoo, rule="ties").save_pretrained(tmp_path / "merged")
+    factors = merged(zoo, rule="ties").factors
     doubled = {name: (2 * left, right) for name, (left, right) in factors.items()}
     same_update(started(zoo, init_from=str(tmp_path / "merged"), init_scale=2.0), doubled)
     with caplog.at_level(logging.WARNING):
@@ -182,7 +182,7 @@ def test_embeddings_have_offsets_too(tmp_path):
     subspace = SubspaceBuilder(3).fit(adapters).subspace_
     config = EigenLoraConfig(subspace=subspace, r=2, init_from="mean", init_adapters=str(tmp_path / "adapters"))
     model = get_peft_model(tiny_llama(), config)
-    same_update(model, merge(adapters, method="mean", progress=False).factors)
+    same_update(model, merge(adapters, rule="mean", progress=False).factors)
     tokens = torch.arange(12)[None]
     expected = logits(model.eval(), tokens)
     torch.testing.assert_close(logits(model.merge_and_unload(), tokens), expected, rtol=1e-5, atol=1e-5)
@@ -238,7 +238,7 @@ def test_a_file_cannot_make_its_reader_start_from_anything(zoo, tmp_path, caplog
         ({"init_from": "regmean", "init_adapters": "x"}, r"needs statistics of each task's inputs: merge"),
         (
             {"init_from": "ties", "init_adapters": "x", "init_options": {"p": 1}},
-            r"init_from='ties' with init_options=\{'p': 1\}: p=1 is not an option of method='ties'",
+            r"init_from='ties' with init_options=\{'p': 1\}: p=1 is not an option of rule='ties'",
         ),
         ({"init_from": "folder", "init_options": {"density": 0.1}}, r"are options of a merging rule"),
         ({"init_from": "folder", "init_scale": "auto"}, r"init_scale='auto' multiplies what init_from='folder' names"),

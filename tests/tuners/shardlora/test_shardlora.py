@@ -247,7 +247,7 @@ def test_what_reads_lora_alone_says_what_to_do(tmp_path):
 def test_adapters_of_a_model_are_merged_as_updates(tokens):
     model = adapted(init_lora_weights=False)
     model.add_adapter("other", config(sharing="input", init_lora_weights=False))
-    merged = merge(model, method="mean", rank=None)
+    merged = merge(model, rule="mean", rank=None)
     for name, layer in layers(model).items():
         lora_B, lora_A = merged.factors[name]
         mean = (layer.get_delta_weight("default") + layer.get_delta_weight("other")) / 2

@@ -55,12 +55,12 @@ OverwriteAdapter = Annotated[bool, typer.Option("--overwrite", help="Replace an 
 def merge_command(
     out: Out,
     adapters: SomeAdapters = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(RULES)}; default: task_arithmetic.")] = None,
+    rule: Annotated[str | None, typer.Option(help=f"One of {', '.join(RULES)}; default: task_arithmetic.")] = None,
     rank: Rank = None,
     weight: Weight = None,
     scale: Scale = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the method, such as density=0.2.")] = None,
-    calibrate: Annotated[list[str] | None, typer.Option(help="pico (before) or svc (after) around any method.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the rule, such as density=0.2.")] = None,
+    calibrate: Annotated[list[str] | None, typer.Option(help="pico (before) or svc (after) around any rule.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with adapters, weights and settings.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Folder that save_statistics wrote, for regmean.")] = None,
     dataset: Dataset = None,
@@ -76,13 +76,13 @@ def merge_command(
 ) -> None:
     """Merge LoRA adapters of one base model, whatever their ranks and alphas, into one plain LoRA.
 
-    Example: eigenpeft merge adapters/ --method tsv --rank 16 --out merged
+    Example: eigenpeft merge adapters/ --rule tsv --rank 16 --out merged
     """
     quiet(as_json)
     team = join_team()
     written = _recipe(adapters, recipe)
     check_output(out, kind=KIND, overwrite=overwrite, inputs=written.adapters)
-    given = {"method": method, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
+    given = {"rule": rule, "rank": rank, "calibrate": calibrate, "scale": _scale(scale)}
     arguments = _arguments(written, given, option, seed=seed)
     for text in dataset or ():
         check_there(text.rpartition("=")[2])  # before adapters are looked for on the Hub
@@ -126,7 +126,7 @@ def _show(merged: MergedAdapter, out: Path, *, as_json: bool) -> None:
     if far and merged.report.scale != "auto":
         console.print(
             f"From {len(far)} of {len(merged.report.sources)} sources the result is farther than the base model is: the multiplier "
-            "matters as much as the method. Try --scale auto, or several with --dataset."
+            "matters as much as the rule. Try --scale auto, or several with --dataset."
         )
     beside = f", with {len(merged.heads)} heads in {escape(str(out / 'heads'))}" if merged.heads else ""
     console.print(f"Wrote the plain LoRA adapter {escape(str(out))}{beside}.")
@@ -139,8 +139,8 @@ def _recipe(adapters: list[str] | None, path: Path | None) -> MergeRecipe:
 
 
 def _arguments(recipe: MergeRecipe, given: dict[str, Any], options: list[str] | None, *, seed: int) -> dict[str, Any]:
-    """The method and its options: what the recipe says, and in its place what is typed."""
-    arguments: dict[str, Any] = {"method": "task_arithmetic", "seed": seed, **recipe.settings, **recipe.options}
+    """The rule and its options: what the recipe says, and in its place what is typed."""
+    arguments: dict[str, Any] = {"rule": "task_arithmetic", "seed": seed, **recipe.settings, **recipe.options}
     arguments |= {name: value for name, value in given.items() if value is not None}
     return arguments | {name: yaml.safe_load(value) for name, value in _pairs(options, "--option").items()}
 

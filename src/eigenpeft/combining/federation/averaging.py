@@ -220,9 +220,9 @@ Combined = tuple[Tensor, Tensor, float, Factors | None]
 
 def _merged(factors: Sequence[Factors], weights: Sequence[float], *, rank: int, rule: str, options: Any) -> Combined:
     """A merging rule, truncated to a rank: `(lora_B, lora_A)`, the share of the norm lost, and nothing for the base."""
-    method = "task_arithmetic" if rule == "exact" else rule
-    given = [weight * len(weights) for weight in weights] if RULES[method].is_mean else weights
-    merged = merge_updates(factors, method=method, weights=given, rank=rank, **options)
+    rule = "task_arithmetic" if rule == "exact" else rule
+    given = [weight * len(weights) for weight in weights] if RULES[rule].is_mean else weights
+    merged = merge_updates(factors, rule=rule, weights=given, rank=rank, **options)
     measures = merged.measures
     lost = max(0.0, 1.0 - measures.kept / measures.squared_norm) ** 0.5 if measures.squared_norm else 0.0
     return merged.lora_B, merged.lora_A, lost, None

@@ -38,7 +38,7 @@ class MergedUpdate:
 def merge_updates(
     updates: Sequence[Factors] | CoreSpace,
     *,
-    method: str = "task_arithmetic",
+    rule: str = "task_arithmetic",
     weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     scale: float | str | None = None,
     rank: int | None = None,
@@ -50,7 +50,7 @@ def merge_updates(
 
     Args:
         updates: `(lora_B (m, r_t), lora_A (r_t, n))` of each, scaling folded in; or a `CoreSpace` that has them.
-        method: Name in `RULES`.
+        rule: Name in `RULES`.
         weights: One number per update, which scales it; None for 1.
         scale: λ, the final multiplier; "auto" makes the merged norm the mean of the updates' norms, weights included; None
             takes the rule's own.
@@ -72,14 +72,14 @@ def merge_updates(
         >>> torch.allclose(merged.lora_B @ merged.lora_A, 0.5 * (B @ A).double(), atol=1e-5)
         True
     """
-    rule = find_rule(method)
-    scale = rule.scale if scale is None else scale
+    row = find_rule(rule)
+    scale = row.scale if scale is None else scale
     if isinstance(scale, str) and scale != "auto":
         raise ValueError(f"scale={scale!r} is unknown; pass a number, 'auto', or None for the rule's own.")
     space = updates if isinstance(updates, CoreSpace) else core_space(updates)
-    if rule.model_inputs:
+    if row.model_inputs:
         space = with_model_inputs(space)
-    merged = merge_cores(space.cores, method=method, weights=weights, calibrate=calibrate, **options)
+    merged = merge_cores(space.cores, rule=rule, weights=weights, calibrate=calibrate, **options)
     if isinstance(scale, str):
         scale = float(norm_scale(merged, cores=weighted(space.cores, weights)))
     parts = triplets(scale * merged, noise=EXACT)

@@ -95,14 +95,14 @@ RULES: dict[str, Rule] = {
         options={"n_components": 16, "beta": 0.25},
     ),
 }
-"""The rules of `merge_cores`, by the name a user passes as `method`. A new rule is one file and one row."""
+"""The rules of `merge_cores`, by the name a user passes as `rule`. A new rule is one file and one row."""
 
 
-def find_rule(method: str) -> Rule:
+def find_rule(rule: str) -> Rule:
     """The rule of a name.
 
     Args:
-        method: Name in `RULES`.
+        rule: Name in `RULES`.
 
     Raises:
         ValueError: If there is none; the message names all.
@@ -111,16 +111,16 @@ def find_rule(method: str) -> Rule:
         >>> find_rule("ties").title
         'TIES'
     """
-    if method not in RULES:
-        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, RULES))}.")
-    return RULES[method]
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; pass one of {', '.join(map(repr, RULES))}.")
+    return RULES[rule]
 
 
-def check_options(method: str, *, calibrate: Sequence[str] = (), **options: Any) -> None:
-    """Check a method's name and options before anything is read, by merging one number.
+def check_options(rule: str, *, calibrate: Sequence[str] = (), **options: Any) -> None:
+    """Check a rule's name and options before anything is read, by merging one number.
 
     Args:
-        method: Name in `RULES`.
+        rule: Name in `RULES`.
         calibrate: As for `merge_cores`.
         **options: The rule's own, without `grams` and `seeds`.
 
@@ -134,14 +134,14 @@ def check_options(method: str, *, calibrate: Sequence[str] = (), **options: Any)
         ValueError: ...
     """
     number = torch.ones(1, 1, 1, dtype=torch.float64)
-    needed = {"grams": number} if "statistics" in find_rule(method).needs else {}
-    merge_cores(number, method=method, calibrate=calibrate, **options, **needed)
+    needed = {"grams": number} if "statistics" in find_rule(rule).needs else {}
+    merge_cores(number, rule=rule, calibrate=calibrate, **options, **needed)
 
 
 def merge_cores(
     cores: Float[Tensor, "t k_out k_in"],
     *,
-    method: str,
+    rule: str,
     weights: Float[Tensor, " t"] | Sequence[float] | None = None,
     calibrate: Sequence[str] = (),
     **options: Any,
@@ -149,15 +149,15 @@ def merge_cores(
     """Merge updates on common axes by any rule, with Pico before it or SVC after it where asked for.
 
     `M = after(rule(before(w_1 M_1), ..., before(w_T M_T)))`. Each rule is one function whose docstring has its equation;
-    `RULES[method].paper` and `CALIBRATIONS` name the papers.
+    `RULES[rule].paper` and `CALIBRATIONS` name the papers.
 
     Args:
         cores: Updates on common axes: of `core_space`, or the cores of a store's members on one module. For a rule with
             `model_inputs`, those of `with_model_inputs`.
         weights: One number per update, which scales it; None for 1.
-        method: Name in `RULES`.
+        rule: Name in `RULES`.
         calibrate: Names in `CALIBRATIONS`, besides the rule's own.
-        **options: The rule's own: `RULES[method].options`, and `grams` or `seeds` where it needs them.
+        **options: The rule's own: `RULES[rule].options`, and `grams` or `seeds` where it needs them.
 
     Returns:
         The merged update on the same axes, before λ.
@@ -168,25 +168,25 @@ def merge_cores(
     Example:
         >>> import torch
         >>> cores = torch.tensor([[[4.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
-        >>> merge_cores(cores, method="iso_c")
+        >>> merge_cores(cores, rule="iso_c")
         tensor([[3., 0.],
                 [0., 3.]], dtype=torch.float64)
     """
-    rule = find_rule(method)
+    row = find_rule(rule)
     unknown = [name for name in calibrate if name not in CALIBRATIONS]
     if unknown:
         raise ValueError(f"calibrate={unknown} is unknown; pass some of {', '.join(map(repr, CALIBRATIONS))}.")
-    allowed = {*rule.options, *({"grams"} if "statistics" in rule.needs else ()), *(rule.needs & {"seeds"})}
+    allowed = {*row.options, *({"grams"} if "statistics" in row.needs else ()), *(row.needs & {"seeds"})}
     if foreign := sorted(set(options) - allowed):
         takes = ", ".join(sorted(allowed)) or "no options"
         raise ValueError(
-            f"{foreign[0]}={options[foreign[0]]!r} is not an option of method={method!r}, which takes {takes}."
+            f"{foreign[0]}={options[foreign[0]]!r} is not an option of rule={rule!r}, which takes {takes}."
         )
-    if "statistics" in rule.needs and "grams" not in options:
-        raise ValueError(f"method={method!r} needs statistics of each task's inputs; pass grams.")
+    if "statistics" in row.needs and "grams" not in options:
+        raise ValueError(f"rule={rule!r} needs statistics of each task's inputs; pass grams.")
     if not cores[0].numel():
         return cores.sum(dim=0)  # every update is zero
-    wanted = {*calibrate, *rule.calibrations}
+    wanted = {*calibrate, *row.calibrations}
     updates = pico(weighted(cores, weights)) if "pico" in wanted else cores
-    merged = rule.merge(updates, weights=None if "pico" in wanted else weights, **options)
+    merged = row.merge(updates, weights=None if "pico" in wanted else weights, **options)
     return svc(merged, weighted(cores, weights)) if "svc" in wanted else merged

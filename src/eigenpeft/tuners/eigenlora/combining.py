@@ -76,7 +76,7 @@ def check_core_rule(model: nn.Module, *, configs: Sequence[Any], adapters: Seque
         )
         raise AdapterConfigError(
             f"combination_type={combination!r} works on cores of one kind in one subspace; {why}. Merge them as plain LoRA with "
-            "eigenpeft.merge(model, method=...)."
+            "eigenpeft.merge(model, rule=...)."
         )
 
 
@@ -234,7 +234,7 @@ def combine_cores(
         seeds = [seeded_generator(seed, module, f"dare {name}").initial_seed() for name in present]
         extra: dict[str, Any] = {"seeds": seeds} if "seeds" in rule.needs else {}
         try:
-            merged = merge_cores(cores, method=combination, weights=own, **options, **extra)
+            merged = merge_cores(cores, rule=combination, weights=own, **options, **extra)
         except ValueError as error:
             raise AdapterConfigError(f"combination_type={combination!r}: {error}") from error
         merged = merged * (norm_scale(merged, cores=weighted(cores, own)) if isinstance(scale, str) else scale)

@@ -73,7 +73,7 @@ def merged_updates(
         seeds = [seeded_generator(seed, module, f"dare {name}").initial_seed() for name in updates]
         extra: dict[str, Any] = {"seeds": seeds} if "seeds" in needs else {}
         try:
-            found = merge_updates(list(updates.values()), method=rule, scale=scale, **(options or {}), **extra)
+            found = merge_updates(list(updates.values()), rule=rule, scale=scale, **(options or {}), **extra)
         except ValueError as error:
             raise AdapterConfigError(f"init_from={rule!r}: cannot merge {module!r}: {error}") from error
         merged[module] = found.lora_B, found.lora_A
