@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread; and where the real adapters lie."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the imports made out of later garbage collections, of which each transformers `Trainer` runs one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
