@@ -222,7 +222,8 @@ def main() -> None:
         published = RESULTS / "starts.jsonl"
         once = [{key: value for key, value in row.items() if key != "environment"} for row in study.rows[1:]]
         published.write_text("".join(json.dumps(row) + "\n" for row in [*study.rows[:1], *once]), encoding="utf-8")
-        for part in ("tasks", "clinc150", "banking77"):
+        parts["all customers"] = parts["clinc150"] + parts["banking77"]
+        for part in ("tasks", "clinc150", "banking77", "all customers"):
             print(f"{part}\n\n{table(study.rows, parts[part])}\n\n{against_controls(study.rows, parts[part])}\n")
         return
     if (worst := training.difference_to_transformers()) > 1e-4:
