@@ -43,7 +43,8 @@ class Pushable:
             commit_message: Message of the commit; None says what is uploaded.
 
         Raises:
-            ArtifactError: If `repo_id` is not a name on the Hub.
+            ArtifactError: If `repo_id` is not a name on the Hub, or a part cannot be read.
+            EigenPeftError: If there is nothing to upload, such as an index without adapters.
         """
         try:
             validate_repo_id(repo_id)

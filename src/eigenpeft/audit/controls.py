@@ -29,6 +29,7 @@ def nearest_adapter(
 
     Raises:
         SubspaceError: If there is no common module, or the given update is zero.
+        CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
 
     Examples:
         >>> from eigenpeft.demo import shipped_adapters

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eigenpeft.errors import CollectionError, EigenPeftError, SubspaceError
+from eigenpeft.errors import CollectionError, SubspaceError
 
 _SHOWN = 5
 _TOO_FEW = "exceeds the numerical rank"  # of a module's TooFewDirectionsError; lines of other processes come as text
@@ -22,7 +22,9 @@ def cannot_be_fitted(lines: Sequence[str], *, n_modules: int) -> SubspaceError:
     return SubspaceError(f"{len(lines)} of {n_modules} modules cannot be fitted as asked:\n{shown}{rest}{out}")
 
 
-def first_of(problems: Sequence[tuple[str, str | CollectionError]], *, modules: Sequence[str]) -> EigenPeftError:
+def first_of(
+    problems: Sequence[tuple[str, str | CollectionError]], *, modules: Sequence[str]
+) -> CollectionError | SubspaceError:
     """The error of a build: adapters that cannot be read come before modules that cannot be fitted.
 
     Args:

@@ -342,6 +342,11 @@ class AdapterCollection:
         return name in self._members
 
     def __getitem__(self, name: str) -> SourceAdapter:
+        """Record of one adapter.
+
+        Raises:
+            CollectionError: If the name is unknown.
+        """
         self._check_names([name])
         return self._members[name].info
 

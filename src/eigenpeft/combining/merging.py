@@ -78,10 +78,11 @@ def merge(
         The merged adapter: `.save_pretrained(folder)`, `.report`, `.heads`.
 
     Raises:
-        SubspaceError, ArtifactError, LostProcessError: If `work_dir` is of another merge, cannot be used or is damaged, or another
-            process of the launch is lost.
+        SubspaceError, ArtifactError, LostProcessError: If `work_dir` is of another merge, cannot be used or is damaged, a
+            member of a store cannot be read, or another process of the launch is lost.
         CollectionError: If adapters cannot be read or merged together; one message names every problem.
         AdapterConfigError: If an argument is unknown or out of range, or weights or statistics do not fit.
+        OSError, ValueError: If a file of an adapter is gone or was damaged since the collection was opened.
 
     Examples:
         >>> import torch

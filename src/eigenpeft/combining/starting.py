@@ -77,6 +77,7 @@ def init_lora_from_merge(
         AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module or has one of
             another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
+        SubspaceError, ArtifactError, LostProcessError, OSError, ValueError: As `merge`.
     """
     merged = merged_start(model, adapters=adapters, rule=rule, scale=scale, options=options)
     modules = dict(model.named_modules())
@@ -115,6 +116,7 @@ def merged_start(
         AdapterConfigError: If the model has adapters, quantised weights or a merged start already, or lacks a module or has one of
             another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
+        SubspaceError, ArtifactError, LostProcessError, OSError, ValueError: As `merge`.
 
     Examples:
         >>> import eigenpeft
@@ -194,6 +196,7 @@ def choose_scale(
         CollectionError: If the adapters cannot be read or merged together.
         AdapterConfigError: If the metric, the rule or an option is unknown, the grid is empty, the model lacks a module, or it
             gives something else than a row of logits per example.
+        SubspaceError, ArtifactError, LostProcessError, OSError, ValueError: As `merge`.
     """
     was = {module: module.training for module in model.modules()}
     model.eval()

@@ -132,6 +132,8 @@ def collect_statistics(
     Raises:
         AdapterConfigError: If the model has adapters in it or lacks a module, or rows are missing for an adapter.
         CollectionError: As `merge`.
+        ArtifactError: If a member of a store cannot be read.
+        OSError, ValueError: As `merge`.
 
     Examples:
         >>> import torch

@@ -87,6 +87,7 @@ class AdapterResolver:
         Raises:
             UnknownAdapterError: If no store has it; the message lists near names.
             AdapterConfigError: If it is of another base model, or its rank is too large for the server.
+            EigenPeftError: If the adapter alone is larger than the cache.
         """
         adapter = self.catalog.find(model_name)
         self._check_base(adapter, base_model)
@@ -98,6 +99,9 @@ class AdapterResolver:
         Args:
             model_name: The name that was resolved.
             path: What `resolve` returned. Other paths are not this resolver's business and count as current.
+
+        Raises:
+            AdapterConfigError: If the adapter's rank is now larger than the server takes.
         """
         if not self.owns(path):
             return True
@@ -127,6 +131,8 @@ class AdapterResolver:
 
         Raises:
             UnknownAdapterError: If it has gone, and the store no longer has that member as it was.
+            AdapterConfigError: If its rank is larger than the server takes.
+            EigenPeftError: If the adapter alone is larger than the cache.
         """
         if not self.owns(path):
             yield

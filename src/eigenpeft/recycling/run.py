@@ -90,6 +90,7 @@ def recycle(
     Raises:
         EigenPeftError: If an argument is out of range, there are too few rows, every candidate is refused, or the folder holds
             trials or a result of other arguments.
+        OSError, ValueError: If a file of an adapter is gone or was damaged since the collection was opened.
     """
     start, out = time.perf_counter(), Path(out_dir)
     _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)

@@ -117,7 +117,8 @@ def mean_only_subspace(
         A subspace whose singular values are those of the mean; explained shares are of the adapters, as usual.
 
     Raises:
-        SubspaceError: If the mean has too low a rank in a module, or is zero.
+        SubspaceError: If the mean has too low a rank in a module, or no adapter changes the module.
+        CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
 
     Examples:
         >>> from eigenpeft.demo import shipped_adapters

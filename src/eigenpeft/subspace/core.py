@@ -104,6 +104,7 @@ class Core:
 
         Raises:
             SubspaceError: If there is no such kind, or it is not defined for these numbers of components.
+            ValueError: If `rank` is less than 1.
 
         Examples:
             >>> import torch
@@ -121,6 +122,9 @@ class Coefficients(Core):
     Args:
         coefficients_out: C_out, (K_out, r).
         coefficients_in: C_in, (r, K_in).
+
+    Raises:
+        SubspaceError: If the parts do not fit each other.
     """
 
     def __init__(self, coefficients_out: Tensor, coefficients_in: Tensor):

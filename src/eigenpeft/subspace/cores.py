@@ -91,6 +91,7 @@ class CoreKind(ABC):
 
         Raises:
             SubspaceError: If the core is not defined for these numbers of components.
+            ValueError: If `rank` is less than 1.
         """
 
     def to_factors(self, parts: Parts) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,10 @@ class ModuleSubspace:
     The two sides may have different numbers of components. One object may serve several modules of a `PrincipalSubspace`,
     which then keeps it once, in memory and on disk.
 
+    Raises:
+        SubspaceError: If components are no matrices of at least one row, or spectra and shares have other lengths than the
+            components.
+
     Attributes:
         components_in: (K_in, in_features), orthonormal rows, most important first; pseudo-components last.
         components_out: (K_out, out_features), likewise.

@@ -47,10 +47,8 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         ...     explained_variance_ratio=torch.tensor([0.8, 0.2]),
         ... )
         >>> subspace = PrincipalSubspace({"layer.0": bank})
-        >>> subspace.modules
-        ('layer.0',)
-        >>> subspace["layer.0"].n_components
-        2
+        >>> subspace.modules, subspace["layer.0"].n_components
+        (('layer.0',), 2)
     """
 
     label = storage.SUBSPACE.label
@@ -68,6 +66,11 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         """The Hub revision it was loaded from; None for local folders."""
 
     def __getitem__(self, module: str) -> ModuleSubspace:
+        """Bank of one module.
+
+        Raises:
+            KeyError: If the subspace lacks the module.
+        """
         try:
             return self._modules[module]
         except KeyError:
@@ -172,6 +175,9 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
 
         Args:
             n_components: At least 1, or `(K_in, K_out)`. Modules that have fewer keep what they have.
+
+        Raises:
+            SubspaceError: If `n_components` is less than 1, or asks paired directions for two numbers.
         """
 
         def fewer(_: str, bank: ModuleSubspace) -> ModuleSubspace:
@@ -321,15 +327,11 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Raises:
             SubspaceNotFoundError: If there is none at that place; the message lists where it looked.
             ArtifactError: If files are missing, truncated or altered, or the fingerprint is not `sha256`.
+            SubspaceError: If its tensors do not fit each other.
         """
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         where = storage.locate(
-            path_or_id,
-            storage.SUBSPACE,
-            storage.STORE_1,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            path_or_id, storage.SUBSPACE, storage.STORE_1, local_files_only=local_files_only, **options
         )
         subspace = read_subspace(where)
         if sha256 is not None and subspace.fingerprint != sha256:
@@ -363,7 +365,8 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             paired_banks: The banks of paired directions.
 
         Raises:
-            ArtifactError: If a tensor is missing or left over, a module shares a bank that is not there, or paired ones do not fit.
+            ArtifactError: If a tensor is missing or left over, or a bank that is shared or paired is not there.
+            SubspaceError: If the tensors of a bank do not fit each other.
         """
         banks = banks_from_tensors(tensors, modules=modules, shared_banks=shared_banks, paired_banks=paired_banks)
         return cls(banks, info=info)

@@ -9,6 +9,9 @@ from trl.trainer.reward_config import RewardConfig
 class LoReConfig(RewardConfig):
     """Configuration of `LoReTrainer`; every argument of `trl.RewardConfig` and `transformers.TrainingArguments` works.
 
+    Raises:
+        ValueError: If an argument is out of range.
+
     Examples:
         >>> LoReConfig("out", n_basis=3, use_cpu=True, bf16=False).user_column
         'user_id'

@@ -181,7 +181,11 @@ class LoReTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def reward_model(self) -> LowRankRewardModel:
-        """The trained model with its users, adapters merged: save it, export a user, reward texts with it."""
+        """The trained model with its users, adapters merged: save it, export a user, reward texts with it.
+
+        Raises:
+            RewardModelError: If what was trained is not finite.
+        """
         model = self.accelerator.unwrap_model(self.model)
         classifier = self._classifier()
         weights = simplex(user_logits(classifier).detach().float().cpu())

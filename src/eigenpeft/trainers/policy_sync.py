@@ -98,6 +98,11 @@ class PolicySyncCallback(TrainerCallback):
             control: The trainer's control; not used.
             model: Model that is trained.
             **kwargs: What else the trainer hands out.
+
+        Raises:
+            AdapterConfigError: If a plain LoRA cannot express the adapter, its parameters are sharded, or it has heads.
+            ArtifactError: If the folder cannot be written.
+            EigenPeftError: If the server cannot be reached or does not load it.
         """
         self._publish(model, state)
 
@@ -110,6 +115,9 @@ class PolicySyncCallback(TrainerCallback):
             control: The trainer's control; not used.
             model: Model that is trained.
             **kwargs: What else the trainer hands out.
+
+        Raises:
+            AdapterConfigError, ArtifactError, EigenPeftError: As `on_train_begin`.
         """
         if state.global_step % self.every == 0:
             self._publish(model, state)

@@ -170,6 +170,9 @@ class ZerothOrderMixin:
 class ZerothOrderTrainer(ZerothOrderMixin, Trainer):
     """transformers' Trainer without gradients; see `ZerothOrderMixin`, which goes before other Trainers as well.
 
+    Raises:
+        AdapterConfigError: As `ZerothOrderMixin`.
+
     Examples:
         With a model and its rows, as on the page docs/zeroth-order.md:
 

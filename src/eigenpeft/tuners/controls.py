@@ -41,7 +41,9 @@ def control_config(
     Raises:
         AdapterConfigError: If the control is unknown, "mean_only" is asked for without a collection or with several K, or a
             plain LoRA should start from an adapter; or of a mixture, for all but "lora".
-        SubspaceError: If the subspace has no such control; the message says why.
+        SubspaceError: If the subspace has no such control, or is nowhere; the message says why.
+        ArtifactError: If the subspace, or the store of the config's sources, is damaged.
+        CollectionError: If an adapter of the collection cannot be read.
 
     Examples:
         >>> import torch

@@ -46,6 +46,7 @@ def downhill(collection: AdapterCollection, *, tokens: Tokens) -> Downhill:
 
     Raises:
         SubspaceError: If the gradient or the updates are zero in all modules.
+        CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
 
     Examples:
         >>> import torch
@@ -104,6 +105,7 @@ def nearest_adapters(
 
     Raises:
         SubspaceError: If the model has none of the modules, no gradient reaches them, or everything is zero.
+        CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
     """
     found = match_modules(model, collection.shapes, shapes=collection.shapes).found
     if not found:

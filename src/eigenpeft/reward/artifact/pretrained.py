@@ -147,6 +147,7 @@ class RewardModelArtifact(Pushable):
 
         Raises:
             ArtifactError: If files are missing, truncated, altered or of different models.
+            RewardModelError: If its numbers are those of no reward model.
         """
         parts = storage.read(
             path_or_id,

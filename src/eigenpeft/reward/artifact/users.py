@@ -62,6 +62,11 @@ class UserTable:
         return len(self._ids) + change
 
     def __contains__(self, user_id: object) -> bool:
+        """Whether a user has weights.
+
+        Raises:
+            RewardModelError: If the id is empty or too long.
+        """
         if not isinstance(user_id, str | int):
             return False
         return bool(self.known([user_id])[0])

@@ -39,6 +39,12 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         return name in self._records
 
     def __getitem__(self, name: str) -> AdapterMember:
+        """One member, read when it is asked for.
+
+        Raises:
+            KeyError: If there is no such member; the message lists known names.
+            ArtifactError: If it cannot be read.
+        """
         self._check_name(name)
         member = AdapterMember.from_bytes(self._records.read(name), name=name, subspace=self.subspace)
         return replace(member, record={**member.record, "name": name}, subspace_sha256=self.subspace.fingerprint)
@@ -54,7 +60,11 @@ class AdapterMembers(Mapping[str, AdapterMember]):
 
     @property
     def members(self) -> tuple[dict[str, Any], ...]:
-        """Records of all members, in the order of `names`; reads every member."""
+        """Records of all members, in the order of `names`; reads every member.
+
+        Raises:
+            ArtifactError: If a member cannot be read.
+        """
         return tuple(dict(self[name].record) for name in self.names)
 
     @property
@@ -62,6 +72,9 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         """`{module: {member: ‖ΔW - reconstruction‖ / ‖ΔW‖}}`, Frobenius; reads every member.
 
         Members that were trained in the subspace are exact and have no entry, nor have modules that a member lacks.
+
+        Raises:
+            ArtifactError: If a member cannot be read.
         """
         errors: dict[str, dict[str, float]] = {module: {} for module in self.subspace}
         for name in self.names:
@@ -82,6 +95,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
 
         Raises:
             KeyError: If there is no such member; the message lists known names.
+            ArtifactError: If it cannot be read.
         """
         return dict(self[name].record)
 
@@ -93,6 +107,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
 
         Raises:
             KeyError: If there is no such member.
+            ArtifactError: If it cannot be read.
         """
         self._check_name(name)
         return sha256(self.subspace.fingerprint.encode() + self._records.read(name)).hexdigest()
@@ -103,6 +118,10 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         Args:
             name: Member.
             module: Module of the subspace.
+
+        Raises:
+            KeyError: If there is no such member.
+            ArtifactError: If it cannot be read.
         """
         return self[name].cores.get(module)
 
@@ -112,6 +131,10 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         Args:
             name: Member.
             module: Module of the subspace.
+
+        Raises:
+            KeyError: If there is no such member.
+            ArtifactError: If it cannot be read.
         """
         core = self.coefficients(name, module=module)
         return None if core is None else self.subspace.reconstruct({module: core})[module]
@@ -128,6 +151,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
 
         Raises:
             KeyError: If there is no such module or member.
+            ArtifactError: If a member cannot be read.
         """
         bank = self.subspace[module]
         names = self.names if names is None else names

@@ -124,10 +124,11 @@ class AdapterStore(Pushable, AdapterMembers):
             The member as it is kept.
 
         Raises:
-            SubspaceError: If the name is taken, or the adapter does not fit the bases or has something that a store does
-                not keep; the message names it.
+            SubspaceError: If the name is taken, `source` is of another type, there is no store where "STORE#MEMBER" says, or
+                the adapter does not fit the bases or has something that a store does not keep; the message names it.
             CollectionError: If its files cannot be read.
-            ArtifactError: If the store cannot be written, or another process is writing it.
+            ArtifactError: If the store cannot be written, or another process is writing it; or if the other store is damaged.
+            KeyError: If the store of "STORE#MEMBER" has no such member.
         """
         options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         if isinstance(source, AdapterMember):
@@ -183,6 +184,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
         Raises:
             ArtifactError: If the files were altered.
+            SubspaceError: If the store's folder is gone, or holds bases that are none.
         """
         if not isinstance(self._records, RecordLog):
             return False
@@ -312,7 +314,11 @@ class AdapterStore(Pushable, AdapterMembers):
         return (storage.STORE_1.config_name, storage.STORE_1.tensors_name)
 
     def card(self) -> str:
-        """Text of the model card, complete without editing."""
+        """Text of the model card, complete without editing.
+
+        Raises:
+            ArtifactError: If a member cannot be read.
+        """
         return card_of(self.subspace, self.names, self._records.read)
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
@@ -356,16 +362,10 @@ class AdapterStore(Pushable, AdapterMembers):
         Raises:
             SubspaceNotFoundError: If there is none at that place.
             ArtifactError: If files are missing, truncated or altered.
+            SubspaceError: If the tensors of its bases do not fit each other.
         """
-        where = storage.locate(
-            path_or_id,
-            storage.STORE,
-            storage.STORE_1,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        where = storage.locate(path_or_id, storage.STORE, storage.STORE_1, local_files_only=local_files_only, **options)
         subspace, records = open_store(where)
         store = cls(subspace)
         store._records, store.origin, store.revision = records, where.origin, where.revision

@@ -106,6 +106,7 @@ def open_adapters(adapters: Adapters, *, embeddings: bool = False) -> AdapterCol
     Raises:
         CollectionError: If adapters cannot be read together.
         ArtifactError: If a store is damaged.
+        SubspaceError: If the tensors of a store's bases do not fit each other.
     """
     if isinstance(adapters, AdapterCollection | AdapterStore):
         return adapters

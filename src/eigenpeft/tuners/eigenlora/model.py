@@ -52,6 +52,14 @@ class EigenLoraModel(FactorModel):
 
         Yields:
             What `swap` needs for every layer.
+
+        Raises:
+            AdapterConfigError: If no subspace is named, it fits the model in no module, or `init_from`, `sources` or their
+                options do not fit it.
+            ArtifactError: If one of them is damaged.
+            CollectionError: If the adapters of `init_from` cannot be read.
+            SubspaceError: If the subspace, or the store of `sources` or `init_from`, is nowhere, or its tensors do not fit each
+                other.
         """
         opened = find_bases(**config.named_bases)
         subspace = opened.subspace
@@ -120,6 +128,7 @@ class EigenLoraModel(FactorModel):
         Raises:
             AdapterConfigError: If the subspace does not fit the layer, another layer has taken its bases, or a warm start is not
                 defined for it.
+            SubspaceError: If `n_components` is more than the subspace has.
         """
         name, frozen_bank = bank_for(layer, given, module)
         given.place(name, module)
@@ -180,6 +189,7 @@ class EigenLoraModel(FactorModel):
 
         Raises:
             ValueError: If an adapter is not there, or what PEFT itself refuses.
+            AdapterConfigError: If an adapter uses something that no combination keeps, or the rule cannot combine these.
         """
         if adapter_name in self.peft_config:
             return

@@ -53,7 +53,8 @@ def export_lora(
     Raises:
         AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
             not positive, or is asked of a layer with several experts or groups.
-        ArtifactError: If the folder holds something that is not replaced, or cannot be written.
+        ArtifactError: If the folder holds something that is not replaced, or cannot be written; or if a member cannot be read.
+        KeyError: If the store has no member `adapter_name`.
 
     Examples:
         >>> import torch
@@ -94,6 +95,8 @@ def read_adapter(model_or_store: PeftModel | AdapterStore, adapter_name: str, *,
     Raises:
         AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
             not positive, or is asked of a layer with several experts or groups.
+        KeyError: If the store has no member `adapter_name`.
+        ArtifactError: If a member cannot be read.
     """
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise AdapterConfigError(f"rank={rank!r} must be None or a whole number of at least 1.")

@@ -55,7 +55,10 @@ def export_gguf(
         AdapterConfigError: If the package gguf is missing, there is no such adapter, the base model is of another
             architecture or has other sizes, or the adapter has what the format cannot hold: heads, biases, experts,
             convolutions, or an update of an output layer that is tied to the embeddings.
-        ArtifactError: If something is in the way that is not replaced, or the file cannot be written.
+        ArtifactError: If something is in the way that is not replaced, or the file cannot be written; or if a member cannot be
+            read.
+        KeyError: If the store has no member `adapter_name`.
+        OSError: If the file that is there cannot be read.
     """
     if gguf is None:
         raise AdapterConfigError(

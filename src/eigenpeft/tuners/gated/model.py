@@ -52,7 +52,9 @@ def find_sources(config: GatedLoraConfig) -> AdapterStore | PrincipalSubspace | 
         None for an adapter of a file, which has its own bases.
 
     Raises:
-        ArtifactError: If it is nowhere, or damaged.
+        ArtifactError: If it is damaged.
+        SubspaceNotFoundError: If it is nowhere.
+        SubspaceError: If the tensors of its bases do not fit each other.
     """
     if config.given is not None:
         return config.given
@@ -79,6 +81,7 @@ class GatedLoraModel(FactorModel):
 
         Raises:
             AdapterConfigError: If the store has no such members, or the model none of the modules.
+            SubspaceError, ArtifactError: If the store or the subspace is nowhere, or is damaged.
         """
         opened = find_sources(config)
         if opened is None:
@@ -123,6 +126,7 @@ class GatedLoraModel(FactorModel):
 
         Raises:
             AdapterConfigError: If the layer is not linear, or there are no bases for it.
+            ArtifactError: If a member of the store cannot be read.
         """
         kind = kind_of(layer)
         if kind.name != "linear":

@@ -80,6 +80,10 @@ class FactorModel(LoraModel):
             adapter_name: Name of the new adapter.
             *args: PEFT's own.
             **kwargs: PEFT's own.
+
+        Raises:
+            AdapterConfigError: If the configuration does not fit the model.
+            EigenPeftError: As the method's `injecting`, where it opens a subspace, a store or adapters.
         """
         config: Any = self.peft_config[adapter_name]
         if getattr(config, "is_from_file", False):
@@ -145,6 +149,9 @@ class FactorModel(LoraModel):
             adapter_name: Name of the new adapter.
             combination_type: PEFT's own: "svd", "linear", "cat", "ties", and so on.
             **kwargs: PEFT's own.
+
+        Raises:
+            AdapterConfigError: If an adapter uses something that no combination keeps, or they differ in what all must have.
         """
         if adapter_name in self.peft_config:
             return

@@ -141,6 +141,7 @@ class GrowingClassifier:
 
         Raises:
             ArtifactError: If the file cannot be read, or holds something else.
+            AdapterConfigError: If the weight in it is negative.
         """
         state = read_growing(path)
         loaded = cls(embed, weight=state.weight, complete=state.complete)

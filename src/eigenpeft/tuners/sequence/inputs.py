@@ -106,6 +106,7 @@ def init_lora_from_inputs(
 
     Raises:
         AdapterConfigError: If inputs of a module are missing, or no direction is left in any module.
+        ValueError: If the history has more rows of a module than the module has inputs.
 
     Examples:
         >>> from peft import LoraConfig, get_peft_model

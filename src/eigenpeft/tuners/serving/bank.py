@@ -114,6 +114,7 @@ class AdapterBank(nn.Module):
         Raises:
             KeyError: If the store has no such member.
             SubspaceError: If a member trained something that cannot be served row by row, such as biases; it is named.
+            ArtifactError: If a member cannot be read.
         """
         chosen = store.names if names is None else tuple(names)
         bank = cls(store.subspace, dtype=dtype)
@@ -194,6 +195,9 @@ class AdapterBank(nn.Module):
         Args:
             model: Base model.
             within: As for `attach`.
+
+        Raises:
+            SubspaceError: As `attach`.
         """
         handles = self.attach(model, within=within)
         try:
@@ -250,7 +254,8 @@ class AdapterBank(nn.Module):
                 as a "list" of one tensor per row.
 
         Raises:
-            SubspaceError: If a member is not in the bank (the message names all that are not), or weights are not finite numbers.
+            SubspaceError: If a member is not in the bank (the message names all that are not), weights are not finite numbers,
+                or `logits` is neither "padded" nor "list".
         """
         if logits not in ("padded", "list"):
             raise SubspaceError(f'logits={logits!r} must be "padded" or "list".')
@@ -298,6 +303,9 @@ class AdapterBank(nn.Module):
         Args:
             names: As for `use`.
             n_repeats: As for `use`.
+
+        Raises:
+            SubspaceError: As `use`.
         """
         warnings.warn(
             "AdapterBank.tasks is deprecated and goes away in the next minor version; use AdapterBank.use.",

@@ -27,6 +27,9 @@ class ShardLoraModel(FactorModel):
 
         Yields:
             The list that `swap` adds layers to.
+
+        Raises:
+            AdapterConfigError: If a pool has fewer vectors than a layer needs, or `shards_per_vector` does not divide a width.
         """
         layers: list[Placed] = []
         yield layers

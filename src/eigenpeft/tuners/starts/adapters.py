@@ -42,6 +42,7 @@ def init_lora_from_adapter(
         ArtifactError: If a store is damaged.
         AdapterConfigError: If there is no such adapter, or the model has none of its modules.
         CollectionError: If its files cannot be read.
+        SubspaceError: If the tensors of a store's bases do not fit each other.
     """
     config = lora_config_from_adapter(adapters, name=name, **lora)
     adapted = get_peft_model(model, config, adapter_name=adapter_name)  # pyright: ignore[reportArgumentType]
@@ -63,6 +64,7 @@ def lora_config_from_adapter(
         ArtifactError: If a store is damaged.
         AdapterConfigError: If there is no such adapter.
         CollectionError: If its files cannot be read.
+        SubspaceError: If the tensors of a store's bases do not fit each other.
 
     Examples:
         >>> from eigenpeft.demo import shipped_adapters
