@@ -222,7 +222,7 @@ def run(task, subspace, method, seed, *, rounds, steps):
             train(model, task, parts[number], steps=steps, rate=rate, seed=seed * 1000 + 10 * len(curve) + number)
             if rule == "fedsa":
                 local[number] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-            return reply(message, model=model, name=f"client-{number}", n_examples=len(parts[number]), base="minilm")
+            return reply(message, model=model, name=f"client-{number}", n_rows=len(parts[number]), base="minilm")
 
         update = round_update(model, name="server", rule=rule)
         strategy = AdapterFedAvg(rule=rule, scaling=update.scaling, base="minilm", fraction_evaluate=0.0)

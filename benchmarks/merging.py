@@ -203,7 +203,7 @@ def statistics_of(folder, tasks, model, tokenizer, n_rows):
         for task in tasks
         if (texts := [list(column) for column in zip(*task.train_texts[:n_rows], strict=True)])
     }
-    return collect_statistics(model, rows=rows, adapters=folder, progress=False)
+    return collect_statistics(model, batches=rows, adapters=folder, progress=False)
 
 
 def accuracies(tasks, model, rows):

@@ -106,7 +106,7 @@ def run_cell(settings, folders, rows, model, arguments):
     settings = {"rank": RANK, "scale": 1.0, **settings}
     if settings.get("rule") == "regmean":
         read = {task: [{k: v for k, v in b.items() if k != "labels"} for b in rows[task]["train"]] for task in TASKS}
-        settings["statistics"] = collect_statistics(model, rows=read, adapters=folders, progress=False)
+        settings["statistics"] = collect_statistics(model, batches=read, adapters=folders, progress=False)
     start = time.process_time()
     merged = merge(folders, progress=False, **settings)
     seconds = time.process_time() - start

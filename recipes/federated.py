@@ -170,10 +170,10 @@ def client_app(arguments: Arguments) -> ClientApp:
         round_number = int(message.content["config"]["server-round"])
         if arguments.rule == "seeds":
             steps = work.train_without_gradients(model, rows, seed=1000 * round_number + number)
-            return reply(message, model=model, name=f"client-{number}", n_examples=len(rows), steps=steps)
+            return reply(message, model=model, name=f"client-{number}", n_rows=len(rows), steps=steps)
         loss = work.train(model, rows, seed=1000 * round_number + number)
         context.state["local"] = to_record(round_update(model, name="local").tensors)
-        return reply(message, model=model, name=f"client-{number}", n_examples=len(rows), metrics={"loss": loss})
+        return reply(message, model=model, name=f"client-{number}", n_rows=len(rows), metrics={"loss": loss})
 
     return app
 

@@ -32,7 +32,7 @@ def calibration(**changes):
         "source": "a test",
         "base_models": ("tiny",),
         "n_adapters": (5, 20),
-        "n_zoos": 3,
+        "n_collections": 3,
         "n_tasks": 10,
         "seen": {"adapters": {"held_out": (-2.0, 0.0), "rows": (-2.0, 2.0)}, "task": {}},
         "events": {"adapters": (event(),), "task": ()},

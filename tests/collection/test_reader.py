@@ -42,7 +42,7 @@ def test_factors_are_the_updates(tmp_path, use_rslora, as_bin, key):
     assert collection.names == tuple(made.names)
     assert collection.modules == tuple(MODULES)
     assert collection.shapes == MODULES
-    assert collection.base_model_name_or_path == "tiny/base"
+    assert collection.base_model == "tiny/base"
     assert_updates(collection, made.updates)
 
 
@@ -313,7 +313,7 @@ def test_other_base_models(three):
     ):
         AdapterCollection.from_pretrained(three.folder)
     collection = AdapterCollection.from_pretrained(three.folder, allow_different_base_models=True)
-    assert collection.base_model_name_or_path == "tiny/base"
+    assert collection.base_model == "tiny/base"
     assert len(collection.without("other")) == 4
 
 
@@ -333,4 +333,4 @@ def test_nothing_named():
 
 def test_no_base_model_said(tmp_path):
     write_adapter(tmp_path, random_factors(), base_model_name_or_path=None)
-    assert AdapterCollection.from_pretrained(tmp_path).base_model_name_or_path is None
+    assert AdapterCollection.from_pretrained(tmp_path).base_model is None

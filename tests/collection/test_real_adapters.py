@@ -33,7 +33,7 @@ def collection(real_adapters_dir):
 def test_all_open_together(collection):
     assert len(collection) == 13
     assert len(collection.modules) == 36
-    assert collection.base_model_name_or_path == "gpt2"
+    assert collection.base_model == "gpt2"
     assert collection.shapes["transformer.h.11.attn.c_attn"] == (2304, 768)
     assert len(collection.names_with("transformer.h.0.attn.c_attn")) == 13
     assert all(collection.fan_in_fan_out(module) for module in collection.modules)

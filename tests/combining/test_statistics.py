@@ -64,7 +64,7 @@ def moments_by_hand(folder, task, rows, model=tiny_llama):
 def test_regmean_of_a_model_is_that_of_whole_moments(model, tmp_path):
     targets = ("q_proj", "down_proj") if model is tiny_llama else ("c_attn", "c_fc")
     folder = make_zoo(tmp_path / "zoo", model, targets)
-    statistics = collect_statistics(model(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(model(), batches=ROWS, adapters=folder, progress=False)
     merged = merge(folder, rule="regmean", statistics=statistics, shrink=1.0, progress=False)
     singles = {task: merge(folder / task, progress=False) for task in ROWS}
     by_hand = {task: moments_by_hand(folder, task, rows, model) for task, rows in ROWS.items()}
@@ -85,8 +85,8 @@ def test_a_merged_adapter_at_work_gives_the_inputs_of_its_own_layers(tmp_path):
     folder = make_zoo(tmp_path / "zoo")
     merged = merge(folder, scale=0.7, progress=False)
     merged.save_pretrained(tmp_path / "merged")
-    statistics = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, merged=merged, progress=False)
-    own = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, merged=merged, progress=False)
+    own = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, progress=False)
     collection = AdapterCollection.from_pretrained(str(folder))
     for task, rows in ROWS.items():
         by_hand = moments_by_hand(tmp_path, "merged", rows)
@@ -101,9 +101,11 @@ def test_a_merged_adapter_at_work_gives_the_inputs_of_its_own_layers(tmp_path):
 
 def test_statistics_add_up_over_rows(tmp_path):
     folder, model = make_zoo(tmp_path / "zoo"), tiny_llama()
-    whole = collect_statistics(model, rows=ROWS, adapters=folder, progress=False)
+    whole = collect_statistics(model, batches=ROWS, adapters=folder, progress=False)
     parts = [
-        collect_statistics(model, rows={name: rows[i] for name, rows in ROWS.items()}, adapters=folder, progress=False)
+        collect_statistics(
+            model, batches={name: rows[i] for name, rows in ROWS.items()}, adapters=folder, progress=False
+        )
         for i in range(2)
     ]
     for name, one in whole.items():
@@ -115,10 +117,10 @@ def test_statistics_add_up_over_rows(tmp_path):
 
 def test_statistics_serve_any_of_the_adapters_they_were_collected_for(tmp_path):
     folder = make_zoo(tmp_path / "zoo")
-    statistics = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, progress=False)
     fewer = collect_statistics(
         tiny_llama(),
-        rows={name: ROWS[name] for name in ("task0", "task2")},
+        batches={name: ROWS[name] for name in ("task0", "task2")},
         adapters=folder,
         names=["task2", "task0"],
         progress=False,
@@ -134,7 +136,7 @@ def test_statistics_serve_any_of_the_adapters_they_were_collected_for(tmp_path):
 
 def test_statistics_come_back_from_disk(tmp_path):
     folder = make_zoo(tmp_path / "zoo")
-    statistics = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, progress=False)
     save_statistics(statistics, tmp_path / "statistics")
     loaded = load_statistics(tmp_path / "statistics")
     assert list(loaded) == list(statistics)
@@ -151,7 +153,7 @@ def test_statistics_come_back_from_disk(tmp_path):
 def test_embedding_inputs_are_tokens(tmp_path):
     folder = make_zoo(tmp_path / "zoo", targets=("embed_tokens",), n_adapters=2)
     rows = {name: ROWS[name] for name in ("task0", "task1")}
-    statistics = collect_statistics(tiny_llama(), rows=rows, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=rows, adapters=folder, progress=False)
     [(module, count)] = statistics["task0"].counts.items()
     assert count == sum(int(batch["attention_mask"].sum()) for batch in rows["task0"])
     # The second moment of one-hot inputs is diagonal: the tokens' frequencies.
@@ -167,7 +169,7 @@ def test_embedding_inputs_are_tokens(tmp_path):
 def test_the_model_is_left_as_it_was(tmp_path):
     folder, model = make_zoo(tmp_path / "zoo"), tiny_llama().train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    collect_statistics(model, rows=ROWS, adapters=folder, progress=False)
+    collect_statistics(model, batches=ROWS, adapters=folder, progress=False)
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -176,17 +178,17 @@ def test_the_model_is_left_as_it_was(tmp_path):
 def test_bad_statistics_are_named(tmp_path):
     folder = make_zoo(tmp_path / "zoo")
     with pytest.raises(
-        AdapterConfigError, match=r"rows are of \['task0'\], the adapters are \['task0', 'task1', 'task2'\]"
+        AdapterConfigError, match=r"batches are of \['task0'\], the adapters are \['task0', 'task1', 'task2'\]"
     ):
-        collect_statistics(tiny_llama(), rows={"task0": ROWS["task0"]}, adapters=folder, progress=False)
+        collect_statistics(tiny_llama(), batches={"task0": ROWS["task0"]}, adapters=folder, progress=False)
     adapted = PeftModel.from_pretrained(tiny_llama(), folder / "task0")
     with pytest.raises(AdapterConfigError, match="pass the base model without adapters"):
-        collect_statistics(adapted, rows=ROWS, adapters=folder, progress=False)
+        collect_statistics(adapted, batches=ROWS, adapters=folder, progress=False)
     with pytest.raises(AdapterConfigError, match="'model.layers.0.mlp.down_proj' is 0 times in the model"):
-        collect_statistics(tiny_gpt2(), rows=ROWS, adapters=folder, progress=False)
+        collect_statistics(tiny_gpt2(), batches=ROWS, adapters=folder, progress=False)
     with pytest.raises(ArtifactError, match="No statistics can be read from"):
         load_statistics(tmp_path / "zoo")
-    statistics = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, progress=False)
     with pytest.raises(AdapterConfigError, match="'task0' and 'task1' were not collected for one task"):
         statistics["task0"] + statistics["task1"]
     make_zoo(tmp_path / "other", n_adapters=1)
@@ -197,7 +199,7 @@ def test_bad_statistics_are_named(tmp_path):
 
 def test_statistics_of_other_weights_are_refused(tmp_path):
     folder = make_zoo(tmp_path / "zoo")
-    statistics = collect_statistics(tiny_llama(), rows=ROWS, adapters=folder, progress=False)
+    statistics = collect_statistics(tiny_llama(), batches=ROWS, adapters=folder, progress=False)
     make_zoo(tmp_path / "again", targets=("q_proj",))
     (tmp_path / "again" / "task1" / "adapter_model.safetensors").replace(folder / "task1" / "adapter_model.safetensors")
     with pytest.raises(AdapterConfigError, match="were collected when 'task1' had other weights"):

@@ -90,7 +90,7 @@ def client_app(make, seen=None, *, spoil=None):
             message,
             model=model,
             name=f"client-{number}",
-            n_examples=16 * (number + 1),
+            n_rows=16 * (number + 1),
             metrics={"loss": float(loss)},
             base=base,
         )
@@ -168,7 +168,7 @@ def test_seeds_and_scalars_travel_in_the_place_of_tensors(tmp_path):
         start_from(message, model=model)
         batches = [batch(100 * number + step) for step in range(3)]
         steps = train_steps(model, batches=batches, learning_rate=0.1, epsilon=1e-2, seed=number)
-        return reply(message, model=model, name=f"client-{number}", n_examples=10, steps=steps)
+        return reply(message, model=model, name=f"client-{number}", n_rows=10, steps=steps)
 
     server = fresh()
     first = round_update(server, name="server", rule="seeds", steps=no_steps(server))

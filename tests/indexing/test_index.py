@@ -193,15 +193,15 @@ def test_answers_of_rows_are_not_embedded():
 def test_the_base_models_vectors_are_the_mean_over_the_tokens_alone():
     model, tokenizer = tiny_bert(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
     texts = ["w1 w2", "w1 w2 w3 w4 w5 w6"]
-    together = BaseModelEncoder(model.bert, tokenizer=tokenizer, batch_size=2)(texts)
+    together = BaseModelEncoder(model.bert, processing_class=tokenizer, batch_size=2)(texts)
     for text, row in zip(texts, together, strict=True):
         states = model.bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().mean(dim=0)
         torch.testing.assert_close(row.double(), states / states.norm(), atol=1e-5, rtol=0)
     assert torch.allclose(
-        BaseModelEncoder(model, tokenizer=tokenizer)(texts), together, atol=1e-6
+        BaseModelEncoder(model, processing_class=tokenizer)(texts), together, atol=1e-6
     )  # with a head, by its hidden states
     with pytest.raises(EigenPeftError, match="without hidden states"):
-        BaseModelEncoder(_Nothing(model), tokenizer=tokenizer)(["a"])
+        BaseModelEncoder(_Nothing(model), processing_class=tokenizer)(["a"])
 
 
 class _Nothing(torch.nn.Module):

@@ -55,8 +55,8 @@ class Chance:
         probability: Its probability; None where the calibration has seen nothing like these adapters.
         base_rate: How often it happened in the calibration, whatever the audit said.
         points: Mean gain over the calibration's new tasks, in points of accuracy, and half its 95 % interval.
-        predicted: Whether the calibration did better than the base rate on zoos and tasks that it was not fitted on; where not,
-            the probability is the base rate.
+        predicted: Whether the calibration did better than the base rate on collections and tasks that it was not fitted on; where
+            not, the probability is the base rate.
     """
 
     event: str

@@ -45,7 +45,7 @@ def audit_adapters(
     """What can be done with these adapters? Compress them, train a new task from them, reuse one: three answers.
 
     *Compress*: the error against the numbers per adapter, in a subspace fitted to all of them. *Train*: the probability that a
-    new task gains over LoRA, from a calibration on zoos and tasks that were trained, or "unknown" where it has seen nothing
+    new task gains over LoRA, from a calibration on collections and tasks that were trained, or "unknown" where it has seen nothing
     like these adapters. *Reuse*: the adapters nearest to the task, where its rows are given.
 
     Behind them are measures of the weights beside matched nulls.
@@ -237,7 +237,7 @@ def _train(
     return train_answer(
         calibration,
         {**measures, **(task or {})},
-        base_model=collection.base_model_name_or_path,
+        base_model=collection.base_model,
         n_rows=n_train,
         with_task=task is not None,
     )

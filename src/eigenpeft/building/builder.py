@@ -175,7 +175,7 @@ class SubspaceBuilder:
         self.subspace_ = PrincipalSubspace(
             {name: module.bank for name, module in fitted.items()},
             info=SubspaceInfo(
-                base_model_name_or_path=collection.base_model_name_or_path,
+                base_model_name_or_path=collection.base_model,
                 base_model_revision=collection.base_model_revision,
                 method=self.method,
                 weighting=self.weighting,

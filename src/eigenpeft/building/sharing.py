@@ -150,7 +150,7 @@ def build_shared_subspace(
         )
         bank_of |= dict.fromkeys(modules, bank)
     info = SubspaceInfo(
-        base_model_name_or_path=collection.base_model_name_or_path,
+        base_model_name_or_path=collection.base_model,
         method=method,
         weighting=weighting,
         n_components=n_components,

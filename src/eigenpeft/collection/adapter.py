@@ -52,7 +52,7 @@ class SourceAdapter:
         kept_aside: Keys of its tensors that are not part of an update: heads, saved modules, biases, embedding factors.
         weights_path: Its weights file.
         weights_stamp: The state of that file when its header was read.
-        base_revision: Revision of the base model that the config names.
+        base_model_revision: Revision of the base model that the config names.
     """
 
     name: str
@@ -68,7 +68,7 @@ class SourceAdapter:
     kept_aside: tuple[str, ...]
     weights_path: str
     weights_stamp: Stamp | None = None
-    base_revision: str | None = None
+    base_model_revision: str | None = None
 
     @property
     def licence(self) -> str | None:
@@ -103,6 +103,7 @@ class SourceAdapter:
         record = asdict(self)
         for name in ("weights_path", "weights_stamp", "modules", "kept_aside"):
             del record[name]
+        record["base_revision"] = record.pop("base_model_revision")  # the key that files have
         return {
             **record,
             "source": self.source if self.revision else Path(self.weights_path).resolve().parent.name,
@@ -169,7 +170,7 @@ class OpenAdapter:
         named = self.info.base_model
         if named and hub_id(named) is not None and not is_folder(named):
             return self
-        return replace(self, info=replace(self.info, base_model=base_model, base_revision=None))
+        return replace(self, info=replace(self.info, base_model=base_model, base_model_revision=None))
 
     def read(self, module: str) -> AdapterFactors:
         """Read the factors of one module, fold the scaling and check that all numbers are finite.

@@ -27,7 +27,7 @@ def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
         # A config that names no base model, or no revision of it, contradicts nobody.
         if member.info.base_model:
             base = canonical_base(member.info.base_model)
-            revision = member.info.base_revision if base in revisions else None
+            revision = member.info.base_model_revision if base in revisions else None
             if revision or base not in revisions:
                 by_base.setdefault(f"{base} at revision {revision}" if revision else base, []).append(member.info.name)
     if len(by_base) < 2:
@@ -45,8 +45,8 @@ def _contradicting_revisions(members: Sequence[OpenAdapter]) -> set[str]:
     """The base models of which the configs name several revisions: checkpoints of one training run, for example."""
     named: dict[str, set[str]] = {}
     for member in members:
-        if member.info.base_model and member.info.base_revision:
-            named.setdefault(canonical_base(member.info.base_model), set()).add(member.info.base_revision)
+        if member.info.base_model and member.info.base_model_revision:
+            named.setdefault(canonical_base(member.info.base_model), set()).add(member.info.base_model_revision)
     return {base for base, revisions in named.items() if len(revisions) > 1}
 
 

@@ -56,7 +56,7 @@ def open_adapter(location: AdapterLocation, *, embeddings: bool = False) -> tupl
         kept_aside=tuple(sorted(set(weights.shapes) - used, key=natural_order)),
         weights_path=str(weights.path),
         weights_stamp=weights.stamp,
-        base_revision=settings.base_revision,
+        base_model_revision=settings.base_model_revision,
     )
     return OpenAdapter(info, weights, factors, settings.fan_in_fan_out, unknown_fields=settings.unknown_fields), []
 

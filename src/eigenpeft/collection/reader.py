@@ -37,7 +37,7 @@ class AdapterCollection:
         names: Their names.
         modules: All modules that any of them adapts, in natural order.
         shapes: Module name to (out_features, in_features).
-        base_model_name_or_path: The base model that (most of) the configs name.
+        base_model: The base model that (most of) the configs name.
         base_model_revision: The revision of it that (most of) the configs name, None where none does.
 
     Examples:
@@ -58,8 +58,8 @@ class AdapterCollection:
         self.modules = tuple(sorted(self._of_module, key=natural_order))
         self.shapes = {module: self._of_module[module][0].locations[module].shape for module in self.modules}
         bases = Counter(info.base_model for info in self.adapters if info.base_model)
-        self.base_model_name_or_path = bases.most_common(1)[0][0] if bases else None
-        revisions = Counter(info.base_revision for info in self.adapters if info.base_revision)
+        self.base_model = bases.most_common(1)[0][0] if bases else None
+        revisions = Counter(info.base_model_revision for info in self.adapters if info.base_model_revision)
         self.base_model_revision = revisions.most_common(1)[0][0] if revisions else None
 
     @classmethod
@@ -351,10 +351,7 @@ class AdapterCollection:
         return self._members[name].info
 
     def __repr__(self) -> str:
-        return (
-            f"AdapterCollection(adapters={len(self)}, modules={len(self.modules)}, "
-            f"base_model={self.base_model_name_or_path!r})"
-        )
+        return f"AdapterCollection(adapters={len(self)}, modules={len(self.modules)}, base_model={self.base_model!r})"
 
     def _having(self, module: str) -> list[OpenAdapter]:
         if module not in self._of_module:

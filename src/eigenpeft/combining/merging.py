@@ -316,7 +316,7 @@ def _check_statistics(sources: Sources, settings: _Settings) -> None:
     if missing:
         raise AdapterConfigError(
             f"rule={settings.rule!r} needs statistics of each task's inputs, and {', '.join(map(repr, missing[:5]))} "
-            f"({len(missing)} of {len(sources.names)}) have none. Pass statistics=collect_statistics(model, rows=..., "
+            f"({len(missing)} of {len(sources.names)}) have none. Pass statistics=collect_statistics(model, batches=..., "
             "adapters=...), or choose a rule without data."
         )
     digests = {record["name"]: record.get("sha256") for record in sources.records}

@@ -38,7 +38,7 @@ class CollectionSources:
     def __init__(self, collection: AdapterCollection):
         self._collection = collection
         self.names, self.modules = collection.names, collection.modules
-        self.base_model = collection.base_model_name_or_path
+        self.base_model = collection.base_model
         self.task_type = common({adapter.task_type for adapter in collection.adapters})
         self.parts = parts_of_files(collection)
         self.records = tuple(adapter.record() for adapter in collection.adapters)

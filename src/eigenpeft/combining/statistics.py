@@ -102,7 +102,7 @@ class InputStatistics:
 def collect_statistics(
     model: nn.Module,
     *,
-    rows: Mapping[str, Batches],
+    batches: Mapping[str, Batches],
     adapters: Adapters,
     names: Sequence[str] | None = None,
     merged: MergedAdapter | None = None,
@@ -119,7 +119,7 @@ def collect_statistics(
 
     Args:
         model: The base model, without adapters; left as it is.
-        rows: Batches of inputs by adapter: what `model(**batch)` takes, one or many. Positions that a batch's
+        batches: Inputs by adapter: what `model(**batch)` takes, one or many. Positions that a batch's
             `attention_mask` hides do not count. Labels are not needed.
         adapters: As for `merge`.
         names: As for `merge`.
@@ -130,7 +130,7 @@ def collect_statistics(
         Statistics by adapter, to be merged as they are, saved (`save_statistics`) or added to others.
 
     Raises:
-        AdapterConfigError: If the model has adapters in it or lacks a module, or rows are missing for an adapter.
+        AdapterConfigError: If the model has adapters in it or lacks a module, or batches are missing for an adapter.
         CollectionError: As `merge`.
         ArtifactError: If a member of a store cannot be read.
         OSError, ValueError: As `merge`.
@@ -141,9 +141,9 @@ def collect_statistics(
         >>> from eigenpeft.demo import base_model, shipped_adapters
         >>> from transformers import AutoModelForSequenceClassification
         >>> model = AutoModelForSequenceClassification.from_pretrained(base_model())
-        >>> rows = {name: {"input_ids": torch.arange(2000, 2012)[None]} for name in ("cr", "mr")}  # your tokenized rows
+        >>> batches = {name: {"input_ids": torch.arange(2000, 2012)[None]} for name in ("cr", "mr")}  # your tokenized rows
         >>> statistics = collect_statistics(
-        ...     model, rows=rows, adapters=[shipped_adapters() / name for name in rows], progress=False
+        ...     model, batches=batches, adapters=[shipped_adapters() / name for name in batches], progress=False
         ... )
         >>> sorted(statistics)
         ['cr', 'mr']
@@ -153,9 +153,9 @@ def collect_statistics(
             "model is a PEFT model; pass the base model without adapters, which are put in one by one."
         )
     sources = open_sources(adapters, names=names)
-    if set(rows) != set(sources.names):
+    if set(batches) != set(sources.names):
         raise AdapterConfigError(
-            f"rows are of {sorted(rows)}, the adapters are {sorted(sources.names)}; pass rows of each, or names=."
+            f"batches are of {sorted(batches)}, the adapters are {sorted(sources.names)}; pass batches of each, or names=."
         )
     factors = {module: sources.updates(module) for module in sources.modules}
     directions = {
@@ -170,7 +170,7 @@ def collect_statistics(
         }
         own = {module: pairs[name] for module, pairs in factors.items() if name in pairs}
         with _at_work(model, sources=sources, updates=own if merged is None else merged.factors, counters=counters):
-            for batch in _batches(rows[name]):
+            for batch in _as_batches(batches[name]):
                 for counter in counters.values():
                     counter.mask = batch.get("attention_mask")
                 model(**batch)
@@ -310,5 +310,5 @@ def _add_update(
     return output + seen @ lora_B.mT
 
 
-def _batches(rows: Batches) -> Iterable[Mapping[str, Tensor]]:
-    return [rows] if isinstance(rows, Mapping) or hasattr(rows, "input_ids") else rows  # pyright: ignore[reportReturnType]
+def _as_batches(batches: Batches) -> Iterable[Mapping[str, Tensor]]:
+    return [batches] if isinstance(batches, Mapping) or hasattr(batches, "input_ids") else batches  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""A zoo of related adapters: sixteen customers of one bank, and new customers whose questions none of them has seen."""
+"""Related adapters: sixteen customers of one bank, and new customers whose questions none of them has seen."""
 
 import json
 from dataclasses import dataclass

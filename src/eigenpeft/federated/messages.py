@@ -47,7 +47,7 @@ def reply(
     *,
     model: Any,
     name: str,
-    n_examples: float,
+    n_rows: float,
     metrics: Mapping[str, float] | None = None,
     base: str | None = None,
     steps: Mapping[str, Tensor] | None = None,
@@ -59,7 +59,7 @@ def reply(
         message: From `AdapterFedAvg`.
         model: The client's `PeftModel`, trained.
         name: What the server's messages call the client.
-        n_examples: Rows it trained on.
+        n_rows: Rows it trained on.
         metrics: Further numbers, such as its loss; the server averages them.
         base: As for `round_update`.
         steps: As for `round_update`.
@@ -69,9 +69,7 @@ def reply(
         AdapterConfigError: As `round_update`.
     """
     rule = str(message.content.config_records.get(CONFIG, ConfigRecord()).get(RULE, "exact"))
-    update = round_update(
-        model, name=name, n_examples=n_examples, rule=rule, base=base, steps=steps, adapter_name=adapter_name
-    )
+    update = round_update(model, name=name, n_rows=n_rows, rule=rule, base=base, steps=steps, adapter_name=adapter_name)
     return Message(content=content_of(update, metrics or {}), reply_to=message)
 
 
@@ -83,7 +81,7 @@ def content_of(update: ClientUpdate, metrics: Mapping[str, float]) -> RecordDict
         metrics: Further numbers.
     """
     about = {"name": update.name, "scaling": update.scaling, "base": update.base or ""}
-    numbers = {EXAMPLES: update.n_examples, **metrics}
+    numbers = {EXAMPLES: update.n_rows, **metrics}
     return RecordDict(
         {ARRAYS: to_record(update.tensors), METRICS: MetricRecord(numbers), ADAPTER: ConfigRecord(about)}  # pyright: ignore[reportArgumentType]
     )
@@ -127,7 +125,7 @@ def _update_of(content: RecordDict, node: str) -> ClientUpdate:
     return ClientUpdate(
         name=str(about.get("name") or node),
         tensors=arrays.to_torch_state_dict(),
-        n_examples=float(metrics[EXAMPLES]),  # pyright: ignore[reportArgumentType]
+        n_rows=float(metrics[EXAMPLES]),  # pyright: ignore[reportArgumentType]
         scaling=float(about.get("scaling", 1.0)),
         base=str(about["base"]) if about.get("base") else None,
     )

@@ -19,7 +19,7 @@ class BaseModelEncoder:
 
     Args:
         model: Model without a head, or with one that returns `hidden_states`; it stays where it is, in evaluation mode.
-        tokenizer: Its tokenizer.
+        processing_class: Its tokenizer.
         name: What the index records of it; None takes the config's name.
         max_length: Tokens of a text that count.
         batch_size: Texts at a time.
@@ -32,9 +32,15 @@ class BaseModelEncoder:
     """
 
     def __init__(
-        self, model: nn.Module, *, tokenizer: Any, name: str | None = None, max_length: int = 128, batch_size: int = 32
+        self,
+        model: nn.Module,
+        *,
+        processing_class: Any,
+        name: str | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.processing_class = model, processing_class
         self.name = name or str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
         self.max_length, self.batch_size = max_length, batch_size
 
@@ -50,7 +56,7 @@ class BaseModelEncoder:
         model = AutoModel.from_pretrained(name).eval()
         return cls(
             model,
-            tokenizer=AutoTokenizer.from_pretrained(name),
+            processing_class=AutoTokenizer.from_pretrained(name),
             name=name,
             max_length=max_length,
             batch_size=batch_size,
@@ -69,8 +75,8 @@ class BaseModelEncoder:
         Raises:
             EigenPeftError: If the model returns no hidden states.
         """
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.processing_class.pad_token is None:
+            self.processing_class.pad_token = self.processing_class.eos_token
         device = next(self.model.parameters()).device
         found = []
         starts = range(0, len(texts), self.batch_size)
@@ -79,7 +85,7 @@ class BaseModelEncoder:
         try:
             for start in tqdm(starts, desc="Embedding", unit="batch", disable=len(starts) < 20):
                 part = list(texts[start : start + self.batch_size])
-                batch = self.tokenizer(
+                batch = self.processing_class(
                     part, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
                 )
                 batch = batch.to(device)

@@ -130,7 +130,7 @@ def recycle(
         budget=budget,
         **tested(search, sources, best, model=model, rows=rows, test_rows=test_rows),
     )
-    return _written(model, report, out, task_type=task_type, base_model=collection.base_model_name_or_path)
+    return _written(model, report, out, task_type=task_type, base_model=collection.base_model)
 
 
 def _chosen(

@@ -147,7 +147,7 @@ def mean_only_subspace(
             explained_variance_ratio=added_shares(curve).float(),
         )
     info = SubspaceInfo(
-        base_model_name_or_path=collection.base_model_name_or_path,
+        base_model_name_or_path=collection.base_model,
         base_model_revision=collection.base_model_revision,
         method="mean_only",
         n_components=n_components,

@@ -30,7 +30,7 @@ def client(seed, *, rank=3, n=1.0, scaling=2.0, **changes):
         B: torch.randn(12, rank, generator=generator),
         HEAD: torch.randn(4, 12, generator=generator),
     }
-    return ClientUpdate(f"client-{seed}", tensors, n_examples=n, scaling=scaling, **{"base": "base", **changes})
+    return ClientUpdate(f"client-{seed}", tensors, n_rows=n, scaling=scaling, **{"base": "base", **changes})
 
 
 def update(tensors, scaling):
@@ -38,8 +38,8 @@ def update(tensors, scaling):
 
 
 def mean(clients):
-    total = sum(each.n_examples for each in clients)
-    return sum(each.n_examples / total * update(each.tensors, each.scaling) for each in clients)
+    total = sum(each.n_rows for each in clients)
+    return sum(each.n_rows / total * update(each.tensors, each.scaling) for each in clients)
 
 
 def test_exact_is_the_weighted_mean_of_updates_of_mixed_ranks_and_scalings():
@@ -100,7 +100,7 @@ def test_fedsa_and_ffa_send_one_side():
             ClientUpdate(
                 each.name,
                 {key: each.tensors[key] for key in sent_keys(keys, rule=rule)},
-                n_examples=each.n_examples,
+                n_rows=each.n_rows,
                 scaling=2.0,
             )
             for each in clients
@@ -116,7 +116,7 @@ def test_ffa_is_exact_when_a_is_common():
     common = client(0).tensors[A]
     for each in clients:
         each.tensors[A] = common
-    sent = [ClientUpdate(c.name, {B: c.tensors[B]}, n_examples=c.n_examples, scaling=c.scaling) for c in clients]
+    sent = [ClientUpdate(c.name, {B: c.tensors[B]}, n_rows=c.n_rows, scaling=c.scaling) for c in clients]
     averaged = average(sent, expected={B: client(0).tensors[B]}, rule="ffa", scaling=2.0).tensors[B]
     torch.testing.assert_close(update({A: common, B: averaged}, 2.0), mean(clients), rtol=0, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_ffa_is_exact_when_a_is_common():
 def test_clients_that_agree_keep_their_update_up_to_the_rule(rule):
     """All rules take the same clients; the sums among them leave an update that all share as it is."""
     one = client(1)
-    clients = [ClientUpdate(f"c{i}", one.tensors, n_examples=1.0, scaling=2.0) for i in range(4)]
+    clients = [ClientUpdate(f"c{i}", one.tensors, n_rows=1.0, scaling=2.0) for i in range(4)]
     options = {"density": 1.0} if "density" in RULES[rule].options else {}
     averaged = average(clients, expected=one.tensors, rule=rule, scaling=2.0, **options).tensors
     alike = torch.nn.functional.cosine_similarity(
@@ -144,8 +144,8 @@ def test_clients_that_agree_keep_their_update_up_to_the_rule(rule):
         ({"extra": "base_model.model.k.lora_A.weight"}, "exact", "which the server does not know"),
         ({"nan": B}, "exact", "1 of its 3 tensors holds NaN or infinite numbers"),
         ({"base": "another/base"}, "exact", "trained on the base 'another/base', and this federation trains on 'base'"),
-        ({"n": 0.0}, "exact", "number of examples is 0.0"),
-        ({"n": float("nan")}, "exact", "number of examples is nan"),
+        ({"n": 0.0}, "exact", "number of rows is 0.0"),
+        ({"n": float("nan")}, "exact", "number of rows is nan"),
         ({"scaling": -1.0}, "exact", r"scaling is -1\.0"),
         ({"odd": B}, "exact", "have different ranks"),
         ({"head": True}, "exact", r"head\.weight has the shape \(5, 12\)"),
@@ -235,7 +235,7 @@ def test_averaged_cores_are_the_core_of_the_averaged_updates(core):
     subspace = random_subspace(tiny_bert(), ("query", "value"), n_components=6)
     config = EigenLoraConfig(subspace=subspace, core=core, r=2, lora_alpha=6, task_type="SEQ_CLS")
     models = [trained(config, seed=seed) for seed in (1, 2)]
-    updates = [round_update(model, name=str(i), n_examples=1 + 2 * i) for i, model in enumerate(models)]
+    updates = [round_update(model, name=str(i), n_rows=1 + 2 * i) for i, model in enumerate(models)]
     assert {each.base for each in updates} == {subspace.fingerprint}
     sizes = {"full": 36, "diagonal": 6, "low_rank": 24}
     head = sum(t.numel() for key, t in updates[0].tensors.items() if "lora_" not in key)

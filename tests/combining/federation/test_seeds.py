@@ -48,7 +48,7 @@ def train(model, seed, **settings):
 
 
 def update(model, steps, number=0, n=1.0):
-    return round_update(model, name=f"client-{number}", n_examples=n, rule="seeds", steps=steps)
+    return round_update(model, name=f"client-{number}", n_rows=n, rule="seeds", steps=steps)
 
 
 def test_what_a_client_sends_is_where_it_went(fresh):
@@ -65,12 +65,12 @@ def test_what_a_client_sends_is_where_it_went(fresh):
 
 def test_server_clients_and_latecomers_rebuild_the_same_bits(fresh):
     server, clients = fresh(), {number: fresh() for number in range(3)}
-    tensors, n_examples = no_steps(server), {0: 10, 1: 30, 2: 60}
+    tensors, n_rows = no_steps(server), {0: 10, 1: 30, 2: 60}
     for round_number in range(2):
         updates = []
         for number, model in clients.items():
             load_round(model, tensors=tensors)
-            updates.append(update(model, train(model, 10 * round_number + number), number, n_examples[number]))
+            updates.append(update(model, train(model, 10 * round_number + number), number, n_rows[number]))
         averaged = average(updates, expected=tensors, rule="seeds", base=updates[0].base)
         assert averaged.used == {"client-0": 0.1, "client-1": 0.3, "client-2": 0.6}
         tensors = averaged.tensors

@@ -1,4 +1,4 @@
-"""From what an audit measures to the probability that a new task gains: logistic models fitted on zoos that were trained."""
+"""From what an audit measures to the probability that a new task gains: logistic models fitted on collections that were trained."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Event:
         intercept: b.
         base_rate: How often it happened among all that was seen.
         points: Mean gain in points of accuracy, and half its 95 % interval, tasks as observations.
-        brier: Mean Brier score on zoos and tasks that a model was not fitted on.
+        brier: Mean Brier score on collections and tasks that a model was not fitted on.
         base_brier: The same of the base rate of what it was fitted on.
         gain: Mean of `base_brier - brier` and the ends of its 95 % interval, tasks as observations.
         judged: Observations that the scores are over, and how often it happened among them.
@@ -73,8 +73,8 @@ class Calibration:
     Attributes:
         source: How it was made.
         base_models: Base models of the adapters that were seen, without the owner's name.
-        n_adapters: Fewest and most adapters of a zoo.
-        n_zoos: Zoos.
+        n_adapters: Fewest and most adapters of a collection.
+        n_collections: Collections.
         n_tasks: New tasks.
         seen: With or without rows of the task ("task", "adapters"): measure to its least and largest value.
         events: The same to the models.
@@ -83,7 +83,7 @@ class Calibration:
     source: str
     base_models: tuple[str, ...]
     n_adapters: tuple[int, int]
-    n_zoos: int
+    n_collections: int
     n_tasks: int
     seen: Mapping[str, Mapping[str, tuple[float, float]]]
     events: Mapping[str, tuple[Event, ...]]
@@ -97,7 +97,7 @@ class Calibration:
             base_model: As the adapters' configs name it.
         """
         if not self.base_models:
-            return ["no zoo has been trained for the calibration yet"]
+            return ["no collection has been trained for the calibration yet"]
         own = (base_model or "").rstrip("/").rpartition("/")[2].lower()
         if own not in self.base_models:
             return [
@@ -133,7 +133,7 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
 
     Examples:
         >>> calibration = load_calibration()
-        >>> calibration.n_zoos > 0, calibration.base_models[0]
+        >>> calibration.n_collections > 0, calibration.base_models[0]
         (True, 'all-minilm-l6-v2')
     """
     try:
@@ -142,7 +142,7 @@ def load_calibration(path: Path = SHIPPED) -> Calibration:
             source=data["source"],
             base_models=tuple(data["base_models"]),
             n_adapters=tuple(data["n_adapters"]),
-            n_zoos=data["n_zoos"],
+            n_collections=data["n_zoos"],
             n_tasks=data["n_tasks"],
             seen={kind: {name: tuple(ends) for name, ends in found.items()} for kind, found in data["seen"].items()},
             events={kind: tuple(map(_event, found)) for kind, found in data["events"].items()},

@@ -77,7 +77,7 @@ def predict(
     logits = classify_texts(
         bank,
         model=classifier,
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
         texts=texts,
         members=members,
         batch_size=batch_size,

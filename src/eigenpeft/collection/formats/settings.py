@@ -97,7 +97,7 @@ class LoraSettings:
         fan_in_fan_out: Whether the base weights are stored transposed (GPT-2's Conv1D).
         base_model: Name or path of the base model, if the config says.
         task_type: PEFT's task type, if the config says.
-        base_revision: Revision of the base model, if the config says.
+        base_model_revision: Revision of the base model, if the config says.
         unknown_fields: Fields with a value that PEFT 0.21 does not have: of a newer version, or of another tool.
     """
 
@@ -109,7 +109,7 @@ class LoraSettings:
     fan_in_fan_out: bool
     base_model: str | None
     task_type: str | None
-    base_revision: str | None = None
+    base_model_revision: str | None = None
     unknown_fields: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -267,7 +267,7 @@ def _settings(config: Mapping[str, Any]) -> LoraSettings:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         base_model=_text(config.get("base_model_name_or_path")),
         task_type=_text(config.get("task_type")),
-        base_revision=_text(config.get("revision")),
+        base_model_revision=_text(config.get("revision")),
         unknown_fields=tuple(sorted(name for name, value in config.items() if value and name not in KNOWN_FIELDS)),
     )
 

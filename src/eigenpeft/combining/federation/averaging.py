@@ -176,8 +176,8 @@ def average(
         used, left_out = [update for update in used if update.name not in odd], left_out | odd
     if not used:
         return Averaged(tensors=dict(expected), used={}, left_out=left_out, bytes_received=received)
-    total = sum(update.n_examples for update in used)
-    weights = [update.n_examples / total for update in used]
+    total = sum(update.n_rows for update in used)
+    weights = [update.n_rows / total for update in used]
     if rule == "seeds":
         named = {update.name: weight for update, weight in zip(used, weights, strict=True)}
         return Averaged(

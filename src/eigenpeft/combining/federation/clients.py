@@ -20,7 +20,7 @@ def round_update(
     model: Any,
     *,
     name: str,
-    n_examples: float = 1.0,
+    n_rows: float = 1.0,
     rule: str = "exact",
     base: str | None = None,
     steps: Mapping[str, Tensor] | None = None,
@@ -31,7 +31,7 @@ def round_update(
     Args:
         model: A `PeftModel`.
         name: Name of the client in messages.
-        n_examples: Rows it trained on.
+        n_rows: Rows it trained on.
         rule: The server's rule, which decides what travels.
         base: What it was trained on; None takes the fingerprint of an EigenLoRA adapter's subspace, or the base model's name.
         steps: Needed with `rule="seeds"` alone: what `train_steps` returned on this client. Before the first round the server
@@ -59,7 +59,7 @@ def round_update(
     sent |= steps or {}
     own = base or getattr(config, "subspace_sha256", None) or config.base_model_name_or_path
     return ClientUpdate(
-        name, sent, n_examples=float(n_examples), scaling=scaling_of(model, adapter_name=adapter_name), base=own
+        name, sent, n_rows=float(n_rows), scaling=scaling_of(model, adapter_name=adapter_name), base=own
     )
 
 

@@ -24,7 +24,7 @@ class ClientUpdate:
         name: Name of the client in messages.
         tensors: By the keys of PEFT's adapter state dict, in its shapes: lora_A (r, in_features), lora_B (out_features, r),
             parts of cores as `CORES` has them.
-        n_examples: Rows it trained on, its weight in the mean.
+        n_rows: Rows it trained on, its weight in the mean.
         scaling: `lora_alpha / r` (or `/ sqrt(r)`) of its adapter.
         base: What it was trained on: a name, or a fingerprint; None where the client does not say.
     """
@@ -32,7 +32,7 @@ class ClientUpdate:
     name: str
     tensors: Mapping[str, Tensor]
     _: KW_ONLY
-    n_examples: float = 1.0
+    n_rows: float = 1.0
     scaling: float = 1.0
     base: str | None = None
 
@@ -166,8 +166,8 @@ def _problem(
 ) -> str | None:
     if base is not None and update.base != base:
         return f"it was trained on the base {update.base!r}, and this federation trains on {base!r}"
-    if not (math.isfinite(update.n_examples) and update.n_examples > 0):
-        return f"its number of examples is {update.n_examples}, which must be above 0"
+    if not (math.isfinite(update.n_rows) and update.n_rows > 0):
+        return f"its number of rows is {update.n_rows}, which must be above 0"
     if not (math.isfinite(update.scaling) and update.scaling > 0):
         return f"its scaling is {update.scaling}, which must be above 0"
     missing = [key for key in expected if key not in update.tensors]

@@ -338,7 +338,7 @@ def check_base(adapter: SourceAdapter, subspace: PrincipalSubspace) -> None:
             f"The adapter {adapter.name!r} names the base model {own!r}, and the store's subspace {base!r}. If these are "
             "copies of one model, pass allow_different_base_models=True."
         )
-    own, base = adapter.base_revision, subspace.info.base_model_revision
+    own, base = adapter.base_model_revision, subspace.info.base_model_revision
     if own and base and own != base:
         raise SubspaceError(
             f"The adapter {adapter.name!r} names revision {own!r} of its base model, and the store's subspace {base!r}. If the "

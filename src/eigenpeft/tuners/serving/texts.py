@@ -15,7 +15,7 @@ def classify_texts(
     bank: AdapterBank,
     *,
     model: nn.Module,
-    tokenizer: Any,
+    processing_class: Any,
     texts: Sequence[tuple[str, ...]],
     members: Sequence[str],
     batch_size: int = 64,
@@ -26,7 +26,7 @@ def classify_texts(
     Args:
         bank: Members with their heads.
         model: Classifier of the base that the bank's subspace was built for, in evaluation mode.
-        tokenizer: Tokenizer of that model.
+        processing_class: Tokenizer of that model.
         texts: One text, or a pair, per row.
         members: Name of each row's member; "__base__" for the model as it is.
         batch_size: Rows per forward pass, of nearly equal length and of any members.
@@ -45,7 +45,9 @@ def classify_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             columns = [list(column) for column in zip(*(texts[row] for row in rows), strict=True)]
-            tokens = tokenizer(*columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            tokens = processing_class(
+                *columns, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            )
             with bank.use([members[row] for row in rows], logits="list"):
                 logits = model(**tokens.to(device)).logits
             found |= zip(rows, logits, strict=True)
