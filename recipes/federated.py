@@ -192,7 +192,7 @@ def server_app(arguments: Arguments) -> ServerApp:
             rule=arguments.rule,
             scaling=first.scaling,
             base=first.base,
-            folder=arguments.output_dir,
+            out_dir=arguments.output_dir,
             fraction_evaluate=0.0,
             min_train_nodes=arguments.n_clients,
             min_available_nodes=arguments.n_clients,

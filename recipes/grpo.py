@@ -66,7 +66,7 @@ class Arguments:
         default=None, metadata={"help": "Use the first K components; K (diagonal) or K * K (full) numbers per module."}
     )
     tiny_u: int = field(default=13, metadata={"help": "TinyLoRA: numbers that all modules share."})
-    sync_folder: str | None = field(
+    sync_out_dir: str | None = field(
         default=None,
         metadata={"help": "Write the adapter here as a plain LoRA every --sync_every steps, for an engine."},
     )
@@ -122,9 +122,9 @@ def prepared(row: dict, arguments: Arguments) -> dict[str, str]:
 
 
 def callbacks(arguments: Arguments) -> list[TrainerCallback]:
-    if arguments.sync_folder is None:
+    if arguments.sync_out_dir is None:
         return []
-    return [PolicySyncCallback(arguments.sync_folder, every=arguments.sync_every, server=arguments.sync_server)]
+    return [PolicySyncCallback(arguments.sync_out_dir, every=arguments.sync_every, server=arguments.sync_server)]
 
 
 def main(arguments: Arguments, training: GRPOConfig) -> None:

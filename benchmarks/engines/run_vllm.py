@@ -218,7 +218,7 @@ def run(arguments: argparse.Namespace, note) -> None:
         folders = len(list(cache.glob("[0-9a-f]*")))
         note("cache", {"bound": bound, "largest": largest, "folders_at_the_end": folders, "one_folder": one})
         address = f"http://127.0.0.1:{PORT}"
-        report = sync_adapters(address, store=store_folder, folder=work / "synced", names=["latecomer"])
+        report = sync_adapters(address, store=store_folder, out_dir=work / "synced", names=["latecomer"])
         there = {"latecomer" in name for name in report.loaded + report.kept}
         note("synced", {"loaded": there == {True}, "failed": report.failed})
         note("server_still_runs", process.poll() is None and ask("/health")[0] == 200)

@@ -340,7 +340,7 @@ def test_scratch_of_a_living_process_stays(tmp_path):
     with atomic_folder(tmp_path / "out", kind="thing") as scratch:
         with (
             pytest.raises(ArtifactError, match="Another process is writing .*out'"),
-            one_writer(tmp_path / "out", patience=0.1),
+            one_writer(tmp_path / "out", timeout=0.1),
         ):
             pass
         (scratch / "data").write_text("first")

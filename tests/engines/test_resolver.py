@@ -113,7 +113,7 @@ def test_settings_come_from_the_environment(tmp_path, shelf):
         "EIGENPEFT_CACHE_GB": "0.5",
     }
     adapters = AdapterResolver.from_environment(settings)
-    assert (adapters.cache.folder, adapters.cache.max_bytes) == (tmp_path / "c", 500_000_000)
+    assert (adapters.cache.cache_dir, adapters.cache.max_bytes) == (tmp_path / "c", 500_000_000)
     assert AdapterResolver.from_environment({"EIGENPEFT_STORE": " , "}) is None
     for size in ("0", "-1", "much", "nan", "inf"):
         with pytest.raises(EigenPeftError, match=rf"EIGENPEFT_CACHE_GB='{size}' must be a positive number"):

@@ -67,7 +67,7 @@ def server(request):
 
 def test_a_server_follows_the_store(server, shelf, tmp_path):
     def sync(**options):
-        return sync_adapters(server.url, store=shelf.folder, folder=tmp_path / "loras", **options)
+        return sync_adapters(server.url, store=shelf.folder, out_dir=tmp_path / "loras", **options)
 
     server.adapters["somebody/else"] = "/elsewhere"
     report = sync()
@@ -90,7 +90,7 @@ def test_a_server_follows_the_store(server, shelf, tmp_path):
 
 def test_what_the_server_refuses_is_reported_and_the_others_are_loaded(server, shelf, tmp_path):
     server.refuses.add("shop/bert")
-    report = sync_adapters(server.url, store=shelf.folder, folder=tmp_path / "loras")
+    report = sync_adapters(server.url, store=shelf.folder, out_dir=tmp_path / "loras")
     assert report.failed == {"shop/bert": "400: shop/bert cannot be loaded"}
     assert report.loaded == ["shop/anna", "shop/carla"]
     arguments = [
@@ -115,17 +115,17 @@ def test_servers_that_cannot_be_told(shelf, tmp_path):
     with Server(None) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         with pytest.raises(EigenPeftError, match="has no endpoint for loading adapters. Start vLLM with --enable-lora"):
-            sync_adapters(running.url, store=shelf.folder, folder=tmp_path / "loras")
+            sync_adapters(running.url, store=shelf.folder, out_dir=tmp_path / "loras")
         running.shutdown()
         url = running.url
     with pytest.raises(EigenPeftError, match="No answer from"):
-        sync_adapters(url, store=shelf.folder, folder=tmp_path / "loras")
+        sync_adapters(url, store=shelf.folder, out_dir=tmp_path / "loras")
     with pytest.raises(EigenPeftError, match="server='localhost' must be an address such as"):
-        sync_adapters("localhost", store=shelf.folder, folder=tmp_path / "loras")
+        sync_adapters("localhost", store=shelf.folder, out_dir=tmp_path / "loras")
     assert not (tmp_path / "loras").exists()
 
 
 def test_a_server_that_lists_nothing_is_named_with_its_answer(server, shelf, tmp_path):
     server.is_ill = True
     with pytest.raises(EigenPeftError, match=f"{server.url}/v1/models answered 503: .*out of memory"):
-        sync_adapters(server.url, store=shelf.folder, folder=tmp_path / "loras")
+        sync_adapters(server.url, store=shelf.folder, out_dir=tmp_path / "loras")

@@ -177,7 +177,7 @@ def test_seeds_and_scalars_travel_in_the_place_of_tensors(tmp_path):
     assert [record["bytes_from_clients"] for record in whole.rounds] == [2 * (3 * 12 + 8)] * 3
     assert whole.rounds[-1]["left_out"] == {}
     for n_rounds in (1, 3):  # goes on from the list that was saved
-        resumed = AdapterFedAvg(rule="seeds", folder=tmp_path / "seeds", **settings(base=first.base))
+        resumed = AdapterFedAvg(rule="seeds", out_dir=tmp_path / "seeds", **settings(base=first.base))
         again = resumed.start(LocalGrid(app, 2), to_record(first.tensors), num_rounds=n_rounds)
     tensors = result.arrays.to_torch_state_dict()
     assert all(torch.equal(again.arrays.to_torch_state_dict()[key], tensor) for key, tensor in tensors.items())
@@ -217,7 +217,7 @@ def test_bad_clients_are_named_once_and_the_round_goes_on(caplog):
 def test_a_round_without_any_client_changes_nothing(tmp_path):
     made = get_peft_model(tiny_bert(), lora())
     arrays, scaling = initial(made)
-    strategy = AdapterFedAvg(scaling=scaling, folder=tmp_path / "federation", **settings())
+    strategy = AdapterFedAvg(scaling=scaling, out_dir=tmp_path / "federation", **settings())
     result = strategy.start(LocalGrid(client_app(lambda _: made), 2, silent=(1, 2)), arrays, num_rounds=1)
     before, after = arrays.to_torch_state_dict(), result.arrays.to_torch_state_dict()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -236,7 +236,7 @@ def test_a_stopped_run_goes_on_from_its_last_round(tmp_path):
                 raise KeyboardInterrupt
             return made[number]
 
-        strategy = AdapterFedAvg(scaling=scaling, folder=folder, **settings())
+        strategy = AdapterFedAvg(scaling=scaling, out_dir=folder, **settings())
         numbers = []
         result = strategy.start(
             LocalGrid(client_app(make, seen), 2),
@@ -260,11 +260,11 @@ def test_a_stopped_run_goes_on_from_its_last_round(tmp_path):
     assert not seen
     assert all(torch.equal(again[key], tensor) for key, tensor in whole.items())
     with pytest.raises(ArtifactError, match=r"holds a federation with rule='exact', and this one has rule='ties'"):
-        AdapterFedAvg(rule="ties", scaling=2.0, folder=tmp_path / "stopped", **settings()).start(None, ArrayRecord())
+        AdapterFedAvg(rule="ties", scaling=2.0, out_dir=tmp_path / "stopped", **settings()).start(None, ArrayRecord())
     state = tmp_path / "stopped" / "federation.json"
     state.write_text(json.dumps({"rounds": 3}))
     with pytest.raises(ArtifactError, match="cannot be read .* name a new folder to start again"):
-        AdapterFedAvg(scaling=2.0, folder=tmp_path / "stopped", **settings()).start(None, ArrayRecord())
+        AdapterFedAvg(scaling=2.0, out_dir=tmp_path / "stopped", **settings()).start(None, ArrayRecord())
 
 
 def test_arguments_are_checked_before_the_first_round():

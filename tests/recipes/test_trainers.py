@@ -132,7 +132,7 @@ def test_grpo_with_few_numbers(recipe, place, monkeypatch, method):
     config = (RECIPES / "grpo.yaml").read_text().replace("dataset_config: main\n", "")
     (place / "run.yaml").write_text(config)
     flags = {"model": "base", "dataset": "data/grpo", "output_dir": "out", **FLAGS, **OWN["grpo"], **flags}
-    flags |= {"sync_folder": "policies"} if method != "tinylora" else {}
+    flags |= {"sync_out_dir": "policies"} if method != "tinylora" else {}
     printed = recipe("grpo", "--config", place / "run.yaml", *(p for k, v in flags.items() for p in (f"--{k}", str(v))))
     assert f"trainable params: {n_trained:,} " in printed
     assert Path("out/adapter_config.json").is_file()
@@ -154,7 +154,7 @@ def test_rewards_of_each_prompts_own_user(recipe, place, monkeypatch, algorithm)
     (place / "run.yaml").write_text((RECIPES / "grpo.yaml").read_text().replace("dataset_config: main\n", ""))
     flags = {"model": "base", "dataset": "data/asked", "output_dir": "out", "subspace": "subspace", "core": "diagonal"}
     flags |= FLAGS | OWN["grpo"] | {"algorithm": algorithm, "rewards": "rewards", "user_column": "who"}
-    flags |= {"sync_folder": "policies", "learning_rate": 0.1, "warmup_steps": 0}
+    flags |= {"sync_out_dir": "policies", "learning_rate": 0.1, "warmup_steps": 0}
     recipe("grpo", "--config", place / "run.yaml", *(p for k, v in flags.items() for p in (f"--{k}", str(v))))
     tokens = torch.arange(4, 14)[None]
     with torch.no_grad():

@@ -21,25 +21,25 @@ def lock_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def one_writer(path: str | Path, *, patience: float = 120.0) -> Iterator[None]:
+def one_writer(path: str | Path, *, timeout: float = 120.0) -> Iterator[None]:
     """Hold the lock of a file or folder: no other process that asks for it writes there meanwhile.
 
     The operating system frees the lock of a process that dies. Not reentrant.
 
     Args:
         path: What is written; its parent folder must exist.
-        patience: Seconds to wait for another writer.
+        timeout: Seconds to wait for another writer.
 
     Raises:
-        ArtifactError: If another process still writes there after `patience` seconds, or the lock cannot be made.
+        ArtifactError: If another process still writes there after `timeout` seconds, or the lock cannot be made.
     """
     place = lock_path(path)
-    lock = FileLock(place, timeout=patience)
+    lock = FileLock(place, timeout=timeout)
     try:
         lock.acquire()
     except Timeout as error:
         raise ArtifactError(
-            f"Another process is writing {str(path)!r} (it holds {place.name!r}, waited {patience:g} s). Run the same "
+            f"Another process is writing {str(path)!r} (it holds {place.name!r}, waited {timeout:g} s). Run the same "
             "command again when it has finished, or choose another place."
         ) from error
     except OSError as error:

@@ -107,7 +107,7 @@ class Shards:
         Raises:
             ArtifactError: On entering, if another build is using the folder.
         """
-        return one_writer(self.folder, patience=2.0)
+        return one_writer(self.folder, timeout=2.0)
 
     def forget_damaged(self) -> None:
         """Delete the modules that cannot be read back or do not have their hash, with a warning: they are fitted again."""

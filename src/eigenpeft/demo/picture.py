@@ -10,13 +10,13 @@ from eigenpeft.linalg.scores.intervals import share_error
 from eigenpeft.report.plots import new_figure, save_figure
 
 
-def draw(result: DemoResult, audit: AuditReport, path: Path, *, overwrite: bool) -> None:
+def draw(result: DemoResult, audit: AuditReport, out_file: Path, *, overwrite: bool) -> None:
     """Write the picture.
 
     Args:
         result: What the demo found.
         audit: Audit of the related adapters.
-        path: PNG file.
+        out_file: PNG file.
         overwrite: Whether to replace an earlier one.
     """
     figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
@@ -39,4 +39,4 @@ def draw(result: DemoResult, audit: AuditReport, path: Path, *, overwrite: bool)
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    save_figure(figure, path, overwrite=overwrite)
+    save_figure(figure, out_file, overwrite=overwrite)

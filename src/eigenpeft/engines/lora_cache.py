@@ -22,9 +22,9 @@ class LoraCache:
     was killed left half-written is removed by the next one.
 
     Args:
-        folder: Folder to make or to share. Only folders that are named by a key are counted and removed.
+        cache_dir: Folder to make or to share. Only folders that are named by a key are counted and removed.
         max_bytes: Bound of the sum of all files' sizes.
-        patience: Seconds to wait for another process.
+        timeout: Seconds to wait for another process.
 
     Raises:
         EigenPeftError: If the bound is not positive.
@@ -35,12 +35,12 @@ class LoraCache:
         0
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int, patience: float = 120.0):
+    def __init__(self, cache_dir: str | Path, *, max_bytes: int, timeout: float = 120.0):
         if max_bytes < 1:
             raise EigenPeftError(f"max_bytes={max_bytes} must be a positive number of bytes.")
-        self.folder, self.max_bytes = Path(folder), max_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / _LOCK, timeout=patience)
+        self.cache_dir, self.max_bytes = Path(cache_dir), max_bytes
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.cache_dir / _LOCK, timeout=timeout)
 
     def path(self, key: str) -> Path:
         """Where the adapter of a key lies, if it is there.
@@ -48,7 +48,7 @@ class LoraCache:
         Args:
             key: 40 hexadecimal digits, then perhaps `-r` and a rank.
         """
-        return self.folder / key
+        return self.cache_dir / key
 
     @property
     def n_bytes(self) -> int:
@@ -87,7 +87,7 @@ class LoraCache:
         with self._lock:
             if not self.touch(key):
                 self._make_room(n_bytes)
-                scratch = self.folder / f"{_COMING}{key}"
+                scratch = self.cache_dir / f"{_COMING}{key}"
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir()
                 try:
@@ -101,9 +101,9 @@ class LoraCache:
         if n_bytes > self.max_bytes:
             raise EigenPeftError(
                 f"An adapter of {n_bytes:,} bytes does not fit into the cache of {self.max_bytes:,} bytes at "
-                f"{str(self.folder)!r}; allow more (EIGENPEFT_CACHE_GB)."
+                f"{str(self.cache_dir)!r}; allow more (EIGENPEFT_CACHE_GB)."
             )
-        for left in self.folder.iterdir():  # what a killed process left: nobody else writes while the lock is held
+        for left in self.cache_dir.iterdir():  # what a killed process left: nobody else writes while the lock is held
             if left.is_dir() and left.name.startswith((_COMING, _GOING)):
                 shutil.rmtree(left, ignore_errors=True)
         sizes = {path: _size(path) for path in self._adapters()}
@@ -111,13 +111,13 @@ class LoraCache:
         for path in sorted(sizes, key=lambda path: path.stat().st_mtime_ns):
             if total + n_bytes <= self.max_bytes:
                 return
-            going = self.folder / f"{_GOING}{path.name}"
+            going = self.cache_dir / f"{_GOING}{path.name}"
             path.rename(going)  # in one step: nobody finds half an adapter
             shutil.rmtree(going, ignore_errors=True)
             total -= sizes[path]
 
     def _adapters(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
+        return [path for path in self.cache_dir.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
 
 
 def _size(folder: Path) -> int:

@@ -119,7 +119,7 @@ class AdapterResolver:
         Args:
             path: Folder of an adapter.
         """
-        return Path(path).parent == self.cache.folder
+        return Path(path).parent == self.cache.cache_dir
 
     @contextmanager
     def present(self, model_name: str, *, path: str | Path) -> Iterator[None]:

@@ -44,7 +44,7 @@ def sync_adapters(
     server: str,
     *,
     store: str | Path,
-    folder: str | Path,
+    out_dir: str | Path,
     names: Sequence[str] | None = None,
     timeout: float = 120.0,
 ) -> SyncReport:
@@ -56,7 +56,7 @@ def sync_adapters(
     Args:
         server: Address, such as http://localhost:8000.
         store: Folder or Hub id of a store.
-        folder: Where plain LoRA folders are written; the server must see it under the same path. Folders of members that
+        out_dir: Where plain LoRA folders are written; the server must see it under the same path. Folders of members that
             have gone are removed from it.
         names: Which members; None takes all.
         timeout: Seconds to wait for an answer.
@@ -69,7 +69,7 @@ def sync_adapters(
     catalog = StoreCatalog([store])
     (label,) = catalog.labels
     wanted = list(catalog.names(label) if names is None else names)
-    folder = Path(folder).resolve() / label.replace("/", "--")
+    folder = Path(out_dir).resolve() / label.replace("/", "--")
     client = AdapterEndpoints(server, timeout)
     there = client.adapters(f"{label}/")
     report = SyncReport()

@@ -33,7 +33,7 @@ class AdapterFedAvg(FedAvg):
         rank: Rank of the averaged adapter; None keeps that of the initial arrays.
         scaling: `lora_alpha / r` of the adapter that the initial arrays are of.
         base: What clients must have trained on: the base model's name, or the fingerprint of the subspace.
-        folder: Where the state is written after each round; a start that finds one there goes on from it. None writes nothing.
+        out_dir: Where the state is written after each round; a start that finds one there goes on from it. None writes nothing.
         options: Options of a merging rule, such as `{"density": 0.3}`.
         **fedavg: As for Flower's `FedAvg`: `fraction_train`, `min_train_nodes`, ...
 
@@ -44,7 +44,7 @@ class AdapterFedAvg(FedAvg):
         rounds: One record per finished round: clients used and left out, bytes each way, what the truncation lost.
 
     Examples:
-        >>> strategy = AdapterFedAvg(rule="exact", scaling=2.0, folder="federation")
+        >>> strategy = AdapterFedAvg(rule="exact", scaling=2.0, out_dir="federation")
         >>> strategy.settings["rule"]
         'exact'
         >>> strategy.start(grid, initial_arrays=to_record(tensors), num_rounds=10)  # doctest: +SKIP
@@ -57,7 +57,7 @@ class AdapterFedAvg(FedAvg):
         rank: int | None = None,
         scaling: float = 1.0,
         base: str | None = None,
-        folder: str | Path | None = None,
+        out_dir: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
         **fedavg: Any,
     ):
@@ -68,7 +68,7 @@ class AdapterFedAvg(FedAvg):
             )
         super().__init__(weighted_by_key=EXAMPLES, **fedavg)
         self.rule, self.rank, self.scaling, self.base = rule, rank, float(scaling), base
-        self.folder = None if folder is None else Path(folder)
+        self.out_dir = None if out_dir is None else Path(out_dir)
         self.options = dict(options or {})
         self.rounds: list[dict[str, Any]] = []
         self._expected: Mapping[str, Tensor] = {}
@@ -95,7 +95,7 @@ class AdapterFedAvg(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds that are left of `num_rounds`; with `folder`, those that a stopped run finished are not repeated.
+        """Run the rounds that are left of `num_rounds`; with `out_dir`, those that a stopped run finished are not repeated.
 
         Args:
             grid: Flower's.
@@ -109,7 +109,7 @@ class AdapterFedAvg(FedAvg):
         Raises:
             ArtifactError: If the folder holds a federation with other settings, or is damaged.
         """
-        before = None if self.folder is None else read_rounds(self.folder, settings=self.settings)
+        before = None if self.out_dir is None else read_rounds(self.out_dir, settings=self.settings)
         if before is not None:
             initial_arrays = to_record(before.tensors)
             self.rounds = [dict(each) for each in before.rounds]
@@ -194,8 +194,8 @@ class AdapterFedAvg(FedAvg):
             "largest_share_lost": lost,
         }
         self.rounds.append(record)
-        if self.folder is not None:
-            save_rounds(Rounds(averaged.tensors, tuple(self.rounds), self.settings), self.folder)
+        if self.out_dir is not None:
+            save_rounds(Rounds(averaged.tensors, tuple(self.rounds), self.settings), self.out_dir)
         if not averaged.used:
             return None, None
         used = [contents[name] for name in averaged.used]

@@ -16,19 +16,19 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _NEAREST = 5
 
 
-def plot_audit(report: AuditReport, path: str | Path, *, overwrite: bool = False) -> None:
+def plot_audit(report: AuditReport, out_file: str | Path, *, overwrite: bool = False) -> None:
     """Draw the three answers, the held-out share with its null and by layer, and the adapters' similarity.
 
     Args:
         report: From `audit_adapters`.
-        path: PNG file to write.
+        out_file: PNG file to write.
         overwrite: Whether to replace a file of that name.
 
     Raises:
         EigenPeftError: If matplotlib is not installed.
         ArtifactError: If the file exists or cannot be written.
     """
-    save_figure(_figure(report), path, overwrite=overwrite)
+    save_figure(_figure(report), out_file, overwrite=overwrite)
 
 
 def audit_png(report: AuditReport) -> bytes:
@@ -45,12 +45,12 @@ def audit_png(report: AuditReport) -> bytes:
     return image.getvalue()
 
 
-def write_page(report: AuditReport, path: str | Path, *, overwrite: bool = False) -> None:
+def write_page(report: AuditReport, out_file: str | Path, *, overwrite: bool = False) -> None:
     """Write the three answers, the figure and the numbers as one HTML file that needs nothing else.
 
     Args:
         report: From `audit_adapters`.
-        path: HTML file to write, whole or not at all.
+        out_file: HTML file to write, whole or not at all.
         overwrite: Whether to replace a file of that name.
 
     Raises:
@@ -87,7 +87,7 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .8rem;border
 <h2>Modules</h2><p>In parentheses: random adapters of the same sizes.</p><table><tr><th>module</th><th>adapters</th>
 <th>effective rank in</th><th>effective rank out</th><th>held-out share</th></tr>{rows}</table></html>
 """
-    with atomic_file(path, overwrite=overwrite) as scratch:
+    with atomic_file(out_file, overwrite=overwrite) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 

@@ -15,12 +15,12 @@ def check_plots() -> None:
     new_figure(1, 1, width=1, height=1)
 
 
-def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool = False) -> None:
+def plot_evaluation(found: LoReEvaluation, out_file: str | Path, *, overwrite: bool = False) -> None:
     """Draw the few-shot curve with its intervals, and the calibration of the Bradley-Terry probabilities.
 
     Args:
         found: From `evaluate_lore`.
-        path: PNG file to write.
+        out_file: PNG file to write.
         overwrite: Whether to replace a file of that name.
 
     Raises:
@@ -53,4 +53,4 @@ def plot_evaluation(found: LoReEvaluation, path: str | Path, *, overwrite: bool 
     for axes in (curve, reliability):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    save_figure(figure, path, overwrite=overwrite)
+    save_figure(figure, out_file, overwrite=overwrite)

@@ -14,12 +14,12 @@ except ImportError:
     FigureCanvasAgg = Figure = Text = None
 
 
-def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bool = False) -> None:
+def plot_spectra(subspace: PrincipalSubspace, out_file: str | Path, *, overwrite: bool = False) -> None:
     """Draw explained share against K, and the singular values of both sides, one thin line per module.
 
     Args:
         subspace: What to draw.
-        path: PNG file to write.
+        out_file: PNG file to write.
         overwrite: Whether to replace a file of that name.
 
     Raises:
@@ -42,15 +42,15 @@ def plot_spectra(subspace: PrincipalSubspace, path: str | Path, *, overwrite: bo
         f"{len(subspace)} modules of {subspace.info.base_model_name_or_path}, {len(subspace.info.sources)} adapters, "
         f"method {subspace.info.method}, weighting {subspace.info.weighting}: one line per module"
     )
-    save_figure(figure, path, overwrite=overwrite)
+    save_figure(figure, out_file, overwrite=overwrite)
 
 
-def save_figure(figure: "Figure", path: str | Path, *, overwrite: bool = False) -> None:  # pyright: ignore[reportInvalidTypeForm]
+def save_figure(figure: "Figure", out_file: str | Path, *, overwrite: bool = False) -> None:  # pyright: ignore[reportInvalidTypeForm]
     """Write a figure as PNG, whole or not at all.
 
     Args:
         figure: A matplotlib figure.
-        path: PNG file to write.
+        out_file: PNG file to write.
         overwrite: Whether to replace a file of that name.
 
     Raises:
@@ -58,7 +58,7 @@ def save_figure(figure: "Figure", path: str | Path, *, overwrite: bool = False) 
     """
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # names from files may hold "$", which would be read as a formula
-    with atomic_file(path, overwrite=overwrite) as scratch:
+    with atomic_file(out_file, overwrite=overwrite) as scratch:
         figure.savefig(scratch, format="png", dpi=130)
 
 

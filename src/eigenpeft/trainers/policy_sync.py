@@ -55,7 +55,7 @@ class PolicySyncCallback(TrainerCallback):
     engines read them when they first need them.
 
     Args:
-        folder: Where versions are written; a server must see it under the same path.
+        out_dir: Where versions are written; a server must see it under the same path.
         every: Steps between versions.
         name: Start of the versions' names.
         keep: How many versions stay.
@@ -73,7 +73,7 @@ class PolicySyncCallback(TrainerCallback):
 
     def __init__(
         self,
-        folder: str | Path,
+        out_dir: str | Path,
         *,
         every: int = 1,
         name: str = "policy",
@@ -83,7 +83,7 @@ class PolicySyncCallback(TrainerCallback):
     ):
         if every < 1 or keep < 1:
             raise EigenPeftError(f"every={every} and keep={keep} must be whole numbers of at least 1.")
-        self.folder, self.every, self.name, self.keep = Path(folder).resolve(), every, name, keep
+        self.out_dir, self.every, self.name, self.keep = Path(out_dir).resolve(), every, name, keep
         self.adapter_name = adapter_name
         self.latest: str | None = None
         self._endpoints = None if server is None else AdapterEndpoints(server)
@@ -126,12 +126,12 @@ class PolicySyncCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         version = f"{self.name}-v{state.global_step}"
-        save_plain_lora(model, adapter_name=self.adapter_name, out_dir=self.folder / version)
+        save_plain_lora(model, adapter_name=self.adapter_name, out_dir=self.out_dir / version)
         if self._endpoints is not None:
-            answer = self._endpoints.load(version, self.folder / version)
+            answer = self._endpoints.load(version, self.out_dir / version)
             if answer is not None:
                 raise EigenPeftError(
-                    f"The server did not load {version!r}: {answer}. It must see {str(self.folder)!r} under the same path and "
+                    f"The server did not load {version!r}: {answer}. It must see {str(self.out_dir)!r} under the same path and "
                     "allow adapters to be loaded while it runs."
                 )
         self._versions.append(version)
@@ -139,7 +139,7 @@ class PolicySyncCallback(TrainerCallback):
         if len(self._versions) > self.keep and self._endpoints is not None:
             self._endpoints.unload(self._versions[-1 - self.keep])
         while len(self._versions) > self.keep + 1:
-            shutil.rmtree(self.folder / self._versions.pop(0), ignore_errors=True)
+            shutil.rmtree(self.out_dir / self._versions.pop(0), ignore_errors=True)
 
 
 @contextmanager

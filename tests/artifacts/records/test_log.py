@@ -83,7 +83,7 @@ def test_a_record_that_another_writer_removed_is_one_message(log, tmp_path):
 
 
 def test_a_lock_that_is_held_is_one_error(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(record_log, "one_writer", lambda path: original(path, patience=0.1))
+    monkeypatch.setattr(record_log, "one_writer", lambda path: original(path, timeout=0.1))
     with original(tmp_path / "members.index"), pytest.raises(ArtifactError, match="Another process is writing"):
         RecordLog(tmp_path).append("c", b"third")
     assert RecordLog(tmp_path).names == ("a", "b")

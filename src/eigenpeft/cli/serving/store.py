@@ -230,7 +230,7 @@ def rebase(
     if any(_is_adapter(Path(folder)) for folder in _adapters_in(store)):
         moved = _rebase_adapters(_adapters_in(store), target, trained_on=trained_on)
     else:
-        moved = AdapterStore.from_pretrained(store).rebase(target, save_directory=None if out.exists() else out)
+        moved = AdapterStore.from_pretrained(store).rebase(target, out_dir=None if out.exists() else out)
     if moved.folder is None:
         moved.save_pretrained(out, overwrite=overwrite)
     summary = store_summary(moved)

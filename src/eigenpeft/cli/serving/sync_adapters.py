@@ -28,7 +28,7 @@ def sync(
     Example: eigenpeft sync-adapters --server http://localhost:8000 --store store --out loras
     """
     quiet(as_json)
-    report = sync_adapters(server, store=store, folder=out, names=name, timeout=timeout)
+    report = sync_adapters(server, store=store, out_dir=out, names=name, timeout=timeout)
     if as_json:
         print_json(asdict(report))
     else:

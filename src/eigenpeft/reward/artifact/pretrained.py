@@ -111,18 +111,18 @@ class RewardModelArtifact(Pushable):
             overwrite=overwrite,
         )
 
-    def save_users(self, save_directory: str | Path) -> None:
+    def save_users(self, out_dir: str | Path) -> None:
         """Write the changes of the table of users into a folder that `save_pretrained` made, and nothing else of the model.
 
         Users that other processes have saved there meanwhile stay, and are known to this model afterwards.
 
         Args:
-            save_directory: The folder.
+            out_dir: The folder.
 
         Raises:
             ArtifactError: If the folder holds another basis, or cannot be written.
         """
-        storage.write_users(save_directory, reward_basis=self.reward_basis, users=self.users)
+        storage.write_users(out_dir, reward_basis=self.reward_basis, users=self.users)
 
     @classmethod
     def from_pretrained(

@@ -209,14 +209,14 @@ class UserTable:
         flat = np.ascontiguousarray(ids).view(np.uint8).reshape(len(ids), width)
         return {"ids": torch.from_numpy(flat.copy()), "weights": weights, "n_pairs": n_pairs}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, out_file: str | Path) -> None:
         """Write the table to a new safetensors file, with the hash of its tensors.
 
         Args:
-            path: File to write; whoever calls gives it its place in one step.
+            out_file: File to write; whoever calls gives it its place in one step.
         """
         tensors = self.tensors()
-        save_file(tensors, path, metadata={HASH: fingerprint(tensors)})
+        save_file(tensors, out_file, metadata={HASH: fingerprint(tensors)})
 
     def onto(self, there: "UserTable") -> "UserTable":
         """A table on disk with the changes of this one, so that two writers lose nothing of each other's.

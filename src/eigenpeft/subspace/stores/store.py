@@ -219,7 +219,7 @@ class AdapterStore(Pushable, AdapterMembers):
         renew_card(records.folder, self.card())
         return freed
 
-    def rebase(self, subspace: PrincipalSubspace, *, save_directory: str | Path | None = None) -> "AdapterStore":
+    def rebase(self, subspace: PrincipalSubspace, *, out_dir: str | Path | None = None) -> "AdapterStore":
         """All members in other bases: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`; this store stays as it is.
 
         Exact while the old span lies in the new one, as after adding components. What it loses is added to each member's
@@ -227,7 +227,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
         Args:
             subspace: New bases of the same modules.
-            save_directory: Folder to make; None keeps the new store in memory.
+            out_dir: Folder to make; None keeps the new store in memory.
 
         Returns:
             The new store.
@@ -237,8 +237,8 @@ class AdapterStore(Pushable, AdapterMembers):
             ArtifactError: If the folder exists or cannot be written.
         """
         moved = AdapterStore(subspace)
-        if save_directory is not None:
-            moved.save_pretrained(save_directory)
+        if out_dir is not None:
+            moved.save_pretrained(out_dir)
         for name in tqdm(self.names, desc="Moving", unit="adapter"):
             moved._put(name, move_member(self[name], self.subspace, subspace), replace=False)
         return moved

@@ -113,13 +113,13 @@ class GrowingClassifier:
         """
         return [self.classes[i] for i in self.logits(rows).argmax(dim=1).tolist()]
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, out_file: str | Path, *, overwrite: bool = False) -> None:
         """Write prototypes, names and settings as one safetensors file, whole or not at all.
 
         The adapters stay where they are, and `embed` is passed again to `load`.
 
         Args:
-            path: The file.
+            out_file: The file.
             overwrite: Whether a file of that name may be replaced.
 
         Raises:
@@ -129,7 +129,7 @@ class GrowingClassifier:
         state = GrowingState(
             self.classes, self.adapters, self._owners, self._prototypes, weight=self.weight, complete=self.complete
         )
-        write_growing(path, state, overwrite=overwrite)
+        write_growing(out_file, state, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path, *, embed: Embed) -> "GrowingClassifier":

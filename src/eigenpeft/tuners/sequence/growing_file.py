@@ -37,11 +37,11 @@ class GrowingState:
     complete: bool
 
 
-def write_growing(path: str | Path, state: GrowingState, *, overwrite: bool) -> None:
+def write_growing(out_file: str | Path, state: GrowingState, *, overwrite: bool) -> None:
     """Write a state, whole or not at all.
 
     Args:
-        path: The file.
+        out_file: The file.
         state: What to write.
         overwrite: Whether a file of that name may be replaced.
 
@@ -61,7 +61,7 @@ def write_growing(path: str | Path, state: GrowingState, *, overwrite: bool) -> 
         "complete": state.complete,
     }
     tensors = {_OWNERS: state.owners} | {f"{_PROTOTYPES}{i}": each for i, each in enumerate(state.prototypes)}
-    with atomic_file(path, overwrite=overwrite) as scratch:
+    with atomic_file(out_file, overwrite=overwrite) as scratch:
         # Further texts beside it would be written in an order that changes from call to call.
         owned = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(owned, scratch, metadata={_METADATA: json.dumps(settings)})

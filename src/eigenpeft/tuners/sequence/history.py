@@ -77,17 +77,17 @@ class SubspaceHistory:
             memory = self.rows.get(module, rows[:0])
             self.rows[module] = grow_memory(memory, rows, share=share)[: self.size].float()
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, out_file: str | Path, *, overwrite: bool = False) -> None:
         """Write the rows as a safetensors file, whole or not at all.
 
         Args:
-            path: The file.
+            out_file: The file.
             overwrite: Whether a file of that name may be replaced.
 
         Raises:
             ArtifactError: If a file is there, or the place cannot be written.
         """
-        with atomic_file(path, overwrite=overwrite) as scratch:
+        with atomic_file(out_file, overwrite=overwrite) as scratch:
             rows = {module: rows.contiguous() for module, rows in self.rows.items()}
             save_file(rows, scratch, metadata={"size": str(self.size)})
 
