@@ -91,6 +91,7 @@ def prepare(
         ArtifactError: If the folder holds none of them, is damaged, or names a local folder that others do not have; if
             the audit is of other adapters; if `repo_id` is not OWNER/NAME; or if an option does not go with what the folder holds.
         EigenPeftError: If an audit is given and matplotlib is not installed.
+        OSError, ValueError: If a file cannot be read, or is larger than such a file may be.
     """
     folder = Path(folder)
     try:

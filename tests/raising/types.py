@@ -406,12 +406,15 @@ class Scope:
 
     @cached_property
     def looked_up(self) -> set[str]:
-        """Names that are refused by the function itself where they are not known: `if name not in table: raise ...`."""
+        """Names that are held against a table before: `if name not in table: raise ...`, `[... if name not in table]`."""
         found = set()
         for node in self.function.nodes:
             test = node.test if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) else None
             if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.NotIn) and isinstance(test.left, ast.Name):
                 found.add(test.left.id)
+            for test in node.ifs if isinstance(node, ast.comprehension) else ():
+                if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.NotIn):
+                    found |= {dotted(test.left), dotted(node.iter)}
         return found
 
     def asked(self, node: ast.expr, *, depth: int = 6) -> set[str]:

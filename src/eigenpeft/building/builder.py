@@ -40,7 +40,8 @@ class SubspaceBuilder:
             the fewest components that explain this share of Σ‖ΔW_i‖²; or "auto", the number at which the others stop
             explaining more of a left-out adapter than chance (at most 64; see `audit`); or any of them by module, as a
             mapping from `fnmatch` patterns ("*.query") to values, of which the first that fits counts. None (default):
-            32, the paper's number, or as many as a module has where that is fewer; `findings_` names such modules.
+            32, as in the GLUE runs of EigenLoRAx (arXiv 2502.04700), or as many as a module has where that is fewer;
+            `findings_` names such modules.
         method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
             ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
             "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it. "paired":
@@ -48,8 +49,8 @@ class SubspaceBuilder:
             arXiv 2407.00066); their rows have unit norm and are not orthogonal, and n_components is a whole number.
         weighting: "equal" (default) scales every adapter's update of a module to unit Frobenius norm, so that one
             diverged adapter cannot own the subspace; "none" takes the updates as they are.
-        n_pseudo_components: Random directions added to each module, orthonormal to the principal ones (the paper's
-            augmentation for collections of few adapters).
+        n_pseudo_components: Random directions added to each module, orthonormal to the principal ones
+            (EigenLoRAx's augmentation for collections of few adapters).
         seed: Seed of the random directions and of the iterative solver's start.
         tol: Tolerance of the iterative solver, the relative error of what it captures.
         memory_limit: Bytes that the tensors of one module may take while it is fitted; None (default) for no limit. Where

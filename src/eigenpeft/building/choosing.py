@@ -57,6 +57,9 @@ def independent_starts(collection: AdapterCollection) -> dict[str, str]:
 
     Args:
         collection: The adapters that are compared.
+
+    Raises:
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     diagnosis = Diagnosis()
     for module in collection.modules:

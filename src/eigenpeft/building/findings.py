@@ -15,6 +15,10 @@ def diagnose(collection: AdapterCollection, fitted: Mapping[str, FittedModule]) 
     Args:
         collection: The adapters.
         fitted: Every module.
+
+    Raises:
+        KeyError: If no adapter adapts a module.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     diagnosis = Diagnosis()
     for module, result in fitted.items():
@@ -32,6 +36,9 @@ def fewer_components(collection: AdapterCollection, fitted: Mapping[str, FittedM
     Args:
         collection: The adapters.
         fitted: Every module.
+
+    Raises:
+        KeyError: If no adapter adapts a module.
     """
     fewer = {
         module: result.bank.n_components - result.bank.n_pseudo_components

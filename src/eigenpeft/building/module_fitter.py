@@ -32,7 +32,7 @@ from eigenpeft.subspace.seeding import seeded_generator
 # Components counted on where a share is asked for, to tell whether a module's adapters fit into the memory limit.
 _SHARE_GUESS = 64
 AUTO = "auto"
-# The paper's; where nobody asks for a number, a module that has fewer directions keeps all that it has.
+# EigenLoRAx's (arXiv 2502.04700); where nobody asks for a number, a module that has fewer directions keeps all that it has.
 DEFAULT_COMPONENTS = 32
 
 
@@ -70,6 +70,7 @@ class ModuleFitter:
         Raises:
             ValueError: If the module cannot be fitted as asked; the message leaves its name to the caller.
             CollectionError: If a tensor cannot be read or is not finite.
+            KeyError: If no adapter adapts the module.
         """
         n_components = self._n_components_of(module)
         if n_components is None:

@@ -166,6 +166,7 @@ class Shards:
 
         Raises:
             ArtifactError: If it is not there or damaged.
+            SubspaceError: If its tensors do not fit each other.
         """
         tensors = self.load_tensors(module, names=(*TENSOR_FIELDS, "norms", "missed_bound", "paired"))
         fields = {name: tensors[name] for name in TENSOR_FIELDS}

@@ -26,6 +26,10 @@ class CollectionSources:
     Args:
         collection: The adapters.
 
+    Raises:
+        OSError, ValueError: If a file is gone or was damaged since the collection was opened.
+        CollectionError: If an adapter has trained tensors that are not merged.
+
     Attributes:
         names: Adapters, in order.
         modules: All modules that any of them adapts.
@@ -48,6 +52,10 @@ class CollectionSources:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts the module.
+            CollectionError: If a tensor cannot be read or is not finite.
         """
         return {read.adapter: (read.lora_B, read.lora_A) for read in self._collection.each_factors(module)}
 
@@ -56,6 +64,9 @@ class CollectionSources:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts the module.
         """
         return min(sum(self._collection.ranks(module).values()), *self._collection.shapes[module])
 
@@ -64,6 +75,9 @@ class CollectionSources:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts the module.
         """
         return self._collection.is_embedding(module)
 
@@ -72,6 +86,9 @@ class CollectionSources:
 
         Args:
             module: Name from `modules`.
+
+        Raises:
+            KeyError: If no adapter adapts the module.
         """
         return self._collection.fan_in_fan_out(module)
 
@@ -141,6 +158,9 @@ def open_sources(
     Raises:
         CollectionError: If adapters cannot be read together, a name is unknown, or one has trained parts that nothing can
             merge.
+        ArtifactError: If a member of a store cannot be read.
+        AdapterConfigError: If a plain LoRA cannot express an adapter.
+        OSError, ValueError: If a file is gone or was damaged since the collection was opened.
     """
     if isinstance(adapters, PeftModel):
         return _of_model(adapters, names)

@@ -44,6 +44,9 @@ def methods(subspace: PrincipalSubspace, merged: MergedAdapter) -> list[Method]:
     Args:
         subspace: Subspace of the related adapters.
         merged: Their merged update.
+
+    Raises:
+        AdapterConfigError: If the merge cannot be added to the base model, when a method is made.
     """
     lora = {"task_type": "SEQ_CLS", "target_modules": TARGETS}
     # Rank 1 on the last layer's two modules has as many numbers as EigenLoRA on all twelve: 2 x 768 = 12 x 2 x 8 x 8.

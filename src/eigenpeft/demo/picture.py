@@ -18,6 +18,10 @@ def draw(result: DemoResult, audit: AuditReport, out_file: Path, *, overwrite: b
         audit: Audit of the related adapters.
         out_file: PNG file.
         overwrite: Whether to replace an earlier one.
+
+    Raises:
+        EigenPeftError: If matplotlib is not installed.
+        ArtifactError: If a file is there and `overwrite` is False, or the place cannot be written.
     """
     figure, (left, right) = new_figure(1, 2, width=12, height=4.4)
     for place, row in enumerate(reversed(result.rows)):

@@ -53,6 +53,7 @@ def run_demo(
     Raises:
         EigenPeftError: If a part that the demo needs is not installed, or `n_customers` is out of range.
         ArtifactError: If the folder is not empty and `overwrite` is False, or holds something that is not replaced.
+        OSError, ValueError: If a file of the adapters is gone or damaged.
     """
     out = Path(out_dir)
     if out.is_dir() and any(out.iterdir()) and not overwrite:

@@ -65,6 +65,9 @@ def load_task(customer: NewCustomer) -> Task:
 
     Args:
         customer: From `new_customer`.
+
+    Raises:
+        EigenPeftError: If the installed base model is not whole.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_model())
 
@@ -86,6 +89,9 @@ def fresh_base(task: Task, *, seed: int) -> PreTrainedModel:
     Args:
         task: Gives the number of labels.
         seed: Seed of the head.
+
+    Raises:
+        EigenPeftError: If the installed base model is not whole.
     """
     model = copy.deepcopy(_loaded(task.n_labels, seed))
     set_seed(seed)
@@ -118,6 +124,9 @@ def train(
         batch_size: Rows per step.
         learning_rate: Peak, of the adapter.
         head_learning_rate: Peak, of the head.
+
+    Raises:
+        EigenPeftError: If the installed base model is not whole.
     """
     model = adapt(fresh_base(task, seed=seed)).eval()
     first = first_trained_layer(model)

@@ -159,6 +159,9 @@ class AdapterEndpoints:
         Args:
             name: Its name in requests.
             path: Its folder, as the server sees it.
+
+        Raises:
+            EigenPeftError: If the server cannot be reached.
         """
         logger.info("Loading %r from %r", name, str(path))
         return self._failure(self._load, {"lora_name": name, "lora_path": str(path)})
@@ -168,6 +171,9 @@ class AdapterEndpoints:
 
         Args:
             name: Its name in requests.
+
+        Raises:
+            EigenPeftError: If the server cannot be reached.
         """
         logger.info("Unloading %r", name)
         return self._failure(self._unload, {"lora_name": name})

@@ -70,7 +70,11 @@ class CurrentRequests(dict):
         self._adapters = adapters
 
     def __contains__(self, name: object) -> bool:
-        """Whether requests for a name can be served as it is; vLLM resolves it anew where they cannot."""
+        """Whether requests for a name can be served as it is; vLLM resolves it anew where they cannot.
+
+        Raises:
+            AdapterConfigError: If the adapter's rank is now larger than the server takes.
+        """
         if not super().__contains__(name):
             return False
         if self._adapters.is_current(str(name), path=self[name].lora_path):

@@ -26,8 +26,8 @@ class AdapterIndex(Pushable):
 
     A task's vector is the mean embedding of its rows. A query's score is the cosine of its embedding with that vector, after the
     mean over all tasks has been subtracted from both: `cos(q - m, v_t - m)`. (That a task embedding chooses well among 1,500
-    adapters is shown by LORAUTER, arXiv 2601.21795; subtracting the mean is ours.) How sure the first name is comes from rows of
-    the index's own tasks that are held out of their means.
+    adapters is a result of LORAUTER, arXiv 2601.21795, abstract; subtracting the mean is ours.) How sure the first name is comes
+    from rows of the index's own tasks that are held out of their means.
 
     Args:
         encoder: A `BaseModelEncoder`, its name, or any function from texts to (n, d) numbers, such as a sentence encoder's

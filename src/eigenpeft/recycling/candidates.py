@@ -43,17 +43,29 @@ class Sources:
 
     @cached_property
     def subspace(self) -> PrincipalSubspace:
-        """Subspace fitted to all adapters."""
+        """Subspace fitted to all adapters.
+
+        Raises:
+            SubspaceError, CollectionError: As `SubspaceBuilder.fit`.
+        """
         return SubspaceBuilder(self.n_components).fit(self.collection).subspace_
 
     @cached_property
     def store(self) -> AdapterStore:
-        """The adapters in bases that hold as much of them as the default of `SubspaceBuilder` does."""
+        """The adapters in bases that hold as much of them as the default of `SubspaceBuilder` does.
+
+        Raises:
+            SubspaceError, CollectionError: As `SubspaceBuilder.fit`.
+        """
         return AdapterStore.from_collection(SubspaceBuilder().fit(self.collection).subspace_, self.collection)
 
     @cached_property
     def merged(self) -> MergedAdapter:
-        """λ times the mean update; `CollectionError` if the adapters cannot be read or merged."""
+        """λ times the mean update; `CollectionError` if the adapters cannot be read or merged.
+
+        Raises:
+            EigenPeftError, OSError, ValueError: As `merge`.
+        """
         return merge(self.collection, rule="mean", progress=False).scaled(self.scale)
 
     def lora(self, r: int) -> LoraConfig:
@@ -70,6 +82,9 @@ class Sources:
 
         Args:
             random: Whether the subspace is random (the control).
+
+        Raises:
+            EigenPeftError: As `SubspaceBuilder.fit` and `EigenLoraConfig`.
         """
         subspace = random_subspace(like=self.subspace, seed=self.seed) if random else self.subspace
         return EigenLoraConfig(subspace=subspace, r=8, lora_alpha=16, task_type=self.task_type)

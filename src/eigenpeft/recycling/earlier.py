@@ -26,6 +26,9 @@ def settings_of(collection: AdapterCollection, rows: Any, args: TrainingArgument
         rows: All rows, those that are held out too.
         args: Arguments of the trainer.
         **own: The search's own arguments that a trial depends on.
+
+    Raises:
+        CollectionError: If a file of an adapter cannot be read.
     """
     return {
         "adapters": {record["name"]: record["sha256"] for record in (each.record() for each in collection.adapters)},

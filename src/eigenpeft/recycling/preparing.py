@@ -26,6 +26,9 @@ def prepared(search: Search, plain: Sources, candidates: Sequence[str], *, steps
         plain: The sources as they are.
         candidates: Names of the candidates of the run.
         steps: Steps of the short trainings.
+
+    Raises:
+        EigenPeftError, OSError, ValueError: As `recycle`.
     """
     scale, nearest = plain.scale, plain.nearest
     if any(CANDIDATES[name].merged for name in candidates):

@@ -21,6 +21,7 @@ def write_result(model: PeftModel, folder: Path, *, base_model: str | None, card
 
     Raises:
         ArtifactError: If the folder holds something that is not replaced, or cannot be written.
+        AdapterConfigError: If a plain LoRA cannot express the adapter.
     """
     updates, fields, others = contents_of_model(model, "default")
     names = label_names(model.get_base_model().config)
@@ -40,5 +41,8 @@ def size_of_result(folder: Path) -> tuple[int, int]:
 
     Args:
         folder: That `write_result` made.
+
+    Raises:
+        OSError, ValueError: If its configuration cannot be read.
     """
     return int(read_json(folder / CONFIG_NAME)["r"]), (folder / WEIGHTS_NAME).stat().st_size

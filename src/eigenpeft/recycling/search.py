@@ -68,6 +68,7 @@ class Search:
 
         Raises:
             EigenPeftError: If the candidate cannot be made from these adapters.
+            OSError, ValueError: If a file of an adapter is gone or was damaged since the collection was opened.
         """
         torch.manual_seed(self.args.seed)
         base = self.make_model()
@@ -87,6 +88,7 @@ class Search:
 
         Raises:
             EigenPeftError: As `model`.
+            OSError, ValueError: As `model`.
         """
         model = self.model(candidate, sources)
         settings = {"args": self.args, "collator": self.collator, "trainer": self.trainer}
@@ -125,6 +127,7 @@ class Search:
 
         Raises:
             EigenPeftError: As `model`.
+            OSError, ValueError: As `model`.
         """
         if (done := self.done(candidate, sources, learning_rate=learning_rate, steps=steps)) is not None:
             self._use(done)
@@ -216,6 +219,7 @@ def halved(search: Search, sources: Sources, entrants: list[Entrant], *, steps: 
 
     Raises:
         EigenPeftError: If no candidate could be tried.
+        OSError, ValueError: As `Search.model`.
     """
     control = next((entrant for entrant in entrants if entrant[0] == CONTROL), None)
     while True:

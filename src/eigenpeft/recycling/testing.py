@@ -32,6 +32,9 @@ def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: A
         model: The result.
         rows: All rows that it was trained on.
         test_rows: Others; None for none.
+
+    Raises:
+        EigenPeftError, OSError, ValueError: As `recycle`.
     """
     if test_rows is None:
         return {}

@@ -48,6 +48,9 @@ def store_summary(store: AdapterStore) -> dict[str, Any]:
 
     Args:
         store: What to describe; every member is read once.
+
+    Raises:
+        ArtifactError: If a member cannot be read.
     """
     errors: dict[str, dict[str, float]] = {module: {} for module in store.subspace}
     adapters = {}
@@ -73,6 +76,9 @@ def store_sizes(store: AdapterStore) -> dict[str, Any]:
     Returns:
         `bytes` of the whole store, `subspace_bytes` of the bases that all share, `original_bytes` of all members as plain
         LoRAs, and their `ratio`, None where there is no member.
+
+    Raises:
+        ArtifactError: If a member cannot be read.
     """
     return _sizes(store, sum(original_bytes(store[name], store.subspace) for name in store.names))
 

@@ -45,6 +45,7 @@ def banks_from_tensors(
     Raises:
         ArtifactError: If a tensor is missing or left over, a module shares a bank that there is not, or such a bank is paired
             or has sides that cannot be.
+        SubspaceError: If the tensors of a bank do not fit each other.
     """
     names, shared, paired = list(modules), dict(shared_banks or {}), set(paired_banks)
     owners = [name for name in names if name not in shared]
@@ -81,6 +82,7 @@ def read_banks(where: storage.Location) -> SavedBanks:
 
     Raises:
         ArtifactError: If a part is missing or does not fit the others.
+        SubspaceError: If the tensors of a bank do not fit each other.
     """
     config = storage.read_config(where)
     in_store = where.kind is storage.STORE_1

@@ -37,6 +37,9 @@ def banks_before(modules: Mapping[str, ModuleSubspace], entry: Mapping[str, Any]
     Args:
         modules: Bank of each module, in order.
         entry: Entry of the lineage; `is_entry` holds.
+
+    Raises:
+        SubspaceError: If the tensors of a bank do not fit each other.
     """
     first = dict(islice(modules.items(), entry["n_modules"]))
     banks, sizes = _unique(first.values()), entry["sizes"]

@@ -387,6 +387,7 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
 
     Raises:
         ArtifactError: If a part is missing, or the tensors do not have the hash that the config names.
+        SubspaceError: If the tensors of a bank do not fit each other.
     """
     saved = read_banks(where)
     subspace = PrincipalSubspace(saved.modules, info=saved.info)

@@ -69,6 +69,9 @@ def keep_head_precise(model: Any) -> None:
 
     Args:
         model: Sequence classifier, not PEFT-wrapped yet (PEFT's copy of the head then is precise too).
+
+    Raises:
+        RewardModelError: If the model has no linear head.
     """
     _, head = score_head(model)
     if head.weight.dtype in (torch.bfloat16, torch.float16):
@@ -81,6 +84,9 @@ def release_head(model: Any) -> None:
 
     Args:
         model: Sequence classifier, adapters merged.
+
+    Raises:
+        RewardModelError: If the model has no linear head.
     """
     name, head = score_head(model)
     head._forward_pre_hooks.clear()

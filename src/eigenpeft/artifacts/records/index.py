@@ -71,6 +71,9 @@ def lines_of(changes: list[dict[str, Any]], state: IndexState) -> tuple[bytes, I
         changes: `{"add": name, "shard": ..., "start": ..., "size": ..., "sha256": ...}`, `{"remove": name}` or
             `{"rename": name, "to": name}`.
         state: Before them; not changed.
+
+    Raises:
+        ValueError, KeyError: If a change is none, or of a record that there is not.
     """
     text = b""
     after = state.copy()

@@ -46,6 +46,9 @@ class RecordLog:
         Args:
             folder: An existing folder.
             records: What it holds from the start, as name and bytes.
+
+        Raises:
+            ArtifactError: If the index that was written cannot be read.
         """
         _write_joined(folder, records, ())
         return cls(folder)
@@ -98,7 +101,7 @@ class RecordLog:
             name: Its name.
 
         Raises:
-            KeyError: If there is none.
+            KeyError: If there is no such record.
             ArtifactError: If its file is gone, truncated or altered.
         """
         place = self._state.places[name]

@@ -21,6 +21,9 @@ class RecordSource(Protocol):
 
         Args:
             name: Name of the record.
+
+        Raises:
+            ArtifactError: If it cannot be read.
         """
         ...
 

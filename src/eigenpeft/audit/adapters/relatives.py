@@ -61,6 +61,10 @@ def without_relatives(
     Returns:
         NaN for adapters with fewer than two strangers; None where leaving out relatives changes nothing, or where fewer
         than half of the adapters have so many.
+
+    Raises:
+        KeyError: If no adapter adapts a module.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     labels = [groups[name] for name in names]
     grouped = torch.tensor([[one == other for other in labels] for one in labels])
@@ -92,6 +96,10 @@ def cluster_gain(
 
     Returns:
         None where fewer than two clusters have three adapters.
+
+    Raises:
+        KeyError: If no adapter adapts a module.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     large = {name for part in clusters if len(part) >= 3 for name in part}
     if sum(len(part) >= 3 for part in clusters) < 2:

@@ -91,6 +91,7 @@ def sharing_cost(
 
     Raises:
         SubspaceError: If `share` is none of what it may be.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     kind_of = group_of(share)
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}

@@ -48,6 +48,8 @@ def task_gradient(
 
     Raises:
         SubspaceError: If the model has no module of the collection, or no gradient reaches one.
+        KeyError: If no adapter adapts a module.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     subspace = PrincipalSubspace(
         {name: _fitter(count).fit(name, collection).bank for name, count in n_components.items()}

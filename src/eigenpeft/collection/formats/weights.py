@@ -161,6 +161,9 @@ class BinFile:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: If the file cannot be read; the message is a clause to put behind the adapter's name.
     """
 
     def __init__(self, path: Path):

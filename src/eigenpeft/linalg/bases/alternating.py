@@ -27,6 +27,9 @@ def refine(
 
     Returns:
         The input and the output side, each turned within its span so that its leading components explain most.
+
+    Raises:
+        ValueError: If there are more components than features.
     """
     coefficients_in = stacks.rows_in @ components_in.mT
     coefficients_out = stacks.middle[:, None] * (stacks.rows_out @ components_out.mT)

@@ -27,6 +27,9 @@ def centred_components(
         `Decomposition` with min(K, numerical rank of the stack) components. The first singular value is √p ‖mean‖, the
         others are those of the centred stack; a mean of zero is left out.
 
+    Raises:
+        ValueError: If `n_components` is less than 1.
+
     Example:
         >>> import torch
         >>> rows = torch.tensor([[2.0, 1.0, 0.0], [2.0, -1.0, 0.0]])

@@ -135,6 +135,9 @@ def extend_sketch(sketch: Sketch, rows: Float[Tensor, "p n"], *, size: int) -> S
     Returns:
         `Sketch` with at most `size` components, up to the tolerance of the iterative solver.
 
+    Raises:
+        ValueError: If `n_components` is less than 1.
+
     Example:
         >>> import torch
         >>> sketch = empty_sketch(3, dtype=torch.float32, device=torch.device("cpu"))

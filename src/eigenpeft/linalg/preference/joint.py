@@ -66,6 +66,9 @@ def fit_joint(
 
     Returns:
         `JointFit` in the precision of `differences`.
+
+    Raises:
+        ValueError: If there are no users or no features.
     """
     d = differences.shape[1]
     shared, evaluations, converged = _minimize(

@@ -145,6 +145,7 @@ def read(
 
     Raises:
         ArtifactError: If it is missing, incomplete, altered or newer than this version.
+        RewardModelError: If the classifier has no linear head.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():

@@ -88,6 +88,7 @@ def prepare(
 
     Raises:
         RewardModelError: If shapes do not fit, values are not finite, or all differences are zero.
+        ValueError: If `n_components` is less than 1.
     """
     n = len(chosen)
     width, squares, sample = _first_pass(chosen, rejected, n, wants_sample=n_components is not None)

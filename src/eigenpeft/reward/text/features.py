@@ -29,6 +29,9 @@ def embed_texts(
 
     Returns:
         (n, n_features) float32 on the CPU.
+
+    Raises:
+        RewardModelError: If the model has no linear head.
     """
     try:
         _, head = head_module(model)

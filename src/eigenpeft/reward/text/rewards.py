@@ -183,6 +183,9 @@ def classify(
 
     Returns:
         (n, num_labels) float32 on the CPU.
+
+    Raises:
+        RewardModelError: If model and tokenizer pad with different tokens, or there is none to pad with.
     """
     agree_on_padding(model, processing_class)
     was_training = model.training

@@ -79,6 +79,7 @@ def absorb(
     Raises:
         SubspaceError: If shapes differ, or an argument is out of range.
         CollectionError: If a tensor cannot be read.
+        ArtifactError: If a member cannot be read.
     """
     subspace = members.subspace
     if subspace.paired_banks:
@@ -116,6 +117,10 @@ def within_bound(
         members: The old members.
         collection: The new adapters.
         max_components: Largest K of a side.
+
+    Raises:
+        CollectionError: If a tensor cannot be read or is not finite.
+        SubspaceError: If an adapter does not fit the bases.
     """
     wide, info = grown.subspace, grown.subspace.info
     cores: dict[str, list[Factors]] = {bank: [] for bank in wide.banks}

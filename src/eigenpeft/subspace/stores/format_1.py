@@ -68,6 +68,9 @@ class Format1Records:
 
         Args:
             name: Its name.
+
+        Raises:
+            ArtifactError: If it cannot be read.
         """
         j = self._positions[name]
         cores, errors = {}, {}

@@ -73,6 +73,10 @@ def factors_of(collection: AdapterCollection, module: str) -> Iterator[Factors]:
     Args:
         collection: The adapters.
         module: Name of the module in it.
+
+    Raises:
+        KeyError: If no adapter adapts the module.
+        CollectionError: If a tensor cannot be read or is not finite.
     """
     return ((pair.lora_B, pair.lora_A) for pair in collection.each_factors(module))
 

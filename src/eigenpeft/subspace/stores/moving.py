@@ -17,8 +17,9 @@ from eigenpeft.subspace.stores.member import AdapterMember
 def move(core: Core, old: ModuleSubspace, new: ModuleSubspace) -> tuple[Core, float]:
     """The core in new bases whose update is nearest: `M' = (V'_out V_outᵀ) M (V_in V'_inᵀ)`, and what that loses.
 
-    Exact while the old span lies in the new one, as when components were added; otherwise the orthogonal projection
-    (as in the merge phase of "Shared LoRA Subspaces", arXiv 2602.06043). In paired directions the nearest diagonal core.
+    Exact while the old span lies in the new one, as when components were added; otherwise the orthogonal projection. (The merge
+    phase of "Shared LoRA Subspaces", arXiv 2602.06043, does the same for each factor: `ε' = β'ᵀ β ε` with the columns of β as old
+    and of β' as new bases and ε as coefficients.) In paired directions the nearest diagonal core.
 
     Args:
         core: Core in the old bases.

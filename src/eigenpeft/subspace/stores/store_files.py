@@ -131,6 +131,7 @@ def open_store(where: storage.Location) -> tuple[PrincipalSubspace, RecordSource
 
     Raises:
         ArtifactError: If files are missing, truncated or altered.
+        SubspaceError: If the tensors of a bank do not fit each other.
     """
     config = storage.read_config(where)
     if where.kind is storage.STORE_1:

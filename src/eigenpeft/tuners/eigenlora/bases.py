@@ -115,6 +115,8 @@ def find_bases(
         AdapterConfigError: If no subspace is named at all, or the sources of a mixture are not a store.
         SubspaceNotFoundError: If it is nowhere.
         ArtifactError: If the store or the subspace is damaged.
+        SubspaceError: If the tensors of the bases do not fit each other.
+        CollectionError: If `sources` names adapters that cannot be read.
     """
     store = _open_sources(sources)
     if store is not None and subspace is None and sha256 is None:
@@ -227,6 +229,7 @@ def bank_for(layer: LoraLayer, given: Injection, module: str) -> tuple[str, Froz
 
     Raises:
         AdapterConfigError: If the subspace has no bases for it, or bases of another shape.
+        SubspaceError: If `n_components` is more than the subspace has.
     """
     shape, subspace = weight_shape(layer), given.subspace
     if subspace is None:

@@ -221,6 +221,7 @@ def combine_cores(
 
     Raises:
         AdapterConfigError: If an option is unknown or out of range.
+        ValueError, SubspaceError: If no rule has the name, or it cannot combine such cores; `check_core_rule` says so before.
     """
     rule = find_rule(combination)
     scale = rule.scale if scale is None else scale

@@ -63,6 +63,7 @@ def merged_updates(
         ArtifactError: If a store or a finished merge is damaged.
         CollectionError: If adapters cannot be read together.
         AdapterConfigError: If the rule or its options are unknown, or the updates of a module cannot be merged.
+        SubspaceError: If there is no such store, or the tensors of its bases do not fit each other.
     """
     check_rule(rule, options)
     modules, read = _opened(adapters, embeddings=embeddings)

@@ -68,6 +68,7 @@ def read_mixture(
 
     Raises:
         AdapterConfigError: If it names no sources, sources of other bases, or weights that do not fit them.
+        ArtifactError: If a member cannot be read.
     """
     names, members = tuple(names or ()), {}
     if sources is not None:

@@ -193,6 +193,7 @@ def read_warm_start(
         SubspaceNotFoundError, ArtifactError: If a store, or the subspace of an adapter, is not there or is damaged.
         AdapterConfigError: If it has other bases, the adapter has none of the subspace's modules, or two that fit one.
         CollectionError: If an adapter cannot be read.
+        SubspaceError: If the tensors of a store's bases do not fit each other.
     """
     if source in RULES and adapters is not None:
         embeddings = bool(subspace.info.embeddings)

@@ -37,6 +37,7 @@ def contents_of_member(store: AdapterStore, name: str) -> tuple[list[LoraUpdate]
     Raises:
         KeyError: If the store has no such member.
         AdapterConfigError: If the member names a task type that PEFT does not know.
+        ArtifactError: If it cannot be read.
     """
     member, info = store[name], store.subspace.info
     updates = []

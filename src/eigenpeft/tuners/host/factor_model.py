@@ -46,6 +46,9 @@ class FactorModel(LoraModel):
             adapter_name: The adapter.
             module: Name of the adapted weight in the base model.
             given: What `injecting` yielded for the whole adapter.
+
+        Raises:
+            AdapterConfigError, SubspaceError, ArtifactError: As the method has it.
         """
 
     @classmethod

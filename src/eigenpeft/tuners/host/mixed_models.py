@@ -28,6 +28,9 @@ class FactorMixedModel(MixedModel):
             adapter_name: Name of the new adapter.
             *args: PEFT's own.
             **kwargs: PEFT's own.
+
+        Raises:
+            AdapterConfigError: If a file's ranks or scalings do not fit the model.
         """
         with _injecting(model, self.peft_config[adapter_name], adapter_name) as self._given:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -75,6 +75,7 @@ def resolve(
     Raises:
         SubspaceNotFoundError: If it is nowhere; the message lists the places searched.
         ArtifactError: If what is there is damaged or another subspace.
+        SubspaceError: If the tensors of the bases do not fit each other.
     """
     if (live := recall(sha256)) is not None:
         return live

@@ -104,6 +104,9 @@ class Attachment:
 
         Args:
             heads: Paths of heads in the adapters' own model.
+
+        Raises:
+            SubspaceError: If several of the model's modules fit a head.
         """
         model = self._model()
         for path in heads:
