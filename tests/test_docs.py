@@ -53,21 +53,11 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
 
 
 # Public things whose example is a page of the docs, where it runs: each needs a trained model or data.
-SHOWN_ON_A_PAGE = {
-    "ZerothOrderTrainer": "zeroth-order",
-    "choose_scale": "compose",
-    "evaluate_lore": "lore",
-    "init_lora_from_adapter": "compose",
-    "init_lora_from_merge": "compose",
-    "load_round": "federated",
-    "nearest_adapters": "compose",
-    "round_update": "federated",
-}
+SHOWN_ON_A_PAGE = {"ZerothOrderTrainer": "zeroth-order"}
 # What no example can run in seconds, and why.
 WITHOUT_EXAMPLE = {
     "LoReTrainer": "trains a reward model with TRL",
     "export_gguf": "needs the package gguf",
-    "load_head": "needs a merge of adapters with heads",
     "recycle": "trains a dozen models",
     "sync_adapters": "needs a server",
 }

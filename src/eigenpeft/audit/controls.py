@@ -28,7 +28,7 @@ def nearest_adapter(
         have count as zero there.
 
     Raises:
-        SubspaceError: If there is no common module, or the given update is zero.
+        SubspaceError: If there is no common module, or the given update or all of the collection's are zero.
         CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
 
     Examples:

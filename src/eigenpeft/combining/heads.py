@@ -138,6 +138,23 @@ def load_head(model: nn.Module, *, folder: str | Path, task: str) -> None:
 
     Raises:
         ArtifactError: If there is no such head, or it does not fit the model.
+
+    Examples:
+        >>> import eigenpeft
+        >>> import torch
+        >>> from collections import OrderedDict
+        >>> from peft import LoraConfig, get_peft_model
+        >>> def base():
+        ...     return torch.nn.Sequential(OrderedDict(body=torch.nn.Linear(8, 4), score=torch.nn.Linear(4, 2)))
+        >>> for name in ("legal", "sports"):
+        ...     config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["score"], init_lora_weights=False)
+        ...     trained = get_peft_model(base(), config)
+        ...     trained.save_pretrained(f"adapters/{name}")
+        >>> eigenpeft.merge("adapters", progress=False).save_pretrained("merged")
+        >>> model = base()
+        >>> load_head(model, folder="merged", task="sports")
+        >>> torch.equal(model.score.weight, trained.base_model.model.score.modules_to_save["default"].weight)
+        True
     """
     root = Path(folder) / HEADS_FOLDER
     present = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []

@@ -78,6 +78,17 @@ def init_lora_from_merge(
             another shape; the rule or an option is unknown; or `scale` is "auto" and the merge is finished.
         CollectionError: If the adapters cannot be read together.
         SubspaceError, ArtifactError, LostProcessError, OSError, ValueError: As `merge`.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> for name in ("legal", "sports"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ...     get_peft_model(model, config).save_pretrained(f"adapters/{name}")
+        >>> model = init_lora_from_merge(torch.nn.Sequential(torch.nn.Linear(8, 4)), adapters="adapters", scale=2.0, r=3)
+        >>> model.peft_config["default"].r, model.peft_config["default"].lora_alpha
+        (3, 6)
     """
     merged = merged_start(model, adapters=adapters, rule=rule, scale=scale, options=options)
     modules = dict(model.named_modules())
@@ -197,6 +208,16 @@ def choose_scale(
         AdapterConfigError: If the metric, the rule or an option is unknown, the grid is empty, the model lacks a module, or it
             gives something else than a row of logits per example.
         SubspaceError, ArtifactError, LostProcessError, OSError, ValueError: As `merge`.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft.demo import base_model, shipped_adapters
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> model = AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=2)
+        >>> rows = {"input_ids": torch.tensor([[101, 2204, 102], [101, 2919, 102]]), "labels": torch.tensor([1, 0])}
+        >>> adapters = [shipped_adapters() / "cr", shipped_adapters() / "mr"]
+        >>> choose_scale(model, adapters=adapters, batches=[rows], grid=[0.5, 1.0], metric="loss") in (0.5, 1.0)
+        True
     """
     was = {module: module.training for module in model.modules()}
     model.eval()

@@ -62,7 +62,7 @@ def sync_adapters(
         timeout: Seconds to wait for an answer.
 
     Raises:
-        EigenPeftError: If the server does not answer, or has no endpoints for loading adapters.
+        EigenPeftError: If `server` is no address, does not answer, or has no endpoints for loading adapters.
         SubspaceNotFoundError: If there is no store.
         KeyError: If the store has no such member.
     """

@@ -132,7 +132,8 @@ class AdapterIndex(Pushable):
                 `eigenpeft.audit` gives it with a model and a data set; shown beside the scores.
 
         Raises:
-            EigenPeftError: If the index is empty, there are no rows, or the encoder is another one.
+            EigenPeftError: If the index is empty, there are no rows, or the encoder is another one or gives something else than
+                a row of numbers per text.
         """
         embedded = self._embedded(texts_of(rows), what="the rows that are asked about")
         vectors, sureness = self._fit(embedded)
@@ -300,7 +301,7 @@ def build_index(
         progress: Show a progress bar.
 
     Raises:
-        EigenPeftError: As `AdapterIndex.add`.
+        EigenPeftError: As `AdapterIndex` and `AdapterIndex.add`.
 
     Examples:
         >>> import torch

@@ -25,8 +25,8 @@ class ModuleSubspace:
     which then keeps it once, in memory and on disk.
 
     Raises:
-        SubspaceError: If components are no matrices of at least one row, or spectra and shares have other lengths than the
-            components.
+        SubspaceError: If components are no matrices of at least one row, spectra and shares have other lengths than the
+            components, or the sides of paired directions differ in number.
 
     Attributes:
         components_in: (K_in, in_features), orthonormal rows, most important first; pseudo-components last.
@@ -131,7 +131,7 @@ class ModuleSubspace:
                 `(K_in, K_out)`; explained shares are then those of the smaller number, a lower bound.
 
         Raises:
-            SubspaceError: If there are fewer components than asked for.
+            SubspaceError: If `n_components` is less than 1 or more than there are, or asks paired directions for two numbers.
         """
         own = (self.n_components_in, self.n_components_out)
         given = n_components if isinstance(n_components, tuple) else (n_components, n_components)

@@ -54,8 +54,8 @@ class LoReTrainer(RewardTrainer):
         **options: What `trl.RewardTrainer` takes besides.
 
     Raises:
-        RewardModelError: If the user column is missing, the model's head or basis does not fit, or it is PEFT-wrapped
-            already.
+        RewardModelError: If the training set or its user column is missing, a streaming one comes without `user_ids`, the
+            model's head or basis does not fit, or it is PEFT-wrapped already.
     """
 
     _tag_names = ["trl", "lore", "eigenpeft"]

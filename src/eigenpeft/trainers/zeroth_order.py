@@ -39,7 +39,8 @@ class ZerothOrderMixin:
         **kwargs: The Trainer's own.
 
     Raises:
-        AdapterConfigError: If an argument is out of range, or the Trainer's arguments scale or shard gradients.
+        AdapterConfigError: If an argument is out of range, the model has no trained values, or the Trainer's arguments scale or
+            shard gradients.
 
     Examples:
         >>> from transformers import Seq2SeqTrainer

@@ -39,8 +39,9 @@ def control_config(
         A config for `get_peft_model`; each control needs a learning rate of its own.
 
     Raises:
-        AdapterConfigError: If the control is unknown, "mean_only" is asked for without a collection or with several K, or a
-            plain LoRA should start from an adapter; or of a mixture, for all but "lora".
+        AdapterConfigError: If the control is unknown or the subspace is not at hand; `target_modules` names none of its
+            modules; "mean_only" is asked for without a collection or with several K; a plain LoRA should start from an adapter,
+            or "same_parameters" has a `rank_pattern`; or of a mixture, for all but "lora".
         SubspaceError: If the subspace has no such control, or is nowhere; the message says why.
         ArtifactError: If the subspace, or the store of the config's sources, is damaged.
         CollectionError: If an adapter of the collection cannot be read.

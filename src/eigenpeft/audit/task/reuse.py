@@ -106,6 +106,20 @@ def nearest_adapters(
     Raises:
         SubspaceError: If the model has none of the modules, no gradient reaches them, or everything is zero.
         CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
+
+    Examples:
+        >>> import torch
+        >>> from eigenpeft import AdapterCollection
+        >>> from peft import LoraConfig, get_peft_model
+        >>> for name in ("legal", "sports"):
+        ...     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config).save_pretrained(f"adapters/{name}")
+        >>> model, rows = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(16, 8)
+        >>> collection = AdapterCollection.from_pretrained("adapters")
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> found = nearest_adapters(collection, model=model, batches=[rows], loss=loss)
+        >>> sorted(found.adapters)
+        ['legal', 'sports']
     """
     found = match_modules(model, collection.shapes, shapes=collection.shapes).found
     if not found:

@@ -155,7 +155,7 @@ def average(
         `Averaged`; the server's own tensors where no client could be used.
 
     Raises:
-        AdapterConfigError: If the rule is unknown or its options are not.
+        AdapterConfigError: If the rule or an option is unknown, or an option is out of range.
 
     Examples:
         >>> import torch

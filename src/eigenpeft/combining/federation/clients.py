@@ -41,6 +41,14 @@ def round_update(
     Raises:
         AdapterConfigError: If the rule is unknown or lacks its steps, the adapter is of another kind, or its modules have
             different scalings.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> client = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> update = round_update(client, name="hospital-1", n_rows=120)
+        >>> update.n_rows, sorted(tuple(tensor.shape) for tensor in update.tensors.values())
+        (120.0, [(2, 4), (3, 2)])
     """
     config = model.peft_config[adapter_name]
     kind = getattr(config.peft_type, "value", config.peft_type)
@@ -75,7 +83,16 @@ def load_round(
         adapter_name: Which adapter.
 
     Raises:
-        AdapterConfigError: If a tensor has no place in the adapter.
+        AdapterConfigError: If a tensor has no place in the adapter, or its modules have different scalings.
+
+    Examples:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> client = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> averaged = {key: torch.ones_like(tensor) for key, tensor in round_update(client, name="hospital-1").tensors.items()}
+        >>> load_round(client, tensors=averaged)
+        >>> client.base_model.model[0].lora_A["default"].weight[0].tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     if SEEDS in tensors:
         rebuild(model, tensors)

@@ -60,7 +60,7 @@ def train_steps(
         Seeds (steps,) int64 and `η g` (steps,) float32, 12 bytes per step, and the number of trained values (1,).
 
     Raises:
-        AdapterConfigError: If an argument is out of range, or the objective is not finite.
+        AdapterConfigError: If an argument is out of range, the model has no trained values, or the objective is not finite.
 
     Examples:
         >>> model = torch.nn.Linear(1, 1)

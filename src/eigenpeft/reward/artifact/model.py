@@ -317,7 +317,7 @@ class LowRankRewardModel(RewardModelArtifact):
                 texts that it trains on; `GRPOTrainer` passes them without.
 
         Raises:
-            RewardModelError: If the model has no backbone or no tokenizer.
+            RewardModelError: If the model has no backbone or no tokenizer, or `unknown` is neither "error" nor "population".
         """
         return TextReward(
             self._backbone(),
@@ -353,7 +353,8 @@ class LowRankRewardModel(RewardModelArtifact):
             Index of the best candidate of each prompt; the first of equals.
 
         Raises:
-            RewardModelError: If lengths disagree, a prompt has no candidate, or the model has no backbone.
+            RewardModelError: If lengths disagree, a prompt has no candidate, the model has no backbone, or `unknown` is neither
+                "error" nor "population".
             UnknownUserError: If a user is not known and `unknown="error"`.
         """
         reward = self.reward_func(user_column="user", unknown=unknown, batch_size=batch_size, max_length=max_length)

@@ -118,6 +118,15 @@ def evaluate_lore(
 
     Raises:
         RewardModelError: If there are too few users or comparisons to hold any out.
+
+    Examples:
+        >>> from eigenpeft.reward import SimulatedUsers
+        >>> users = SimulatedUsers(n_users=30, n_features=8, n_basis=2, seed=0)
+        >>> pairs = users.pairs(20, seed=1)
+        >>> fitter = LoReFitter(n_basis=2, max_iter=20, n_restarts=1)
+        >>> found = evaluate_lore(pairs.chosen, pairs.rejected, user_ids=pairs.user_ids, fitter=fitter, n_bootstrap=20)
+        >>> found.n_basis
+        2
     """
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])

@@ -234,7 +234,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
         Raises:
             SubspaceError: If the new subspace lacks a module that a member adapts, or has it in another shape.
-            ArtifactError: If the folder exists or cannot be written.
+            ArtifactError: If the folder exists or cannot be written, or a member cannot be read.
         """
         moved = AdapterStore(subspace)
         if out_dir is not None:

@@ -51,8 +51,8 @@ def export_lora(
             downloaded is never replaced: an export can be a lossy copy of it.
 
     Raises:
-        AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
-            not positive, or is asked of a layer with several experts or groups.
+        AdapterConfigError: If there is no such adapter or it adapts no layer, a plain LoRA cannot express it (DoRA and others,
+            by name), `rank` is not positive, or is asked of a layer with several experts or groups.
         ArtifactError: If the folder holds something that is not replaced, or cannot be written; or if a member cannot be read.
         KeyError: If the store has no member `adapter_name`.
 
@@ -93,8 +93,8 @@ def read_adapter(model_or_store: PeftModel | AdapterStore, adapter_name: str, *,
         rank: Truncate each update to this rank, in the least Frobenius error; None keeps it exact.
 
     Raises:
-        AdapterConfigError: If there is no such adapter, a plain LoRA cannot express it (DoRA and others, by name), `rank` is
-            not positive, or is asked of a layer with several experts or groups.
+        AdapterConfigError: If there is no such adapter or it adapts no layer, a plain LoRA cannot express it (DoRA and others,
+            by name), `rank` is not positive, or is asked of a layer with several experts or groups.
         KeyError: If the store has no member `adapter_name`.
         ArtifactError: If a member cannot be read.
     """

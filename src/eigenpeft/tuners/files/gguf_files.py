@@ -52,9 +52,9 @@ def export_gguf(
         overwrite: Whether to replace a GGUF file that is there.
 
     Raises:
-        AdapterConfigError: If the package gguf is missing, there is no such adapter, the base model is of another
-            architecture or has other sizes, or the adapter has what the format cannot hold: heads, biases, experts,
-            convolutions, or an update of an output layer that is tied to the embeddings.
+        AdapterConfigError: If the package gguf is missing, there is no such adapter, the base model's configuration cannot be
+            read, is of another architecture or has other sizes, or the adapter has what the format cannot hold: heads, biases,
+            experts, convolutions, numbers that are not finite, or an update of an output layer that is tied to the embeddings.
         ArtifactError: If something is in the way that is not replaced, or the file cannot be written; or if a member cannot be
             read.
         KeyError: If the store has no member `adapter_name`.

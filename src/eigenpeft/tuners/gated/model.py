@@ -80,7 +80,8 @@ class GatedLoraModel(FactorModel):
             What `swap` needs for every layer.
 
         Raises:
-            AdapterConfigError: If the store has no such members, or the model none of the modules.
+            AdapterConfigError: If the store has no such members, the model none of the modules, or the bases are of paired
+                directions.
             SubspaceError, ArtifactError: If the store or the subspace is nowhere, or is damaged.
         """
         opened = find_sources(config)
@@ -125,7 +126,7 @@ class GatedLoraModel(FactorModel):
         """`FactorModel.swap`: components and gated cores in the place of LoRA's factors.
 
         Raises:
-            AdapterConfigError: If the layer is not linear, or there are no bases for it.
+            AdapterConfigError: If the layer is not linear, there are no bases for it, or a file's sizes do not fit it.
             ArtifactError: If a member of the store cannot be read.
         """
         kind = kind_of(layer)

@@ -43,6 +43,14 @@ def init_lora_from_adapter(
         AdapterConfigError: If there is no such adapter, or the model has none of its modules.
         CollectionError: If its files cannot be read.
         SubspaceError: If the tensors of a store's bases do not fit each other.
+
+    Examples:
+        >>> from eigenpeft.demo import base_model, shipped_adapters
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> base = AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=8)
+        >>> model = init_lora_from_adapter(base, adapters=shipped_adapters() / "cr", task_type="SEQ_CLS")
+        >>> model.peft_config["default"].r
+        8
     """
     config = lora_config_from_adapter(adapters, name=name, **lora)
     adapted = get_peft_model(model, config, adapter_name=adapter_name)  # pyright: ignore[reportArgumentType]

@@ -58,7 +58,8 @@ def init_lora_from_subspace(
         The adapted model.
 
     Raises:
-        AdapterConfigError: If a module has fewer components, the side is unknown, or the model has none of the modules.
+        AdapterConfigError: If a module has fewer components, the side is unknown or takes an even r, or the model has none of
+            the modules.
 
     Examples:
         >>> import torch
@@ -90,7 +91,7 @@ def lora_config_from_subspace(
         **lora: As for `init_lora_from_subspace`.
 
     Raises:
-        AdapterConfigError: If a module has fewer components, or the side is unknown.
+        AdapterConfigError: If a module has fewer components, or the side is unknown or takes an even r.
 
     Examples:
         >>> import torch
