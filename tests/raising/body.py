@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from tests.raising.names import Class, Function, dotted, names_in
 from tests.raising.types import Scope
+from tests.raising.values import Values
 
 _ITERATING = {"dict", "enumerate", "iter", "list", "map", "next", "set", "sorted", "tuple", "zip"}
 Target = tuple[Function, Class | None]  # a function and the class of its `self`
@@ -40,7 +41,7 @@ class Body:
     """
 
     def __init__(self, scope: Scope):
-        self.scope = scope
+        self.scope, self.values = scope, Values(scope)
         self._handlers: list[str | None] = []
         self._tests: list[set[str]] = []
         self._filters: list[tuple[str, tuple[str, ...], bool]] = []
@@ -149,7 +150,7 @@ class Body:
     def _about(self, error: str) -> frozenset[str]:
         """The plain values among the parameters that a ValueError is about; whoever passes them knows whether they are right."""
         named = set().union(*self._tests) if error in {"KeyError", "ValueError"} else set()
-        return frozenset(named & (self.scope.plain if error == "ValueError" else self.scope.parameters))
+        return frozenset(named & (self.values.plain if error == "ValueError" else self.scope.parameters))
 
     def iterated(self, node: ast.expr) -> list:
         steps = self.calls(node)
@@ -191,11 +192,11 @@ class Body:
 
     def _call_of(self, target: Target, node: ast.Call) -> Call:
         values = (*node.args, *(each.value for each in node.keywords))
-        is_asked = any(self.scope.asked(value) for value in values)
+        is_asked = any(self.values.asked(value) for value in values)
         return Call(target, node.lineno, self.fixed(target[0], node), is_asked, self._sources(target[0], node))
 
     def _dunder(self, node: ast.expr, name: str, *, key: ast.expr | None = None) -> list:
-        given = frozenset() if key is None else frozenset(self.scope.asked(key))
+        given = frozenset() if key is None else frozenset(self.values.asked(key))
         kinds = [kind[1] for kind in self.scope.type_of(node) if kind[0] == "instance"]
         targets = [target for kind in kinds for target in self.scope.program.overrides(kind, name)]
         return [
@@ -246,7 +247,9 @@ class Body:
     def _sources(self, function: Function, node: ast.Call) -> dict[str, frozenset[str]]:
         """Parameter of what is called to the plain parameters here that its value is made of."""
         given, is_open = self._given(function, node)
-        found = {name: frozenset(self.scope.made_of(value) | self.scope.asked(value)) for name, value in given.items()}
+        found = {
+            name: frozenset(self.values.made_of(value) | self.values.asked(value)) for name, value in given.items()
+        }
         if is_open:
             found |= {name: frozenset({"*"}) for name in function.keywords - given.keys()}
         return found
@@ -257,9 +260,9 @@ class Body:
         found = {}
         for name in function.decisive:
             if name in given:
-                value = self.scope.constant(given[name])
+                value = self.values.constant(given[name])
             elif name in function.defaults and not is_open:
-                value = self.scope.types.outer(function.module).constant(function.defaults[name])
+                value = Values(self.scope.types.outer(function.module)).constant(function.defaults[name])
             else:
                 value = None
             if value is not None:

@@ -8,16 +8,17 @@ from typing import Any
 
 from tests.raising.body import Body, Call
 from tests.raising.names import Class, Function, Program, names_in
-from tests.raising.types import FIXED, Scope, Types
+from tests.raising.types import Scope, Types
+from tests.raising.values import FIXED
 
-Impossible = tuple[str, str, str]  # pattern of a caller, pattern of what it calls, error that this call cannot raise
-Fact = tuple[
-    str, frozenset
-]  # an error, and the parameters whose values it is about; none where no caller can know better
-Way = tuple[str, ...]  # the lines that lead to a `raise`
-Key = tuple[
-    Function, Class | None, frozenset, frozenset
-]  # with what the caller fixes, and what a `with` block throws in
+# Pattern of a caller, pattern of what it calls, error that this call cannot raise.
+Impossible = tuple[str, str, str]
+# An error, and the parameters whose values it is about; none where it does not depend on what a caller passes.
+Fact = tuple[str, frozenset]
+# The lines that lead to a `raise`.
+Way = tuple[str, ...]
+# A function, the class of its `self`, the arguments that its caller fixes, and what a `with` block throws into it.
+Key = tuple[Function, Class | None, frozenset, frozenset]
 
 
 class Errors:
