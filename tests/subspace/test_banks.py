@@ -25,7 +25,7 @@ def test_a_shared_bank_is_kept_once_in_memory_and_on_disk(shared, tmp_path):
     shared.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "subspace_config.json").read_text())
     assert (config["format_version"], config["shared_banks"]) == (2, {"layer.2": "layer.0"})
-    loaded = PrincipalSubspace.from_pretrained(tmp_path, sha256=shared.fingerprint)
+    loaded = PrincipalSubspace.from_pretrained(tmp_path, fingerprint=shared.fingerprint)
     assert loaded.modules == shared.modules
     assert loaded["layer.2"] is loaded["layer.0"]
     assert torch.equal(loaded["layer.2"].components_in, shared["layer.0"].components_in)

@@ -13,7 +13,7 @@ from tests.subspace.conftest import random_bases
 
 def test_save_and_load_are_exact(subspace, tmp_path):
     subspace.save_pretrained(tmp_path / "s")
-    loaded = PrincipalSubspace.from_pretrained(tmp_path / "s", sha256=subspace.fingerprint)
+    loaded = PrincipalSubspace.from_pretrained(tmp_path / "s", fingerprint=subspace.fingerprint)
     assert loaded.modules == subspace.modules
     assert loaded.info == subspace.info
     assert loaded == subspace
@@ -91,7 +91,7 @@ def test_a_config_that_is_not_json_is_refused(subspace, tmp_path):
 def test_another_fingerprint_than_asked_for_is_refused(subspace, tmp_path):
     subspace.save_pretrained(tmp_path)
     with pytest.raises(ArtifactError, match="is asked for: it is another subspace"):
-        PrincipalSubspace.from_pretrained(tmp_path, sha256="f" * 64)
+        PrincipalSubspace.from_pretrained(tmp_path, fingerprint="f" * 64)
 
 
 def test_a_missing_place_says_where_it_looked(tmp_path, monkeypatch):

@@ -307,7 +307,8 @@ class SubspaceBuilder:
             # The first pattern that fits counts: as pairs, since the order of an object's entries is easily lost.
             "n_components": [list(pair) for pair in asked.items()] if isinstance(asked, Mapping) else asked,
             "adapters": [
-                [record["name"], record["sha256"], collection.layout_sha256(str(record["name"]))] for record in records
+                [record["name"], record["sha256"], collection.layout_fingerprint(str(record["name"]))]
+                for record in records
             ],
             "modules": list(collection.modules),
             "versions": {"eigenpeft": __version__, "torch": torch.__version__},

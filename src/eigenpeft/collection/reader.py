@@ -254,7 +254,7 @@ class AdapterCollection:
         """
         return any("lora_embedding_" in member.locations[module].key_A for member in self._having(module))
 
-    def layout_sha256(self, name: str) -> str:
+    def layout_fingerprint(self, name: str) -> str:
         """SHA-256 of how an adapter's factors are read: places, shapes and scalings of its modules, as its config has them.
 
         Args:

@@ -169,7 +169,7 @@ class _Settings:
 
     def plan(self, weights: Mapping[str, float]) -> list[tuple[str, Any]]:
         """What a merged module depends on besides the adapters, JSON-able."""
-        digests = {name: one.digest() for name, one in (self.statistics or {}).items()}
+        digests = {name: one.fingerprint for name, one in (self.statistics or {}).items()}
         return [
             ("rule", self.rule),
             ("options", self.typed_options()),

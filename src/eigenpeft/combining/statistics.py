@@ -64,7 +64,8 @@ class InputStatistics:
         counts = {module: count + other.counts[module] for module, count in self.counts.items()}
         return replace(self, grams=grams, counts=counts)
 
-    def digest(self) -> str:
+    @property
+    def fingerprint(self) -> str:
         """SHA-256 of all numbers, so that a merge that is resumed knows them again."""
         digest = hashlib.sha256(json.dumps(dict(self.counts), sort_keys=True).encode())
         for module in sorted(self.grams):

@@ -169,7 +169,9 @@ class _OpenStore:
             contents = self.contents(member)
             rank = max((update.rank for update in contents[0]), default=1)
             base = contents[1].get("base_model_name_or_path")
-            self._known[member] = StoredAdapter(label, member, _key(self._store.digest(member), contents), rank, base)
+            self._known[member] = StoredAdapter(
+                label, member, _key(self._store.fingerprint(member), contents), rank, base
+            )
         return self._known[member]
 
     def contents(self, member: str) -> Contents:

@@ -143,8 +143,8 @@ def absorb_summary(report: AbsorbReport) -> dict[str, Any]:
         "moved": {name: {"lost": lost} for name, lost in report.lost.items()},
         "held_before": report.held_before,
         "held_after": report.held_after,
-        "sha256_before": report.sha256_before,
-        "sha256_after": report.sha256_after,
+        "sha256_before": report.fingerprint_before,
+        "sha256_after": report.fingerprint_after,
         "banks": {
             bank: {"before": list(before), "after": list(after)}
             for bank, (before, after) in report.n_components.items()

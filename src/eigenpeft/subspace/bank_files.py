@@ -19,12 +19,12 @@ class SavedBanks:
     Attributes:
         modules: Bank of each module, in order; the same object for modules that share one.
         info: Where they come from.
-        sha256: The fingerprint that its config names.
+        fingerprint: The fingerprint that its config names.
     """
 
     modules: dict[str, ModuleSubspace]
     info: SubspaceInfo
-    sha256: Any
+    fingerprint: Any
 
 
 def banks_from_tensors(

@@ -191,34 +191,34 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         asked = "{} (in), {} (out)".format(*n_components) if isinstance(n_components, tuple) else n_components
         return PrincipalSubspace(modules, info=replace(self.info, n_components=asked, n_pseudo_components=n_pseudo))
 
-    def has_been(self, sha256: str) -> bool:
+    def has_been(self, fingerprint: str) -> bool:
         """Whether a fingerprint is this subspace's, or one that it had before it grew.
 
         Args:
-            sha256: The fingerprint.
+            fingerprint: The fingerprint.
         """
-        return sha256 == self.fingerprint or any(entry["sha256"] == sha256 for entry in self.info.grown_from)
+        return fingerprint == self.fingerprint or any(entry["sha256"] == fingerprint for entry in self.info.grown_from)
 
-    def earlier(self, sha256: str) -> "PrincipalSubspace | None":
+    def earlier(self, fingerprint: str) -> "PrincipalSubspace | None":
         """This subspace as it was before it grew, when it had another fingerprint: the first of its components, no copies.
 
         Args:
-            sha256: That fingerprint; the present one gives the subspace itself.
+            fingerprint: That fingerprint; the present one gives the subspace itself.
 
         Returns:
             The earlier subspace, its fingerprint computed and compared; None if this one has not grown from it.
         """
-        if sha256 == self.fingerprint:
+        if fingerprint == self.fingerprint:
             return self
         for number, entry in enumerate(self.info.grown_from):
-            if entry["sha256"] == sha256:
+            if entry["sha256"] == fingerprint:
                 sources, lineage = self.info.sources[: entry["n_sources"]], self.info.grown_from[:number]
                 info = replace(self.info, sources=sources, grown_from=lineage)
                 try:
                     before = PrincipalSubspace(banks_before(self._modules, entry), info=info)
                 except SubspaceError:
                     return None
-                return before if before.fingerprint == sha256 else None
+                return before if before.fingerprint == fingerprint else None
         return None
 
     def project(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Core]:
@@ -309,7 +309,7 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         path_or_id: str | Path,
         *,
         revision: str | None = None,
-        sha256: str | None = None,
+        fingerprint: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -319,14 +319,14 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
         Args:
             path_or_id: Folder, or Hub id `owner/name`, of a subspace or of a store (whose bases are read).
             revision: Hub branch, tag or commit.
-            sha256: The fingerprint it must have, or have had before it grew (then it is read as it was); None takes any.
+            fingerprint: The fingerprint it must have, or have had before it grew (then it is read as it was); None takes any.
             token: Hub token; None takes the logged-in one.
             cache_dir: Hub cache.
             local_files_only: Use the Hub cache alone.
 
         Raises:
             SubspaceNotFoundError: If there is none at that place; the message lists where it looked.
-            ArtifactError: If files are missing, truncated or altered, or the fingerprint is not `sha256`.
+            ArtifactError: If files are missing, truncated or altered, or have another fingerprint.
             SubspaceError: If its tensors do not fit each other.
         """
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -334,13 +334,13 @@ class PrincipalSubspace(Pushable, Mapping[str, ModuleSubspace]):
             path_or_id, storage.SUBSPACE, storage.STORE_1, local_files_only=local_files_only, **options
         )
         subspace = read_subspace(where)
-        if sha256 is not None and subspace.fingerprint != sha256:
-            earlier = subspace.earlier(sha256)
+        if fingerprint is not None and subspace.fingerprint != fingerprint:
+            earlier = subspace.earlier(fingerprint)
             if earlier is not None:
                 earlier.origin, earlier.revision = subspace.origin, subspace.revision
                 return earlier
             raise ArtifactError(
-                f"The subspace at {str(path_or_id)!r} has fingerprint {subspace.fingerprint}, but {sha256} is asked "
+                f"The subspace at {str(path_or_id)!r} has fingerprint {subspace.fingerprint}, but {fingerprint} is asked "
                 "for: it is another subspace, or another revision of it. Get the one that belongs to it."
             )
         return subspace
@@ -391,10 +391,10 @@ def read_subspace(where: storage.Location) -> PrincipalSubspace:
     """
     saved = read_banks(where)
     subspace = PrincipalSubspace(saved.modules, info=saved.info)
-    if subspace.fingerprint != saved.sha256:
+    if subspace.fingerprint != saved.fingerprint:
         raise ArtifactError(
             f"The tensors of the {where.kind.label} at {where.origin!r} have fingerprint {subspace.fingerprint}, its "
-            f"{where.kind.config_name} says {saved.sha256}: a file was altered. Get a fresh copy."
+            f"{where.kind.config_name} says {saved.fingerprint}: a file was altered. Get a fresh copy."
         )
     subspace.origin, subspace.revision = where.origin, where.revision
     return subspace

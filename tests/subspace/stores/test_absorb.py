@@ -47,7 +47,7 @@ def test_the_subspace_grows_and_no_member_changes(store, tmp_path):
     assert report.is_exact
     assert report.absorbed == ("new-0", "new-1")
     assert set(report.n_components.values()) == {((5, 5), (10, 10))}
-    assert (report.sha256_before, report.sha256_after) == (old.fingerprint, store.subspace.fingerprint)
+    assert (report.fingerprint_before, report.fingerprint_after) == (old.fingerprint, store.subspace.fingerprint)
     assert 0 < report.held_before < 0.9 < 0.999 < report.held_after
     for opened in (store, AdapterStore.from_pretrained(tmp_path / "store")):
         assert opened.names == (*before, "new-0", "new-1")
@@ -94,14 +94,14 @@ def test_the_earlier_subspace_comes_out_with_its_fingerprint(store, tmp_path):
     store.absorb(tmp_path / "new" / "new-0", share=1.0)
     second = store.subspace
     store.absorb(tmp_path / "new" / "new-1", share=0.5)
-    opened = PrincipalSubspace.from_pretrained(tmp_path / "store", sha256=first.fingerprint)
+    opened = PrincipalSubspace.from_pretrained(tmp_path / "store", fingerprint=first.fingerprint)
     assert opened == first
     assert opened.info.sources == first.info.sources
     assert store.subspace.earlier(second.fingerprint) == second
     assert store.subspace.earlier(second.fingerprint).earlier(first.fingerprint) == first
     assert store.subspace.earlier("0" * 64) is None
     with pytest.raises(ArtifactError, match="another subspace, or another revision"):
-        PrincipalSubspace.from_pretrained(tmp_path / "store", sha256="0" * 64)
+        PrincipalSubspace.from_pretrained(tmp_path / "store", fingerprint="0" * 64)
 
 
 def test_members_of_the_earlier_bases_still_fit(store, tmp_path):
@@ -118,7 +118,7 @@ def test_modules_that_the_subspace_lacks_get_banks(store, tmp_path):
     report = store.absorb(tmp_path / "more", share=1.0)
     assert report.n_components["layer.9.query"] == ((0, 0), (2, 2))
     assert max(store["more"].relative_errors.values()) < 1e-5
-    assert PrincipalSubspace.from_pretrained(tmp_path / "store", sha256=old.fingerprint) == old
+    assert PrincipalSubspace.from_pretrained(tmp_path / "store", fingerprint=old.fingerprint) == old
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "full", "diagonal", "mixture"])

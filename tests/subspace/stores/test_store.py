@@ -91,17 +91,17 @@ def test_a_member_is_read_alone(store, tmp_path):
 def test_a_digest_names_a_member_as_it_is(store, tmp_path):
     store.save_pretrained(tmp_path / "s")
     again = AdapterStore.from_pretrained(tmp_path / "s")
-    before = {name: again.digest(name) for name in again.names}
+    before = {name: again.fingerprint(name) for name in again.names}
     assert len(set(before.values())) == len(again)
-    assert before == {name: AdapterStore.from_pretrained(tmp_path / "s").digest(name) for name in again.names}
+    assert before == {name: AdapterStore.from_pretrained(tmp_path / "s").fingerprint(name) for name in again.names}
     first, second = again.names[:2]
     again.add(again[second], name=first, replace=True)
-    assert again.digest(first) != before[first]
-    assert again.digest(second) == before[second]
+    assert again.fingerprint(first) != before[first]
+    assert again.fingerprint(second) == before[second]
     moved = again.rebase(again.subspace.truncate(4))
-    assert moved.digest(second) != before[second]
+    assert moved.fingerprint(second) != before[second]
     with pytest.raises(KeyError, match="'nobody' is not in the store"):
-        again.digest("nobody")
+        again.fingerprint("nobody")
 
 
 def test_cores_are_dense_and_in_order(store):

@@ -275,7 +275,7 @@ def _rebase_adapters(folders: list[str], target: PrincipalSubspace, *, trained_o
                 "subspace of EigenLoRA adapters that name none with --from."
             )
         own = PrincipalSubspace.from_pretrained(
-            place, revision=config.get("subspace_revision"), sha256=config.get("subspace_sha256")
+            place, revision=config.get("subspace_revision"), fingerprint=config.get("subspace_sha256")
         )
         one = AdapterStore(own)
         one.add(folder)

@@ -39,8 +39,8 @@ class AbsorbReport:
         lost: Old member to ‖ΔW - ΔW'‖ / ‖ΔW‖ of all its modules together, ΔW being what the store had; empty where the old
             bases are the first components of the new ones, so that no member changed at all.
         errors: New member to the mean of its modules' relative errors against the adapter itself.
-        sha256_before: Fingerprint of the old bases.
-        sha256_after: Fingerprint of the new ones.
+        fingerprint_before: Fingerprint of the old bases.
+        fingerprint_after: Fingerprint of the new ones.
     """
 
     absorbed: tuple[str, ...]
@@ -49,8 +49,8 @@ class AbsorbReport:
     held_after: float
     lost: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
-    sha256_before: str = ""
-    sha256_after: str = ""
+    fingerprint_before: str = ""
+    fingerprint_after: str = ""
 
     @property
     def is_exact(self) -> bool:
@@ -214,8 +214,8 @@ def _report(
         held_after=sum(after) / len(after) if after else 1.0,
         lost=dict(lost),
         errors={name: sum(each) / len(each) if each else 0.0 for name, each in errors.items()},
-        sha256_before=old.fingerprint,
-        sha256_after=new.fingerprint,
+        fingerprint_before=old.fingerprint,
+        fingerprint_after=new.fingerprint,
     )
 
 

@@ -99,7 +99,7 @@ class AdapterMembers(Mapping[str, AdapterMember]):
         """
         return dict(self[name].record)
 
-    def digest(self, name: str) -> str:
+    def fingerprint(self, name: str) -> str:
         """Hash of a member as it is now, and of the bases: the same wherever the same member is kept.
 
         Args:

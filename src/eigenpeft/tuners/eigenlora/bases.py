@@ -91,7 +91,7 @@ def find_bases(
     held: PrincipalSubspace | None = None,
     subspace: str | None = None,
     revision: str | None = None,
-    sha256: str | None = None,
+    fingerprint: str | None = None,
     sources: AdapterStore | str | None = None,
     is_embedded: bool = False,
     adapter: Path | None = None,
@@ -105,7 +105,7 @@ def find_bases(
         held: The subspace itself, where it was passed open.
         subspace: Folder or Hub id of the subspace; None where it was never saved.
         revision: Its Hub revision.
-        sha256: Fingerprint that it must have; None takes any.
+        fingerprint: Fingerprint that it must have; None takes any.
         sources: Store whose members a mixture weighs, or its place.
         is_embedded: Whether the adapter's own file brings the components, so that no subspace is needed.
         adapter: Folder that the adapter was read from.
@@ -119,11 +119,13 @@ def find_bases(
         CollectionError: If `sources` names adapters that cannot be read.
     """
     store = _open_sources(sources)
-    if store is not None and subspace is None and sha256 is None:
+    if store is not None and subspace is None and fingerprint is None:
         return Bases(store.subspace, store)
-    found = recall(sha256) if held is None else held
+    found = recall(fingerprint) if held is None else held
     if found is None and not is_embedded:
-        found = _find_subspace(subspace, revision=revision, sha256=sha256, adapter=adapter, is_from_file=is_from_file)
+        found = _find_subspace(
+            subspace, revision=revision, fingerprint=fingerprint, adapter=adapter, is_from_file=is_from_file
+        )
     return Bases(found, store)
 
 
@@ -137,15 +139,15 @@ def _open_sources(given: AdapterStore | str | None) -> AdapterStore | None:
 
 
 def _find_subspace(
-    place: str | None, *, revision: str | None, sha256: str | None, adapter: Path | None, is_from_file: bool
+    place: str | None, *, revision: str | None, fingerprint: str | None, adapter: Path | None, is_from_file: bool
 ) -> PrincipalSubspace:
-    if place is None and sha256 is None:
+    if place is None and fingerprint is None:
         raise AdapterConfigError(
             "EigenLoRA needs a subspace: pass EigenLoraConfig(subspace=...) a path, a Hub id, or the "
             "PrincipalSubspace that SubspaceBuilder made."
         )
-    subspace = resolve(place, revision=revision, sha256=sha256, adapter=adapter)
-    if sha256 is None and is_from_file:
+    subspace = resolve(place, revision=revision, fingerprint=fingerprint, adapter=adapter)
+    if fingerprint is None and is_from_file:
         warnings.warn(
             f"The adapter's config has no fingerprint of its subspace (subspace_sha256), so that nothing says whether "
             f"{place!r} holds the components that it was trained on. Its outputs are right only if it does; write "

@@ -306,7 +306,7 @@ class EigenLoraConfig(ExplainedConfig):
             "held": held if held is not None and held.fingerprint == self.subspace_sha256 else None,
             "subspace": self.subspace,
             "revision": self.subspace_revision,
-            "sha256": self.subspace_sha256,
+            "fingerprint": self.subspace_sha256,
             "sources": self.sources if self._sources is None else self._sources,  # an open one without members is false
             "is_embedded": self.embedded_n_components is not None,
             "adapter": self.read_from,

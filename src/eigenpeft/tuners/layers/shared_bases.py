@@ -61,14 +61,14 @@ def recall(fingerprint: str | None) -> PrincipalSubspace | None:
 
 
 def resolve(
-    path_or_id: str | None, *, revision: str | None, sha256: str | None, adapter: Path | None = None
+    path_or_id: str | None, *, revision: str | None, fingerprint: str | None, adapter: Path | None = None
 ) -> PrincipalSubspace:
     """Find the subspace that an adapter refers to: in memory, at its path, beside the adapter, on the search path, on the Hub.
 
     Args:
         path_or_id: Folder or Hub id; None when it was never saved.
         revision: Hub revision.
-        sha256: Fingerprint that it must have; None takes any.
+        fingerprint: Fingerprint that it must have; None takes any.
         adapter: Folder that the adapter was read from. A subspace of that name and fingerprint is found in it and in the two
             folders around it, so that a relative path holds wherever the program is started.
 
@@ -77,7 +77,7 @@ def resolve(
         ArtifactError: If what is there is damaged or another subspace.
         SubspaceError: If the tensors of the bases do not fit each other.
     """
-    if (live := recall(sha256)) is not None:
+    if (live := recall(fingerprint)) is not None:
         return live
     searched = ["subspaces in memory"]
     folders = [Path(folder) for folder in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if folder]
@@ -87,7 +87,7 @@ def resolve(
     if not path_or_id:
         candidates += folders
     elif name not in ("", ".", ".."):
-        if adapter is not None and sha256 is not None:
+        if adapter is not None and fingerprint is not None:
             candidates += [folder / name for folder in (adapter, *adapter.absolute().parents[:2])]
         candidates += [folder / name for folder in folders]
     mismatch = None
@@ -95,7 +95,7 @@ def resolve(
         searched.append(str(candidate.absolute()))
         if is_folder(candidate):
             try:
-                subspace = PrincipalSubspace.from_pretrained(candidate, sha256=sha256)
+                subspace = PrincipalSubspace.from_pretrained(candidate, fingerprint=fingerprint)
             except ArtifactError as error:
                 mismatch = error
                 continue
@@ -106,12 +106,12 @@ def resolve(
     if path_or_id and not Path(path_or_id).is_absolute():
         searched.append(f"the Hub, {path_or_id} at revision {revision or 'main'}")
         try:
-            subspace = PrincipalSubspace.from_pretrained(path_or_id, revision=revision, sha256=sha256)
+            subspace = PrincipalSubspace.from_pretrained(path_or_id, revision=revision, fingerprint=fingerprint)
         except SubspaceNotFoundError as error:
-            raise SubspaceNotFoundError(_not_found(path_or_id, sha256, searched)) from error
+            raise SubspaceNotFoundError(_not_found(path_or_id, fingerprint, searched)) from error
         remember(subspace)
         return subspace
-    raise SubspaceNotFoundError(_not_found(path_or_id, sha256, searched))
+    raise SubspaceNotFoundError(_not_found(path_or_id, fingerprint, searched))
 
 
 def attach_bank(
@@ -224,9 +224,9 @@ def _bases(layer: LoraLayer) -> nn.ModuleDict:
     return layer.get_submodule(_BASES)  # pyright: ignore[reportReturnType]
 
 
-def _not_found(path_or_id: str | None, sha256: str | None, searched: list[str]) -> str:
+def _not_found(path_or_id: str | None, fingerprint: str | None, searched: list[str]) -> str:
     return (
-        f"The subspace {path_or_id or '(never saved)'!r} that the adapter refers to (sha256 {sha256 or 'any'}) was not "
+        f"The subspace {path_or_id or '(never saved)'!r} that the adapter refers to (fingerprint {fingerprint or 'any'}) was not "
         f"found. Searched: {'; '.join(searched)}. Put a copy at that path, or name the folder that has it in {SEARCH_PATH}, or ask "
         'the adapter\'s author to save it with save_subspace="embed".'
     )
