@@ -68,7 +68,7 @@ def judge(index, encoder, queries):
     """(right, right of the control, probability) of each query, a query being (texts, the set of right names)."""
     found = []
     for texts, right in queries:
-        answer = index.query(texts, top=1)
+        answer = index.query(texts, top_k=1)
         control = index.names[
             plain_cosine(index, encoder([t if isinstance(t, str) else "\n".join(t.values()) for t in texts]))
         ]

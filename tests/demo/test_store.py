@@ -55,7 +55,7 @@ def train(model, task, *, steps=6):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     model.train()
     for step in range(steps):
-        batch = task.collator([task.train[8 * step + row] for row in range(8)])
+        batch = task.data_collator([task.train[8 * step + row] for row in range(8)])
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def shipped():
 @pytest.fixture(scope="module")
 def batch():
     task = load_task(new_customer(0))
-    rows = task.collator([task.test[row] for row in range(6)])
+    rows = task.data_collator([task.test[row] for row in range(6)])
     return {name: rows[name] for name in ("input_ids", "attention_mask")}
 
 

@@ -94,7 +94,7 @@ def test_the_gradients_cosines_stand_beside_the_scores(index):
 def test_each_text_of_a_batch_gets_a_member_or_a_weighted_few(index):
     texts = ["card loan", "rain snow rain", "goal"]
     assert index.route(texts) == ["bank", "weather", "sports"]
-    few = index.route(texts, top=2)
+    few = index.route(texts, top_k=2)
     for name, weights in zip(TASKS, few, strict=True):
         assert max(weights, key=weights.get) == name
         assert sum(weights.values()) == pytest.approx(1.0)
@@ -162,7 +162,7 @@ def test_arguments_that_are_wrong_are_refused(index):
         (lambda: index.add("__base__", rows=["a"]), "cannot be a name in the index"),
         (lambda: index.add("new", rows=[]), "There are no texts in the rows of 'new'"),
         (lambda: index.query([]), "There are no texts in the rows that are asked about"),
-        (lambda: index.route(["a"], top=0), "top=0 must be at least 1"),
+        (lambda: index.route(["a"], top_k=0), "top_k=0 must be at least 1"),
         (lambda: index.query([{"label": 1}]), r"Row 0 has no text: it is \['label'\]"),
         (lambda: index.query([3]), "Row 0 has no text: it is a int"),
         (

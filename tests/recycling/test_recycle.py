@@ -250,7 +250,7 @@ def test_a_language_model_is_judged_row_by_row():
             one[: len(row["labels"])] = row["labels"]
         return {"input_ids": labels.clamp(min=0), "labels": labels}
 
-    score, losses = judge(model, rows, collator=collator)
+    score, losses = judge(model, rows, data_collator=collator)
     expected = [float(model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss) for row in rows]
     assert losses == pytest.approx(expected, rel=1e-5)
     assert score == pytest.approx(-sum(expected) / 5, rel=1e-5)

@@ -196,14 +196,14 @@ def test_the_best_rows_of_each_user_and_columns_that_results_replace(features, t
     path.write_text("\n".join(json.dumps(row) for row in rows))
     asked = ("score", tmp_path / "rewards", path, "--user-column", "user")
     every = json.loads(run(*asked, "--json").stdout)
-    best = json.loads(run(*asked, "--top", 2, "--json").stdout)["rows"]
+    best = json.loads(run(*asked, "--top-k", 2, "--json").stdout)["rows"]
     assert every["replaced_columns"] == ["reward"]
     assert every["rows"][2]["missing"] is None
     for user in ("user-3", "user-5"):
         own = sorted((row for row in every["rows"] if row["user"] == user), key=lambda row: -row["reward"])
         assert [row for row in best if row["user"] == user] == own[:2]
     assert [rows[row["row"]]["item"] for row in best] == [row["item"] for row in best]
-    told = " ".join(run(*asked, "--top", 1).stdout.split())
+    told = " ".join(run(*asked, "--top-k", 1).stdout.split())
     assert "2 rows, 2 users" in told
     assert "The data's own columns reward are left out" in told
     assert "one shared head" not in told

@@ -49,13 +49,13 @@ class LoadedTask:
     Attributes:
         model: Language model or classifier; the classifier's head is trained.
         rows: Tokenized rows with labels.
-        collator: Makes a batch of rows.
+        data_collator: Makes a batch of rows.
         kind: What the rows were taken for, in words.
     """
 
     model: nn.Module
     rows: list[dict[str, Any]]
-    collator: Callable[[list[Any]], Any]
+    data_collator: Callable[[list[Any]], Any]
     kind: str
 
 
@@ -66,7 +66,7 @@ class NewTask:
     Attributes:
         make_model: Makes the model.
         rows: Tokenized rows of the file, with labels.
-        collator: Makes a batch of rows.
+        data_collator: Makes a batch of rows.
         task_type: PEFT's task type.
         kind: What the rows were taken for, in words.
         read: Reads another file of the same task into such rows.
@@ -74,7 +74,7 @@ class NewTask:
 
     make_model: Callable[[], Any]
     rows: list[dict[str, Any]]
-    collator: Callable[[list[Any]], Any]
+    data_collator: Callable[[list[Any]], Any]
     task_type: str
     kind: str
     read: Callable[[Path], list[dict[str, Any]]]
@@ -202,8 +202,8 @@ def _with_light_head(model: str, path: Path, columns: Columns, *, n_rows: int, s
     with without_load_reports():
         classifier = task.make_model()
     rows = task.rows[:n_rows]
-    train_light_head(classifier, rows, data_collator=task.collator, seed=seed)
-    return LoadedTask(classifier, rows, task.collator, task.kind)
+    train_light_head(classifier, rows, data_collator=task.data_collator, seed=seed)
+    return LoadedTask(classifier, rows, task.data_collator, task.kind)
 
 
 def load_new_task(

@@ -9,27 +9,27 @@ from eigenpeft.collection.formats.keys import natural_order
 from eigenpeft.collection.opening import some
 
 
-def problems_between(members: Sequence[OpenAdapter], *, allow_different_base_models: bool) -> list[str]:
+def problems_between(adapters: Sequence[OpenAdapter], *, allow_different_base_models: bool) -> list[str]:
     """Sentences about adapters that do not fit together; empty when all do.
 
     Args:
-        members: Opened adapters with aligned module names.
+        adapters: Opened adapters with aligned module names.
         allow_different_base_models: Whether the configs may name different base models.
     """
-    problems = [] if allow_different_base_models else _base_models(members)
-    return problems + _shapes(members)
+    problems = [] if allow_different_base_models else _base_models(adapters)
+    return problems + _shapes(adapters)
 
 
-def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
+def _base_models(adapters: Sequence[OpenAdapter]) -> list[str]:
     by_base: dict[str, list[str]] = {}
-    revisions = _contradicting_revisions(members)
-    for member in members:
+    revisions = _contradicting_revisions(adapters)
+    for adapter in adapters:
         # A config that names no base model, or no revision of it, contradicts nobody.
-        if member.info.base_model:
-            base = canonical_base(member.info.base_model)
-            revision = member.info.base_model_revision if base in revisions else None
+        if adapter.info.base_model:
+            base = canonical_base(adapter.info.base_model)
+            revision = adapter.info.base_model_revision if base in revisions else None
             if revision or base not in revisions:
-                by_base.setdefault(f"{base} at revision {revision}" if revision else base, []).append(member.info.name)
+                by_base.setdefault(f"{base} at revision {revision}" if revision else base, []).append(adapter.info.name)
     if len(by_base) < 2:
         return []
     listed = "; ".join(
@@ -41,32 +41,32 @@ def _base_models(members: Sequence[OpenAdapter]) -> list[str]:
     ]
 
 
-def _contradicting_revisions(members: Sequence[OpenAdapter]) -> set[str]:
+def _contradicting_revisions(adapters: Sequence[OpenAdapter]) -> set[str]:
     """The base models of which the configs name several revisions: checkpoints of one training run, for example."""
     named: dict[str, set[str]] = {}
-    for member in members:
-        if member.info.base_model and member.info.base_model_revision:
-            named.setdefault(canonical_base(member.info.base_model), set()).add(member.info.base_model_revision)
+    for adapter in adapters:
+        if adapter.info.base_model and adapter.info.base_model_revision:
+            named.setdefault(canonical_base(adapter.info.base_model), set()).add(adapter.info.base_model_revision)
     return {base for base, revisions in named.items() if len(revisions) > 1}
 
 
-def _shapes(members: Sequence[OpenAdapter]) -> list[str]:
+def _shapes(adapters: Sequence[OpenAdapter]) -> list[str]:
     counts: dict[str, Counter[tuple[int, int]]] = {}
-    for member in members:
-        for module, location in member.locations.items():
+    for adapter in adapters:
+        for module, location in adapter.locations.items():
             counts.setdefault(module, Counter())[location.shape] += 1
     usual = {module: shapes.most_common(1)[0] for module, shapes in counts.items()}
     problems = []
-    for member in members:
+    for adapter in adapters:
         unusual = sorted(
-            (module for module, location in member.locations.items() if location.shape != usual[module][0]),
+            (module for module, location in adapter.locations.items() if location.shape != usual[module][0]),
             key=natural_order,
         )
         if unusual:
             module = unusual[0]
             shape, n_others = usual[module]
             problems.append(
-                f"Adapter {member.info.name!r} adapts {module!r} as {_times(member.locations[module].shape)} "
+                f"Adapter {adapter.info.name!r} adapts {module!r} as {_times(adapter.locations[module].shape)} "
                 f"(out x in), where {n_others} of the {counts[module].total()} adapters with that module have "
                 f"{_times(shape)}"
                 + (f"; so with {len(unusual) - 1} more modules" if len(unusual) > 1 else "")

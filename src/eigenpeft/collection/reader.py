@@ -30,7 +30,7 @@ class AdapterCollection:
     ("transformer.h.0.attn.c_attn"). Made by `from_pretrained`; iterating gives the adapters' names.
 
     Args:
-        members: Opened adapters with unique names and aligned module names.
+        adapters: Opened adapters with unique names and aligned module names.
 
     Attributes:
         adapters: Record of each adapter.
@@ -47,14 +47,14 @@ class AdapterCollection:
         (10, 12, (384, 384))
     """
 
-    def __init__(self, members: Sequence[OpenAdapter]):
-        self._members = {member.info.name: member for member in members}
+    def __init__(self, adapters: Sequence[OpenAdapter]):
+        self._opened = {adapter.info.name: adapter for adapter in adapters}
         self._of_module: dict[str, list[OpenAdapter]] = {}
-        for member in members:
-            for module in member.locations:
-                self._of_module.setdefault(module, []).append(member)
-        self.adapters = tuple(member.info for member in members)
-        self.names = tuple(self._members)
+        for adapter in adapters:
+            for module in adapter.locations:
+                self._of_module.setdefault(module, []).append(adapter)
+        self.adapters = tuple(adapter.info for adapter in adapters)
+        self.names = tuple(self._opened)
         self.modules = tuple(sorted(self._of_module, key=natural_order))
         self.shapes = {module: self._of_module[module][0].locations[module].shape for module in self.modules}
         bases = Counter(info.base_model for info in self.adapters if info.base_model)
@@ -65,7 +65,7 @@ class AdapterCollection:
     @classmethod
     def from_pretrained(
         cls,
-        sources: str | Path | Sequence[str | Path],
+        adapters: str | Path | Sequence[str | Path],
         *,
         base_model: str | None = None,
         allow_different_base_models: bool = False,
@@ -77,7 +77,7 @@ class AdapterCollection:
         """Open adapters by their configs and headers; no tensor is read yet.
 
         Args:
-            sources: Folders of adapters, folders whose direct subfolders are adapters, and Hub ids ("owner/name",
+            adapters: Folders of adapters, folders whose direct subfolders are adapters, and Hub ids ("owner/name",
                 "owner/name@revision", or "owner/name/subfolder" for an adapter inside a repository), one or many, in any
                 mix. What exists on disk is taken from disk. An adapter that is named twice counts once. Adapters are
                 named after their folder or repository; namesakes get their parent's name in front.
@@ -111,22 +111,24 @@ class AdapterCollection:
             >>> [tuple(read.lora_B.shape) for read in collection.factors("0")]
             [(4, 2), (4, 2)]
         """
-        locations, problems = locate(sources, token=token, cache_dir=cache_dir, local_files_only=bool(local_files_only))
-        members: list[OpenAdapter] = []
-        for location in locations:
-            member, found = open_adapter(location, embeddings=embeddings)
-            problems += found
-            members += [] if member is None else [member if base_model is None else member.of_base(base_model)]
-        names = align_modules(
-            [{module: location.shape for module, location in member.locations.items()} for member in members]
+        locations, problems = locate(
+            adapters, token=token, cache_dir=cache_dir, local_files_only=bool(local_files_only)
         )
-        members = [member.renamed(names) for member in members]
-        problems += problems_between(members, allow_different_base_models=allow_different_base_models)
-        if not members and not problems:
+        opened: list[OpenAdapter] = []
+        for location in locations:
+            adapter, found = open_adapter(location, embeddings=embeddings)
+            problems += found
+            opened += [] if adapter is None else [adapter if base_model is None else adapter.of_base(base_model)]
+        names = align_modules(
+            [{module: location.shape for module, location in adapter.locations.items()} for adapter in opened]
+        )
+        opened = [adapter.renamed(names) for adapter in opened]
+        problems += problems_between(opened, allow_different_base_models=allow_different_base_models)
+        if not opened and not problems:
             problems = ["No adapters were named: pass at least one folder or Hub id."]
         if problems:
             raise CollectionError(problems)
-        return cls(members)
+        return cls(opened)
 
     def factors(self, module: str, *, names: Iterable[str] | None = None) -> list[AdapterFactors]:
         """Read one module's factors of all adapters that have it, scaling folded in; nothing else is read.
@@ -161,13 +163,13 @@ class AdapterCollection:
         """
         problems = []
         wanted = None if names is None else set(names)
-        for member in self._having(module):
-            if wanted is not None and member.info.name not in wanted:
+        for adapter in self._having(module):
+            if wanted is not None and adapter.info.name not in wanted:
                 continue
             try:
-                read = member.read(module)
+                read = adapter.read(module)
             except ValueError as error:
-                problems.append(f"Adapter {member.info.name!r} {error}.")
+                problems.append(f"Adapter {adapter.info.name!r} {error}.")
                 continue
             yield read
         if problems:
@@ -186,10 +188,10 @@ class AdapterCollection:
             CollectionError: If the name is unknown, or a tensor cannot be read any more.
         """
         self._check_names([name])
-        member = self._members[name]
+        adapter = self._opened[name]
         try:
-            keys = member.info.kept_aside
-            return dict(zip(keys, member.weights.read_many(*keys), strict=True))
+            keys = adapter.info.kept_aside
+            return dict(zip(keys, adapter.weights.read_many(*keys), strict=True))
         except ValueError as error:
             raise CollectionError([f"Adapter {name!r} {error}."]) from error
 
@@ -203,7 +205,7 @@ class AdapterCollection:
             CollectionError: If the name is unknown.
         """
         self._check_names([name])
-        return dict(self._members[name].aligned)
+        return dict(self._opened[name].aligned)
 
     def names_with(self, module: str) -> tuple[str, ...]:
         """Names of the adapters that adapt a module.
@@ -214,7 +216,7 @@ class AdapterCollection:
         Raises:
             KeyError: If no adapter adapts a module of that name.
         """
-        return tuple(member.info.name for member in self._having(module))
+        return tuple(adapter.info.name for adapter in self._having(module))
 
     def ranks(self, module: str) -> dict[str, int]:
         """Rank of each adapter that adapts a module, from the headers.
@@ -226,8 +228,8 @@ class AdapterCollection:
             KeyError: If no adapter adapts a module of that name.
         """
         return {
-            member.info.name: member.weights.shapes[member.locations[module].key_A][0]
-            for member in self._having(module)
+            adapter.info.name: adapter.weights.shapes[adapter.locations[module].key_A][0]
+            for adapter in self._having(module)
         }
 
     def fan_in_fan_out(self, module: str) -> bool:
@@ -241,7 +243,7 @@ class AdapterCollection:
         Raises:
             KeyError: If no adapter adapts a module of that name.
         """
-        return any(member.fan_in_fan_out for member in self._having(module))
+        return any(adapter.fan_in_fan_out for adapter in self._having(module))
 
     def is_embedding(self, module: str) -> bool:
         """Whether a module is an embedding, whose input features are tokens.
@@ -252,7 +254,7 @@ class AdapterCollection:
         Raises:
             KeyError: If no adapter adapts a module of that name.
         """
-        return any("lora_embedding_" in member.locations[module].key_A for member in self._having(module))
+        return any("lora_embedding_" in adapter.locations[module].key_A for adapter in self._having(module))
 
     def layout_fingerprint(self, name: str) -> str:
         """SHA-256 of how an adapter's factors are read: places, shapes and scalings of its modules, as its config has them.
@@ -264,9 +266,9 @@ class AdapterCollection:
             CollectionError: If the name is unknown.
         """
         self._check_names([name])
-        member = self._members[name]
-        modules = {module: asdict(location) for module, location in member.locations.items()}
-        text = json.dumps([modules, member.fan_in_fan_out], sort_keys=True)
+        adapter = self._opened[name]
+        modules = {module: asdict(location) for module, location in adapter.locations.items()}
+        text = json.dumps([modules, adapter.fan_in_fan_out], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def subset(self, names: Iterable[str]) -> "AdapterCollection":
@@ -282,7 +284,7 @@ class AdapterCollection:
         self._check_names(names)
         if not names:
             raise CollectionError([f"No adapter would be left of the {len(self)}: name at least one to keep."])
-        return AdapterCollection([self._members[name] for name in names])
+        return AdapterCollection([self._opened[name] for name in names])
 
     def without(self, *names: str) -> "AdapterCollection":
         """The same adapters but some.
@@ -319,12 +321,12 @@ class AdapterCollection:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What the headers alone tell: tensors kept aside, modules missing from some adapters, names aligned."""
-        return findings_of_headers(tuple(self._members.values()))
+        return findings_of_headers(tuple(self._opened.values()))
 
     def close(self) -> None:
         """Let go of the files. Reading afterwards opens them again."""
-        for member in self._members.values():
-            member.weights.close()
+        for adapter in self._opened.values():
+            adapter.weights.close()
 
     def __enter__(self) -> "AdapterCollection":
         return self
@@ -333,13 +335,13 @@ class AdapterCollection:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._opened)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
+        return iter(self._opened)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._members
+        return name in self._opened
 
     def __getitem__(self, name: str) -> SourceAdapter:
         """Record of one adapter.
@@ -348,7 +350,7 @@ class AdapterCollection:
             CollectionError: If the name is unknown.
         """
         self._check_names([name])
-        return self._members[name].info
+        return self._opened[name].info
 
     def __repr__(self) -> str:
         return f"AdapterCollection(adapters={len(self)}, modules={len(self.modules)}, base_model={self.base_model!r})"
@@ -362,7 +364,7 @@ class AdapterCollection:
         return self._of_module[module]
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self._members]
+        unknown = [name for name in names if name not in self._opened]
         if unknown:
             raise CollectionError(
                 [f"{some(unknown)} is not in the collection, which has {some(self.names, limit=20)}."]

@@ -52,13 +52,13 @@ class MergedAdapter:
         """Rank of every module."""
         return self.report.rank
 
-    def scaled(self, factor: float) -> "MergedAdapter":
+    def scaled(self, scale: float) -> "MergedAdapter":
         """The same adapter, all updates times a number; the report keeps the numbers of the merge it came from.
 
         Args:
-            factor: The number.
+            scale: The number.
         """
-        return replace(self, factors={name: (factor * B, A) for name, (B, A) in self.factors.items()})
+        return replace(self, factors={name: (scale * B, A) for name, (B, A) in self.factors.items()})
 
     def save_pretrained(
         self,

@@ -33,13 +33,13 @@ class Task:
     Attributes:
         train: Training rows.
         test: Held-out rows.
-        collator: Pads batches.
+        data_collator: Pads batches.
         n_labels: Number of classes.
     """
 
     train: Dataset
     test: Dataset
-    collator: DataCollatorWithPadding
+    data_collator: DataCollatorWithPadding
     n_labels: int
 
 
@@ -78,7 +78,7 @@ def load_task(customer: NewCustomer) -> Task:
     return Task(
         train=encode(customer.train),
         test=encode(customer.test),
-        collator=DataCollatorWithPadding(tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer),
         n_labels=len(customer.intents),
     )
 

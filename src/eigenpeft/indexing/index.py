@@ -122,12 +122,12 @@ class AdapterIndex(Pushable):
         del self._rows[name]
         self._fitted = None
 
-    def query(self, rows: Iterable[Any], *, top: int = 5, downhill: Mapping[str, float] | None = None) -> IndexAnswer:
+    def query(self, rows: Iterable[Any], *, top_k: int = 5, downhill: Mapping[str, float] | None = None) -> IndexAnswer:
         """The adapters whose tasks are nearest to rows of one task.
 
         Args:
             rows: A few rows of the task (8 are many); texts or mappings.
-            top: Names to give.
+            top_k: Names to give.
             downhill: Adapter to the cosine of its update with the negative gradient of the rows' loss, as `Reuse.nearest` of
                 `eigenpeft.audit` gives it with a model and a data set; shown beside the scores.
 
@@ -140,7 +140,7 @@ class AdapterIndex(Pushable):
         cosines = task_cosines(embedded.double().mean(dim=0, keepdim=True), vectors)[0]
         order = cosines.argsort(descending=True, stable=True).tolist()
         names = self.names
-        matches = tuple(Match(names[place], float(cosines[place])) for place in order[: max(top, 1)])
+        matches = tuple(Match(names[place], float(cosines[place])) for place in order[: max(top_k, 1)])
         probability, is_far = None, False
         if sureness is not None:
             lead = float(cosines[order[0]] - cosines[order[1]])
@@ -151,13 +151,14 @@ class AdapterIndex(Pushable):
         )
 
     def route(
-        self, texts: Iterable[Any], *, top: int = 1, temperature: float = 0.05, base_if_far: bool = False
+        self, texts: Iterable[Any], *, top_k: int = 1, temperature: float = 0.05, base_if_far: bool = False
     ) -> list[Any]:
         """An adapter for each text of a batch, for `AdapterBank.use`.
 
         Args:
             texts: The requests.
-            top: 1 gives each text one name; more give it the weights of so many, as `{name: weight}`, by a softmax of the cosines.
+            top_k: 1 gives each text one name; more give it the weights of so many, as `{name: weight}`, by a softmax of the
+                cosines.
             temperature: Temperature of the softmax; smaller trusts the nearest more.
             base_if_far: Give "__base__" to texts that look like none of the tasks.
 
@@ -168,12 +169,12 @@ class AdapterIndex(Pushable):
             EigenPeftError: If the index is empty, an argument is out of range, there are no texts, or the encoder is another one or
                 gives something else than a row of numbers per text.
         """
-        if top < 1 or not temperature > 0:
-            raise EigenPeftError(f"top={top} must be at least 1 and temperature={temperature} above 0.")
+        if top_k < 1 or not temperature > 0:
+            raise EigenPeftError(f"top_k={top_k} must be at least 1 and temperature={temperature} above 0.")
         embedded = self._embedded(texts_of(texts), what="the texts")
         vectors, sureness = self._fit(embedded)
         cosines = task_cosines(embedded, vectors)
-        best = cosines.topk(min(top, len(self)), dim=1)
+        best = cosines.topk(min(top_k, len(self)), dim=1)
         weights = (best.values / temperature).softmax(dim=1)
         chosen: list[Any] = []
         for score, places, shares in zip(
@@ -181,7 +182,7 @@ class AdapterIndex(Pushable):
         ):
             if base_if_far and sureness is not None and sureness.is_far(score, 1):
                 chosen.append(BASE)
-            elif top == 1:
+            elif top_k == 1:
                 chosen.append(self.names[places[0]])
             else:
                 chosen.append({self.names[place]: share for place, share in zip(places, shares, strict=True)})

@@ -64,7 +64,7 @@ def _start_score(search: Search, sources: Sources, *, steps: int) -> float:
         torch.manual_seed(search.args.seed)
         base = search.make_model()
         merged_start(base, adapters=sources.merged)
-        _, losses = judge(base, search.held_out, collator=search.collator)
+        _, losses = judge(base, search.held_out, data_collator=search.data_collator)
         return -fmean(losses)
 
 
@@ -78,5 +78,5 @@ def _nearest(search: Search, sources: Sources, *, steps: int) -> str:
         torch.manual_seed(search.args.seed)
         model = search.make_model()
     rows = [search.rows[i] for i in range(min(len(search.rows), 64))]
-    batches = [search.collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
+    batches = [search.data_collator(rows[i : i + 8]) for i in range(0, len(rows), 8)]
     return next(iter(nearest_adapters(sources.collection, model=model, batches=batches).adapters))

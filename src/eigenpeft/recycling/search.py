@@ -30,7 +30,7 @@ class Search:
         rows: Rows that candidates are trained on.
         held_out: Rows that they are judged on.
         args: Arguments of the Trainer.
-        collator: Makes a batch of rows.
+        data_collator: Makes a batch of rows.
         trainer: `Trainer`, a subclass, or a function that makes one.
         head_learning_rate: Peak learning rate of a new head beside an adapter.
         log: File that every trial is written to, a line each.
@@ -47,7 +47,7 @@ class Search:
     rows: Any
     held_out: Any
     args: TrainingArguments
-    collator: Callable[[list[Any]], Any]
+    data_collator: Callable[[list[Any]], Any]
     trainer: Callable[..., Trainer]
     head_learning_rate: float
     log: Path
@@ -91,7 +91,7 @@ class Search:
             OSError, ValueError: As `model`.
         """
         model = self.model(candidate, sources)
-        settings = {"args": self.args, "collator": self.collator, "trainer": self.trainer}
+        settings = {"args": self.args, "data_collator": self.data_collator, "trainer": self.trainer}
         only_head = not any(p.requires_grad and "modules_to_save" not in name for name, p in model.named_parameters())
         train(
             model,
@@ -137,7 +137,7 @@ class Search:
         n_parameters = sum(
             p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
         )
-        score, losses = judge(model, self.held_out, collator=self.collator)
+        score, losses = judge(model, self.held_out, data_collator=self.data_collator)
         asked = _asked(candidate, sources, learning_rate=learning_rate, steps=steps)
         measured = {"score": score, "loss": fmean(losses), "losses": tuple(losses), "n_parameters": n_parameters}
         found = Trial(**asked, **measured, seconds=time.perf_counter() - start)

@@ -38,10 +38,10 @@ def tested(search: Search, sources: Sources, best: Trial, *, model: Any, rows: A
     """
     if test_rows is None:
         return {}
-    scores, losses = judge_rows(model, test_rows, collator=search.collator)
+    scores, losses = judge_rows(model, test_rows, data_collator=search.data_collator)
     found = [FinalScore(best.candidate, best.learning_rate, fmean(scores), _error(scores), fmean(losses))]
     for name, learning_rate, other in _beside(search, sources, best, rows):
-        theirs, their_losses = judge_rows(other, test_rows, collator=search.collator)
+        theirs, their_losses = judge_rows(other, test_rows, data_collator=search.data_collator)
         lead, error = paired_lead(theirs, scores)
         both = (lead, error if math.isfinite(error) else None)
         found.append(FinalScore(name, learning_rate, fmean(theirs), _error(theirs), fmean(their_losses), both))

@@ -26,7 +26,7 @@ def train(
     learning_rate: float,
     head_learning_rate: float,
     steps: int,
-    collator: Callable[[list[Any]], Any] | None,
+    data_collator: Callable[[list[Any]], Any] | None,
     trainer: Callable[..., Trainer],
 ) -> None:
     """Train in place for a number of steps.
@@ -38,7 +38,7 @@ def train(
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Learning rate of `modules_to_save`, which is a new task's head.
         steps: Optimizer steps, a tenth of them for warm-up.
-        collator: Makes batches of rows.
+        data_collator: Makes batches of rows.
         trainer: `Trainer`, a subclass or a function that makes one.
     """
     head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
@@ -57,34 +57,38 @@ def train(
         for name, value in {**changes, "eval_strategy": "no", "report_to": []}.items():
             setattr(own, name, value)
         set_seed(own.seed)
-        made = trainer(model=model, args=own, train_dataset=rows, data_collator=collator, optimizers=(optimizer, None))
+        made = trainer(
+            model=model, args=own, train_dataset=rows, data_collator=data_collator, optimizers=(optimizer, None)
+        )
         made.remove_callback(PrinterCallback)  # it prints to stdout, where --json puts its one object
         made.train()
 
 
-def judge(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[float, list[float]]:
+def judge(model: nn.Module, rows: Any, *, data_collator: Callable[[list[Any]], Any]) -> tuple[float, list[float]]:
     """Mean score and losses on rows, as `judge_rows` gives them.
 
     Args:
         model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
         rows: With labels.
-        collator: Makes batches of rows.
+        data_collator: Makes batches of rows.
 
     Raises:
         EigenPeftError: If the model gives no loss.
     """
-    scores, losses = judge_rows(model, rows, collator=collator)
+    scores, losses = judge_rows(model, rows, data_collator=data_collator)
     return fmean(scores), losses
 
 
 @torch.no_grad()
-def judge_rows(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], Any]) -> tuple[list[float], list[float]]:
+def judge_rows(
+    model: nn.Module, rows: Any, *, data_collator: Callable[[list[Any]], Any]
+) -> tuple[list[float], list[float]]:
     """Score and loss of each row: 1 or 0 where one row of logits per example meets whole labels, minus the loss otherwise.
 
     Args:
         model: Returns `loss` and `logits`, as models of transformers do when they get `labels`.
         rows: With labels.
-        collator: Makes batches of rows.
+        data_collator: Makes batches of rows.
 
     Returns:
         Scores and losses. A run that diverged has infinite losses, which is the worst result and no error.
@@ -99,7 +103,7 @@ def judge_rows(model: nn.Module, rows: Any, *, collator: Callable[[list[Any]], A
     classifies, size = True, _BATCH
     while len(losses) < len(rows):
         chosen = [rows[i] for i in range(len(losses), min(len(losses) + size, len(rows)))]
-        batch = {name: value.to(device) for name, value in collator(chosen).items()}
+        batch = {name: value.to(device) for name, value in data_collator(chosen).items()}
         found = model(**batch)
         if found.loss is None:
             raise EigenPeftError(f"The model gives no loss for rows with {', '.join(batch)}; rows need labels.")

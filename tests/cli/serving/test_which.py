@@ -33,7 +33,7 @@ def test_an_index_is_built_and_asked(run, tmp_path, base):
     asked = run("which", written(tmp_path / "task.jsonl", ["w3 w2 w1", "w1 w2"]), "--index", tmp_path / "index")
     assert asked.code == 0, asked.err
     assert "left" in asked.out
-    found = json.loads(run("which", tmp_path / "task.jsonl", "--index", tmp_path / "index", "--top", 1, "--json").out)
+    found = json.loads(run("which", tmp_path / "task.jsonl", "--index", tmp_path / "index", "--top-k", 1, "--json").out)
     assert [match["name"] for match in found["matches"]] == ["left"]
     assert 0.0 <= found["probability"] <= 1.0
     assert found["text"].split() == asked.out.split()[-len(found["text"].split()) :] or found["is_far"]

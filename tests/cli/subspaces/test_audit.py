@@ -155,7 +155,10 @@ def test_a_base_without_a_head_gets_one_that_is_trained_on_the_rows(run, tmp_pat
     task = load_task(str(tmp_path / "base"), data, n_rows=16, train_head=True)
     fresh = load_new_task(str(tmp_path / "base"), data)
     torch.manual_seed(0)
-    losses = [fmean(judge(each, fresh.rows, collator=fresh.collator)[1]) for each in (fresh.make_model(), task.model)]
+    losses = [
+        fmean(judge(each, fresh.rows, data_collator=fresh.data_collator)[1])
+        for each in (fresh.make_model(), task.model)
+    ]
     assert losses[1] < losses[0] - 0.05
     trained, untouched = task.model.state_dict(), fresh.make_model().state_dict()
     assert all(torch.equal(trained[name], value) for name, value in untouched.items() if name.startswith("bert."))

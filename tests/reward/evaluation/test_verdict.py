@@ -115,7 +115,7 @@ def test_one_shared_head_alone_is_not_compared_with_itself():
 def test_one_user_has_no_interval_and_few_have_a_wide_one():
     rows = torch.arange(60) // 10
     margins = torch.randn(60, generator=torch.Generator().manual_seed(1))
-    draws = Bootstrap(rows, n_users=6, n_draws=1000, seed=0)
+    draws = Bootstrap(rows, n_users=6, n_bootstrap=1000, seed=0)
     one = draws.share(margins, mask=rows == 0)
     assert (one.low, one.high, one.n_users) == (0.0, 1.0, 1)
     gain = draws.gain(margins, others=-margins, mask=rows == 0)

@@ -90,7 +90,7 @@ def test_the_index_gives_such_rows(store):
     )
     model, ids = tiny_llama(), tokens(2)
     bank = AdapterBank.from_store(store)
-    with bank.attached(model), bank.use(index.route(["of 3", "of 4"], top=3, temperature=1.0)):
+    with bank.attached(model), bank.use(index.route(["of 3", "of 4"], top_k=3, temperature=1.0)):
         served = logits(model, ids)
     assert not torch.allclose(served, logits(tiny_llama(), ids), atol=1e-3)
 

@@ -195,7 +195,7 @@ def _score(
                     f"their labels so, and write TASK={path}, where TASK is an adapter with a head (here {sorted(heads)})."
                 )
             task = load_task(base, Path(path), n_rows=n_rows)
-            batches = [task.collator(task.rows[i : i + _BATCH]) for i in range(0, len(task.rows), _BATCH)]
+            batches = [task.data_collator(task.rows[i : i + _BATCH]) for i in range(0, len(task.rows), _BATCH)]
             tasks.append(HeldOutTask(path, task.model.eval(), batches))
             continue
         if name not in heads:

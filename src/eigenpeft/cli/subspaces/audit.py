@@ -105,7 +105,7 @@ def audit(
             collection,
             model=None if task is None else task.model,
             dataset=None if task is None else task.rows,
-            data_collator=None if task is None else task.collator,
+            data_collator=None if task is None else task.data_collator,
             n_rows=n_rows,
             n_train=n_train,
             n_components=n_components,

@@ -164,7 +164,7 @@ def score(
     unknown: Annotated[
         str, typer.Option(help="What an unknown user is: error, or population to score as for everybody.")
     ] = "error",
-    top: Annotated[
+    top_k: Annotated[
         int | None,
         typer.Option(min=1, help="Keep this many rows of each user, the best first; default: all, as they come."),
     ] = None,
@@ -191,7 +191,7 @@ def score(
     values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=data)
     results = [{"user": name, "reward": value} for name, value in zip(users, values, strict=True)]
     rows = with_input(table, results, without=["features"])
-    rows = rows if top is None else best_of_each(rows, top)
+    rows = rows if top_k is None else best_of_each(rows, top_k)
     write_rows(rows, out, overwrite=overwrite)
     replaced = [name for name in replaced_columns(table, results) if name != user_column]
     if as_json:

@@ -109,17 +109,17 @@ def rewards_of(
     return reward(completions=completions, prompts=prompts, user_id=users)
 
 
-def best_of_each(rows: list[dict[str, Any]], top: int) -> list[dict[str, Any]]:
+def best_of_each(rows: list[dict[str, Any]], top_k: int) -> list[dict[str, Any]]:
     """The rows with the highest rewards of each user, best first; users in the order in which they come.
 
     Args:
         rows: With user and reward.
-        top: Rows per user.
+        top_k: Rows per user.
     """
     by_user: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_user.setdefault(row["user"], []).append(row)
-    return [row for own in by_user.values() for row in sorted(own, key=lambda one: -one["reward"])[:top]]
+    return [row for own in by_user.values() for row in sorted(own, key=lambda one: -one["reward"])[:top_k]]
 
 
 def score_table(rows: list[dict[str, Any]]) -> Table:

@@ -106,7 +106,7 @@ def recycle_command(
                 logging_strategy="no",
             ),
             out_dir=out,
-            data_collator=task.collator,
+            data_collator=task.data_collator,
             candidates=candidate or tuple(CANDIDATES),
             task_type=task.task_type,
             n_components=n_components,

@@ -73,7 +73,7 @@ def dirichlet_penalty(
 
 def batch_prior(
     log_weights: Float[Tensor, "n b"],
-    n_comparisons: Float[Tensor, " n"] | Int[Tensor, " n"],
+    n_pairs: Float[Tensor, " n"] | Int[Tensor, " n"],
     *,
     pseudo_count: float | Float[Tensor, " b"],
 ) -> Float[Tensor, ""]:
@@ -84,7 +84,7 @@ def batch_prior(
 
     Args:
         log_weights: log w of the user of each comparison in the batch.
-        n_comparisons: n_u, how many comparisons of all the training rows are that user's; at least 1.
+        n_pairs: n_u, how many comparisons of all the training rows are that user's; at least 1.
         pseudo_count: As for `dirichlet_penalty`.
 
     Example:
@@ -93,7 +93,7 @@ def batch_prior(
         >>> batch_prior(logs, torch.tensor([2, 4]), pseudo_count=1.0)
         tensor(0.5199)
     """
-    return (dirichlet_penalty(log_weights, pseudo_count) / n_comparisons).mean()
+    return (dirichlet_penalty(log_weights, pseudo_count) / n_pairs).mean()
 
 
 def simplex(logits: Float[Tensor, "*n b"]) -> Float[Tensor, "*n b"]:

@@ -156,7 +156,7 @@ def evaluate_lore(
         differences, rows=rows, parts=parts, shared=shared, reference_head=reference_head, n_users=len(names), seed=seed
     )
     oracle = {} if true_margins is None else {"oracle": true_margins}
-    draws = Bootstrap(rows, n_users=len(names), n_draws=n_bootstrap, seed=seed)
+    draws = Bootstrap(rows, n_users=len(names), n_bootstrap=n_bootstrap, seed=seed)
 
     def judged(model: LowRankRewardModel) -> LoReEvaluation:
         margins = controls | _lore_margins(differences, rows=rows, parts=parts, lore=model, n_users=len(names)) | oracle

@@ -34,12 +34,12 @@ class Bootstrap:
     Args:
         rows: (n,) user of each comparison.
         n_users: How many there are.
-        n_draws: Draws of users.
+        n_bootstrap: Draws of users.
         seed: Seed of the draws.
     """
 
-    def __init__(self, rows: Tensor, *, n_users: int, n_draws: int, seed: int):
-        self.rows, self.n_users, self.n_draws = rows, n_users, n_draws
+    def __init__(self, rows: Tensor, *, n_users: int, n_bootstrap: int, seed: int):
+        self.rows, self.n_users, self.n_bootstrap = rows, n_users, n_bootstrap
         self.seed = seed
 
     def share(self, margins: Tensor, *, mask: Tensor) -> Share:
@@ -70,7 +70,7 @@ class Bootstrap:
         if n_users < 2:
             return Share(mean=mean, low=lowest, high=1.0, n_users=n_users, n_pairs=len(rows))
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(n_users, (self.n_draws, n_users), generator=generator)
+        drawn = torch.randint(n_users, (self.n_bootstrap, n_users), generator=generator)
         tail = expanded_tail(n_users)
         ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
         low, high = torch.quantile(of_users[drawn].mean(dim=1), ends).tolist()

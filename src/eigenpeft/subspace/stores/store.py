@@ -96,7 +96,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
     def add(
         self,
-        source: Any,
+        adapter: Any,
         *,
         name: str | None = None,
         adapter_name: str = "default",
@@ -109,7 +109,7 @@ class AdapterStore(Pushable, AdapterMembers):
         """Add one adapter. Where the store has a folder, the member is written there and nothing else is (nor the card).
 
         Args:
-            source: A trained `PeftModel`; the folder or Hub id of an adapter of peft_type EIGENLORA (kept bit for bit, in
+            adapter: A trained `PeftModel`; the folder or Hub id of an adapter of peft_type EIGENLORA (kept bit for bit, in
                 its own core) or LORA (projected, its error recorded); "STORE#MEMBER", or a member of a store with the same
                 bases.
             name: Name in the store; None takes that of the folder, the repository, the member, or `adapter_name`.
@@ -124,27 +124,27 @@ class AdapterStore(Pushable, AdapterMembers):
             The member as it is kept.
 
         Raises:
-            SubspaceError: If the name is taken, `source` is of another type, there is no store where "STORE#MEMBER" says, or
+            SubspaceError: If the name is taken, `adapter` is of another type, there is no store where "STORE#MEMBER" says, or
                 the adapter does not fit the bases or has something that a store does not keep; the message names it.
             CollectionError: If its files cannot be read.
             ArtifactError: If the store cannot be written, or another process is writing it; or if the other store is damaged.
             KeyError: If the store of "STORE#MEMBER" has no such member.
         """
         options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        if isinstance(source, AdapterMember):
-            own, member = str(source.record.get("name") or ""), source
-        elif hasattr(source, "peft_config"):
-            own, member = adapter_name, read_model(source, self.subspace, adapter_name=adapter_name)
-        elif isinstance(source, str) and "#" in source and not Path(source).exists():
-            place, _, own = source.partition("#")
+        if isinstance(adapter, AdapterMember):
+            own, member = str(adapter.record.get("name") or ""), adapter
+        elif hasattr(adapter, "peft_config"):
+            own, member = adapter_name, read_model(adapter, self.subspace, adapter_name=adapter_name)
+        elif isinstance(adapter, str) and "#" in adapter and not Path(adapter).exists():
+            place, _, own = adapter.partition("#")
             member = AdapterStore.from_pretrained(place, **options)[own]
-        elif isinstance(source, str | Path):
+        elif isinstance(adapter, str | Path):
             options["allow_different_base_models"] = allow_different_base_models
-            own, member = read_adapter(source, self.subspace, **options)
+            own, member = read_adapter(adapter, self.subspace, **options)
         else:
             raise SubspaceError(
                 f"add() takes a PeftModel, a folder, a Hub id, 'STORE#MEMBER' or a member of a store, not a "
-                f"{type(source).__name__}."
+                f"{type(adapter).__name__}."
             )
         name = own if name is None else name
         self._put(name, member, replace=replace)

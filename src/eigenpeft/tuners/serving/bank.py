@@ -247,7 +247,7 @@ class AdapterBank(nn.Module):
 
         Args:
             names: One name per row; "__base__" for the base model; or the weights of several members, whose updates are added up,
-                as `AdapterIndex.route(texts, top=3)` gives them. Such a row has the head of the member with the largest weight.
+                as `AdapterIndex.route(texts, top_k=3)` gives them. Such a row has the head of the member with the largest weight.
             n_repeats: Rows of the model for each name, one after the other: the number of beams, or of sequences to
                 return, of `generate`.
             logits: How heads with different numbers of labels share a batch: "padded" with -inf to the largest number, or
