@@ -1,0 +1,109 @@
+"""One word for one concept: words that were given up do not come back as a parameter, an attribute or an option."""
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.test_public_api import EXTRAS, ROOMS, is_ours, room_callables
+
+# Each word with the one in use. The glossary (docs/glossary.md) says what the latter mean.
+GIVEN_UP = {
+    "base_revision": "base_model_revision",
+    "coefficients_lr": "coefficients_learning_rate",
+    "collator": "data_collator",
+    "digest": "fingerprint",
+    "exist_ok": "overwrite",
+    "force": "overwrite",
+    "head_rate": "head_learning_rate",
+    "holdout": "held_out",
+    "loadings": "coefficients",
+    "lora_dim": "r or rank",
+    "lr": "learning_rate",
+    "mixer_lr": "mixer_learning_rate",
+    "n_comparisons": "n_pairs",
+    "n_examples": "n_rows",
+    "n_in": "n_components_in",
+    "n_out": "n_components_out",
+    "n_samples": "n_rows",
+    "n_zoos": "n_collections",
+    "num_components": "n_components",
+    "output_dir": "out_dir",
+    "patience": "timeout",
+    "random_state": "seed or generator",
+    "save_dir": "save_directory or out_dir",
+    "show_progress": "progress",
+    "standardise": "standardize",
+    "tokenizer": "processing_class",
+    "top": "top_k",
+    "zoo": "collection",
+}
+# Words that mean one thing, and what else they must not be said of: the word, the rooms or names it is for, the other word.
+BELONGS_TO = {
+    "method": (
+        r"SubspaceBuilder|SubspaceInfo|build_shared_subspace|fit_bases|stack_rows|(leading|top)_components",
+        "rule",
+    ),
+    "save_directory": (r"\w+\.save_pretrained", "out_dir"),
+    "sha256": (r"InputStatistics", "fingerprint"),
+}
+
+
+def parameters(room):
+    """Name and parameters of everything that a room publishes and no host has laid down, the fields of its configs included."""
+    yield from ((name, list(inspect.signature(function).parameters)) for name, function, _ in room_callables(room))
+    module = importlib.import_module(room)
+    for name, thing in ((name, getattr(module, name)) for name in module.__all__):
+        if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
+            given = {
+                field for base in thing.__mro__ if not is_ours(base) for field in vars(base).get("__annotations__", ())
+            }
+            yield name, [field.name for field in dataclasses.fields(thing) if field.name not in given]
+
+
+def attributes(room):
+    """Name and public attributes of the classes that a room publishes, without what their hosts have."""
+    module = importlib.import_module(room)
+    for name, thing in ((name, getattr(module, name)) for name in module.__all__):
+        if inspect.isclass(thing):
+            hosts = [base for base in thing.__mro__ if not is_ours(base)]
+            yield name, [each for each in dir(thing) if not any(hasattr(base, each) for base in hosts)]
+
+
+@functools.cache
+def names_of(room):
+    if room in EXTRAS and not find_spec(EXTRAS[room][0]):
+        pytest.skip(EXTRAS[room][1])
+    return list(parameters(room)), list(attributes(room))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_word_that_was_given_up_comes_back(room):
+    found = [(name, each) for part in names_of(room) for name, own in part for each in own if each in GIVEN_UP]
+    assert not found, f"{[(name, each, 'now ' + GIVEN_UP[each]) for name, each in found]}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_words_with_one_meaning_are_said_of_nothing_else(room):
+    for name, own in names_of(room)[0]:
+        for each in own:
+            allowed, other = BELONGS_TO.get(each, (None, None))
+            assert allowed is None or re.fullmatch(allowed, name), f"{name} takes {each}; the word for it is {other}"
+
+
+@pytest.mark.parametrize("word", BELONGS_TO)
+def test_words_with_one_meaning_are_in_use(word):
+    rooms = [room for room in ROOMS if room not in EXTRAS]
+    assert any(word in own for room in rooms for _, own in names_of(room)[0])
+
+
+def test_no_command_has_an_option_that_was_given_up():
+    text = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    options = {option.replace("-", "_") for option in re.findall(r"^\| `--([a-z0-9-]+)`", text, re.MULTILINE)}
+    assert len(options) > 50
+    assert not options & set(GIVEN_UP)
