@@ -94,6 +94,9 @@ class TensorFile:
 
         Args:
             key: One of `shapes`.
+
+        Raises:
+            KeyError: If there is no such tensor.
         """
         return self._places[key][0]
 

@@ -99,6 +99,9 @@ class Diagnosis:
         Args:
             names: Adapters that have the module.
             norms: Their ‖ΔW‖ on it.
+
+        Raises:
+            ValueError: If there is not one norm for each name.
         """
         for name, norm in zip(names, norms, strict=True):
             self._squares[name] = self._squares.get(name, 0.0) + norm**2

@@ -87,6 +87,9 @@ class StoreCatalog:
 
         Args:
             label: Name of the store.
+
+        Raises:
+            KeyError: If there is no such store.
         """
         with self._lock:
             return self._stores[label].current().names

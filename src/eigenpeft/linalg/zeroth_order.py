@@ -83,6 +83,9 @@ def slope_along(
     Returns:
         `(g, (L(θ + εz) + L(θ - εz)) / 2)`.
 
+    Raises:
+        ValueError: If there are more values on one side than on the other.
+
     Examples:
         >>> import torch
         >>> slope_along(lambda t: float(t[0] ** 2), [torch.tensor(3.0)], [torch.tensor(1.0)], epsilon=0.5)

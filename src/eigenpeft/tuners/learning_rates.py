@@ -29,6 +29,9 @@ def suggested_learning_rate(
     Returns:
         The rate, for Adam and a schedule that falls to zero.
 
+    Raises:
+        KeyError: If there is no such trainer or core.
+
     Examples:
         >>> suggested_learning_rate("sft", core="full"), suggested_learning_rate("sft", peft_method="lora")
         (0.01, 0.002)

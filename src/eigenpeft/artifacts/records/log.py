@@ -69,6 +69,9 @@ class RecordLog:
 
         Args:
             name: Its name.
+
+        Raises:
+            KeyError: If there is no such record.
         """
         return self._state.places[name].size
 

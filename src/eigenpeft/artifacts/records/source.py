@@ -24,6 +24,7 @@ class RecordSource(Protocol):
 
         Raises:
             ArtifactError: If it cannot be read.
+            KeyError: If there is no such record.
         """
         ...
 
@@ -32,6 +33,9 @@ class RecordSource(Protocol):
 
         Args:
             name: Name of the record.
+
+        Raises:
+            KeyError: If there is no such record.
         """
         ...
 

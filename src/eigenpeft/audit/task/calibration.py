@@ -95,6 +95,9 @@ class Calibration:
             kind: "adapters" or "task".
             measures: By name.
             base_model: As the adapters' configs name it.
+
+        Raises:
+            KeyError: If there is no such kind, or one of its measures is missing.
         """
         if not self.base_models:
             return ["no collection has been trained for the calibration yet"]

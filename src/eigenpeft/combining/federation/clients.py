@@ -41,6 +41,7 @@ def round_update(
     Raises:
         AdapterConfigError: If the rule is unknown or lacks its steps, the adapter is of another kind, or its modules have
             different scalings.
+        KeyError: If the model has no such adapter.
 
     Examples:
         >>> import torch

@@ -94,6 +94,9 @@ def chance_cosine(gradient_squares: Sequence[float], update_squares: Sequence[fl
     Returns:
         0 where either is zero in all weights.
 
+    Raises:
+        ValueError: If the arguments differ in length.
+
     Example:
         >>> chance_cosine([1.0, 1.0], [2.0, 2.0], [50, 50])
         0.1

@@ -76,6 +76,7 @@ def embed_preferences(
     Raises:
         RewardModelError: If a column is missing, a row has no user, or the folder holds features of another
             model or tokenizer.
+        OSError: If the folder of the features cannot be written.
 
     Examples:
         >>> from transformers import AutoModel, AutoTokenizer

@@ -32,6 +32,7 @@ class FeaturesCache:
 
     Raises:
         RewardModelError: If the folder holds features of another model, tokenizer or length.
+        OSError: If the folder cannot be written.
     """
 
     def __init__(self, folder: Path, model: Any, processing_class: Any, *, max_length: int | None, part_size: int):

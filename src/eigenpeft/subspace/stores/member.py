@@ -43,6 +43,11 @@ class AdapterMember(Mapping[str, Core]):
     subspace_sha256: str | None = None
 
     def __getitem__(self, module: str) -> Core:
+        """Core of one module.
+
+        Raises:
+            KeyError: If the adapter has none there.
+        """
         return self.cores[module]
 
     def __iter__(self) -> Iterator[str]:
