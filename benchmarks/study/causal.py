@@ -106,7 +106,7 @@ METHODS = {
 def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Logits (n_answer_tokens, vocabulary) at the places before the answers' tokens."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=core.lm_head.weight.dtype == torch.bfloat16):
         outputs = core.model(inputs_embeds=batch.hidden, position_ids=batch.positions, use_cache=False)
         return core.lm_head(outputs.last_hidden_state[0, batch.before_answer]).float()
 

@@ -55,13 +55,16 @@ class Skipped(nn.Module):
 
 
 class Halves:
-    """A causal LM cut in the middle: only the upper half of its layers is adapted, so the lower is computed once per row."""
+    """A causal LM cut in two: only the upper layers, half of all unless said, are adapted, so the lower are computed once per row.
 
-    def __init__(self, folder: Path):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    With `dtype=torch.float32` there is no autocast, for CPUs without bfloat16 instructions.
+    """
+
+    def __init__(self, folder: Path, *, n_upper: int | None = None, dtype: torch.dtype = torch.bfloat16):
+        self.tokenizer, self.dtype = AutoTokenizer.from_pretrained(folder), dtype
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         n_layers = len(whole.model.layers)
-        self.first = n_layers // 2
+        self.first = n_layers // 2 if n_upper is None else n_layers - n_upper
         self._lower, self._upper = whole.model, deepcopy(whole)
         for i in range(n_layers):
             (self._upper.model if i < self.first else self._lower).layers[i] = Skipped()
@@ -85,7 +88,7 @@ class Halves:
             lengths = [len(tokens) for tokens, _ in found[start : start + _AT_A_TIME]]
             packed = torch.tensor([sum((tokens for tokens, _ in found[start : start + _AT_A_TIME]), [])])
             places = torch.cat([torch.arange(length) for length in lengths])[None]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self._lower(input_ids=packed, position_ids=places, use_cache=False).last_hidden_state[0]
             hidden += output.split(lengths)
         return [Row(tokens, n_prompt, own) for (tokens, n_prompt), own in zip(found, hidden, strict=True)]
