@@ -114,6 +114,27 @@ def zoos_table(rows: Cells, measures: Cells) -> str:
     return table([*titles, "merged, head minus head", "minus LoRA r8"], lines)
 
 
+def growth_table(rows: Cells) -> str:
+    """What more adapters, or relatives among them, add: the same method, targets and seeds with one zoo and with another."""
+    pairs = (
+        (("own", 40), ("own", 5)),
+        (("own", 20), ("own", 5)),
+        (("own", 40), ("own", 20)),
+        (("other", 40), ("other", 5)),
+        (("own", 20), ("other", 20)),
+        (("own", 40), ("other", 40)),
+    )
+    lines = []
+    for one, other in pairs:
+        named = [f"{size} {KINDS[kind] if kind == 'own' else 'of ' + KINDS[kind]}" for kind, size in (one, other)]
+        found = [
+            shown(list(gaps(*(accuracies(rows, method, zoo=kind, size=size) for kind, size in (one, other))).values()))
+            for method in ("EigenLoRA K8", "merged, head")
+        ]
+        lines.append([" minus ".join(named), *found])
+    return table(["adapters", "EigenLoRA K8", "merged, head"], lines)
+
+
 def targets_table(rows: Cells, own: dict[str, str]) -> str:
     names = [*PRIMARY, *ON_TOP]
     found = {name: accuracies(rows, name) for name in names}
@@ -222,8 +243,10 @@ def draw(rows: Cells, path: Path) -> None:
     left.set(xlabel="points of accuracy, 95 % interval over targets", title="64 rows, 20 related adapters")
     for method, other, color in (("EigenLoRA K8", "LoRA equal", "tab:blue"), ("merged, head", "head", "tab:orange")):
         points = []
+        few = accuracies(rows, method, size=5)  # the same targets at every size
         for size in (5, 10, 20, 40):
-            values = list(gaps(accuracies(rows, method, size=size), accuracies(rows, other)).values())
+            found = gaps(accuracies(rows, method, size=size), accuracies(rows, other))
+            values = [gap for target, gap in found.items() if target in few]
             if len(values) > 2:
                 points.append((size, *interval(values)[:2]))
         if points:
@@ -260,6 +283,7 @@ def main() -> None:
         "methods": methods_table(rows, own, (*PRIMARY, *ON_TOP, *OTHERS)),
         "targets": targets_table(rows, own),
         "zoos": zoos_table(rows, measures),
+        "growth": growth_table(rows),
         "rows-16": comparisons(rows, own, n_rows=16),
         "rows-256": comparisons(rows, own, n_rows=256),
         "tuning": tuning_table(cells),
