@@ -94,7 +94,7 @@ study: setup smollm2 ## Rerun the study of left-out tasks: DATA=folder `tasks` w
 	$(BIN)/python benchmarks/study/causal_report.py --docs docs/study.md
 	test -e study-work/one_seed.done || $(BIN)/python recipes/train_zoo.py --data $(DATA) --out study-work/one_seed --seed 11 --steps 100 \
 	  --batch_size 16 --bf16 true --max_length 48 \
-	  --base $$($(BIN)/python -c "from eigenpeft.demo import base_model; print(base_model())")
+	  --model $$($(BIN)/python -c "from eigenpeft.demo import base_model; print(base_model())")
 	touch study-work/one_seed.done
 	$(BIN)/python benchmarks/study/same_seed.py --data $(DATA) --zoos study-work/one_seed --docs docs/study.md
 

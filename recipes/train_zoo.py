@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--data", type=Path, default=Path(), help="folder that the tasks' files are in")
-    parser.add_argument("--base", default=None, help="local path of the base model; default: base_model of the config")
+    parser.add_argument("--model", default=None, help="local path of the base model; default: base_model of the config")
     parser.add_argument("--out", type=Path, default=Path("zoo"))
     parser.add_argument("--tasks", nargs="*", help="only these")
     parser.add_argument("--seed", type=int, help="one seed for all tasks, and one start; default: each task's own")
@@ -166,7 +166,7 @@ def main() -> None:
         done = {row["task"] for row in record["adapters"]}
         if name in done or (arguments.tasks and name not in arguments.tasks):
             continue
-        base = arguments.base or settings["base_model"]
+        base = arguments.model or settings["base_model"]
         same_start = arguments.seed is not None
         if same_start:
             task = {**task, "seed": arguments.seed}

@@ -204,7 +204,7 @@ def _artifact(
     made, old = {}, subspace.info.base_model_name_or_path
     if base_model is None and _is_local(old):
         raise ArtifactError(
-            f"The {label} names the local base model {old!r}, which others do not have; pass base_model (--base-model), its Hub "
+            f"The {label} names the local base model {old!r}, which others do not have; pass base_model (--model), its Hub "
             "id."
         )
     if base_model is not None:

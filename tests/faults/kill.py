@@ -164,7 +164,7 @@ def jobs(place: Path) -> dict[str, Job]:
         AdapterStore(old, members=dict(kept)).save_pretrained(out["wider"])
 
     def put_merged() -> None:
-        finish(("merge-base", str(place / "tuned"), "--base", str(place / "base"), "-o", str(out["merged"])))
+        finish(("merge-base", str(place / "tuned"), "--model", str(place / "base"), "-o", str(out["merged"])))
 
     def words(*parts: object) -> tuple[str, ...]:
         return (*map(str, parts), "--overwrite")
@@ -211,7 +211,7 @@ def jobs(place: Path) -> dict[str, Job]:
             changes=True,
         ),
         "merge-base": Job(
-            words("merge-base", place / "tuned", "--base", place / "base", "-o", out["merged"]),
+            words("merge-base", place / "tuned", "--model", place / "base", "-o", out["merged"]),
             out["merged"],
             put_merged,
         ),

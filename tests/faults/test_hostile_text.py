@@ -137,7 +137,7 @@ def test_a_local_base_model_is_neither_in_a_card_nor_published(tmp_path, kind):
     card = (tmp_path / kind / "README.md").read_text(encoding="utf-8")
     assert "/models/of-somebody" not in card
     assert "Base model: `llama`, a local folder" in card
-    with pytest.raises(ArtifactError, match=r"names the local base model .* pass base_model \(--base-model\)"):
+    with pytest.raises(ArtifactError, match=r"names the local base model .* pass base_model \(--model\)"):
         prepare(tmp_path / kind, repo_id="owner/name")
     publication = prepare(tmp_path / kind, repo_id="owner/name", base_model="meta-llama/Llama-3.2-1B")
     config = publication.made["subspace_config.json"].decode()

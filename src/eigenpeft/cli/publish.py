@@ -20,7 +20,7 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made when it does not exist.")],
     subspace: Annotated[str | None, typer.Option(help="Hub id of an adapter's subspace, if it names a folder.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id of an adapter's base model, if it names a folder.")
+        str | None, typer.Option("--model", help="Hub id of an adapter's base model, if it names a folder.")
     ] = None,
     audit: Annotated[
         Path | None,

@@ -69,7 +69,7 @@ def test_what_cannot_be_exported_is_one_message(run, place):
         (("store",), "Which adapter of the store 'store'? Name one of its 1: 'one'"),
         (("nowhere", "one"), "No adapter store at 'nowhere'"),
         (("store", "one", "--format", "onnx"), "--format 'onnx' must be peft or gguf"),
-        (("store", "one", "--base-model", "base"), "--base-model is read for --format gguf alone; leave it out"),
+        (("store", "one", "--model", "base"), "--model is read for --format gguf alone; leave it out"),
     ):
         ran = run("export", *words, "--out", "lora")
         assert ran.code == 1

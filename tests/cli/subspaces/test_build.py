@@ -51,7 +51,7 @@ def test_build_names_the_base_model_that_configs_call_a_folder(run, adapters, tm
         config = json.loads(file.read_text()) | {"base_model_name_or_path": f"/home/{file.parent.name}/base"}
         file.write_text(json.dumps(config))
     assert "base model" in run("build", adapters.folder, "-o", tmp_path / "subspace").err
-    assert run("build", adapters.folder, "--base-model", "owner/base", "-o", tmp_path / "subspace").code == 0
+    assert run("build", adapters.folder, "--model", "owner/base", "-o", tmp_path / "subspace").code == 0
     assert PrincipalSubspace.from_pretrained(tmp_path / "subspace").info.base_model_name_or_path == "owner/base"
 
 

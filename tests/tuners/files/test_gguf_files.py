@@ -163,7 +163,7 @@ BAD_ARGUMENTS = {
     ),
     "no base model": (
         {"base_model": "no/such-model"},
-        r"'no/such-model' cannot be read .* pass base_model \(--base-model\)",
+        r"'no/such-model' cannot be read .* pass base_model \(--model\)",
     ),
     "a name the Hub does not take": ({"base_model": "a/b/c/d"}, "'a/b/c/d' cannot be read"),
     "no such adapter": ({"adapter_name": "other"}, "adapter_name='other' is not in the model"),

@@ -29,7 +29,9 @@ def export(
     ] = "peft",
     base_model: Annotated[
         str | None,
-        typer.Option(help="For gguf: folder or Hub id of the base model; default: the one that the store names."),
+        typer.Option(
+            "--model", help="For gguf: folder or Hub id of the base model; default: the one that the store names."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -46,7 +48,7 @@ def export(
     if file_format not in ("peft", "gguf"):
         raise EigenPeftError(f"--format {file_format!r} must be peft or gguf.")
     if base_model is not None and file_format != "gguf":
-        raise EigenPeftError("--base-model is read for --format gguf alone; leave it out.")
+        raise EigenPeftError("--model is read for --format gguf alone; leave it out.")
     opened, name = _opened(source, name)
     if file_format == "gguf":
         export_gguf(opened, out, adapter_name=name, rank=rank, base_model=base_model, overwrite=overwrite)

@@ -18,7 +18,7 @@ _KIND = "merged model"
 def merge_base(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of an adapter of any PEFT method.")],
     out: Out,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the one the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="Base model; default: the one the adapter names.")] = None,
     num_labels: Annotated[int | None, typer.Option(help="Labels of a classifier's head.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

@@ -45,7 +45,9 @@ Components = Annotated[
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option(help="Hub id of the base model, in place of what the adapters' configs name (a local folder, say)."),
+    typer.Option(
+        "--model", help="Hub id of the base model, in place of what the adapters' configs name (a local folder, say)."
+    ),
 ]
 MemoryLimit = Annotated[
     str | None,

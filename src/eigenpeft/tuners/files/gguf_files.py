@@ -142,7 +142,7 @@ def _base_config(
         except (OSError, ValueError, TypeError, HFValidationError) as error:
             raise AdapterConfigError(
                 f"The configuration of the base model {str(where)!r} cannot be read ({str(error).strip().splitlines()[0]}); "
-                "pass base_model (--base-model), the folder or Hub id of the base model."
+                "pass base_model (--model), the folder or Hub id of the base model."
             ) from error
     kind = getattr(config, "model_type", None)
     if kind not in LLAMA_FAMILY:
@@ -159,7 +159,7 @@ def _renamed(update: LoraUpdate, names: Any, config: Any) -> tuple[str, tuple[Te
     if found is None or update.kind != "module" or update.lora_A.ndim != 2:
         raise AdapterConfigError(
             f"{update.target!r} has no place in a GGUF file of the architecture {config.model_type!r} with "
-            f"{config.num_hidden_layers} layers. Export a plain LoRA folder instead, or check base_model (--base-model)."
+            f"{config.num_hidden_layers} layers. Export a plain LoRA folder instead, or check base_model (--model)."
         )
     tensor, name = found
     lora_A, lora_B = update.lora_A.detach().float().cpu(), update.lora_B.detach().float().cpu()

@@ -53,7 +53,7 @@ def merge_into_base(
     if base is None or task not in LOADERS:
         raise AdapterConfigError(
             f"{adapter} names the base model {base!r} and the task type {task!r}; merge-base needs a base model (pass "
-            f"--base) and one of {', '.join(LOADERS)}."
+            f"--model) and one of {', '.join(LOADERS)}."
         )
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if num_labels is not None:
@@ -76,7 +76,7 @@ def _reading(load: Any, what: str) -> Any:
 def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
     what = (
         f"The adapter {adapter!r} does not fit the base model {base!r}. If it was trained on a resized vocabulary or another "
-        "number of labels, pass --num-labels, or save the base model with those sizes and pass it as --base"
+        "number of labels, pass --num-labels, or save the base model with those sizes and pass it as --model"
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
