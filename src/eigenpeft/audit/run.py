@@ -31,7 +31,7 @@ def audit_adapters(
     collection: AdapterCollection,
     *,
     model: nn.Module | None = None,
-    dataset: Any = None,
+    rows: Any = None,
     data_collator: Callable[[list[Any]], Any] | None = None,
     n_rows: int = 64,
     n_train: int = 64,
@@ -53,17 +53,17 @@ def audit_adapters(
     same of random adapters with the same singular values and shapes. Adapters that started from one seed, or are nearly
     equal, are left out together, so that none of them is measured against its own relatives.
 
-    With `model` and `dataset` also whether their subspace suits a new task: the share of that task's gradient in it before
+    With `model` and `rows` also whether their subspace suits a new task: the share of that task's gradient in it before
     any training, beside random subspaces and the best of that size (`gradient_share`), which K, modules and core.
 
     Args:
         collection: At least three trained adapters.
         model: The base model with the new task's head, if it has one: trained, since gradients behind a fresh head are
             those of a random direction.
-        dataset: Rows of the new task as a `transformers.Trainer` takes them: tokenized, with labels.
+        rows: Rows of the new task as a `transformers.Trainer` takes them: tokenized, with labels.
         data_collator: Makes a batch of rows, as for a Trainer; default: `transformers.default_data_collator`, which needs
             rows of one length.
-        n_rows: Rows of the data set to use, from the first, in batches of 8.
+        n_rows: How many of the rows to use, from the first, in batches of 8.
         n_train: Training rows that the new task has, for the second answer: few rows gain more.
         calibration: Where the probabilities of the second answer come from; default: the one that ships (docs/regimes.md).
         n_components: Largest K looked at.
@@ -94,7 +94,7 @@ def audit_adapters(
         ['legal', 'medical', 'sports']
     """
     sizes = {"n_components": n_components, "n_nulls": n_nulls, "n_rows": n_rows, "n_train": n_train}
-    _check(model, dataset, sizes, share)
+    _check(model, rows, sizes, share)
     findings = list(collection.diagnose(progress=progress))
     untrained = {name for finding in findings if finding.kind == "untrained" for name in finding.adapters}
     names = _enough(collection, untrained)
@@ -129,7 +129,7 @@ def audit_adapters(
     if model is None:
         return report
     return _with_task(
-        report, collection.subset(names), model, dataset, data_collator=data_collator, n_rows=n_rows, train=answer
+        report, collection.subset(names), model, rows, data_collator=data_collator, n_rows=n_rows, train=answer
     )
 
 
@@ -151,7 +151,7 @@ def _with_task(
     report: AuditReport,
     collection: AdapterCollection,
     model: nn.Module,
-    dataset: Any,
+    rows: Any,
     *,
     data_collator: Callable[[list[Any]], Any] | None,
     n_rows: int,
@@ -161,7 +161,7 @@ def _with_task(
     gradient, near = task_gradient(
         collection,
         model,
-        dataset,
+        rows,
         data_collator=data_collator,
         n_rows=n_rows,
         n_components=components_at_hand(report),
@@ -175,11 +175,11 @@ def _with_task(
     )
 
 
-def _check(model: nn.Module | None, dataset: Any, sizes: Mapping[str, int], share: Any) -> None:
+def _check(model: nn.Module | None, rows: Any, sizes: Mapping[str, int], share: Any) -> None:
     """The arguments, before anything is read."""
     group_of(share or "layers")
-    if (model is None) != (dataset is None):
-        given, missing = ("dataset", "model") if model is None else ("model", "dataset")
+    if (model is None) != (rows is None):
+        given, missing = ("rows", "model") if model is None else ("model", "rows")
         raise SubspaceError(f"audit got {given}= without {missing}=; the gradient of a new task needs both.")
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

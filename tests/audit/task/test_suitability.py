@@ -45,7 +45,7 @@ def adapters_of(folder, model, rows, *, along):
 def test_the_gradient_tells_subspaces_apart(tmp_path, along, sentence):
     model, rows = tiny_bert(hidden_dropout_prob=0.0), task_rows()
     collection = adapters_of(tmp_path, model, rows, along=along)
-    report = audit_adapters(collection, model=model, dataset=rows, n_components=8, progress=False)
+    report = audit_adapters(collection, model=model, rows=rows, n_components=8, progress=False)
     found = report.gradient
     assert len(found.curve) == 4  # all that these adapters have
     assert sentence in report.advice
@@ -64,7 +64,7 @@ def test_rows_and_their_number_are_as_asked(tmp_path):
         return {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
 
     report = audit_adapters(
-        collection, model=model, dataset=rows, data_collator=collate, n_rows=20, n_nulls=1, progress=False
+        collection, model=model, rows=rows, data_collator=collate, n_rows=20, n_nulls=1, progress=False
     )
     assert seen == [8, 8, 4]
     assert report.gradient.n_batches == 3
@@ -72,7 +72,7 @@ def test_rows_and_their_number_are_as_asked(tmp_path):
 
 def test_a_model_without_data_is_one_message(tmp_path):
     collection = adapters_of(tmp_path, tiny_bert(), task_rows(), along=True)
-    with pytest.raises(SubspaceError, match="model= without dataset="):
+    with pytest.raises(SubspaceError, match="model= without rows="):
         audit_adapters(collection, model=tiny_bert())
-    with pytest.raises(SubspaceError, match="dataset= without model="):
-        audit_adapters(collection, dataset=task_rows())
+    with pytest.raises(SubspaceError, match="rows= without model="):
+        audit_adapters(collection, rows=task_rows())

@@ -30,7 +30,7 @@ _WHOLE = 1.0 - 1e-6
 def task_gradient(
     collection: AdapterCollection,
     model: nn.Module,
-    dataset: Any,
+    rows: Any,
     *,
     data_collator: Callable[[list[Any]], Any] | None,
     n_rows: int,
@@ -41,7 +41,7 @@ def task_gradient(
     Args:
         collection: Trained adapters.
         model: Base model with the task's head.
-        dataset: Tokenized rows with labels.
+        rows: Tokenized rows with labels.
         data_collator: Makes batches; default: `transformers.default_data_collator`.
         n_rows: Rows used.
         n_components: Module to its number of components.
@@ -54,8 +54,8 @@ def task_gradient(
     subspace = PrincipalSubspace(
         {name: _fitter(count).fit(name, collection).bank for name, count in n_components.items()}
     )
-    rows: Any = list(islice(iter(dataset), n_rows))
-    loader = DataLoader(rows, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
+    used: Any = list(islice(iter(rows), n_rows))
+    loader = DataLoader(used, batch_size=_BATCH_SIZE, collate_fn=data_collator or default_data_collator)
     device = next(model.parameters()).device
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
     tokens, n_batches = gather_tokens(model, targets=modules_in(model, subspace), batches=batches)

@@ -104,7 +104,7 @@ def audit(
         report = run_audit(
             collection,
             model=None if task is None else task.model,
-            dataset=None if task is None else task.rows,
+            rows=None if task is None else task.rows,
             data_collator=None if task is None else task.data_collator,
             n_rows=n_rows,
             n_train=n_train,

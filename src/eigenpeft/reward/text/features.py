@@ -47,7 +47,7 @@ def embed_texts(
 
 
 def embed_preferences(
-    dataset: Dataset,
+    rows: Dataset,
     *,
     model: Any,
     processing_class: Any,
@@ -64,7 +64,7 @@ def embed_preferences(
     on where it stopped, a finished one is read back, and rows added at the end cost only themselves.
 
     Args:
-        dataset: With `chosen`, `rejected`, perhaps `prompt`, and the user column.
+        rows: Comparisons: a data set with `chosen`, `rejected`, perhaps `prompt`, and the user column.
         model: Sequence classifier or encoder.
         processing_class: Its tokenizer.
         cache_dir: Folder of this data set's features.
@@ -87,29 +87,29 @@ def embed_preferences(
         >>> sorted(found.column_names), len(found[0]["chosen"])
         (['chosen', 'rejected', 'user_id'], 384)
     """
-    missing = {"chosen", "rejected", user_column} - set(dataset.column_names)
+    missing = {"chosen", "rejected", user_column} - set(rows.column_names)
     if missing:
         raise RewardModelError(
-            f"The data set has no column {sorted(missing)}, only {sorted(dataset.column_names)}; preferences need chosen, "
+            f"The data set has no column {sorted(missing)}, only {sorted(rows.column_names)}; preferences need chosen, "
             f"rejected and the user ({user_column!r})."
         )
-    if empty := [row for row, user in enumerate(dataset[user_column]) if user is None or str(user) == ""]:
+    if empty := [row for row, user in enumerate(rows[user_column]) if user is None or str(user) == ""]:
         raise RewardModelError(
             f"Row {empty[0]} has no user in its column {user_column!r} (nor have {len(empty) - 1} more rows); name the user of "
             "each comparison, or leave those rows out."
         )
     cache = FeaturesCache(Path(cache_dir), model, processing_class, max_length=max_length, part_size=part_size)
-    starts = range(0, len(dataset), part_size)
+    starts = range(0, len(rows), part_size)
     parts, known = [], {}
     for start in tqdm(starts, desc="Embedding comparisons", disable=len(starts) < 2):
-        rows = dataset.select(range(start, min(start + part_size, len(dataset))))
-        examples: list[Any] = list(rows)
+        some = rows.select(range(start, min(start + part_size, len(rows))))
+        examples: list[Any] = list(some)
         texts = [
             join(row.get("prompt") or ("" if isinstance(row[side], str) else []), row[side], processing_class)
             for side in ("chosen", "rejected")
             for row in examples
         ]
-        users = [str(user) for user in rows[user_column]]
+        users = [str(user) for user in some[user_column]]
         part = cache.read(texts, users)
         if part is None:
             new = [text for text in dict.fromkeys(texts) if text not in known]
