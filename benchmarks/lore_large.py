@@ -104,7 +104,7 @@ def mapped(scratch):
 
     def comparisons(rows):
         texts = torch.randint(n_texts, (2, len(rows)), generator=generator)
-        margins = ((rewards[texts[0]] - rewards[texts[1]]) * users.weights[rows]).sum(dim=1)
+        margins = ((rewards[texts[0]] - rewards[texts[1]]) * users.user_weights[rows]).sum(dim=1)
         swap = torch.rand(len(rows), generator=generator) > torch.sigmoid(margins)
         return torch.where(swap, texts.flip(0), texts), torch.where(swap, -margins, margins)
 

@@ -53,13 +53,13 @@ def test_the_card_is_readable_and_counts_nobody(model):
 
 def test_empty_history_is_the_population_and_history_moves_away(model, normal):
     empty = model.add_user("new", chosen=torch.zeros(0, 4), rejected=torch.zeros(0, 4))
-    torch.testing.assert_close(empty.weights, model.population_weights)
+    torch.testing.assert_close(empty.user_weights, model.population_weights)
     assert empty.n_pairs == model.users.n_pairs("new") == 0
     direction = normal(40, 4, seed=3)
     wanted = model.reward_basis[0]
     chosen = direction * torch.sign(direction @ wanted)[:, None]
     learnt = model.update_user("new", chosen=4 * chosen, rejected=torch.zeros(40, 4))
-    assert learnt.weights[0] > 0.7
+    assert learnt.user_weights[0] > 0.7
     assert learnt.covariance.diagonal().sum() < empty.covariance.diagonal().sum()
     assert model.users.n_pairs("new") == 40
     with pytest.raises(RewardModelError, match="'new' is known already; call update_user"):
@@ -71,8 +71,8 @@ def test_empty_history_is_the_population_and_history_moves_away(model, normal):
 def test_contradictory_pairs_cancel(model, normal):
     chosen, rejected = normal(6, 4, seed=1), normal(6, 4, seed=2)
     both_ways = model.posterior(torch.cat([chosen, rejected]), torch.cat([rejected, chosen]))
-    assert torch.isfinite(both_ways.weights).all()
-    head = both_ways.weights @ model.reward_basis
+    assert torch.isfinite(both_ways.user_weights).all()
+    head = both_ways.user_weights @ model.reward_basis
     margins = (chosen - rejected) @ head
     assert margins.abs().mean() < ((chosen - rejected) @ model.reward_head()).abs().mean()
 
@@ -84,7 +84,7 @@ def test_many_users_at_once_are_each_as_alone(model, normal):
     for user in ("u0", "u6"):
         mine = torch.tensor([name == user for name in user_ids])
         alone = model.posterior(chosen[mine], rejected[mine])
-        torch.testing.assert_close(model.user_weights([user])[0], alone.weights, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.user_weights([user])[0], alone.user_weights, atol=1e-5, rtol=1e-5)
         assert model.users.n_pairs(user) == int(mine.sum())
     assert len(model.users) == 9
 

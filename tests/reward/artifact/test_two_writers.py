@@ -37,7 +37,7 @@ def test_users_of_both_writers_are_there(tmp_path):
     second.save_users(tmp_path / "rw")
     assert list(on_disk(tmp_path / "rw").users) == ["bob", "carl", "dora"]
     assert list(second.users) == ["bob", "carl", "dora"]
-    assert on_disk(tmp_path / "rw").users.weights(["bob"]).argmax() == 1
+    assert on_disk(tmp_path / "rw").users.user_weights(["bob"]).argmax() == 1
     assert not_ours(tmp_path / "rw") == []
 
 

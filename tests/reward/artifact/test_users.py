@@ -26,8 +26,8 @@ def test_rows_come_back_in_the_order_asked(ids, tmp_path):
     table.put(ids, user_weights=weights(6), n_pairs=range(6))
     for now in (table, saved(table, tmp_path)):
         assert len(now) == 6
-        assert torch.equal(now.weights(ids), weights(6))
-        assert torch.equal(now.weights(["7", "ada", "ada"]), weights(6)[[3, 1, 1]])
+        assert torch.equal(now.user_weights(ids), weights(6))
+        assert torch.equal(now.user_weights(["7", "ada", "ada"]), weights(6)[[3, 1, 1]])
         assert [now.n_pairs(user) for user in ids] == list(range(6))
         assert "ada" in now
         assert "ad" not in now
@@ -52,9 +52,9 @@ def test_changes_over_a_mapped_table(ids, tmp_path):
         assert len(now) == len(list(now)) == 6
         assert "bob" not in now
         assert "gone" not in now
-        assert torch.equal(now.weights(["ada"]), weights(2, seed=1)[:1])
+        assert torch.equal(now.user_weights(["ada"]), weights(2, seed=1)[:1])
         assert now.n_pairs("ada") == 20
-        assert torch.equal(now.weights(["Zoë"]), weights(6)[2:3])
+        assert torch.equal(now.user_weights(["Zoë"]), weights(6)[2:3])
     assert b"bob" not in (tmp_path / "users.safetensors").read_bytes()
 
 
@@ -62,19 +62,19 @@ def test_an_empty_table(tmp_path):
     table = saved(UserTable(3), tmp_path)
     assert len(table) == 0
     assert list(table) == []
-    assert table.weights([]).shape == (0, 3)
-    assert table.weights(["x"], default=torch.tensor([0.2, 0.3, 0.5])).tolist() == [pytest.approx([0.2, 0.3, 0.5])]
+    assert table.user_weights([]).shape == (0, 3)
+    assert table.user_weights(["x"], unknown=torch.tensor([0.2, 0.3, 0.5])).tolist() == [pytest.approx([0.2, 0.3, 0.5])]
 
 
 def test_errors(ids, tmp_path):
     table = UserTable(3)
     table.put(ids, user_weights=weights(6), n_pairs=range(6))
     with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users.*add_user"):
-        table.weights(["ada", "eve"])
+        table.user_weights(["ada", "eve"])
     with pytest.raises(UnknownUserError, match=r"'eve' is not among the 6 users of this reward model\. Add"):
-        table.weights(["eve", "ada", "eve"])  # one user in two rows
+        table.user_weights(["eve", "ada", "eve"])  # one user in two rows
     with pytest.raises(UnknownUserError, match=r"\(nor are 2 more of those asked for\)"):
-        table.weights(["eve", "kim", "eve", "lou", "kim"])
+        table.user_weights(["eve", "kim", "eve", "lou", "kim"])
     with pytest.raises(UnknownUserError, match="'eve' is not among"):
         table.delete("eve")
     with pytest.raises(RewardModelError, match="'7' is listed more than once"):
@@ -111,4 +111,4 @@ def test_random_changes_agree_with_a_dictionary(tmp_path):
         if step % 50 == 49:
             table = saved(table, tmp_path)
     assert sorted(plain) == list(table)
-    assert torch.equal(table.weights(list(plain)), torch.stack(list(plain.values())))
+    assert torch.equal(table.user_weights(list(plain)), torch.stack(list(plain.values())))

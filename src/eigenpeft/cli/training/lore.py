@@ -130,7 +130,7 @@ def add_user(
             {
                 "user": user,
                 "n_pairs": found.n_pairs,
-                "weights": found.weights.tolist(),
+                "weights": found.user_weights.tolist(),
                 "users": len(model.users),
                 "was_known": known,
                 "n_basis": model.n_basis,
@@ -138,7 +138,8 @@ def add_user(
         )
         return
     weights, common = (
-        ", ".join(f"{weight:.2f}" for weight in each.tolist()) for each in (found.weights, model.population_weights)
+        ", ".join(f"{weight:.2f}" for weight in each.tolist())
+        for each in (found.user_weights, model.population_weights)
     )
     anew = ", which was known and is fitted anew" if known else ""
     console.print(

@@ -23,12 +23,12 @@ class UserPosterior:
     """What a history of comparisons says about its user.
 
     Attributes:
-        weights: (n_basis,), the most probable ones.
+        user_weights: (n_basis,), the most probable ones.
         covariance: (n_basis, n_basis), of the Laplace approximation; its rows sum to zero.
         n_pairs: Size of the history.
     """
 
-    weights: Tensor
+    user_weights: Tensor
     covariance: Tensor
     n_pairs: int
 
@@ -80,7 +80,7 @@ class LowRankRewardModel(RewardModelArtifact):
         """
         if unknown not in ("error", "population"):
             raise RewardModelError(f'unknown={unknown!r} must be "error" or "population".')
-        return self.users.weights(user_ids, default=self.population_weights if unknown == "population" else None)
+        return self.users.user_weights(user_ids, unknown=self.population_weights if unknown == "population" else None)
 
     def reward_head(self, user_id: UserId | None = None) -> Tensor:
         """`Rᵀ w_u`, an ordinary scalar reward head.
@@ -208,7 +208,7 @@ class LowRankRewardModel(RewardModelArtifact):
                 not finite.
         """
         candidates = pair_margins(chosen, rejected, self.reward_basis)
-        return next_pair(posterior.weights, posterior.covariance, candidates=candidates).tolist()
+        return next_pair(posterior.user_weights, posterior.covariance, candidates=candidates).tolist()
 
     def add_user(self, user_id: UserId, *, chosen: Features, rejected: Features) -> UserPosterior:
         """Fit a new user's weights to comparisons and keep them.
@@ -362,7 +362,7 @@ class LowRankRewardModel(RewardModelArtifact):
 
     def _put(self, user_id: UserId, chosen: Features, rejected: Features) -> UserPosterior:
         found = self.posterior(chosen, rejected)
-        self.users.put([user_id], user_weights=found.weights[None], n_pairs=[found.n_pairs])
+        self.users.put([user_id], user_weights=found.user_weights[None], n_pairs=[found.n_pairs])
         return found
 
     def _backbone(self) -> Any:

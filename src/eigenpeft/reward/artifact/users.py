@@ -33,7 +33,7 @@ class UserTable:
     Examples:
         >>> users = UserTable(2)
         >>> users.put(["ann"], user_weights=torch.tensor([[0.25, 0.75]]), n_pairs=[3])
-        >>> len(users), "ann" in users, users.weights(["ann"]).tolist()
+        >>> len(users), "ann" in users, users.user_weights(["ann"]).tolist()
         (1, True, [[0.25, 0.75]])
     """
 
@@ -96,19 +96,19 @@ class UserTable:
                     found[i] = self._changed[key] is not None
         return torch.from_numpy(found)
 
-    def weights(self, user_ids: Sequence[UserId], *, default: Tensor | None = None) -> Tensor:
+    def user_weights(self, user_ids: Sequence[UserId], *, unknown: Tensor | None = None) -> Tensor:
         """Weights of each of the users, in the order asked.
 
         Args:
             user_ids: Ids, repeated as you like.
-            default: (n_basis,) weights of unknown users; None refuses them.
+            unknown: (n_basis,) weights that unknown users get; None refuses them.
 
         Returns:
             (n, n_basis) float32.
 
         Raises:
             RewardModelError: If an id is empty, too long, or of another type.
-            UnknownUserError: If one is unknown and there is no default.
+            UnknownUserError: If one is not in the table and `unknown` is None.
         """
         keys = [encode(user_id) for user_id in user_ids]
         rows, found = self._rows(keys)
@@ -122,7 +122,7 @@ class UserTable:
                     if value is not None:
                         result[i] = torch.from_numpy(value[0])
         missing = [i for i, is_there in enumerate(found) if not is_there]
-        if missing and default is None:
+        if missing and unknown is None:
             others = len({str(user_ids[i]) for i in missing}) - 1  # a user asked for in many rows is one user
             raise UnknownUserError(
                 f"{user_ids[missing[0]]!r} is not among the {len(self)} users of this reward model"
@@ -130,8 +130,8 @@ class UserTable:
                 + ". Add the user from a few comparisons (add_user), or ask for the population's reward with "
                 'unknown="population".'
             )
-        if missing and default is not None:
-            result[missing] = default.to(result)
+        if missing and unknown is not None:
+            result[missing] = unknown.to(result)
         return result
 
     def n_pairs(self, user_id: UserId) -> int:
@@ -146,7 +146,7 @@ class UserTable:
         """
         key = encode(user_id)
         with self._lock:
-            self.weights([user_id])
+            self.user_weights([user_id])
             value = self._changed.get(key)
         if value is not None:
             return value[1]
@@ -199,7 +199,7 @@ class UserTable:
             UnknownUserError: If it is not known.
         """
         with self._lock:
-            self.weights([user_id])
+            self.user_weights([user_id])
             self._changed[encode(user_id)] = None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class SimulatedUsers:
         on_axes[:, :n_signal] = scale / math.sqrt(2) * whitened / self._deviations[:n_signal]
         self.reward_basis = on_axes @ self._axes.mT
         parameters = torch.full((n_users, n_basis), concentration)
-        self.weights = torch._sample_dirichlet(parameters, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+        self.user_weights = torch._sample_dirichlet(parameters, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
         mean = on_axes.mean(dim=0)
         noise = torch.zeros(n_features)
         noise[:n_signal] = _normal(n_signal, generator=generator) / self._deviations[:n_signal]
@@ -102,7 +102,7 @@ class SimulatedUsers:
             (_normal(n, len(self._deviations), generator=generator) * self._deviations) @ self._axes.mT
             for _ in range(2)
         )
-        margins = (((first - second) @ self.reward_basis.mT) * self.weights[numbers]).sum(dim=1)
+        margins = (((first - second) @ self.reward_basis.mT) * self.user_weights[numbers]).sum(dim=1)
         swap = torch.rand(n, generator=generator) > torch.sigmoid(margins)
         chosen = torch.where(swap[:, None], second, first).to(dtype)
         rejected = torch.where(swap[:, None], first, second).to(dtype)
