@@ -175,7 +175,7 @@ def test_it_goes_on_from_a_fitted_reward_model(adapter, dtype, llama, tokenizer,
     ]
     fitter = LoReFitter(n_basis=2, deviation_scale=2.0, strength=1.0)
     fitted = fitter.fit(*sides, user_ids=train["user_id"], backbone=backbone, processing_class=tokenizer).model_
-    fitted.delete_user("user-5")
+    fitted.remove_user("user-5")
     before = {name: value.clone() for name, value in fitted.backbone.state_dict().items()}
     trainer = LoReTrainer(fitted, config(tmp_path, max_steps=1), train_dataset=train, peft_config=adapter)
     start = trainer.reward_model()

@@ -33,7 +33,7 @@ def test_unknown_users(model, normal):
     assert torch.allclose(model.rewards(features, "eve", unknown="population"), model.rewards(features))
     with pytest.raises(RewardModelError, match="unknown='guess' must be"):
         model.rewards(features, "ada", unknown="guess")
-    for call in (model.reward_head, model.delete_user):
+    for call in (model.reward_head, model.remove_user):
         with pytest.raises(UnknownUserError, match="'eve' is not among"):
             call("eve")
     with pytest.raises(UnknownUserError, match="'eve' is not among"):
@@ -64,7 +64,7 @@ def test_empty_history_is_the_population_and_history_moves_away(model, normal):
     assert model.users.n_pairs("new") == 40
     with pytest.raises(RewardModelError, match="'new' is known already; call update_user"):
         model.add_user("new", chosen=chosen, rejected=chosen)
-    model.delete_user("new")
+    model.remove_user("new")
     assert "new" not in model.users
 
 
@@ -277,7 +277,7 @@ def test_push_to_hub_leaves_the_place_of_the_users_alone(model, tmp_path, monkey
     monkeypatch.setattr("eigenpeft.artifacts.pushing.push_folder", lambda *_, **__: "address")
     model.push_to_hub("me/rewards")
     other = type(model).from_pretrained(tmp_path / "rewards")
-    other.users.delete("bob")
+    other.users.remove("bob")
     other.save_users(tmp_path / "rewards")
     model.users.put(["eve"], user_weights=torch.tensor([[1.0, 0.0, 0.0]]), n_pairs=[1])
     model.save_users(tmp_path / "rewards")

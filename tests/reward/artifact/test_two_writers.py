@@ -32,7 +32,7 @@ def test_users_of_both_writers_are_there(tmp_path):
     put(first, "carl", 1)
     put(second, "dora", 2)
     put(second, "bob", 1)
-    first.users.delete("ada")
+    first.users.remove("ada")
     first.save_users(tmp_path / "rw")
     second.save_users(tmp_path / "rw")
     assert list(on_disk(tmp_path / "rw").users) == ["bob", "carl", "dora"]
@@ -44,7 +44,7 @@ def test_users_of_both_writers_are_there(tmp_path):
 def test_a_model_in_memory_does_not_bring_back_who_was_deleted(tmp_path):
     model = saved(tmp_path / "rw")
     other = on_disk(tmp_path / "rw")
-    other.users.delete("ada")
+    other.users.remove("ada")
     other.save_users(tmp_path / "rw")
     put(model, "carl", 1)
     model.save_users(tmp_path / "rw")

@@ -45,9 +45,9 @@ def test_changes_over_a_mapped_table(ids, tmp_path):
         user_weights=weights(2, seed=1),
         n_pairs=[20, 21],
     )
-    table.delete("bob")
+    table.remove("bob")
     table.put(["gone"], user_weights=weights(1), n_pairs=[1])
-    table.delete("gone")
+    table.remove("gone")
     for now in (table, saved(table, tmp_path)):
         assert len(now) == len(list(now)) == 6
         assert "bob" not in now
@@ -76,7 +76,7 @@ def test_errors(ids, tmp_path):
     with pytest.raises(UnknownUserError, match=r"\(nor are 2 more of those asked for\)"):
         table.user_weights(["eve", "kim", "eve", "lou", "kim"])
     with pytest.raises(UnknownUserError, match="'eve' is not among"):
-        table.delete("eve")
+        table.remove("eve")
     with pytest.raises(RewardModelError, match="'7' is listed more than once"):
         table.put([7, "7"], user_weights=weights(2), n_pairs=[1, 1])
     with pytest.raises(RewardModelError, match=r"weights of shape \(2, 3\) must be \(1, 3\)"):
@@ -103,7 +103,7 @@ def test_random_changes_agree_with_a_dictionary(tmp_path):
     for step in range(300):
         user = f"user-{int(torch.randint(40, (1,), generator=generator))}"
         if user in plain and step % 3 == 0:
-            table.delete(user)
+            table.remove(user)
             del plain[user]
         else:
             plain[user] = weights(1, seed=step)[0]

@@ -69,7 +69,7 @@ def test_new_users_by_a_few_comparisons(fitted, users):
     assert fitted.fit_users(few.chosen, few.rejected, user_ids=few.user_ids) is fitted
     assert accuracy(fitted.model_, queries) > before + 0.025
     for user in new:
-        fitted.model_.delete_user(f"user-{user}")
+        fitted.model_.remove_user(f"user-{user}")
 
 
 def test_the_size_is_chosen_by_held_out_comparisons(train, users):

@@ -12,7 +12,7 @@ _WITH_BACKBONE = """The folder is a stock sequence classifier with {labels}, one
 classifiers can serve it (switch the activation off: the logits are the basis rewards)."""
 _WITHOUT_BACKBONE = """The basis stands alone: it takes features of width {n_features} of the base model."""
 _USERS_ARE_IN = """The ids and weights of its users are in `lore_users.safetensors`: personal data if the ids are. Delete that
-file's users with `delete_user` before publishing what is not meant to be public."""
+file's users with `remove_user` before publishing what is not meant to be public."""
 
 _NOT_EVALUATED = "Not evaluated against its controls; run `eigenpeft lore evaluate` before relying on it."
 

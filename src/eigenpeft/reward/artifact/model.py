@@ -37,7 +37,7 @@ class LowRankRewardModel(RewardModelArtifact):
     """`r_u(x) = w_uᵀ R e(x)`: a reward basis R over features e(x), and weights w_u on the simplex for each user (LoRe).
 
     Made by `eigenpeft.reward.LoReFitter` from features or by `eigenpeft.trainers.LoReTrainer` from text; kept by
-    `save_pretrained`. Adding, updating and deleting users touches the table of users alone.
+    `save_pretrained`. Adding, updating and removing users touches the table of users alone.
 
     Args:
         reward_basis: (n_basis, n_features).
@@ -224,7 +224,7 @@ class LowRankRewardModel(RewardModelArtifact):
         """
         if user_id in self.users:
             raise RewardModelError(
-                f"The user {user_id!r} is known already; call update_user with the whole history, or delete_user first."
+                f"The user {user_id!r} is known already; call update_user with the whole history, or remove_user first."
             )
         return self._put(user_id, chosen, rejected)
 
@@ -243,7 +243,7 @@ class LowRankRewardModel(RewardModelArtifact):
         self.user_weights([user_id])
         return self._put(user_id, chosen, rejected)
 
-    def delete_user(self, user_id: UserId) -> None:
+    def remove_user(self, user_id: UserId) -> None:
         """Forget a user; `save_users` or `save_pretrained` makes the file forget too.
 
         Args:
@@ -253,7 +253,7 @@ class LowRankRewardModel(RewardModelArtifact):
             RewardModelError: If the id is empty, too long or of another type.
             UnknownUserError: If the user is not known.
         """
-        self.users.delete(user_id)
+        self.users.remove(user_id)
 
     def fit_users(self, chosen: Features, rejected: Features, *, user_ids: Sequence[UserId]) -> "LowRankRewardModel":
         """Fit the weights of many users at once, replacing those of known ones; returns the model.

@@ -24,7 +24,7 @@ class UserTable:
     """Weights on the simplex by user id; a million users cost a binary search in a sorted array, not a dictionary.
 
     On disk: `ids` (n_users, width) UTF-8 bytes padded with zeros, sorted; `weights` (n_users, n_basis) float32;
-    `n_pairs` (n_users,) int32, the size of the history each was fitted to. Additions, updates and deletions are kept
+    `n_pairs` (n_users,) int32, the size of the history each was fitted to. Users added, updated or removed are kept
     in memory beside the file until `save` merges them. Threads may read while another adds users.
 
     Args:
@@ -42,7 +42,7 @@ class UserTable:
         self._ids = np.zeros(0, dtype="S1")
         self._weights = torch.zeros(0, n_basis)
         self._n_pairs = torch.zeros(0, dtype=torch.int32)
-        self._changed: dict[bytes, tuple[np.ndarray, int] | None] = {}  # None: deleted
+        self._changed: dict[bytes, tuple[np.ndarray, int] | None] = {}  # None: removed
         self._place: Path | None = None  # of the file that the sorted part was read from or written to
         self._lock = RLock()  # held while `_changed` is read or written
 
@@ -188,7 +188,7 @@ class UserTable:
         with self._lock:
             self._changed.update(changes)
 
-    def delete(self, user_id: UserId) -> None:
+    def remove(self, user_id: UserId) -> None:
         """Forget a user; the file forgets at the next `save`.
 
         Args:
@@ -222,7 +222,7 @@ class UserTable:
         """A table on disk with the changes of this one, so that two writers lose nothing of each other's.
 
         Of users that both changed, this table's weights count. Where this table was read from the same file, only what was
-        added, updated or deleted since counts; otherwise all its users do.
+        added, updated or removed since counts; otherwise all its users do.
 
         Args:
             there: The table as it is on disk now.
