@@ -45,19 +45,19 @@ class BaseModelEncoder:
         self.max_length, self.batch_size = max_length, batch_size
 
     @classmethod
-    def from_pretrained(cls, name: str, *, max_length: int = 128, batch_size: int = 32) -> "BaseModelEncoder":
-        """The base model of a folder or Hub id, without a head.
+    def from_pretrained(cls, base_model: str, *, max_length: int = 128, batch_size: int = 32) -> "BaseModelEncoder":
+        """The encoder of a base model, which is loaded without a head.
 
         Args:
-            name: Folder or Hub id.
+            base_model: Folder or Hub id.
             max_length: Tokens of a text that count.
             batch_size: Texts at a time.
         """
-        model = AutoModel.from_pretrained(name).eval()
+        model = AutoModel.from_pretrained(base_model).eval()
         return cls(
             model,
-            processing_class=AutoTokenizer.from_pretrained(name),
-            name=name,
+            processing_class=AutoTokenizer.from_pretrained(base_model),
+            name=base_model,
             max_length=max_length,
             batch_size=batch_size,
         )
