@@ -127,7 +127,7 @@ def run(method, tasks, *, steps, seed):
     if method in ("opcm", "absorb"):
         return run_apart(method, tasks, steps=steps, seed=seed)
     trunk = AutoModel.from_pretrained(base_model()).requires_grad_(False)
-    history, heads, table = SubspaceHistory(size=HISTORY), [], []
+    history, heads, table = SubspaceHistory(max_rows=HISTORY), [], []
     model = fresh(trunk, seed) if method == "sequential" else trunk
     for number, task in enumerate(tasks.values()):
         heads.append(fresh_head(task, 100 * seed + number))

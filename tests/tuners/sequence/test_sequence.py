@@ -119,7 +119,7 @@ def test_a_resumed_training_ends_where_a_whole_one_does(history, tmp_path):
 
 
 def test_inflora_never_touches_what_earlier_tasks_see(tmp_path):
-    first, history = adapted(), SubspaceHistory(size=24)
+    first, history = adapted(), SubspaceHistory(max_rows=24)
     tokens = torch.tensor(task(0)["input_ids"])
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
     history.add_inputs(collect_inputs(first, batches=batches), share=0.9)
@@ -154,7 +154,7 @@ def test_padding_is_no_input():
 
 
 def test_a_history_is_bounded_saved_and_read(history, tmp_path):
-    small = SubspaceHistory(size=4)
+    small = SubspaceHistory(max_rows=4)
     for seed in range(3):
         small.add(adapted(seed))
     assert {tuple(rows.shape) for rows in small.rows.values()} == {(4, 32)}
@@ -185,8 +185,8 @@ def test_what_cannot_work_is_named(history, tmp_path):
         OrthogonalSubspaceCallback(history, mode="soft")
     with pytest.raises(AdapterConfigError, match=r"weight=-1 must be 0 or more"):
         OrthogonalSubspaceCallback(history, weight=-1)
-    with pytest.raises(AdapterConfigError, match="size=0 must be a whole number"):
-        SubspaceHistory(size=0)
+    with pytest.raises(AdapterConfigError, match="max_rows=0 must be a whole number"):
+        SubspaceHistory(max_rows=0)
     with pytest.raises(AdapterConfigError, match="has no input factor A in any layer"):
         history.add(tiny_bert())
     with pytest.raises(AdapterConfigError, match="Use a history of the same base model"):

@@ -134,7 +134,7 @@ class OrthogonalSubspaceCallback(TrainerCallback):
         if width - len(span) < n_rows:
             raise AdapterConfigError(
                 f"The history spans {len(span)} of the {width} input directions of {name!r}, which leaves too few for an adapter "
-                f"of rank {n_rows}. Use a smaller history (size=...), or mode='penalty'."
+                f"of rank {n_rows}. Use a smaller history (max_rows=...), or mode='penalty'."
             )
         logger.info("The start of %s lay in the history, as when two tasks have one seed; it is drawn anew", name)
         generator = torch.Generator().manual_seed(len(span))

@@ -18,14 +18,14 @@ _PREFIX = "base_model.model."
 class SubspaceHistory:
     """Rows of earlier tasks' A, or directions of their inputs, by module.
 
-    Rows are kept as they are while there are at most `size` of them in a module; beyond that a Frequent-Directions sketch takes
+    Rows are kept as they are while there are at most `max_rows` of them in a module; beyond that a Frequent-Directions sketch takes
     their place (`frequent_directions` has its bound).
 
     Args:
-        size: Largest number of rows of a module.
+        max_rows: Largest number of rows of a module.
 
     Raises:
-        AdapterConfigError: If the size is less than 1.
+        AdapterConfigError: If `max_rows` is less than 1.
 
     Attributes:
         rows: Module to its rows, float32; modules by their name in the base model.
@@ -40,10 +40,12 @@ class SubspaceHistory:
         {'0': (2, 6)}
     """
 
-    def __init__(self, *, size: int = 64):
-        if type(size) is not int or size < 1:
-            raise AdapterConfigError(f"size={size!r} must be a whole number of at least 1: rows kept of a module.")
-        self.size = size
+    def __init__(self, *, max_rows: int = 64):
+        if type(max_rows) is not int or max_rows < 1:
+            raise AdapterConfigError(
+                f"max_rows={max_rows!r} must be a whole number of at least 1: rows kept of a module."
+            )
+        self.max_rows = max_rows
         self.rows: dict[str, Tensor] = {}
 
     def add(self, model: nn.Module, *, adapter_name: str = "default") -> None:
@@ -60,22 +62,22 @@ class SubspaceHistory:
             new = factor.detach().flatten(1).float().cpu()
             old = self.rows.get(module, new[:0])
             both = torch.cat([old, new])
-            fits = len(both) <= self.size
-            self.rows[module] = both if fits else frequent_directions(old, new, size=self.size).float()
+            fits = len(both) <= self.max_rows
+            self.rows[module] = both if fits else frequent_directions(old, new, size=self.max_rows).float()
 
     def add_inputs(self, inputs: Mapping[str, Tensor], *, share: float = 0.95) -> None:
         """Remember the directions that a task's inputs have, so many that a share of their squared norm is held.
 
         Args:
             inputs: Module to rows (rows, in_features), as `collect_inputs` gives them.
-            share: In (0, 1]; `size` bounds it.
+            share: In (0, 1]; `max_rows` bounds it.
 
         Raises:
             ValueError: If `share` is not in (0, 1], or more rows are kept of a module than it has inputs.
         """
         for module, rows in inputs.items():
             memory = self.rows.get(module, rows[:0])
-            self.rows[module] = grow_memory(memory, rows, share=share)[: self.size].float()
+            self.rows[module] = grow_memory(memory, rows, share=share)[: self.max_rows].float()
 
     def save(self, out_file: str | Path, *, overwrite: bool = False) -> None:
         """Write the rows as a safetensors file, whole or not at all.
@@ -89,21 +91,21 @@ class SubspaceHistory:
         """
         with atomic_file(out_file, overwrite=overwrite) as scratch:
             rows = {module: rows.contiguous() for module, rows in self.rows.items()}
-            save_file(rows, scratch, metadata={"size": str(self.size)})
+            save_file(rows, scratch, metadata={"size": str(self.max_rows)})
 
     @classmethod
-    def load(cls, path: str | Path, *, size: int = 64) -> "SubspaceHistory":
+    def load(cls, path: str | Path, *, max_rows: int = 64) -> "SubspaceHistory":
         """Read what `save` wrote.
 
         Args:
             path: The file.
-            size: As for the class.
+            max_rows: As for the class.
 
         Raises:
-            AdapterConfigError: If `size` is less than 1.
+            AdapterConfigError: If `max_rows` is less than 1.
             ArtifactError: If the file cannot be read, or holds something else.
         """
-        history = cls(size=size)
+        history = cls(max_rows=max_rows)
         try:
             with TensorFile(path) as file:
                 history.rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

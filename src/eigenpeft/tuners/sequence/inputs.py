@@ -134,7 +134,7 @@ def init_lora_from_inputs(
     if not any(counts.values()):
         raise AdapterConfigError(
             "The history holds all directions of the task's inputs, so that nothing is left to train. Keep less of each task: "
-            "a smaller `share` in add_inputs, or a smaller `size` of the SubspaceHistory."
+            "a smaller `share` in add_inputs, or a smaller `max_rows` of the SubspaceHistory."
         )
     short = [name for name, count in counts.items() if count < len(factors[name])]
     if short:
