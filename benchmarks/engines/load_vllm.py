@@ -86,7 +86,7 @@ def loaded(folder: Path) -> LoRAModel:
 
 def by_plugin(resolver: AdapterResolver, name: str) -> LoRAModel:
     folder = resolver.resolve(name, base_model=BASE)
-    with resolver.present(name, path=folder):
+    with resolver.present(name, folder=folder):
         return loaded(folder)
 
 

@@ -67,14 +67,14 @@ def test_a_store_that_names_no_base_model_is_served_with_a_warning(shelf, caplog
 def test_is_current_follows_the_store(shelf):
     adapters = resolver(shelf)
     paths = {name: resolve(adapters, name) for name in ("anna", "bert")}
-    assert all(adapters.is_current(name, path=path) for name, path in paths.items())
+    assert all(adapters.is_current(name, folder=path) for name, path in paths.items())
     shelf.write(("anna", 7), "carla")
-    assert not adapters.is_current("anna", path=paths["anna"])  # replaced
-    assert not adapters.is_current("bert", path=paths["bert"])  # removed
+    assert not adapters.is_current("anna", folder=paths["anna"])  # replaced
+    assert not adapters.is_current("bert", folder=paths["bert"])  # removed
     assert resolve(adapters, "anna") != paths["anna"]
     with pytest.raises(UnknownAdapterError, match="No adapter 'bert'"):
         resolve(adapters, "bert")
-    assert adapters.is_current("whatever", path="/loras/of/somebody/else")
+    assert adapters.is_current("whatever", folder="/loras/of/somebody/else")
 
 
 def test_a_folder_that_the_cache_gave_up_is_written_again_while_it_is_read(shelf):
@@ -82,16 +82,16 @@ def test_a_folder_that_the_cache_gave_up_is_written_again_while_it_is_read(shelf
     path = resolve(adapters, "anna")
     before = (path / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(path)
-    with adapters.present("anna", path=path):
+    with adapters.present("anna", folder=path):
         assert (path / "adapter_model.safetensors").read_bytes() == before
     shutil.rmtree(path)
     shelf.write(("anna", 7))
     with (
         pytest.raises(UnknownAdapterError, match="'anna' was replaced in its store while"),
-        adapters.present("anna", path=path),
+        adapters.present("anna", folder=path),
     ):
         pass
-    with adapters.present("anna", path="/loras/of/somebody/else"):
+    with adapters.present("anna", folder="/loras/of/somebody/else"):
         pass
 
 

@@ -93,17 +93,17 @@ class AdapterResolver:
         self._check_base(adapter, base_model)
         return self._written(adapter)
 
-    def is_current(self, model_name: str, *, path: str | Path) -> bool:
+    def is_current(self, model_name: str, *, folder: str | Path) -> bool:
         """Whether a folder that was resolved earlier is still what the name means; notes that it is in use.
 
         Args:
             model_name: The name that was resolved.
-            path: What `resolve` returned. Other paths are not this resolver's business and count as current.
+            folder: What `resolve` returned. Other folders are not this resolver's business and count as current.
 
         Raises:
             AdapterConfigError: If the adapter's rank is now larger than the server takes.
         """
-        if not self.owns(path):
+        if not self.owns(folder):
             return True
         try:
             adapter = self.catalog.find(model_name)
@@ -111,36 +111,36 @@ class AdapterResolver:
             return False
         key = self._key(adapter)
         self.cache.touch(key)
-        return key == Path(path).name
+        return key == Path(folder).name
 
-    def owns(self, path: str | Path) -> bool:
-        """Whether a path is one of the cache's folders.
+    def owns(self, folder: str | Path) -> bool:
+        """Whether a folder is one of the cache's.
 
         Args:
-            path: Folder of an adapter.
+            folder: Folder of an adapter.
         """
-        return Path(path).parent == self.cache.cache_dir
+        return Path(folder).parent == self.cache.cache_dir
 
     @contextmanager
-    def present(self, model_name: str, *, path: str | Path) -> Iterator[None]:
+    def present(self, model_name: str, *, folder: str | Path) -> Iterator[None]:
         """Keep a folder that was resolved earlier in place while it is read; write it again if it has gone meanwhile.
 
         Args:
             model_name: The name that was resolved.
-            path: What `resolve` returned; other paths are left alone.
+            folder: What `resolve` returned; other folders are left alone.
 
         Raises:
             UnknownAdapterError: If it has gone, and the store no longer has that member as it was.
             AdapterConfigError: If its rank is larger than the server takes.
             EigenPeftError: If the adapter alone is larger than the cache.
         """
-        if not self.owns(path):
+        if not self.owns(folder):
             yield
             return
         with self.cache.locked():
-            if not self.cache.touch(Path(path).name):
+            if not self.cache.touch(Path(folder).name):
                 adapter = self.catalog.find(model_name)
-                if self._key(adapter) != Path(path).name:
+                if self._key(adapter) != Path(folder).name:
                     raise UnknownAdapterError(
                         f"{model_name!r} was replaced in its store while a request for it was waiting; ask again."
                     )

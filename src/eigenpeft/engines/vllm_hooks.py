@@ -77,7 +77,7 @@ class CurrentRequests(dict):
         """
         if not super().__contains__(name):
             return False
-        if self._adapters.is_current(str(name), path=self[name].lora_path):
+        if self._adapters.is_current(str(name), folder=self[name].lora_path):
             return True
         del self[name]
         return False
@@ -120,7 +120,7 @@ def _hook_worker(adapters: AdapterResolver) -> None:
 
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         adapters.max_rank = self.lora_config.max_lora_rank
-        with adapters.present(lora_request.lora_name, path=Path(lora_request.lora_path)):
+        with adapters.present(lora_request.lora_name, folder=Path(lora_request.lora_path)):
             return original(self, lora_request)
 
     worker._load_adapter = _load_adapter

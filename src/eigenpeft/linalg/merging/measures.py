@@ -17,10 +17,10 @@ class MergeMeasures:
         inner_products: ⟨ΔW_s, ΔW_t⟩; the diagonal holds ‖ΔW_t‖².
         distances: ‖ΔW - ΔW_t‖² of each source, ΔW cut off at its rank and scaled.
         squared_norm: ‖ΔW‖² before it is cut off.
-        kept: Energy of the leading singular values that the rank keeps.
+        kept: Squared norm of the leading singular values that the rank keeps.
         largest: Largest singular value of ΔW.
         over_counting: Mean of SVC's responses over updates and the directions that the rank keeps, weighted by the directions'
-            squared_norm: 1 where the merged update is along its directions as strong as the updates are, more where they were
+            squared norm: 1 where the merged update is along its directions as strong as the updates are, more where they were
             counted repeatedly.
     """
 

@@ -130,11 +130,11 @@ def evaluate_lore(
     """
     names, rows = index_users(user_ids, n_pairs=len(chosen))
     differences = torch.cat([part for _, part in difference_chunks(chosen, rejected)])
-    texts = same_texts(chosen, rejected)
+    text_ids = same_texts(chosen, rejected)
     parts = Parts.draw(
         rows,
         n_users=len(names),
-        texts=texts,
+        text_ids=text_ids,
         prompt_ids=prompt_ids,
         users=held_out_users,
         prompts=held_out_prompts,
@@ -146,7 +146,7 @@ def evaluate_lore(
     keywords = {
         "user_ids": rows[train].tolist(),
         "prompt_ids": None if prompt_ids is None else [prompt_ids[i] for i in train.nonzero()[:, 0].tolist()],
-        "texts": texts[train],
+        "text_ids": text_ids[train],
         "reference_head": reference_head,
     }
     pairs = (differences[train], nothing[train])

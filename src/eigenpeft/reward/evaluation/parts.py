@@ -39,7 +39,7 @@ class Parts:
         rows: Tensor,
         *,
         n_users: int,
-        texts: Tensor,
+        text_ids: Tensor,
         prompt_ids: Sequence[Any] | None,
         users: float,
         prompts: float,
@@ -50,7 +50,7 @@ class Parts:
         Args:
             rows: (n,) user of each comparison.
             n_users: How many there are.
-            texts: (n, 2) of `same_texts`.
+            text_ids: (n, 2) of `same_texts`.
             prompt_ids: Prompt of each comparison, or None.
             users: Share of users held out.
             prompts: Share of prompts held out.
@@ -60,7 +60,7 @@ class Parts:
             RewardModelError: If a part is empty.
         """
         generator = torch.Generator().manual_seed(seed)
-        sides = draw_sides(texts, prompt_ids=prompt_ids, share=prompts, generator=generator)
+        sides = draw_sides(text_ids, prompt_ids=prompt_ids, share=prompts, generator=generator)
         new = torch.zeros(n_users, dtype=torch.bool)
         new[torch.randperm(n_users, generator=generator)[: round(users * n_users)]] = True
         new_user, held, trained = new[rows], sides.held & sides.used, ~sides.held & sides.used

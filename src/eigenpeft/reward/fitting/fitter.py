@@ -111,7 +111,7 @@ class LoReFitter:
         *,
         user_ids: Sequence[UserId],
         prompt_ids: Sequence[Any] | None = None,
-        texts: Tensor | None = None,
+        text_ids: Tensor | None = None,
         reference_head: Tensor | None = None,
         backbone: Any = None,
         processing_class: Any = None,
@@ -124,7 +124,7 @@ class LoReFitter:
             rejected: (n, n_features).
             user_ids: User of each comparison.
             prompt_ids: Prompt of each comparison: those of one prompt are held out together. None: those that share texts.
-            texts: (n, 2) numbers of the chosen and the rejected text; no text stands on both sides of the split by which
+            text_ids: (n, 2) numbers of the chosen and the rejected text; no text stands on both sides of the split by which
                 settings are chosen. None: equal rows of features are one text.
             reference_head: (n_features,) of a scalar reward model on these features, which the basis is regularised
                 towards (its scale is fitted). None: zero.
@@ -152,8 +152,8 @@ class LoReFitter:
             standardize=self.standardize,
             seed=self.seed,
         )
-        texts = same_texts(chosen, rejected) if texts is None else texts
-        setting, strength = self._choose(pairs, rows, n_users=len(names), texts=texts, prompt_ids=prompt_ids)
+        text_ids = same_texts(chosen, rejected) if text_ids is None else text_ids
+        setting, strength = self._choose(pairs, rows, n_users=len(names), text_ids=text_ids, prompt_ids=prompt_ids)
         found = self._fit_joint(setting, pairs, rows, len(names))
         kept, weights = self._pruned(simplex(found.user_logits))
         reward_basis = pairs.preparation.restore(found.deviations[kept])
@@ -258,7 +258,7 @@ class LoReFitter:
         return [float(scale) for scale in self.deviation_scale]
 
     def _choose(
-        self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, texts: Tensor, prompt_ids: Sequence[Any] | None
+        self, pairs: PreparedPairs, rows: Tensor, *, n_users: int, text_ids: Tensor, prompt_ids: Sequence[Any] | None
     ) -> tuple[Setting, float]:
         """The setting and the strength of the population: as given, or by held-out comparisons."""
         self.candidates_, self.chosen_ = [], None
@@ -266,7 +266,7 @@ class LoReFitter:
         counts = AUTO_CONCENTRATION if self.concentration == "auto" else (float(self.concentration),)
         strengths = AUTO_STRENGTH if self.strength == "auto" else (float(self.strength),)
         split = split_comparisons(
-            rows, n_users, texts=texts, prompt_ids=prompt_ids, held_out=self.held_out, seed=self.seed
+            rows, n_users, text_ids=text_ids, prompt_ids=prompt_ids, held_out=self.held_out, seed=self.seed
         )
 
         def tried(settings: list[Setting]) -> list[LoReCandidate]:

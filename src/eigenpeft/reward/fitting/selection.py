@@ -106,14 +106,14 @@ class LoReCandidate:
 
 
 def split_comparisons(
-    rows: Tensor, n_users: int, *, texts: Tensor, prompt_ids: Sequence[Any] | None, held_out: float, seed: int
+    rows: Tensor, n_users: int, *, text_ids: Tensor, prompt_ids: Sequence[Any] | None, held_out: float, seed: int
 ) -> Tensor:
     """Part of each comparison: train, held out of a seen user, or shots and queries of an unseen one.
 
     Args:
         rows: (n,) user of each comparison.
         n_users: Number of users; with fewer than ten none is held out.
-        texts: (n, 2) of `same_texts`: no text stands on both sides.
+        text_ids: (n, 2) of `same_texts`: no text stands on both sides.
         prompt_ids: Prompt of each comparison; those of one prompt are held out together. None: those that share texts.
         held_out: Share of prompts, and of users.
         seed: Seed of the draw.
@@ -122,7 +122,7 @@ def split_comparisons(
         (n,) of TRAIN, SEEN, SHOTS, QUERIES or UNUSED.
     """
     generator = torch.Generator().manual_seed(seed)
-    sides = draw_sides(texts, prompt_ids=prompt_ids, share=held_out, generator=generator)
+    sides = draw_sides(text_ids, prompt_ids=prompt_ids, share=held_out, generator=generator)
     held = sides.held
     split = torch.where(held, SEEN, TRAIN)
     if n_users >= _MIN_USERS_TO_HOLD_OUT:

@@ -59,7 +59,9 @@ def same_texts(chosen: Features, rejected: Features) -> Tensor:
     return torch.where(both == 0, -1, numbers)
 
 
-def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float, generator: torch.Generator) -> Split:
+def draw_sides(
+    text_ids: Tensor, *, prompt_ids: Sequence[Any] | None, share: float, generator: torch.Generator
+) -> Split:
     """Draw what is held out.
 
     Whole prompts where they are known and not all one; else the groups of comparisons that are connected by common texts, each
@@ -67,44 +69,44 @@ def draw_sides(texts: Tensor, *, prompt_ids: Sequence[Any] | None, share: float,
     comparison is held out where both of its texts are, and one with a text on either side is left out.
 
     Args:
-        texts: (n, 2) of `same_texts`.
+        text_ids: (n, 2) of `same_texts`.
         prompt_ids: Prompt of each comparison, or None.
         share: Share of the units that is held out.
         generator: Random generator of the draws.
     """
-    n = len(texts)
+    n = len(text_ids)
     if prompt_ids is not None and len(set(prompt_ids)) > 1:
         numbers: dict[Any, int] = {}
         units = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompt_ids], dtype=torch.long)
         by: By = "prompts"
     else:
-        units = _groups(texts)
+        units = _groups(text_ids)
         by = "comparisons" if n == 0 or int(units.max()) + 1 == n else "groups that share texts"
     largest = int(torch.bincount(units).max()) if n else 0
     if by == "groups that share texts" and largest > LARGEST_GROUP * n:
-        away = torch.rand(int(texts.max()) + 1, generator=generator) < SHARE_OF_TEXTS
-        known = texts.clamp(min=0)
+        away = torch.rand(int(text_ids.max()) + 1, generator=generator) < SHARE_OF_TEXTS
+        known = text_ids.clamp(min=0)
         first, second = away[known[:, 0]], away[known[:, 1]]
         first, second = (
-            torch.where(texts[:, i] < 0, other, own) for i, own, other in ((0, first, second), (1, second, first))
+            torch.where(text_ids[:, i] < 0, other, own) for i, own, other in ((0, first, second), (1, second, first))
         )
         return Split(first & second, first == second, torch.rand(n, generator=generator), "texts")
     draws = torch.rand(2, int(units.max()) + 1 if n else 0, generator=generator)
     held = (draws[0] < share)[units]
     # Different prompts may still share a text, such as "I do not know".
-    trained = torch.zeros(int(texts.max()) + 2 if n else 1, dtype=torch.bool)
-    trained[texts[~held] + 1] = True
+    trained = torch.zeros(int(text_ids.max()) + 2 if n else 1, dtype=torch.bool)
+    trained[text_ids[~held] + 1] = True
     trained[0] = False
-    seen = trained[texts + 1].any(dim=1)
+    seen = trained[text_ids + 1].any(dim=1)
     return Split(held, ~held | ~seen, draws[1][units], by)
 
 
-def _groups(texts: Tensor) -> Tensor:
+def _groups(text_ids: Tensor) -> Tensor:
     """(n,) group of each comparison, in order of first appearance: those that are connected by common texts."""
-    known = texts[texts >= 0]
+    known = text_ids[text_ids >= 0]
     if len(torch.unique(known)) == len(known):
-        return torch.arange(len(texts))
-    parent = list(range(len(texts)))
+        return torch.arange(len(text_ids))
+    parent = list(range(len(text_ids)))
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -113,11 +115,11 @@ def _groups(texts: Tensor) -> Tensor:
         return i
 
     owner: dict[int, int] = {}
-    for i, pair in enumerate(texts.tolist()):
+    for i, pair in enumerate(text_ids.tolist()):
         for text in pair:
             if text >= 0:
                 first = root(owner.setdefault(text, i))
                 mine = root(i)
                 parent[max(first, mine)] = min(first, mine)
     numbers: dict[int, int] = {}
-    return torch.tensor([numbers.setdefault(root(i), len(numbers)) for i in range(len(texts))], dtype=torch.long)
+    return torch.tensor([numbers.setdefault(root(i), len(numbers)) for i in range(len(text_ids))], dtype=torch.long)
