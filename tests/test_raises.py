@@ -50,7 +50,6 @@ NOT_SEEN = {
         ("artifacts.records.source.RecordSource.size", "KeyError"),
         ("artifacts.tensor_file.TensorFile.dtype", "KeyError"),
         ("audit.task.calibration.Calibration.unseen", "KeyError"),
-        ("combining.federation.clients.round_update", "KeyError"),
         ("engines.catalog.StoreCatalog.names", "KeyError"),
         ("subspace.stores.member.AdapterMember.__getitem__", "KeyError"),
         ("tuners.learning_rates.suggested_learning_rate", "KeyError"),
@@ -67,6 +66,12 @@ NOT_SEEN = {
         ("linalg.scores.prototypes.prototype_logits", "ValueError"),
         ("linalg.zeroth_order.replay", "ValueError"),
         ("linalg.zeroth_order.slope_along", "ValueError"),
+    ],
+    "PEFT's own": [
+        ("tuners.starts.adapters.init_lora_from_adapter", "TypeError"),
+        ("tuners.starts.adapters.lora_config_from_adapter", "TypeError"),
+        ("tuners.starts.components.init_lora_from_subspace", "TypeError"),
+        ("tuners.starts.components.lora_config_from_subspace", "TypeError"),
     ],
     "vLLM's own": [
         ("engines.vllm_hooks.StoreResolver.resolve_lora", "VLLMNotFoundError"),

@@ -185,7 +185,12 @@ def test_subset_and_without(three):
     assert "adapter-1" in collection
     assert "adapter-1" not in kept
     assert_updates(kept, three.updates)
-    for call in (lambda: collection.subset(["adapter-9"]), lambda: collection.without("adapter-9")):
+    for call in (
+        lambda: collection.subset(["adapter-9"]),
+        lambda: collection.without("adapter-9"),
+        lambda: collection.factors(QUERY, names=["adapter-0", "adapter-9"]),
+        lambda: next(collection.each_factors(QUERY, names=iter(["adapter-9"]))),
+    ):
         with pytest.raises(CollectionError, match=r"'adapter-9' is not in the collection, which has 'adapter-0'"):
             call()
     with pytest.raises(CollectionError, match="No adapter would be left of the 3"):

@@ -135,15 +135,15 @@ class AdapterCollection:
 
         Args:
             module: Name from `modules`.
-            names: Read these adapters alone; those that lack the module are passed over. Defaults to all.
+            names: Read these adapters of the collection alone; those that lack the module are passed over. Defaults to all.
 
         Returns:
             One pair per adapter, all of one dtype: float64 if a file has that, else float32.
 
         Raises:
             KeyError: If no adapter adapts a module of that name.
-            CollectionError: If a factor holds NaN or infinity, or a file cannot be read any more; one message names all
-                such adapters.
+            CollectionError: If a name is unknown; or if a factor holds NaN or infinity, or a file cannot be read any more: one
+                message names all such adapters.
         """
         read = list(self.each_factors(module, names=names))
         if len({factors.lora_A.dtype for factors in read}) > 1:  # so that the factors of a module can be stacked
@@ -159,10 +159,11 @@ class AdapterCollection:
 
         Raises:
             KeyError: If no adapter adapts a module of that name.
-            CollectionError: As `factors`, after the last adapter that can be read.
+            CollectionError: If a name is unknown; or as `factors`, after the last adapter that can be read.
         """
         problems = []
         wanted = None if names is None else set(names)
+        self._check_names(wanted or ())
         for adapter in self._having(module):
             if wanted is not None and adapter.info.name not in wanted:
                 continue

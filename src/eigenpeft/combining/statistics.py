@@ -194,10 +194,11 @@ def save_statistics(statistics: Mapping[str, InputStatistics], out_dir: str | Pa
     Args:
         statistics: As `collect_statistics` gives them.
         out_dir: Folder to make.
-        overwrite: Whether to replace statistics that are there.
+        overwrite: Whether to replace other statistics that are there; writing the same again is allowed without it, and
+            changes nothing.
 
     Raises:
-        ArtifactError: If it cannot be written.
+        ArtifactError: If it cannot be written, or something else is there.
 
     Examples:
         >>> save_statistics(

@@ -34,7 +34,8 @@ def start_from(message: Message, *, model: Any, adapter_name: str = "default") -
         adapter_name: Which adapter.
 
     Raises:
-        AdapterConfigError: If a tensor has no place in the adapter.
+        AdapterConfigError: As `load_round`.
+        KeyError: If the model has no such adapter.
     """
     config = message.content.config_records.get(CONFIG, ConfigRecord())
     scaling = config.get(SCALING)
@@ -67,6 +68,7 @@ def reply(
 
     Raises:
         AdapterConfigError: As `round_update`.
+        KeyError: If the model has no such adapter.
     """
     rule = str(message.content.config_records.get(CONFIG, ConfigRecord()).get(RULE, "exact"))
     update = round_update(model, name=name, n_rows=n_rows, rule=rule, base=base, steps=steps, adapter_name=adapter_name)

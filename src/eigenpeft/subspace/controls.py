@@ -117,7 +117,8 @@ def mean_only_subspace(
         A subspace whose singular values are those of the mean; explained shares are of the adapters, as usual.
 
     Raises:
-        SubspaceError: If the mean has too low a rank in a module, or no adapter changes the module.
+        SubspaceError: If `n_components` is less than 1, or above the sum of the adapters' ranks or a side's width in a module; or
+            if no adapter changes the module.
         CollectionError: If an adapter cannot be read any more, or holds numbers that are not finite.
 
     Examples:
@@ -130,9 +131,11 @@ def mean_only_subspace(
     for module in tqdm(collection.modules, desc="Averaging", unit="module", disable=not progress):
         pairs = [(read.lora_B, read.lora_A) for read in collection.factors(module)]
         pairs = [(lora_B / norm, lora_A) for lora_B, lora_A in pairs if (norm := frobenius_norm(lora_B, lora_A)) > 0]
-        width = sum(len(lora_A) for _, lora_A in pairs)
-        if not 1 <= n_components <= width:
-            raise SubspaceError(f"n_components={n_components} must be between 1 and {width}, the rank of {module!r}.")
+        most = min(sum(len(lora_A) for _, lora_A in pairs), *collection.shapes[module])
+        if not 1 <= n_components <= most:
+            raise SubspaceError(
+                f"n_components={n_components} must be between 1 and {most}, the largest rank that the mean can have in {module!r}."
+            )
         mean = factored_svd(
             torch.cat([lora_B for lora_B, _ in pairs], dim=1) / len(pairs), torch.cat([lora_A for _, lora_A in pairs])
         )

@@ -76,6 +76,15 @@ def test_shapes_must_agree(random_factors):
         core_space([])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("side", "name", "size"), [(0, "lora_B", 12), (1, "lora_A", 10)])
+def test_factors_must_be_finite(random_factors, value, side, name, size):
+    factors = [random_factors(6, 5, 2, seed=seed) for seed in range(2)]
+    factors[1][side][0, 1] = value
+    with pytest.raises(ValueError, match=rf"1 of the {size} numbers in {name} of factors\[1\] are NaN or infinite"):
+        core_space(factors)
+
+
 @shapes
 def test_model_inputs_are_the_same_updates(m, n, adapters, dense, close):
     factors = adapters(m=m, n=n)

@@ -1,10 +1,17 @@
 """What is around the rules: the scale, the measures of a merge, and arguments that are refused by name."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
 from eigenpeft.linalg.merging import merge_updates
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch):
+    """Without the check of annotations, which runs in the tests alone and would come first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def test_scale_auto_gives_the_mean_norm(adapters, dense):
@@ -65,10 +72,26 @@ def test_over_counting_is_how_often_a_direction_was_counted(random_factors):
         ({"weights": [float("nan")] * 8}, "pass one finite number for each"),
         ({"rule": "mean", "weights": [0.0] * 8}, "are all 0, so there is no mean"),
         ({"calibrate": ["svd"]}, r"calibrate=\['svd'\] is unknown"),
-        ({"scale": "best"}, "scale='best' is unknown"),
+        ({"scale": "best"}, "scale='best' must be a finite number, 'auto', or None"),
+        ({"scale": [1, 2]}, r"scale=\[1, 2\] must be a finite number, 'auto', or None"),
+        ({"scale": float("inf")}, "scale=inf must be a finite number"),
         ({"rank": 0}, "rank=0 is not a rank"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, adapters):
+def test_bad_arguments_are_named(arguments, message, adapters, as_users_run_it):
     with pytest.raises(ValueError, match=message):
         merge_updates(adapters(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "message"),
+    [
+        ((6, 2), (3, 5), r"factors\[1\] has lora_B \(6, 2\) and lora_A \(3, 5\)"),
+        ((6,), (2, 5), r"factors\[1\] has lora_B \(6,\) and lora_A \(2, 5\)"),
+        ((6, 2), (2, 5, 1), r"factors\[1\] has lora_B \(6, 2\) and lora_A \(2, 5, 1\)"),
+    ],
+)
+def test_factors_that_have_no_product_are_named(left, right, message, as_users_run_it):
+    whole = (torch.ones(6, 2), torch.ones(2, 5))
+    with pytest.raises(ValueError, match=message):
+        merge_updates([whole, (torch.ones(left), torch.ones(right))])

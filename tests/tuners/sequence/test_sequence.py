@@ -13,6 +13,7 @@ from eigenpeft.tuners.sequence.history import input_factors
 from tests.tuners.conftest import random_subspace, tiny_bert
 
 RANK = 3
+RAW = LoraConfig(r=2, target_modules=["0", "1"])
 
 
 def adapted(seed=0, **changes):
@@ -151,6 +152,9 @@ def test_padding_is_no_input():
     assert {len(each) for each in rows.values()} == {9}
     with pytest.raises(AdapterConfigError, match="pass at least one batch"):
         collect_inputs(model, batches=[])
+    for n_rows in (0, -1, 2.0):
+        with pytest.raises(AdapterConfigError, match=rf"n_rows={n_rows} must be a whole number of at least 1"):
+            collect_inputs(model, batches=[{"input_ids": tokens}], n_rows=n_rows)
 
 
 def test_a_history_is_bounded_saved_and_read(history, tmp_path):
@@ -197,3 +201,28 @@ def test_what_cannot_work_is_named(history, tmp_path):
         AdapterConfigError, match=r"spans 32 of the 32 input directions of .* leaves too few for an adapter of rank 3"
     ):
         trainer(adapted(), tmp_path, OrthogonalSubspaceCallback(full)).train()
+
+
+def test_rows_of_another_model_are_refused_whole():
+    model, name = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 4)), RAW), "1"
+    history = SubspaceHistory()
+    history.rows = {name: torch.eye(5)[:2]}
+    message = r"rows of '1' have the shape \({}, 4\), and the history has rows of width 5 of it"
+    with pytest.raises(AdapterConfigError, match=message.format(2)):
+        history.add(model)
+    with pytest.raises(AdapterConfigError, match=message.format(3)):
+        history.add_inputs({"0": torch.eye(6), name: torch.eye(4)[:3]})
+    with pytest.raises(AdapterConfigError, match=r"rows of '0' have the shape \(6,\); pass \(rows, in_features\)"):
+        history.add_inputs({"0": torch.ones(6)})
+    assert history.rows.keys() == {name}  # nothing of "0", which fits, was remembered
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = {"0": torch.eye(6), name: torch.eye(4)}
+    with pytest.raises(
+        AdapterConfigError, match=r"history of '1' has rows of the shape \(2, 5\), and its A is \(2, 4\)"
+    ):
+        init_lora_from_inputs(model, inputs=inputs, history=history)
+    with pytest.raises(
+        AdapterConfigError, match=r"inputs of '1' has rows of the shape \(7, 5\), and its A is \(2, 4\)"
+    ):
+        init_lora_from_inputs(model, inputs=inputs | {name: torch.ones(7, 5)}, history=SubspaceHistory())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

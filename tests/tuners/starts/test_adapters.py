@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder
 from eigenpeft.errors import AdapterConfigError
-from eigenpeft.tuners import init_lora_from_adapter
+from eigenpeft.tuners import init_lora_from_adapter, lora_config_from_adapter
 from tests.tuners.conftest import is_conv1d, logits, tiny_bert
 
 
@@ -60,3 +60,22 @@ def test_refuses_names_that_are_not_there(architecture, adapters):
     for name in (None, "third"):
         with pytest.raises(AdapterConfigError, match=rf"name={name!r} is not one of the 2 adapters: 'first', 'second'"):
             init_lora_from_adapter(architecture[0](), adapters=collection, name=name)
+
+
+def test_refuses_what_cannot_start(tmp_path):
+    get_peft_model(tiny_bert(), LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path)
+    for settings, message in (
+        ({"r": 0}, "r=0 must be a whole number of at least 1"),
+        ({"r": 2.0}, "r=2.0 must be a whole number of at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha=0 makes every update 0, and the adapter could not start where '.*' is"),
+    ):
+        with pytest.raises(AdapterConfigError, match=message):
+            lora_config_from_adapter(tmp_path, **settings)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        lora_config_from_adapter(tmp_path, ranks=2)
+    with pytest.raises(
+        AdapterConfigError, match=r"of rank 1, and the start is 32 x 32 of rank 2; choose r of at least that"
+    ):
+        init_lora_from_adapter(tiny_bert(), adapters=tmp_path, r=1)
+    with pytest.raises(ValueError, match=r"Target modules \{?.*nowhere.* not found in the base model"):
+        init_lora_from_adapter(tiny_bert(), adapters=tmp_path, target_modules=["nowhere"])

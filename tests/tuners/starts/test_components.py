@@ -153,6 +153,8 @@ def test_refusals():
     for settings, message in (
         ({"side": "left"}, r"side='left' must be one of 'in', 'out', 'both'"),
         ({"side": "both", "r": 3}, r"side='both' starts half of the rank on each side, and r=3 is odd"),
+        ({"r": 0}, "r=0 must be a whole number of at least 1: the rank of the LoRA"),
+        ({"side": "both", "r": "2"}, "r='2' must be a whole number of at least 1"),
         ({"r": 16}, r"r=16 with side='in' needs 16 components, and 'model.layers.0.self_attn.q_proj' has 12"),
         (
             {"rank_pattern": {"q_proj": 2}},
@@ -163,3 +165,7 @@ def test_refusals():
             init_lora_from_subspace(tiny_llama(), subspace=subspace, **settings)
     with pytest.raises(AdapterConfigError, match=r"None of the 2 modules of the start, .* is in the model \(Linear\)"):
         init_lora_from_subspace(nn.Linear(2, 2), subspace=subspace)
+    with pytest.raises(ValueError, match=r"Target modules \{?.*nowhere.* not found in the base model"):
+        init_lora_from_subspace(tiny_llama(), subspace=subspace, target_modules=["nowhere"])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        lora_config_from_subspace(subspace, ranks=2)

@@ -51,7 +51,7 @@ def round_update(
         >>> update.n_rows, sorted(tuple(tensor.shape) for tensor in update.tensors.values())
         (120.0, [(2, 4), (3, 2)])
     """
-    config = model.peft_config[adapter_name]
+    config = _config_of(model, adapter_name)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in _KINDS or getattr(config, "use_dora", False):
         raise AdapterConfigError(
@@ -84,7 +84,9 @@ def load_round(
         adapter_name: Which adapter.
 
     Raises:
-        AdapterConfigError: If a tensor has no place in the adapter, or its modules have different scalings.
+        AdapterConfigError: If a tensor has no place in the adapter or a shape that does not fit it (A and B may have another
+            rank), or the adapter's modules have different scalings. The model is then as it was.
+        KeyError: If the model has no such adapter.
 
     Examples:
         >>> import torch
@@ -95,27 +97,30 @@ def load_round(
         >>> client.base_model.model[0].lora_A["default"].weight[0].tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    _config_of(model, adapter_name)
     if SEEDS in tensors:
         rebuild(model, tensors)
         return
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     residues = {key: tensor for key, tensor in tensors.items() if f".{RESIDUE}_" in key}
     averaged = {key: tensor for key, tensor in tensors.items() if key not in residues}
-    unknown = [key for key in averaged if key not in own]
+    pairs = factor_keys(averaged)
+    unknown = [key for key in averaged if key not in own] + [key for key in residues if _module_of(key) not in pairs]
     if unknown:
         raise AdapterConfigError(
-            f"{len(unknown)} of the {len(averaged)} averaged tensors, such as {unknown[0]!r}, have no place in the adapter "
+            f"{len(unknown)} of the {len(tensors)} averaged tensors, such as {unknown[0]!r}, have no place in the adapter "
             f"{adapter_name!r}. Give every client the same target modules, core and head."
         )
+    _check_shapes(averaged, own, adapter_name)
+    further = {module: _residue_of(model, module, residues) for module in dict.fromkeys(map(_module_of, residues))}
     mine = scaling_of(model, adapter_name=adapter_name)
-    for module, sides in factor_keys(averaged).items():
+    for sides in pairs.values():
         rank = len(own[sides["A"]]) if "A" in sides else 0
         part = {key: averaged[key] for key in sides.values()}
         averaged |= fit_rank(part, rank=rank, scaling=mine if scaling is None else scaling, own_scaling=mine)
-        residue = [residues.get(f"{module}.{RESIDUE}_{side}") for side in "BA"]
-        if residue[0] is not None and residue[1] is not None:
-            _add_to_base(model, module, residue[0] @ residue[1])
     set_peft_model_state_dict(model, own | averaged, adapter_name=adapter_name)
+    for module, residue in further.items():
+        _add_to_base(model, module, residue)
 
 
 def scaling_of(model: Any, *, adapter_name: str = "default") -> float:
@@ -141,15 +146,69 @@ def scaling_of(model: Any, *, adapter_name: str = "default") -> float:
     return found.pop()
 
 
+def _config_of(model: Any, adapter_name: str) -> Any:
+    """PEFT's configuration of an adapter."""
+    if adapter_name not in model.peft_config:
+        names = ", ".join(map(repr, model.peft_config))
+        raise KeyError(f"{adapter_name!r} is no adapter of the model, which has {names}; pass one of these")
+    return model.peft_config[adapter_name]
+
+
+def _module_of(key: str) -> str:
+    """The module of a residue."""
+    return key.rpartition(f".{RESIDUE}_")[0]
+
+
+def _check_shapes(averaged: Mapping[str, Tensor], own: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Refuse what `fit_rank` cannot make to fit: it changes the rank of matrices A, and of the B beside them."""
+    free: dict[str, int] = {}  # key to the axis that is a rank
+    for module, sides in factor_keys(averaged).items():
+        if "A" not in sides or any(averaged[key].ndim != 2 or own[key].ndim != 2 for key in sides.values()):
+            continue
+        free |= {key: "AB".index(side) for side, key in sides.items()}
+        if len({averaged[key].shape[free[key]] for key in sides.values()}) > 1:
+            shapes = " and ".join(f"{side} {tuple(averaged[key].shape)}" for side, key in sorted(sides.items()))
+            raise AdapterConfigError(f"The averaged factors of {module!r} are {shapes}; pass two of one rank.")
+    for key, tensor in averaged.items():
+        passed, needed = (
+            [n for axis, n in enumerate(each.shape) if axis != free.get(key)] for each in (tensor, own[key])
+        )
+        if passed != needed or tensor.ndim != own[key].ndim:
+            raise AdapterConfigError(
+                f"The averaged {key!r} has the shape {tuple(tensor.shape)}, and the adapter {adapter_name!r} has "
+                f"{tuple(own[key].shape)} there; only the rank of A and B may differ. Average adapters of one base model, "
+                "core and head."
+            )
+
+
+def _residue_of(model: nn.Module, module: str, residues: Mapping[str, Tensor]) -> Tensor:
+    """What the rule "fedex" adds to a base weight, laid out as the weight is."""
+    layer, base = _with_base(model, module)
+    is_transposed = getattr(layer, "fan_in_fan_out", False)
+    needed = tuple(base.weight.mT.shape if is_transposed else base.weight.shape)
+    pair = [residues.get(f"{module}.{RESIDUE}_{side}") for side in "BA"]
+    shapes: list[tuple[int, ...]] = [() if side is None else tuple(side.shape) for side in pair]
+    left, right = pair
+    fits = [len(shape) for shape in shapes] == [2, 2] and shapes[0][1] == shapes[1][0]
+    if left is None or right is None or not fits or (shapes[0][0], shapes[1][1]) != needed:
+        raise AdapterConfigError(
+            f"The residue of {module!r} has B {shapes[0] or 'missing'} and A {shapes[1] or 'missing'}, and its base weight is "
+            f"{needed}, (out_features, in_features); pass B (out_features, q) and A (q, in_features), as the rule 'fedex' "
+            "makes them for linear layers."
+        )
+    return (left @ right).mT if is_transposed else left @ right
+
+
+def _with_base(model: nn.Module, module: str) -> tuple[nn.Module, Any]:
+    layer = model.get_submodule(module)
+    return layer, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # pyright: ignore[reportCallIssue]
+
+
 def _add_to_base(model: nn.Module, module: str, residue: Tensor) -> None:
     """W = W_0 + residue of all rounds, W_0 kept bit for bit beside it."""
-    layer = model.get_submodule(module)
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # pyright: ignore[reportCallIssue]
-    weight = base.weight
-    assert isinstance(weight, Tensor)
+    _, base = _with_base(model, module)
     if not hasattr(base, _ORIGINAL):
-        setattr(base, _ORIGINAL, weight.detach().clone())
+        setattr(base, _ORIGINAL, base.weight.detach().clone())
     with torch.no_grad():
         original = getattr(base, _ORIGINAL)
-        transposed = getattr(layer, "fan_in_fan_out", False)
-        weight.copy_(original + (residue.T if transposed else residue).to(original))
+        base.weight.copy_(original + residue.to(original))

@@ -61,7 +61,8 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
         `CoreSpace` with at most min(R, m) and min(R, n) axes; none where every update is zero.
 
     Raises:
-        ValueError: If there are no factors, or their outer sizes differ.
+        ValueError: If there are no factors, a pair is no `(m, r_t)` and `(r_t, n)` of finite numbers, or their outer sizes
+            differ.
 
     Example:
         >>> import torch
@@ -73,6 +74,7 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
         >>> torch.allclose(update, 2 * B.double() @ A.double())
         True
     """
+    _check_pairs(factors)
     shapes = {(len(lora_B), lora_A.shape[1]) for lora_B, lora_A in factors}
     if len(shapes) != 1:
         raise ValueError(
@@ -144,6 +146,23 @@ def core_factors(
     if missing:
         lora_B, lora_A = nn.functional.pad(lora_B, (0, missing)), nn.functional.pad(lora_A, (0, 0, 0, missing))
     return lora_B, lora_A
+
+
+def _check_pairs(factors: Sequence[Factors]) -> None:
+    for position, (lora_B, lora_A) in enumerate(factors):
+        left, right = tuple(lora_B.shape), tuple(lora_A.shape)
+        if (len(left), len(right)) != (2, 2) or left[1] != right[0]:
+            raise ValueError(
+                f"factors[{position}] has lora_B {left} and lora_A {right}, whose product is no update; pass lora_B (m, r) and "
+                "lora_A (r, n) of one rank r."
+            )
+        for name, side in (("lora_B", lora_B), ("lora_A", lora_A)):
+            broken = side.numel() - int(side.isfinite().sum())
+            if broken:
+                raise ValueError(
+                    f"{broken} of the {side.numel()} numbers in {name} of factors[{position}] are NaN or infinite; leave "
+                    "this update out."
+                )
 
 
 def _signed(axes: Sequence[Axes], alongs: Sequence[Tensor], cores: Sequence[Tensor]) -> CoreSpace:

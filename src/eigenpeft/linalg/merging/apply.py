@@ -1,5 +1,6 @@
 """Updates of one weight, as factors or on common axes, merged to the factors of one LoRA."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ def merge_updates(
         `MergedUpdate`.
 
     Raises:
-        ValueError: If an argument is unknown or out of range, or the updates do not fit together.
+        ValueError: If an argument is unknown or out of range, `scale` is no finite number, a pair is no `(m, r_t)` and `(r_t, n)`
+            of finite numbers, or the updates do not fit together.
 
     Example:
         >>> import torch
@@ -73,16 +75,27 @@ def merge_updates(
         True
     """
     row = find_rule(rule)
-    scale = row.scale if scale is None else scale
-    if isinstance(scale, str) and scale != "auto":
-        raise ValueError(f"scale={scale!r} is unknown; pass a number, 'auto', or None for the rule's own.")
+    multiplier = _multiplier(row.scale if scale is None else scale)
     space = updates if isinstance(updates, CoreSpace) else core_space(updates)
     if row.model_inputs:
         space = with_model_inputs(space)
     merged = merge_cores(space.cores, rule=rule, weights=weights, calibrate=calibrate, **options)
-    if isinstance(scale, str):
-        scale = float(norm_scale(merged, cores=weighted(space.cores, weights)))
-    parts = triplets(scale * merged, noise=EXACT)
+    if multiplier is None:
+        multiplier = float(norm_scale(merged, cores=weighted(space.cores, weights)))
+    parts = triplets(multiplier * merged, noise=EXACT)
     lora_B, lora_A = core_factors(parts, space=space, rank=rank, dtype=dtype)
     measures = measure_merge(parts, cores=space.cores, rank=rank)
-    return MergedUpdate(lora_B=lora_B, lora_A=lora_A, scale=scale, rank=len(parts.S), measures=measures)
+    return MergedUpdate(lora_B=lora_B, lora_A=lora_A, scale=multiplier, rank=len(parts.S), measures=measures)
+
+
+def _multiplier(scale: float | str) -> float | None:
+    """λ as a number; None where it is "auto"."""
+    if isinstance(scale, str) and scale == "auto":
+        return None
+    try:
+        number = math.nan if isinstance(scale, str) else float(scale)
+    except (TypeError, ValueError, RuntimeError):  # lists, and tensors of several numbers
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"scale={scale!r} must be a finite number, 'auto', or None for the rule's own.")
+    return number

@@ -28,7 +28,8 @@ class SubspaceHistory:
         AdapterConfigError: If `max_rows` is less than 1.
 
     Attributes:
-        rows: Module to its rows, float32; modules by their name in the base model.
+        rows: Module to its rows (rows, in_features), float32; modules by their name in the base model. Of a convolution
+            in_features is in_channels times the size of the kernel, of EigenLoRA the components of the input side.
 
     Examples:
         >>> import torch
@@ -56,10 +57,15 @@ class SubspaceHistory:
             adapter_name: Its adapter.
 
         Raises:
-            AdapterConfigError: If the adapter has no such factors.
+            AdapterConfigError: If the adapter has no such factors, or rows of another width are kept of a module. Nothing is
+                remembered then.
         """
-        for module, factor in input_factors(model, adapter_name):
-            new = factor.detach().flatten(1).float().cpu()
+        found = [
+            (module, factor.detach().flatten(1).float().cpu()) for module, factor in input_factors(model, adapter_name)
+        ]
+        for module, new in found:
+            self._check_rows(module, new)
+        for module, new in found:
             old = self.rows.get(module, new[:0])
             both = torch.cat([old, new])
             fits = len(both) <= self.max_rows
@@ -73,11 +79,24 @@ class SubspaceHistory:
             share: In (0, 1]; `max_rows` bounds it.
 
         Raises:
+            AdapterConfigError: If a module's inputs are no rows, or rows of another width are kept of it.
             ValueError: If `share` is not in (0, 1], or more rows are kept of a module than it has inputs.
         """
         for module, rows in inputs.items():
+            self._check_rows(module, rows)
+        for module, rows in inputs.items():
             memory = self.rows.get(module, rows[:0])
             self.rows[module] = grow_memory(memory, rows, share=share)[: self.max_rows].float()
+
+    def _check_rows(self, module: str, rows: Tensor) -> None:
+        """Refuse rows that cannot go beside those of earlier tasks."""
+        kept = self.rows.get(module)
+        if rows.ndim != 2 or (kept is not None and kept.shape[1] != rows.shape[1]):
+            has = f", and the history has rows of width {kept.shape[1]} of it" if kept is not None else ""
+            raise AdapterConfigError(
+                f"The rows of {module!r} have the shape {tuple(rows.shape)}{has}; pass (rows, in_features) of one model, with a "
+                "history of its own for each model."
+            )
 
     def save(self, out_file: str | Path, *, overwrite: bool = False) -> None:
         """Write the rows as a safetensors file, whole or not at all.

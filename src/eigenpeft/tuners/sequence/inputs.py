@@ -28,15 +28,15 @@ def collect_inputs(
     Args:
         model: Adapted model, called as `model(**batch)`.
         batches: Batches of the task; `attention_mask` says what is padding.
-        n_rows: Rows to keep of each module.
+        n_rows: Rows to keep of each module, at least 1.
         adapter_name: Adapter whose modules are looked at.
         seed: Seed of the choice of rows.
 
     Returns:
-        Module to at most `n_rows` rows, float32, on the CPU.
+        Module to at most `n_rows` rows x, (rows, in_features), float32, on the CPU.
 
     Raises:
-        AdapterConfigError: If the adapter has no input factors, or there is no batch.
+        AdapterConfigError: If the adapter has no input factors, there is no batch, or `n_rows` is less than 1.
 
     Examples:
         >>> from peft import LoraConfig, get_peft_model
@@ -46,6 +46,10 @@ def collect_inputs(
         >>> {name: tuple(rows.shape) for name, rows in inputs.items()}
         {'0': (5, 6)}
     """
+    if type(n_rows) is not int or n_rows < 1:
+        raise AdapterConfigError(
+            f"n_rows={n_rows!r} must be a whole number of at least 1: rows to keep of each module."
+        )
     names = {name for name, _ in input_factors(model, adapter_name)}
     layers = {path.removeprefix(_PREFIX): layer for path, layer in model.named_modules()}
     found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -105,7 +109,8 @@ def init_lora_from_inputs(
         Module to the number of directions that were found; the other rows of A are zero, and their part of B has no effect.
 
     Raises:
-        AdapterConfigError: If inputs of a module are missing, or no direction is left in any module.
+        AdapterConfigError: If inputs of a module are missing, its inputs or the history's rows have another width than its A, or
+            no direction is left in any module.
         ValueError: If the history has more rows of a module than the module has inputs.
 
     Examples:
@@ -122,6 +127,14 @@ def init_lora_from_inputs(
         raise AdapterConfigError(
             f"There are no inputs of {len(missing)} modules, such as {missing[0]!r}; collect them first with collect_inputs."
         )
+    for name, factor in factors.items():
+        shapes = {"inputs": inputs[name].shape, "history": history.rows.get(name, inputs[name]).shape}
+        for what, shape in shapes.items():
+            if len(shape) != 2 or shape[1:] != factor.shape[1:]:
+                raise AdapterConfigError(
+                    f"The {what} of {name!r} has rows of the shape {tuple(shape)}, and its A is {tuple(factor.shape)}; both must "
+                    "have as many columns: pass inputs and history of this model, on linear layers."
+                )
     counts = {}
     with torch.no_grad():
         for name, factor in factors.items():

@@ -12,7 +12,7 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.subspace import AdapterStore
 from eigenpeft.tuners.eigenlora.merged_start import open_adapters
-from eigenpeft.tuners.starts.config import StartedLoraConfig
+from eigenpeft.tuners.starts.config import StartedLoraConfig, check_rank
 
 
 def init_lora_from_adapter(
@@ -40,9 +40,12 @@ def init_lora_from_adapter(
 
     Raises:
         ArtifactError: If a store is damaged.
-        AdapterConfigError: If there is no such adapter, or the model has none of its modules.
+        AdapterConfigError: If there is no such adapter, r is less than its rank, `lora_alpha` is 0, or the model has none of its
+            modules.
         CollectionError: If its files cannot be read.
         SubspaceError: If the tensors of a store's bases do not fit each other.
+        TypeError: If `peft.LoraConfig` has no field of a name in `**lora`.
+        ValueError: What `peft.LoraConfig` and `get_peft_model` raise, such as for `target_modules` that the model lacks.
 
     Examples:
         >>> from eigenpeft.demo import base_model, shipped_adapters
@@ -70,9 +73,11 @@ def lora_config_from_adapter(
 
     Raises:
         ArtifactError: If a store is damaged.
-        AdapterConfigError: If there is no such adapter.
+        AdapterConfigError: If there is no such adapter, r is less than 1, or `lora_alpha` is 0.
         CollectionError: If its files cannot be read.
         SubspaceError: If the tensors of a store's bases do not fit each other.
+        TypeError: If `peft.LoraConfig` has no field of a name in `**lora`.
+        ValueError: What `peft.LoraConfig` raises for fields that do not go together.
 
     Examples:
         >>> from eigenpeft.demo import shipped_adapters
@@ -89,7 +94,13 @@ def lora_config_from_adapter(
     factors = _factors_of(source, name)
     rank = max(len(rows) for _, rows in factors.values())
     settings = {"r": rank, "fan_in_fan_out": _is_transposed(source)} | lora
+    check_rank(settings["r"])
     config = StartedLoraConfig(**{"lora_alpha": settings["r"]} | settings)
+    if not config.lora_alpha:
+        raise AdapterConfigError(
+            f"lora_alpha={config.lora_alpha!r} makes every update 0, and the adapter could not start where {name!r} is; pass "
+            "another number, or leave it out."
+        )
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     config.start = {module: (columns * (1 / scaling), rows) for module, (columns, rows) in factors.items()}
     return config

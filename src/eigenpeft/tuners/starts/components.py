@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 from eigenpeft.subspace import PrincipalSubspace
-from eigenpeft.tuners.starts.config import StartedLoraConfig
+from eigenpeft.tuners.starts.config import StartedLoraConfig, check_rank
 
 
 def _at_in(components_out: Tensor, components_in: Tensor, rank: int) -> Factors:
@@ -58,8 +58,10 @@ def init_lora_from_subspace(
         The adapted model.
 
     Raises:
-        AdapterConfigError: If a module has fewer components, the side is unknown or takes an even r, or the model has none of
-            the modules.
+        AdapterConfigError: If r is less than 1, a module has fewer components, the side is unknown or takes an even r, or the
+            model has none of the modules.
+        TypeError: If `peft.LoraConfig` has no field of a name in `**lora`.
+        ValueError: What `peft.LoraConfig` and `get_peft_model` raise, such as for `target_modules` that the model lacks.
 
     Examples:
         >>> import torch
@@ -91,7 +93,9 @@ def lora_config_from_subspace(
         **lora: As for `init_lora_from_subspace`.
 
     Raises:
-        AdapterConfigError: If a module has fewer components, or the side is unknown or takes an even r.
+        AdapterConfigError: If r is less than 1, a module has fewer components, or the side is unknown or takes an even r.
+        TypeError: If `peft.LoraConfig` has no field of a name in `**lora`.
+        ValueError: What `peft.LoraConfig` raises for fields that do not go together.
 
     Examples:
         >>> import torch
@@ -105,6 +109,7 @@ def lora_config_from_subspace(
     """
     if side not in SIDES:
         raise AdapterConfigError(f"side={side!r} must be one of {', '.join(map(repr, SIDES))}.")
+    check_rank(r)
     if side == "both" and r % 2:
         raise AdapterConfigError(
             f"side='both' starts half of the rank on each side, and r={r} is odd; choose an even r."

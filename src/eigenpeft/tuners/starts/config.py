@@ -1,9 +1,11 @@
 """A LoRA configuration whose adapter starts at given factors; for PEFT it is a plain LoRA, on disk too."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft import LoraConfig
 
+from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg import Factors
 
 
@@ -18,3 +20,16 @@ class StartedLoraConfig(LoraConfig):
     """
 
     start: Mapping[str, Factors] | None = None
+
+
+def check_rank(r: Any) -> None:
+    """Refuse what is no rank of a LoRA, before anything is computed with it.
+
+    Args:
+        r: LoRA's rank.
+
+    Raises:
+        AdapterConfigError: If it is not a whole number of at least 1.
+    """
+    if type(r) is not int or r < 1:
+        raise AdapterConfigError(f"r={r!r} must be a whole number of at least 1: the rank of the LoRA.")
