@@ -51,9 +51,10 @@ def test_mean_only_is_the_svd_of_the_mean(planted, update, k):
         torch.testing.assert_close(kept, u[:, :k] * s[:k] @ vh[:k], atol=1e-5, rtol=0)
 
 
-def test_mean_only_refuses_a_rank_it_has_not(planted):
-    with pytest.raises(SubspaceError, match="must be between 1 and 20"):
-        mean_only_subspace(planted(n_adapters=5), n_components=21, progress=False)
+@pytest.mark.parametrize("n_components", [0, 21])
+def test_mean_only_refuses_a_rank_it_has_not(planted, n_components):
+    with pytest.raises(SubspaceError, match=f"n_components={n_components} must be between 1 and 20, the largest rank"):
+        mean_only_subspace(planted(n_adapters=5), n_components=n_components, progress=False)
 
 
 def test_nearest_adapter_of_a_disturbed_copy(planted):
