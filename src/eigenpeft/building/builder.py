@@ -43,14 +43,16 @@ class SubspaceBuilder:
             32, as in the GLUE runs of EigenLoRAx (arXiv 2502.04700), or as many as a module has where that is fewer;
             `findings_` names such modules.
         method: What is decomposed. "balanced" (default): rows of the balanced factors of each ΔW_i, which depend on
-            ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error.
+            ΔW_i alone. "hosvd": the second moments of the ΔW_i. "hooi": "hosvd", then refined for the least ΔW error
+            (JD-Full of arXiv 2407.00066, appendix A.1, case 1).
             "eigenlorax": the raw rows of all A_i and all B_iᵀ, centred, as Algorithm 1 of arXiv 2502.04700 has it. "paired":
             K pairs of directions for core="diagonal", of the least ΔW error with one number per adapter and pair (JD-Diag of
-            arXiv 2407.00066); their rows have unit norm and are not orthogonal, and n_components is a whole number.
+            arXiv 2407.00066, appendix A.1, case 2); their rows have unit norm and are not orthogonal, and n_components is a whole
+            number.
         weighting: "equal" (default) scales every adapter's update of a module to unit Frobenius norm, so that one
             diverged adapter cannot own the subspace; "none" takes the updates as they are.
         n_pseudo_components: Random directions added to each module, orthonormal to the principal ones
-            (EigenLoRAx's augmentation for collections of few adapters).
+            (EigenLoRAx's augmentation for collections of few adapters, see `random_complement`).
         seed: Seed of the random directions and of the iterative solver's start.
         tol: Tolerance of the iterative solver, the relative error of what it captures.
         memory_limit: Bytes that the tensors of one module may take while it is fitted; None (default) for no limit. Where

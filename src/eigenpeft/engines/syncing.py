@@ -65,6 +65,16 @@ def sync_adapters(
         EigenPeftError: If `server` is no address, does not answer, or has no endpoints for loading adapters.
         SubspaceNotFoundError: If there is no store.
         KeyError: If the store has no such member.
+
+    Examples:
+        Not run with the tests, because a server is needed:
+
+        >>> from eigenpeft.engines import sync_adapters
+        >>> report = sync_adapters(  # doctest: +SKIP
+        ...     "http://localhost:8000", store="my-store", out_dir="/srv/adapters"
+        ... )
+        >>> report.loaded, report.failed  # doctest: +SKIP
+        (['my-store/legal', 'my-store/sports'], {})
     """
     catalog = StoreCatalog([store])
     (label,) = catalog.labels

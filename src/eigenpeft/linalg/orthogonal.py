@@ -75,7 +75,8 @@ def random_complement(
 ) -> Float[Tensor, "n_pseudo_components n"]:
     """Random orthonormal directions orthogonal to the given ones: `q` of the QR decomposition of `N (I - VᵀV)`, N normal.
 
-    The pseudo-components ("pseudo-PCs") that EigenLoRAx (arXiv 2502.04700) adds by Gram-Schmidt where adapters are few.
+    The pseudo-components ("pseudo-PCs") with which EigenLoRAx augments the subspace of its algorithm 1 where adapters are few
+    (arXiv 2502.04700, abstract: "augmented with orthogonal basis vectors in low-resource scenarios"), by Gram-Schmidt.
 
     Args:
         components: Orthonormal rows.

@@ -91,6 +91,21 @@ def recycle(
         EigenPeftError: If an argument is out of range, there are too few rows, every candidate is refused, or the folder holds
             trials or a result of other arguments.
         OSError, ValueError: If a file of an adapter is gone or was damaged since the collection was opened.
+
+    Examples:
+        Not run with the tests, because a dozen models are trained:
+
+        >>> from eigenpeft import AdapterCollection
+        >>> from eigenpeft.recycling import recycle
+        >>> from transformers import AutoModelForSequenceClassification, TrainingArguments
+        >>> report = recycle(  # doctest: +SKIP
+        ...     AdapterCollection.from_pretrained("adapters"),
+        ...     make_model=lambda: AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=4),
+        ...     rows=rows,  # tokenized, with labels
+        ...     args=TrainingArguments("scratch", max_steps=300, per_device_train_batch_size=16),
+        ...     out_dir="recycled",
+        ... )
+        >>> print(report.text)  # doctest: +SKIP
     """
     start, out = time.perf_counter(), Path(out_dir)
     _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)

@@ -11,11 +11,12 @@ from eigenpeft.linalg.orthogonal import orthonormal_rows
 
 
 def frequent_directions(sketch: Float[Tensor, "l n"], rows: Float[Tensor, "p n"], *, size: int) -> Float[Tensor, "k n"]:
-    """A sketch of at most `size` rows of everything seen: Frequent Directions (Ghashami et al., arXiv 1501.01711).
+    """A sketch of at most `size` rows of everything seen: Frequent Directions.
 
     `S² := max(S² - S²_{size+1}, 0)` of the singular values of the sketch and the new rows together. With X all rows ever seen and B
     the sketch, `0 ≤ ‖Xv‖² - ‖Bv‖² ≤ ‖X - X_k‖² / (size + 1 - k)` for every unit vector v and every k ≤ size, X_k being the best
-    approximation of rank k; nothing else of the rows is kept. CoSO (arXiv 2505.11816) consolidates the
+    approximation of rank k (Ghashami et al., arXiv 1501.01711, abstract: the bound for a sketch of l = size + 1 rows, of which the
+    last is zero after each step); nothing else of the rows is kept. CoSO (arXiv 2505.11816) consolidates the
     gradients of a task by this sketch.
 
     Args:

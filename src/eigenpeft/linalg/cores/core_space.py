@@ -46,7 +46,8 @@ class CoreSpace:
 def core_space(factors: Sequence[Factors]) -> CoreSpace:
     """The core space of updates given as factors; no information is lost and no (m, n) matrix is formed.
 
-    Core Space (Panariello et al., arXiv 2509.17786) on balanced factors: `M_t = U_Bᵀ ΔW_t V_A`, with U_B and V_A the singular
+    Core Space (Panariello et al., arXiv 2509.17786, whose abstract claims a common basis without loss of information) on balanced
+    factors: `M_t = U_Bᵀ ΔW_t V_A`, with U_B and V_A the singular
     vectors of all B side by side and of all A on top of each other. With `ΔW_t = U_t S_t V_tᵀ`, the axes of the input side are
     the right singular vectors of the stack of all `(S_t / ‖S_t‖)^{1/2} V_tᵀ`, those of the output side the left singular
     vectors of all `U_t (S_t / ‖S_t‖)^{1/2}`; `Axes.signed` says which way they point. The published method takes the raw

@@ -15,6 +15,9 @@ def add_off_directions(
 ) -> Float[Tensor, "a b"]:
     """`S_t = S_{t-1} + P(ΔW_t)`: P takes off what ΔW_t has on the directions of S_{t-1} (OPCM, arXiv 2501.09522).
 
+    OPCM's abstract: new updates are projected "onto subspaces orthogonal to existing merged parameter updates", with an "adaptive
+    scaling mechanism", which is `mean_norm_scale`.
+
     Let `S_{t-1} = U S Vᵀ`, and let r be the smallest number with `Σ_{p≤r} σ_p ≥ α Σσ`. P sets two parts of `Uᵀ ΔW_t V` to zero: the
     leading r × r block and the diagonal. The zero diagonal gives `⟨P(ΔW_t), S_{t-1}⟩ = 0`. The merged update is `λ_t S_t`, with λ_t
     from `mean_norm_scale` (the paper writes 1 / λ_t); nothing but S_t is kept of the earlier tasks.

@@ -14,7 +14,8 @@ def mean_of_factors(
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """`(Σ p_i B_i, Σ p_i A_i)`: what averaging adapters number by number does.
 
-    FedIT's server averages the adapters' parameters weighted by the clients' rows, `p_i = n_i / Σ n` (arXiv 2305.05644). Their
+    FedIT (arXiv 2305.05644) averages the adapters' parameters as FedAvg does (arXiv 1602.05629, algorithm 1), weighted by the
+    clients' rows, `p_i = n_i / Σ n`. Their
     product is not the mean of the updates `Σ p_i B_i A_i`; it depends on how each update is split into factors.
 
     Args:

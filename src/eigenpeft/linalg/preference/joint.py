@@ -44,7 +44,8 @@ def fit_joint(
 ) -> JointFit:
     """Basis and user weights of least negative log posterior near a start that the data suggest.
 
-    LoRe calls it collaborative ranking (Bose et al., arXiv 2504.14439): `min_{R, W} Σ_i -log σ(w_{u(i)}ᵀ R x_i)` with one basis R
+    LoRe calls it collaborative ranking (Bose et al., arXiv 2504.14439; abstract: rewards as "weighted combinations of shared basis
+    functions"): `min_{R, W} Σ_i -log σ(w_{u(i)}ᵀ R x_i)` with one basis R
     (n_basis, d) for all users and a row w_u of W on the simplex for each; here under the prior of `joint_gradient`. The prior and
     the start are ours.
 

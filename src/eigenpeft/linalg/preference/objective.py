@@ -162,7 +162,8 @@ def joint_gradient(
     """Negative log posterior of basis and user weights together, and its gradient written out by hand.
 
     With `w_u = simplex(user_logits[u])` and `x_i` the difference of the features of pair i, margins are
-    `m_i = o_i + x_i Δᵀ w_u`: LoRe's low-rank reward model `w_uᵀ R e(x)` (arXiv 2504.14439) with the basis R as
+    `m_i = o_i + x_i Δᵀ w_u`: LoRe's low-rank reward model `w_uᵀ R e(x)` (arXiv 2504.14439, abstract: "weighted
+    combinations of shared basis functions") with the basis R as
     `reference + Δ`. The value is
 
         Σ_i -log σ(m_i) + λ_s/2 ‖mean_b Δ_b‖² + λ_d/2 Σ_b ‖Δ_b - mean_b Δ_b‖² - (c/B) Σ_ub log w_ub.

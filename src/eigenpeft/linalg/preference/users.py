@@ -52,8 +52,8 @@ def fit_user_weights(
 ) -> Float[Tensor, "n_users n_basis"]:
     """Weights of many users at once: the minimum over the simplex of `Σ_i -log σ(z_i · w) - Σ_b c_b log w_b`.
 
-    The few-shot adaptation of LoRe (arXiv 2504.14439), `min_w Σ_i -log σ(wᵀ R x_i)` with the basis R held: `z_i = R x_i`. The
-    Dirichlet prior is ours.
+    The few-shot adaptation that LoRe's abstract names (arXiv 2504.14439), `min_w Σ_i -log σ(wᵀ R x_i)` with the basis R held:
+    `z_i = R x_i`. The Dirichlet prior is ours.
 
     The problem is strictly convex and its minimum is inside the simplex. Newton's method for all users together, in
     coordinates relative to the present weights, with the sum held at one; steps that leave the simplex or do not

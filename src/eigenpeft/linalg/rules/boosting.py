@@ -17,7 +17,8 @@ def boosting(
 ) -> Float[Tensor, "k_out k_in"]:
     """`Σ w_t M_t = U S Vᵀ`; `σ_i := max(σ_i, σ_k)`, k the first index with `Σ_{i≤k} σ_i ≥ β Σσ`.
 
-    Subspace Boosting (Skorobogat et al., "Subspace-Boosted Model Merging", arXiv 2506.16506) of task arithmetic.
+    Subspace Boosting (Skorobogat et al., "Subspace-Boosted Model Merging", arXiv 2506.16506) of task arithmetic. The
+    abstract says what for: a sum of many updates loses rank, and Subspace Boosting "maintains task vector ranks".
 
     Args:
         cores: Updates on common axes.

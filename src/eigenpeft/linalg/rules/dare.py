@@ -17,7 +17,10 @@ def dare(
     drop: float = 0.5,
     seeds: Sequence[int] | None = None,
 ) -> Float[Tensor, "k_out k_in"]:
-    """`M = Σ w_t M_t ∘ Z_t / (1 - p)` with `Z_t ~ Bernoulli(1 - p)`: Drop And REscale (Yu et al., arXiv 2311.03099).
+    """`M = Σ w_t M_t ∘ Z_t / (1 - p)` with `Z_t ~ Bernoulli(1 - p)`: Drop And REscale.
+
+    Yu et al. (arXiv 2311.03099, abstract): drop delta parameters at random "with a ratio p" and rescale the remaining ones
+    "by 1/(1-p)". There these are entries of the weights; here they are entries on the axes of the core space.
 
     Args:
         cores: Updates on common axes.

@@ -15,8 +15,8 @@ STEPS, EVERY, USERS_A_STEP, CONTEXT, TARGETS = 400, 20, 32, 8, 8
 class UserEncoder(nn.Module):
     """Head of a user: `shared + Dᵀ z_u`, `z_u = f(mean over the user's comparisons of g(difference))`.
 
-    The encoder `q(z | comparisons)` of variational preference learning (Poddar et al., arXiv 2408.10075), for users without
-    weights of their own: what
+    The encoder `q(z | comparisons)` of variational preference learning (Poddar et al., arXiv 2408.10075, abstract: "inferring a
+    novel user-specific latent"), for users without weights of their own: what
     LoRe solves a convex problem for, one pass of a network guesses. Without VPL's latent noise, which is for sampling,
     and with rewards that are linear in the features, as those of the methods it is compared with.
 

@@ -31,8 +31,10 @@ AUTO_STRENGTH = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 class LoReFitter:
     """Maximum a posteriori fit of basis and user weights together, by the log posterior of `linalg.preference.joint_gradient`.
 
-    The problem that LoRe calls collaborative ranking (arXiv 2504.14439): `min_{R, W} Σ_i -log σ(w_{u(i)}ᵀ R x_i)` with one basis R
-    (n_basis, n_features) for all users and a row of W on the simplex for each. The priors are ours.
+    The problem that LoRe calls collaborative ranking (Bose et al., arXiv 2504.14439):
+    `min_{R, W} Σ_i -log σ(w_{u(i)}ᵀ R x_i)` with one basis R
+    (n_basis, n_features) for all users and a row of W on the simplex for each. The abstract calls such rewards
+    `r_u = w_uᵀ R e(x)` "weighted combinations of shared basis functions". The priors are ours.
 
     What `"auto"` settings leave open is chosen by held-out comparisons, of users the fit saw and of users it did not;
     then everything is fitted again on all comparisons. The same inputs and seed give the same model.

@@ -59,6 +59,14 @@ def export_gguf(
             read.
         KeyError: If the store has no member `adapter_name`.
         OSError: If the file that is there cannot be read.
+
+    Examples:
+        Not run with the tests, because the package gguf is needed:
+
+        >>> from eigenpeft import AdapterStore
+        >>> from eigenpeft.tuners import export_gguf
+        >>> store = AdapterStore.from_pretrained("my-store")  # doctest: +SKIP
+        >>> export_gguf(store, "legal.gguf", adapter_name="legal", rank=16)  # doctest: +SKIP
     """
     if gguf is None:
         raise AdapterConfigError(

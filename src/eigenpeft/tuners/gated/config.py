@@ -34,10 +34,12 @@ _START_FIELDS = ("sources", "source_names", "subspace")
 
 @dataclass
 class GatedLoraConfig(ExplainedConfig):
-    """Experimental: compose cores anew for every token, `V_outᵀ (Σ_e g_e M_e) V_in x` with `g = softmax(W_g V_in x)` (CoMoL).
+    """Experimental: compose cores anew for every token, `V_outᵀ (Σ_e g_e M_e) V_in x` with `g = softmax(W_g V_in x)`.
 
-    The cores M_e start at the members of a store (`sources`), or at zero in a subspace (`subspace`, `n_cores`); the gate is
-    trained, and the cores too unless `train_cores=False`. With `gate="arrow"` nothing is trained: a token's weights follow from
+    The form of CoMoL (Cao et al., arXiv 2603.00573, abstract: core experts are chosen "for each token", and "merged via a
+    soft-merging strategy"). The cores M_e start at the members of a store (`sources`), or at zero in a subspace (`subspace`,
+    `n_cores`); the gate is trained, and the cores too unless `train_cores=False`.
+    With `gate="arrow"` nothing is trained: a token's weights follow from
     the members' own leading directions (Arrow, arXiv 2405.11157, section 4). No scaling multiplies the cores: `r` and
     `lora_alpha` have no meaning.
 
