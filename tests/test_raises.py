@@ -61,7 +61,7 @@ NOT_SEEN = {
     "of zip(strict=True)": [
         ("collection.diagnosis.Diagnosis.observe_norms", "ValueError"),
         ("linalg.merging.factor_means.mean_of_factors", "ValueError"),
-        ("linalg.merging.factor_means.residue_of_factor_mean", "ValueError"),
+        ("linalg.merging.factor_means.residual_of_factor_mean", "ValueError"),
         ("linalg.scores.nulls.chance_cosine", "ValueError"),
         ("linalg.scores.prototypes.prototype_logits", "ValueError"),
         ("linalg.zeroth_order.replay", "ValueError"),

@@ -172,7 +172,7 @@ class AdapterFedAvg(FedAvg):
         left_out |= averaged.left_out
         sent = sum(tensor.numel() * tensor.element_size() for tensor in self._expected.values())
         number = len(self.rounds) + 1
-        lost = max(averaged.residue.values(), default=0.0)
+        lost = max(averaged.relative_errors.values(), default=0.0)
         n_silent = self._n_asked - len(averaged.used) - len(left_out)
         if left_out or n_silent > 0:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())

@@ -47,7 +47,7 @@ def test_exact_is_the_weighted_mean_of_updates_of_mixed_ranks_and_scalings():
     round_ = average(clients, expected=client(0).tensors, rank=6, scaling=4.0)
     torch.testing.assert_close(update(round_.tensors, 4.0), mean(clients), rtol=0, atol=1e-5)
     assert round_.used == pytest.approx({"client-1": 0.3, "client-2": 0.1, "client-3": 0.6})
-    assert round_.residue["base_model.model.q"] < 1e-6
+    assert round_.relative_errors["base_model.model.q"] < 1e-6
     head = sum(w * each.tensors[HEAD].double() for w, each in zip((0.3, 0.1, 0.6), clients, strict=True))
     torch.testing.assert_close(round_.tensors[HEAD].double(), head, rtol=0, atol=1e-6)
     assert round_.bytes_received == sum(4 * (r * 21 + 48) for r in (2, 3, 1))
@@ -60,7 +60,7 @@ def test_exact_is_truncated_best_and_says_what_it_lost():
     U, S, Vh = torch.linalg.svd(mean(clients))
     best = (U[:, :3] * S[:3]) @ Vh[:3]
     torch.testing.assert_close(update(round_.tensors, 2.0), best, rtol=0, atol=1e-5)
-    assert round_.residue["base_model.model.q"] == pytest.approx(float(S[3:].norm() / S.norm()), rel=1e-5)
+    assert round_.relative_errors["base_model.model.q"] == pytest.approx(float(S[3:].norm() / S.norm()), rel=1e-5)
 
 
 def test_the_mean_of_factors_is_another_update():
@@ -71,14 +71,14 @@ def test_the_mean_of_factors_is_another_update():
     )
     off = torch.linalg.norm(update(round_.tensors, 2.0) - mean(clients)) / torch.linalg.norm(mean(clients))
     assert off > 0.3
-    assert round_.residue["base_model.model.q"] == pytest.approx(float(off), rel=1e-4)
+    assert round_.relative_errors["base_model.model.q"] == pytest.approx(float(off), rel=1e-4)
 
 
 def test_fedex_adds_what_the_factors_lack_over_several_rounds():
     expected, base = dict(client(0).tensors), torch.zeros(12, 9, dtype=torch.float64)
     for round_number in range(3):
         clients = [client(10 * round_number + seed, n=seed) for seed in (1, 2, 3)]
-        # A client's weight is W_0 + all residues so far + its own update.
+        # A client's weight is W_0 + all residuals so far + its own update.
         wanted = base + mean(clients)
         round_ = average(clients, expected=expected, rule="fedex", scaling=2.0)
         base = (
@@ -266,7 +266,7 @@ def test_real_loras_average_to_the_mean_of_what_they_add_to_the_weights(rule):
     load_round(server, tensors=round_.tensors, scaling=2.0)
     load_round(
         server, tensors=round_.tensors, scaling=2.0
-    )  # again: a residue is added to the first weight, not to the last
+    )  # again: a residual is added to the first weight, not to the last
     layer = "base_model.model.bert.encoder.layer.1.attention.self.query"
     weights = []
     for model in (*models, server):

@@ -13,11 +13,11 @@ from eigenpeft.errors import AdapterConfigError
 from eigenpeft.linalg.bases.stacking import Factors
 from eigenpeft.linalg.factored import frobenius_norm, truncate
 from eigenpeft.linalg.merging.apply import merge_updates
-from eigenpeft.linalg.merging.factor_means import mean_of_factors, residue_of_factor_mean
+from eigenpeft.linalg.merging.factor_means import mean_of_factors, residual_of_factor_mean
 from eigenpeft.linalg.merging.registry import RULES
 
 RESIDUE = "residue"
-"""Keys `<module>.residue_B` and `<module>.residue_A` hold what clients add to their base weight under the rule "fedex"."""
+"""Keys `<module>.residue_B` and `<module>.residue_A` hold the residual that clients add to their base weight under "fedex"."""
 _A, _B, _REST = "A", "B", "rest"
 _FROZEN = (".components", ".cores")  # what all clients have in common, where an adapter's file brings it
 
@@ -68,14 +68,14 @@ class Averaged:
             under the rule "fedex".
         used: Name of each client that counted to its weight p_i.
         left_out: Name of each of the others to the reason.
-        residue: Module to the share of the averaged update's norm that the truncation to the server's rank lost.
+        relative_errors: Module to the share of the averaged update's norm that the truncation to the server's rank lost.
         bytes_received: Bytes that the clients sent, those left out included.
     """
 
     tensors: Mapping[str, Tensor]
     used: Mapping[str, float]
     left_out: Mapping[str, str]
-    residue: Mapping[str, float] = field(default_factory=dict)
+    relative_errors: Mapping[str, float] = field(default_factory=dict)
     bytes_received: int = 0
 
     @property
@@ -183,7 +183,7 @@ def average(
         return Averaged(
             tensors=add_steps(expected, used, weights), used=named, left_out=left_out, bytes_received=received
         )
-    tensors, residue = {}, {}
+    tensors, errors = {}, {}
     pairs = {module: sides for module, sides in factor_keys(known).items() if len(sides) == 2}
     paired = {key for sides in pairs.values() for key in sides.values()}
     for key in known:
@@ -202,7 +202,7 @@ def average(
         norm = float(torch.linalg.vector_norm(known[sides[_A]].float(), dim=1).mean())
         tensors[sides[_B]] = lora_B.to(known[sides[_B]].dtype).contiguous()
         tensors[sides[_A]] = fill_rows(lora_A, norm=norm or 1.0).to(known[sides[_A]].dtype).contiguous()
-        residue[module] = lost
+        errors[module] = lost
         if further is not None:
             tensors |= _accumulated(module, further, expected, scaling)
     order = [*expected, *(key for key in tensors if key not in expected)]
@@ -210,7 +210,7 @@ def average(
         tensors={key: tensors[key] for key in order},
         used={update.name: weight for update, weight in zip(used, weights, strict=True)},
         left_out=left_out,
-        residue=residue,
+        relative_errors=errors,
         bytes_received=received,
     )
 
@@ -234,7 +234,7 @@ def _factor_means(
     """FedIT and FedEx-LoRA: the mean of the factors, and what the updates' mean has besides."""
     _no_options(rule, options)
     lora_B, lora_A = mean_of_factors(factors, weights=weights)
-    rest = residue_of_factor_mean(factors, weights=weights)
+    rest = residual_of_factor_mean(factors, weights=weights)
     if rule == "fedex":
         return lora_B, lora_A, 0.0, rest
     whole = float(frobenius_norm(torch.cat([rest[0], lora_B], dim=1), torch.cat([rest[1], lora_A])))
@@ -256,7 +256,7 @@ def _own_scale(update: ClientUpdate, key: str, scaling: float) -> float:
 
 
 def _accumulated(module: str, further: Factors, expected: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """The residue of all rounds so far as factors of the rank that it has, the scaling inside."""
+    """The residual of all rounds so far as factors of the rank that it has, the scaling inside."""
     left, right = further[0] * scaling, further[1]
     keys = [f"{module}.{RESIDUE}_{side}" for side in "BA"]
     if keys[0] in expected:

@@ -42,7 +42,7 @@ def mean_of_factors(
     return lora_B, lora_A
 
 
-def residue_of_factor_mean(
+def residual_of_factor_mean(
     factors: Sequence[Factors], *, weights: Sequence[float]
 ) -> tuple[Float[Tensor, "m q"], Float[Tensor, "q n"]]:
     """`Σ p_i B_i A_i - (Σ p_i B_i)(Σ p_i A_i)` as factors of rank Σ r_i + r, exactly (FedEx-LoRA, arXiv 2410.09432, eq. 7).
@@ -54,7 +54,7 @@ def residue_of_factor_mean(
         weights: p_i.
 
     Returns:
-        `(residue_B, residue_A)`, float64.
+        `(residual_B, residual_A)`, float64.
 
     Raises:
         ValueError: If there is not one weight for each.
@@ -62,7 +62,7 @@ def residue_of_factor_mean(
     Example:
         >>> import torch
         >>> one = torch.ones(1, 1)
-        >>> left, right = residue_of_factor_mean([(one, one), (3 * one, 3 * one)], weights=[0.5, 0.5])
+        >>> left, right = residual_of_factor_mean([(one, one), (3 * one, 3 * one)], weights=[0.5, 0.5])
         >>> round((left @ right).item(), 4)  # the mean of 1 and 9, minus 2 times 2
         1.0
     """
