@@ -50,7 +50,7 @@ GIVEN_UP_OPTIONS = {"base": "model", "base_model": "model"}
 # Words that mean one thing, and what else they must not be said of: the word, the rooms or names it is for, the other word.
 BELONGS_TO = {
     "method": (
-        r"SubspaceBuilder|SubspaceInfo|build_shared_subspace|fit_bases|stack_rows|(leading|top)_components",
+        r"SubspaceBuilder|SubspaceInfo|build_shared_subspace|fit_bases|stack_rows|leading_components",
         "rule",
     ),
     "save_directory": (r"\w+\.save_pretrained", "out_dir"),

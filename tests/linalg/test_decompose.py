@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenpeft.linalg import decompose, krylov
-from eigenpeft.linalg.decompose import full_spectrum, leading_components, numerical_rank, top_components
+from eigenpeft.linalg.decompose import full_spectrum, leading_components, numerical_rank
 from eigenpeft.linalg.orthogonal import principal_angles
 
 SPECTRA = {
@@ -41,7 +41,7 @@ def check(found, rows, n_components, *, missed=3e-6):
 def test_components_are_the_leading_ones(spectrum, shape, method, dtype, n_components, with_spectrum):
     rows = with_spectrum(*shape, SPECTRA[spectrum](min(shape)), dtype=dtype)
     before = rows.clone()
-    check(top_components(rows, n_components=n_components, method=method), rows, n_components)
+    check(leading_components(rows, n_components=n_components, method=method), rows, n_components)
     assert torch.equal(rows, before)
 
 
@@ -50,7 +50,7 @@ def test_components_are_the_leading_ones(spectrum, shape, method, dtype, n_compo
 def test_fast_decay_keeps_components_orthonormal_and_right(shape, method, with_spectrum):
     """Projecting twice before orthonormalising loses 2e-2 of the squared norm here; squaring in float32 the small values."""
     rows = with_spectrum(*shape, 10.0 ** (-np.arange(300) / 16))
-    found = top_components(rows, n_components=72, method=method)
+    found = leading_components(rows, n_components=72, method=method)
     check(found, rows, 72)
     assert found.n_iterations <= 6  # rounding is not chased; two of them may be rough ones in bfloat16
     exact = np.linalg.svd(rows.double().numpy())[2][:72]
@@ -63,7 +63,7 @@ def test_fast_decay_keeps_components_orthonormal_and_right(shape, method, with_s
 def test_every_number_of_components_up_to_all(shape, method, with_spectrum):
     rows = with_spectrum(*shape, np.linspace(2.0, 1.0, 13))
     for n_components in range(1, 14):
-        check(top_components(rows, n_components=n_components, method=method), rows, n_components)
+        check(leading_components(rows, n_components=n_components, method=method), rows, n_components)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,27 +75,27 @@ def test_more_components_than_the_rank_are_refused_by_both_numbers(shape, dtype,
         ValueError,
         match=f"n_components=40 exceeds the numerical rank 24 of the {shape[0]} x {shape[1]} stack; pass at most 24",
     ):
-        top_components(rows, n_components=40, method=method)
+        leading_components(rows, n_components=40, method=method, allow_fewer=False)
     check(leading_components(rows, n_components=40, method=method), rows, 24)
-    check(top_components(rows, n_components=24, method=method), rows, 24)
+    check(leading_components(rows, n_components=24, method=method), rows, 24)
 
 
 def test_more_components_than_rows_are_refused(with_spectrum):
     with pytest.raises(ValueError, match="n_components=6 exceeds the numerical rank 5 of the 5 x 30 stack"):
-        top_components(with_spectrum(5, 30, np.ones(5)), n_components=6)
+        leading_components(with_spectrum(5, 30, np.ones(5)), n_components=6, allow_fewer=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stack_of_zeros_has_no_components(method):
     with pytest.raises(ValueError, match="n_components=1 exceeds the numerical rank 0 .* stack of zeros"):
-        top_components(torch.zeros(40, 30), n_components=1, method=method)
+        leading_components(torch.zeros(40, 30), n_components=1, method=method, allow_fewer=False)
     assert leading_components(torch.zeros(40, 30), n_components=3, method=method).components.shape == (0, 30)
 
 
 def test_invalid_arguments_are_named(unannotated):
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="n_components=0 is not a number of components; pass at least 1"):
-        top_components(rows, n_components=0)
+        leading_components(rows, n_components=0)
     with pytest.raises(ValueError, match="method='lanczos' is unknown; pass 'auto', 'dense' or 'krylov'"):
         unannotated(leading_components)(rows, n_components=1, method="lanczos")
 
@@ -105,17 +105,17 @@ def test_restarts_do_not_hurt(shape, monkeypatch):
     """Pure noise needs many passes, so that a basis of three blocks is compressed again and again."""
     monkeypatch.setattr(krylov, "_MAX_BLOCKS", 3)
     rows = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    found = top_components(rows, n_components=8, method="krylov")
+    found = leading_components(rows, n_components=8, method="krylov")
     assert found.n_iterations > 6
     check(found, rows, 8, missed=1e-5)
 
 
 def test_one_huge_adapter_does_not_drown_the_rest(with_spectrum):
     rows = with_spectrum(300, 200, np.concatenate([[1e4], np.linspace(1.0, 0.2, 199)]))
-    check(top_components(rows, n_components=20, method="krylov"), rows, 20)
+    check(leading_components(rows, n_components=20, method="krylov"), rows, 20)
     exact = np.linalg.svd(rows.double().numpy())[2][:20]
     captured = np.sum((rows.double().numpy() @ exact[1:].T) ** 2)
-    components = top_components(rows, n_components=20, method="krylov").components[1:].double().numpy()
+    components = leading_components(rows, n_components=20, method="krylov").components[1:].double().numpy()
     assert np.sum((rows.double().numpy() @ components.T) ** 2) > 0.999 * captured
 
 
@@ -141,7 +141,7 @@ def test_bfloat16_passes_are_those_in_float32_but_for_rounding(shape, with_spect
 def test_bfloat16_rows_are_decomposed_as_float32(fast, shape, with_spectrum, monkeypatch):
     monkeypatch.setattr(decompose, "_multiplies_bfloat16", lambda device: fast)
     rows = with_spectrum(*shape, SPECTRA["power"](200), dtype=torch.bfloat16)
-    check(top_components(rows, n_components=16, method="krylov"), rows, 16)
+    check(leading_components(rows, n_components=16, method="krylov"), rows, 16)
 
 
 def test_large_stacks_are_iterated_on_in_chunks(with_spectrum, monkeypatch):
@@ -150,10 +150,10 @@ def test_large_stacks_are_iterated_on_in_chunks(with_spectrum, monkeypatch):
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             rows = with_spectrum(*shape, SPECTRA["fast"](90), dtype=dtype)
-            found = top_components(rows, n_components=3)
+            found = leading_components(rows, n_components=3)
             assert found.n_iterations > 1  # that is, not the dense method
             check(found, rows, 3)
-            dense = top_components(rows, n_components=60)
+            dense = leading_components(rows, n_components=60)
             assert dense.n_iterations == 1  # most of the space: the iteration would not be cheaper
             if dtype == torch.float32:
                 np.testing.assert_allclose(
@@ -164,7 +164,7 @@ def test_large_stacks_are_iterated_on_in_chunks(with_spectrum, monkeypatch):
 def test_same_seed_same_components(with_spectrum):
     rows = with_spectrum(150, 90, SPECTRA["power"](90))
     runs = [
-        top_components(rows, n_components=9, method="krylov", generator=generator).components
+        leading_components(rows, n_components=9, method="krylov", generator=generator).components
         for generator in (None, None, torch.Generator().manual_seed(7), torch.Generator().manual_seed(7))
     ]
     assert torch.equal(runs[0], runs[1])
@@ -174,7 +174,7 @@ def test_same_seed_same_components(with_spectrum):
 
 def test_tolerance_trades_passes_for_squared_norm():
     rows = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
-    rough, fine = (top_components(rows, n_components=6, method="krylov", tol=tol) for tol in (1e-1, 1e-6))
+    rough, fine = (leading_components(rows, n_components=6, method="krylov", tol=tol) for tol in (1e-1, 1e-6))
     assert rough.n_iterations < fine.n_iterations
     assert rough.relative_residual > fine.relative_residual
     check(fine, rows, 6, missed=1e-7)

@@ -15,7 +15,6 @@ from eigenpeft.linalg.decompose import (
     full_spectrum,
     leading_components,
     numerical_rank,
-    top_components,
 )
 from eigenpeft.linalg.factored import (
     FactoredSvd,
@@ -67,6 +66,5 @@ __all__ = [
     "random_complement",
     "reconstruct",
     "stack_rows",
-    "top_components",
     "truncate",
 ]

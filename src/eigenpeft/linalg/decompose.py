@@ -87,51 +87,6 @@ def full_spectrum(rows: Float[Tensor, "p n"]) -> Float[Tensor, " q"]:
     return eigenvalues.clamp(min=0.0).sqrt().to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def top_components(
-    rows: Float[Tensor, "p n"],
-    *,
-    n_components: int,
-    tol: float = 1e-4,
-    generator: Generator | None = None,
-    method: Literal["auto", "dense", "krylov"] = "auto",
-) -> Decomposition:
-    """The K leading right singular vectors of a stack of rows, not centred.
-
-    With q = min(p, n): up to q = 512 the eigenvectors of the smaller Gram matrix, in float64; above, adaptive block
-    Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2) with a stop on the estimated gain. Neither forms
-    an n x n matrix when n is the larger side.
-
-    Args:
-        rows: The stack; bfloat16 and float16 are computed in float32.
-        n_components: K, from 1 to the numerical rank of the stack.
-        tol: The iteration stops when one more pass promises to raise each component's squared norm by less than
-            `tol / 100` of it, on average; so 1e-4 misses about 1e-6 of the squared norm. Ignored by the dense method.
-        generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense
-            method.
-        method: "dense", "krylov", or "auto" to choose by size.
-
-    Returns:
-        `Decomposition` with exactly K components; float64 if `rows` is, else float32.
-
-    Raises:
-        ValueError: If `n_components` is less than 1 or above the numerical rank, or `method` is unknown.
-
-    Example:
-        >>> import torch
-        >>> found = top_components(torch.tensor([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), n_components=1)
-        >>> found.components, found.singular_values
-        (tensor([[1., 0.]]), tensor([5.]))
-    """
-    found = leading_components(rows, n_components=n_components, tol=tol, generator=generator, method=method)
-    rank = len(found.singular_values)
-    if rank < n_components:
-        raise ValueError(
-            f"n_components={n_components} exceeds the numerical rank {rank} of the {rows.shape[0]} x {rows.shape[1]} "
-            + (f"stack; pass at most {rank}." if rank else "stack of zeros, which has no components.")
-        )
-    return found
-
-
 def leading_components(
     rows: Float[Tensor, "p n"],
     *,
@@ -139,24 +94,36 @@ def leading_components(
     tol: float = 1e-4,
     generator: Generator | None = None,
     method: Literal["auto", "dense", "krylov"] = "auto",
+    allow_fewer: bool = True,
 ) -> Decomposition:
-    """`top_components` that returns fewer than K components where the numerical rank is smaller.
+    """The K leading right singular vectors of a stack of rows, not centred; fewer where the numerical rank is smaller.
+
+    With q = min(p, n): up to q = 512 the eigenvectors of the smaller Gram matrix, in float64; above, adaptive block
+    Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2) with a stop on the estimated gain. Neither forms
+    an n x n matrix when n is the larger side.
 
     Args:
-        rows: As for `top_components`.
-        n_components: At most so many components, at least 1.
-        tol: As for `top_components`.
-        generator: As for `top_components`.
-        method: As for `top_components`.
+        rows: The stack; bfloat16 and float16 are computed in float32.
+        n_components: K, at least 1.
+        tol: The iteration stops when one more pass promises to raise each component's squared norm by less than
+            `tol / 100` of it, on average; so 1e-4 misses about 1e-6 of the squared norm. Ignored by the dense method.
+        generator: Source of the iteration's random start; None always takes the same start. Ignored by the dense
+            method.
+        method: "dense", "krylov", or "auto" to choose by size.
+        allow_fewer: Whether a numerical rank below K gives that many components; else it is refused.
 
     Returns:
-        `Decomposition` with min(K, numerical rank) components.
+        `Decomposition` with min(K, numerical rank) components; float64 if `rows` is, else float32.
 
     Raises:
-        ValueError: If `n_components` is less than 1 or `method` is unknown.
+        ValueError: If `n_components` is less than 1, or above the numerical rank without `allow_fewer`, or `method` is
+            unknown.
 
     Examples:
         >>> import torch
+        >>> found = leading_components(torch.tensor([[3.0, 0.0], [0.0, 1.0], [4.0, 0.0]]), n_components=1)
+        >>> found.components, found.singular_values
+        (tensor([[1., 0.]]), tensor([5.]))
         >>> leading_components(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), n_components=2).singular_values.tolist()
         [5.0]
     """
@@ -165,13 +132,19 @@ def leading_components(
     if method not in ("auto", "dense", "krylov"):
         raise ValueError(f"method={method!r} is unknown; pass 'auto', 'dense' or 'krylov'.")
     q = min(rows.shape)
+    most = min(n_components, q)
     if method == "auto":
         # A block that fills an eighth of the space is no cheaper than all of it where the spectrum is nearly flat.
         dense = q <= _DENSE_LIMIT or 8 * (n_components + _OVERSAMPLING) >= q
         method = "dense" if dense else "krylov"
-    if method == "dense":
-        return _dense(rows, min(n_components, q))
-    return _krylov(rows, min(n_components, q), tol=tol, generator=generator)
+    found = _dense(rows, most) if method == "dense" else _krylov(rows, most, tol=tol, generator=generator)
+    rank = len(found.singular_values)
+    if rank < n_components and not allow_fewer:
+        raise ValueError(
+            f"n_components={n_components} exceeds the numerical rank {rank} of the {rows.shape[0]} x {rows.shape[1]} "
+            + (f"stack; pass at most {rank}." if rank else "stack of zeros, which has no components.")
+        )
+    return found
 
 
 def _dense(rows: Float[Tensor, "p n"], n_components: int) -> Decomposition:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigenpeft.linalg.bases.incremental import empty_sketch, extend_sketch, merge_components
-from eigenpeft.linalg.decompose import top_components
+from eigenpeft.linalg.decompose import leading_components
 from eigenpeft.linalg.orthogonal import principal_angles
 
 
@@ -14,9 +14,9 @@ from eigenpeft.linalg.orthogonal import principal_angles
 @pytest.mark.parametrize("n_new", [1, 12])
 def test_merge_without_discards_is_the_whole_batch(n, n_new, dtype, with_spectrum):
     rows = with_spectrum(10 + n_new, n, 1.0 / (1 + np.arange(10 + n_new)), dtype=dtype)
-    old = top_components(rows[:10], n_components=10)
+    old = leading_components(rows[:10], n_components=10)
     merged = merge_components(old.components, singular_values=old.singular_values, rows=rows[10:], n_components=6)
-    batch = top_components(rows, n_components=6)
+    batch = leading_components(rows, n_components=6)
     eps = 1e-9 if dtype == torch.float64 else 1e-4
     assert principal_angles(merged.components, batch.components).amax() < eps
     torch.testing.assert_close(merged.singular_values, batch.singular_values, rtol=1e-4, atol=0.0)
@@ -26,7 +26,7 @@ def test_merge_without_discards_is_the_whole_batch(n, n_new, dtype, with_spectru
 
 def test_error_of_a_merge_is_at_most_what_was_discarded(with_spectrum):
     rows = with_spectrum(40, 60, 1.0 / (1 + np.arange(40)) ** 0.5)
-    old = top_components(rows[:25], n_components=8)
+    old = leading_components(rows[:25], n_components=8)
     discarded = old.total_squared_norm - float(old.singular_values.square().sum())
     merged = merge_components(old.components, singular_values=old.singular_values, rows=rows[25:], n_components=8)
     exact = np.linalg.svd(rows.double().numpy(), compute_uv=False)[:8]
@@ -35,7 +35,7 @@ def test_error_of_a_merge_is_at_most_what_was_discarded(with_spectrum):
 
 
 def test_nothing_new_changes_nothing(with_spectrum):
-    old = top_components(with_spectrum(20, 15, np.linspace(2, 1, 15)), n_components=5)
+    old = leading_components(with_spectrum(20, 15, np.linspace(2, 1, 15)), n_components=5)
     merged = merge_components(
         old.components, singular_values=old.singular_values, rows=torch.empty(0, 15), n_components=5
     )
@@ -44,7 +44,7 @@ def test_nothing_new_changes_nothing(with_spectrum):
 
 
 def test_more_components_than_the_merged_rank_are_refused(with_spectrum):
-    old = top_components(with_spectrum(6, 15, np.ones(6)), n_components=4)
+    old = leading_components(with_spectrum(6, 15, np.ones(6)), n_components=4)
     with pytest.raises(ValueError, match="n_components=9 exceeds the numerical rank 6 of the 6 x 15 stack"):
         merge_components(old.components, singular_values=old.singular_values, rows=torch.eye(15)[:2], n_components=9)
 
@@ -75,7 +75,7 @@ def test_a_sketch_misses_no_more_than_its_bound(n_parts, decay, with_spectrum):
 def test_a_sketch_as_large_as_the_rank_is_exact(with_spectrum):
     rows = with_spectrum(60, 40, np.linspace(2, 1, 12))
     sketch = sketch_of(rows, size=12, n_parts=4)
-    batch = top_components(rows, n_components=12)
+    batch = leading_components(rows, n_components=12)
     assert principal_angles(sketch.components, batch.components).amax() < 1e-5
     assert sketch.missed_squared_norm_bound(12) < 1e-5 * sketch.total_squared_norm
 

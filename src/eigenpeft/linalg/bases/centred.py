@@ -20,8 +20,8 @@ def centred_components(
     Args:
         rows: The stack.
         n_components: K, at least 1.
-        tol: As for `top_components`.
-        generator: As for `top_components`.
+        tol: As for `leading_components`.
+        generator: As for `leading_components`.
 
     Returns:
         `Decomposition` with min(K, numerical rank of the stack) components. The first singular value is √p ‖mean‖, the

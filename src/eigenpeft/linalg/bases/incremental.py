@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eigenpeft.linalg.decompose import leading_components, top_components
+from eigenpeft.linalg.decompose import leading_components
 
 # Of the solver in a merge whose truncation costs far more: 1e-4 misses as much in the end and takes 1.6 times as long.
 _TOL = 1e-2
@@ -62,7 +62,7 @@ def merge_components(
     """
     dtype = torch.promote_types(torch.promote_types(components.dtype, rows.dtype), torch.float32)
     old_rows = singular_values.to(dtype)[:, None] * components.to(dtype)
-    found = top_components(torch.cat([old_rows, rows.to(dtype)]), n_components=n_components)
+    found = leading_components(torch.cat([old_rows, rows.to(dtype)]), n_components=n_components, allow_fewer=False)
     kept_squared_norm = float(found.singular_values.to(torch.float64).square().sum())
     return Merged(
         components=found.components,
