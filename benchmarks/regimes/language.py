@@ -2,7 +2,7 @@
 
 Papers:    EigenLoRAx, arXiv 2502.04700; LoRA, arXiv 2106.09685.
 Command:   python benchmarks/regimes/language.py --model MODEL --data DIR --work DIR
-           python benchmarks/regimes/language.py --work DIR --report   (the tables of docs/regimes.md)
+           python benchmarks/regimes/language.py --work DIR --report [--docs docs/regimes.md]
            (MODEL is `smollm2/model` as `make smollm2` writes it; DIR of data holds banking77/ and clinc150/, JSONL)
 Hardware:  CPU, one thread, float32; 20 to 40 s of CPU time per cell and per adapter of a zoo.
 Writes:    WORK/zoos and WORK/language.jsonl, a line per cell. Started again, it goes on where it stopped, at first from
@@ -17,6 +17,7 @@ which nothing has been trained on yet.
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -284,7 +285,7 @@ def values(rows: list[dict], name: str, kind: str, size: int, *, what: str = "ex
     return found
 
 
-def report(rows: list[dict]) -> str:
+def tables(rows: list[dict]) -> dict[str, str]:
     """Means of the methods with ten relatives, and the differences for each zoo."""
     lines = ["| method | trained numbers | rate | exact | loss |", "|---|---|---|---|---|"]
     for name in METHODS:
@@ -294,20 +295,18 @@ def report(rows: list[dict]) -> str:
             means = [fmean(fmean(by_seed.values()) for by_seed in each.values()) for each in (right, loss)]
             rate = f"{own[0]['rate']:g}" if own[0]["rate"] else ""
             lines.append(f"| {name} | {own[0]['parameters']:,} | {rate} | {means[0]:.3f} | {means[1]:.3f} |")
-    lines += [
-        "",
-        "| comparison, points of accuracy | " + " | ".join(KINDS.values()) + " |",
-        "|---" * (1 + len(KINDS)) + "|",
-    ]
+    found = {"language": "\n".join(lines)}
+    kinds = {kind: title for kind, title in KINDS.items() if values(rows, "EigenLoRA K8", *kind)}
+    lines = ["| comparison, points of accuracy | " + " | ".join(kinds.values()) + " |", "|---" * (1 + len(kinds)) + "|"]
     for one, other in PAIRS:
-        found = [
+        gains = [
             shown(list(gaps(values(rows, one, *kind), values(rows, other, *kind)).values()))
             if METHODS[one].uses_zoo or kind == ("own", SIZE)
             else ""
-            for kind in KINDS
+            for kind in kinds
         ]
-        lines.append("| " + " | ".join([f"{one} minus {other}", *found]) + " |")
-    return "\n".join(lines)
+        lines.append("| " + " | ".join([f"{one} minus {other}", *gains]) + " |")
+    return found | {"language-pairs": "\n".join(lines)}
 
 
 def main() -> None:
@@ -316,6 +315,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--docs", type=Path)
     given = parser.parse_args()
     quiet()
     if given.report:
@@ -323,7 +323,12 @@ def main() -> None:
         once = [{key: value for key, value in row.items() if key != "environment"} for row in rows[1:]]
         text = "".join(json.dumps(row) + "\n" for row in [*rows[:1], *once])
         (RESULTS / "language.jsonl").write_text(text, encoding="utf-8")
-        print(report(rows))
+        for name, text in tables(rows).items():
+            print(text, end="\n\n")
+            if given.docs:
+                page = given.docs.read_text(encoding="utf-8")
+                mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+                given.docs.write_text(mark.sub(lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page), encoding="utf-8")
         return
     if given.model is None or given.data is None:
         parser.error("--model and --data are needed to run cells; --report needs neither")
