@@ -314,10 +314,10 @@ def test_what_has_no_place_is_refused():
         ({"lora_B.weight": (2,)}, r"query.lora_B.weight' has the shape \(2,\), .*'default' has \(32, 2\) there"),
         ({"lora_B.weight": (33, 2)}, r"query.lora_B.weight' has the shape \(33, 2\), .*'default' has \(32, 2\) there"),
         ({"lora_B.weight": (32, 3)}, r"factors of '.*query' are A \(2, 32\) and B \(32, 3\); pass two of one rank"),
-        ({"residue_A": (3, 31)}, r"residue of '.*query' has B \(32, 3\) and A \(3, 31\), .* is \(32, 32\)"),
-        ({"residue_A": (2, 32)}, r"residue of '.*query' has B \(32, 3\) and A \(2, 32\), .* is \(32, 32\)"),
-        ({"residue_A": (32,)}, r"residue of '.*query' has B \(32, 3\) and A \(32,\), .* is \(32, 32\)"),
-        ({"residue_A": None}, r"residue of '.*query' has B \(32, 3\) and A missing, .* is \(32, 32\)"),
+        ({"residue_A": (3, 31)}, r"residual of '.*query' has B \(32, 3\) and A \(3, 31\), .* is \(32, 32\)"),
+        ({"residue_A": (2, 32)}, r"residual of '.*query' has B \(32, 3\) and A \(2, 32\), .* is \(32, 32\)"),
+        ({"residue_A": (32,)}, r"residual of '.*query' has B \(32, 3\) and A \(32,\), .* is \(32, 32\)"),
+        ({"residue_A": None}, r"residual of '.*query' has B \(32, 3\) and A missing, .* is \(32, 32\)"),
     ],
 )
 def test_tensors_that_do_not_fit_leave_the_model_as_it_was(changes, message):
@@ -336,7 +336,7 @@ def test_tensors_that_do_not_fit_leave_the_model_as_it_was(changes, message):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_head_of_another_size_and_a_residue_of_no_module_are_refused():
+def test_a_head_of_another_size_and_a_residual_of_no_module_are_refused():
     model = trained(LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), seed=1)
     tensors = dict(round_update(model, name="a").tensors)
     key = "base_model.model.classifier.weight"
@@ -345,9 +345,9 @@ def test_a_head_of_another_size_and_a_residue_of_no_module_are_refused():
         AdapterConfigError, match=re.escape(f"{key!r} has the shape (9, 32), and the adapter 'default' has {size}")
     ):
         load_round(model, tensors=tensors | {key: torch.ones(9, 32)})
-    residue = {f"base_model.model.nowhere.residue_{side}": torch.ones(32, 32) for side in "BA"}
+    residual = {f"base_model.model.nowhere.residue_{side}": torch.ones(32, 32) for side in "BA"}
     with pytest.raises(AdapterConfigError, match="'base_model.model.nowhere.residue_B', have no place in the adapter"):
-        load_round(model, tensors=tensors | residue)
+        load_round(model, tensors=tensors | residual)
     for call in (
         lambda: load_round(model, tensors=tensors, adapter_name="b"),
         lambda: round_update(model, name="a", adapter_name="b"),

@@ -102,25 +102,25 @@ def load_round(
         rebuild(model, tensors)
         return
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    residues = {key: tensor for key, tensor in tensors.items() if f".{RESIDUE}_" in key}
-    averaged = {key: tensor for key, tensor in tensors.items() if key not in residues}
+    residuals = {key: tensor for key, tensor in tensors.items() if f".{RESIDUE}_" in key}
+    averaged = {key: tensor for key, tensor in tensors.items() if key not in residuals}
     pairs = factor_keys(averaged)
-    unknown = [key for key in averaged if key not in own] + [key for key in residues if _module_of(key) not in pairs]
+    unknown = [key for key in averaged if key not in own] + [key for key in residuals if _module_of(key) not in pairs]
     if unknown:
         raise AdapterConfigError(
             f"{len(unknown)} of the {len(tensors)} averaged tensors, such as {unknown[0]!r}, have no place in the adapter "
             f"{adapter_name!r}. Give every client the same target modules, core and head."
         )
     _check_shapes(averaged, own, adapter_name)
-    further = {module: _residue_of(model, module, residues) for module in dict.fromkeys(map(_module_of, residues))}
+    further = {module: _residual_of(model, module, residuals) for module in dict.fromkeys(map(_module_of, residuals))}
     mine = scaling_of(model, adapter_name=adapter_name)
     for sides in pairs.values():
         rank = len(own[sides["A"]]) if "A" in sides else 0
         part = {key: averaged[key] for key in sides.values()}
         averaged |= fit_rank(part, rank=rank, scaling=mine if scaling is None else scaling, own_scaling=mine)
     set_peft_model_state_dict(model, own | averaged, adapter_name=adapter_name)
-    for module, residue in further.items():
-        _add_to_base(model, module, residue)
+    for module, residual in further.items():
+        _add_to_base(model, module, residual)
 
 
 def scaling_of(model: Any, *, adapter_name: str = "default") -> float:
@@ -155,7 +155,7 @@ def _config_of(model: Any, adapter_name: str) -> Any:
 
 
 def _module_of(key: str) -> str:
-    """The module of a residue."""
+    """The module of a residual."""
     return key.rpartition(f".{RESIDUE}_")[0]
 
 
@@ -181,18 +181,18 @@ def _check_shapes(averaged: Mapping[str, Tensor], own: Mapping[str, Tensor], ada
             )
 
 
-def _residue_of(model: nn.Module, module: str, residues: Mapping[str, Tensor]) -> Tensor:
+def _residual_of(model: nn.Module, module: str, residuals: Mapping[str, Tensor]) -> Tensor:
     """What the rule "fedex" adds to a base weight, laid out as the weight is."""
     layer, base = _with_base(model, module)
     is_transposed = getattr(layer, "fan_in_fan_out", False)
     needed = tuple(base.weight.mT.shape if is_transposed else base.weight.shape)
-    pair = [residues.get(f"{module}.{RESIDUE}_{side}") for side in "BA"]
+    pair = [residuals.get(f"{module}.{RESIDUE}_{side}") for side in "BA"]
     shapes: list[tuple[int, ...]] = [() if side is None else tuple(side.shape) for side in pair]
     left, right = pair
     fits = [len(shape) for shape in shapes] == [2, 2] and shapes[0][1] == shapes[1][0]
     if left is None or right is None or not fits or (shapes[0][0], shapes[1][1]) != needed:
         raise AdapterConfigError(
-            f"The residue of {module!r} has B {shapes[0] or 'missing'} and A {shapes[1] or 'missing'}, and its base weight is "
+            f"The residual of {module!r} has B {shapes[0] or 'missing'} and A {shapes[1] or 'missing'}, and its base weight is "
             f"{needed}, (out_features, in_features); pass B (out_features, q) and A (q, in_features), as the rule 'fedex' "
             "makes them for linear layers."
         )
@@ -204,11 +204,11 @@ def _with_base(model: nn.Module, module: str) -> tuple[nn.Module, Any]:
     return layer, layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # pyright: ignore[reportCallIssue]
 
 
-def _add_to_base(model: nn.Module, module: str, residue: Tensor) -> None:
-    """W = W_0 + residue of all rounds, W_0 kept bit for bit beside it."""
+def _add_to_base(model: nn.Module, module: str, residual: Tensor) -> None:
+    """W = W_0 + residual of all rounds, W_0 kept bit for bit beside it."""
     _, base = _with_base(model, module)
     if not hasattr(base, _ORIGINAL):
         setattr(base, _ORIGINAL, base.weight.detach().clone())
     with torch.no_grad():
         original = getattr(base, _ORIGINAL)
-        base.weight.copy_(original + residue.to(original))
+        base.weight.copy_(original + residual.to(original))
