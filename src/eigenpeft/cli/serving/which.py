@@ -83,7 +83,7 @@ def which_command(
     model: Annotated[
         str | None, typer.Option(help="Where the index's base model lies now; default: where it was.")
     ] = None,
-    n_rows: Annotated[int, typer.Option("--rows", "-n", help="Rows to look at.")] = 8,
+    n_rows: Annotated[int, typer.Option("--n-rows", "-n", help="Rows to look at.")] = 8,
     top_k: Annotated[int, typer.Option(help="Names to give.")] = 5,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +93,7 @@ def which_command(
     """
     quiet(as_json)
     if n_rows < 1:
-        raise EigenPeftError(f"--rows {n_rows} must be at least 1.")
+        raise EigenPeftError(f"--n-rows {n_rows} must be at least 1.")
     first = _first_rows(rows, n_rows)  # before the index is looked for on the Hub
     answer = AdapterIndex.from_pretrained(index, encoder=model).query(first, top_k=top_k)
     if as_json:
