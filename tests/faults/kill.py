@@ -259,10 +259,12 @@ def kill_at_random(n: int, *, seed: int, names: tuple[str, ...] = ()) -> Counter
                 time.sleep(draw.uniform(0.0, 1.05 * length))
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                there = without_manifest(job.state()) if job.changes else job.state()
-                before, after = (without_manifest(each) if job.changes else each for each in (old, new))
-                assert there in (before, after), f"{name}: {sorted(there)} is neither the old nor the new artifact"
-                found["new" if there == after else "old" if there else "none"] += 1
+                settled = without_manifest if job.changes else dict
+                there = settled(job.state())
+                assert there in (settled(old), settled(new)), (
+                    f"{name}: {sorted(there)} is neither the old nor the new artifact"
+                )
+                found["new" if there == settled(new) else "old" if there else "none"] += 1
                 assert finish(job.words) == 0, f"{name}: the same command does not finish the job"
                 assert job.state() == new, f"{name}: other bytes than of an undisturbed run"
                 left = beside_of(place / "out") - beside - {job.out.name}
