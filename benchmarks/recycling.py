@@ -127,6 +127,7 @@ def fixed(target: Target, adapters, name: str) -> dict:
             target.args(scratch),
             target.collator,
             Trainer,
+            learning_rates={name: (rate,) for name, rate in FIXED.items()} | {"merged_head": (3e-1,)},
             head_learning_rate=3e-2,
             log=Path(scratch) / "trials.jsonl",
             deadline=float("inf"),

@@ -107,16 +107,13 @@ def test_the_better_half_gets_twice_the_steps(adapters, tmp_path):
 
 
 @pytest.mark.parametrize(("rate", "winner"), [(1e-9, "lora_r8"), (0.3, "eigenlora")])
-def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(
-    adapters, tmp_path, monkeypatch, rate, winner
-):
+def test_a_rival_wins_only_if_it_is_ahead_of_the_control_by_more_than_chance(adapters, tmp_path, rate, winner):
     rows = [{"input_ids": [3 + i % 2] * 7, "labels": i % 2} for i in range(32)]  # what can be learnt
     chosen = {"lora_r8": (1e-9,), "eigenlora": (rate,)}
-    for name, rates in chosen.items():
-        monkeypatch.setitem(CANDIDATES, name, replace(CANDIDATES[name], learning_rates=rates))
     options = {
         "rows": rows,
         "candidates": list(chosen),
+        "learning_rates": chosen,
         "args": arguments(tmp_path, max_steps=24),
         "head_learning_rate": 1e-9,
     }
@@ -334,7 +331,12 @@ def test_a_finished_result_is_not_replaced_by_one_that_was_chosen_otherwise(adap
     some = ["lora_r8", "eigenlora"]
     first = recycled(adapters, tmp_path, candidates=some, budget=3.0)
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    for changes in ({"budget": 0.5, "time_limit": 0.0}, {"budget": 6.0}, {"candidates": ["lora_r8"], "budget": 3.0}):
+    for changes in (
+        {"budget": 0.5, "time_limit": 0.0},
+        {"budget": 6.0},
+        {"candidates": ["lora_r8"], "budget": 3.0},
+        {"learning_rates": {"eigenlora": (0.5,)}, "budget": 3.0},
+    ):
         with pytest.raises(
             ArtifactError, match=rf"holds a finished result, {first.winner}, which was chosen with"
         ) as refused:
@@ -342,6 +344,10 @@ def test_a_finished_result_is_not_replaced_by_one_that_was_chosen_otherwise(adap
         assert "Choose another out_dir (--out); or pass overwrite=True" in str(refused.value)
         if "candidates" in changes:
             assert "the candidates lora_r8, eigenlora (now lora_r8)" in str(refused.value)
+        elif "learning_rates" in changes:
+            assert "lora_r8 0.003 0.001, eigenlora 0.01 0.03 (now lora_r8 0.003 0.001, eigenlora 0.5)" in str(
+                refused.value
+            )
         else:
             assert f"the budget 3 (now {changes['budget']:g})" in str(refused.value)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == written
@@ -458,6 +464,12 @@ def test_where_nothing_can_be_tried_each_reason_is_said(adapters, tmp_path):
         ({"candidates": []}, "at least one"),
         ({"held_out": 1.0}, "held_out=1.0 between 0 and 1"),
         ({"budget": 0.0}, "budget=0.0 must be a positive number of trainings"),
+        ({"learning_rates": {"best": (1e-3,)}}, "learning_rates names best; candidates are lora_r8"),
+        (
+            {"learning_rates": {"eigenlora": ()}},
+            r"learning_rates\['eigenlora'\]=\[\] must be positive numbers, at least one",
+        ),
+        ({"learning_rates": {"eigenlora": (0.1, -1.0)}}, r"=\[0.1, -1.0\] must be positive numbers"),
         ({"rows": task_rows(1)}, "1 rows cannot be split"),
     ],
 )

@@ -1,6 +1,7 @@
 """What `recycle` tries: each candidate's start, its PEFT config and the learning rates tried for it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,15 +11,17 @@ from transformers import PreTrainedModel
 from eigenpeft.building.builder import SubspaceBuilder
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.combining import MergedAdapter, merge
-from eigenpeft.errors import AdapterConfigError
+from eigenpeft.errors import AdapterConfigError, EigenPeftError
 from eigenpeft.subspace import AdapterStore, PrincipalSubspace, random_subspace
 from eigenpeft.tuners.controls import same_parameters_lora
 from eigenpeft.tuners.eigenlora.config import EigenLoraConfig
 from eigenpeft.tuners.starts.adapters import init_lora_from_adapter
 from eigenpeft.tuners.starts.components import init_lora_from_subspace
 
-COEFFICIENT_RATES = (1e-2, 3e-2)
-LORA_RATES = (3e-3, 1e-3)
+LANGUAGE = "CAUSAL_LM"
+"""PEFT's task type of language models, which have learning rates of their own."""
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT's task types whose models have a new head that is trained with the adapter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +94,30 @@ class Sources:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Learning rates tried for a candidate, the one that was best on other tasks first (docs/regimes.md).
+
+    Attributes:
+        classifier: For encoders with a new head (all-MiniLM-L6-v2 there), and for everything that has no row of its own.
+        language: For causal language models without one (SmolLM2-135M there).
+    """
+
+    classifier: tuple[float, ...]
+    language: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to train the new task.
 
     Attributes:
         adapt: Makes the trainable model from a fresh base.
-        learning_rates: Learning rates tried, the one that was best on other tasks first (docs/regimes.md).
+        rates: Learning rates tried, the one that was best on other tasks first.
         merged: Whether it starts at the base plus the merged update, which is put into the base's weights.
     """
 
     adapt: Callable[[PreTrainedModel, Sources], PeftModel]
-    learning_rates: tuple[float, ...]
+    rates: Rates
     merged: bool = False
 
 
@@ -150,6 +166,9 @@ def _mixture(base: PreTrainedModel, sources: Sources) -> PeftModel:
     return get_peft_model(base, EigenLoraConfig(core="mixture", sources=sources.store, task_type=sources.task_type))
 
 
+LORA = Rates(classifier=(3e-3, 1e-3), language=(1e-2, 3e-3))
+COEFFICIENTS = Rates(classifier=(1e-2, 3e-2), language=(1e-1, 3e-2))
+
 CONTROL = "lora_r8"
 """What every other candidate is judged against."""
 NEAREST = "nearest_continued"
@@ -157,15 +176,46 @@ NEAREST = "nearest_continued"
 
 # In the order of what was seen on related adapters (docs/recycle.md): the first ones are tried where the budget is small.
 CANDIDATES: dict[str, Candidate] = {
-    CONTROL: Candidate(_plain(8), LORA_RATES),
-    "merged_lora_r8": Candidate(_plain(8), LORA_RATES, merged=True),
-    "eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES),
-    "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENT_RATES, merged=True),
-    "same_parameters": Candidate(_equal, COEFFICIENT_RATES),
-    NEAREST: Candidate(_nearest, LORA_RATES),
-    "mixture": Candidate(_mixture, (3e-2, 3e-1)),
-    "init": Candidate(_init, LORA_RATES),
-    "merged_head": Candidate(_head, (3e-1, 1e-1), merged=True),
-    "lora_r1": Candidate(_plain(1), (3e-3, 1e-2)),
-    "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENT_RATES),
+    CONTROL: Candidate(_plain(8), LORA),
+    "merged_lora_r8": Candidate(_plain(8), LORA, merged=True),
+    "eigenlora": Candidate(_eigenlora(), COEFFICIENTS),
+    "merged_eigenlora": Candidate(_eigenlora(), COEFFICIENTS, merged=True),
+    "same_parameters": Candidate(_equal, COEFFICIENTS),
+    NEAREST: Candidate(_nearest, LORA),
+    "mixture": Candidate(_mixture, Rates((3e-2, 3e-1), (3e-2, 3e-1))),
+    "init": Candidate(_init, LORA),
+    "merged_head": Candidate(_head, Rates((3e-1, 1e-1), (3e-1, 1e-1)), merged=True),
+    "lora_r1": Candidate(_plain(1), Rates((3e-3, 1e-2), (1e-2, 3e-2))),
+    "random_subspace": Candidate(_eigenlora(random=True), COEFFICIENTS),
 }
+
+
+def learning_rates_of(
+    candidates: Sequence[str], *, task_type: str | None, given: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Candidate to the learning rates tried for it, in order.
+
+    Args:
+        candidates: Keys of `CANDIDATES`.
+        task_type: PEFT's; language models have rates of their own.
+        given: Candidate to rates that replace its own.
+
+    Raises:
+        EigenPeftError: If `given` names an unknown candidate, or rates that are not positive numbers.
+
+    Examples:
+        >>> learning_rates_of(["lora_r8", "eigenlora"], task_type="CAUSAL_LM", given={"lora_r8": [2e-4]})
+        {'lora_r8': (0.0002,), 'eigenlora': (0.1, 0.03)}
+    """
+    given = given or {}
+    unknown = [name for name in given if name not in CANDIDATES]
+    if unknown:
+        raise EigenPeftError(f"learning_rates names {', '.join(unknown)}; candidates are {', '.join(CANDIDATES)}.")
+    for name, rates in given.items():
+        if not rates or not all(0 < rate < math.inf for rate in rates):
+            raise EigenPeftError(f"learning_rates[{name!r}]={list(rates)} must be positive numbers, at least one.")
+    own = {
+        name: getattr(CANDIDATES[name].rates, "language" if task_type == LANGUAGE else "classifier")
+        for name in CANDIDATES
+    }
+    return {name: tuple(given.get(name, own[name])) for name in candidates}

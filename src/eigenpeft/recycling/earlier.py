@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,21 @@ def row_text(row: Any) -> str:
 
 
 def check_result(
-    out: Path, *, candidates: Sequence[str], budget: float, inputs: Sequence[str | Path], overwrite: bool
+    out: Path,
+    *,
+    learning_rates: Mapping[str, Sequence[float]],
+    budget: float,
+    inputs: Sequence[str | Path],
+    overwrite: bool,
 ) -> None:
     """Refuse to replace a finished result by one that is chosen otherwise, before anything is trained.
 
-    With the same candidates and budget all trials of the earlier run count, so that the new choice rests on as much at least.
-    With others it may rest on less.
+    With the same candidates, rates and budget all trials of the earlier run count, so that the new choice rests on as much at
+    least. With others it may rest on less.
 
     Args:
         out: Folder of the result.
-        candidates: Candidates of this run, in order.
+        learning_rates: Candidates of this run, in order, and the rates tried for them.
         budget: Its budget.
         inputs: Folders that are read; names that are not local paths are passed over.
         overwrite: Whether a finished result may be replaced nevertheless.
@@ -88,8 +93,12 @@ def check_result(
             f"{_WAYS_OUT}"
         ) from error
     other = [] if before.budget == budget else [f"the budget {_shown(before.budget)} (now {budget:g})"]
-    if before.candidates != tuple(candidates):
-        other.append(f"the candidates {', '.join(before.candidates) or 'unknown'} (now {', '.join(candidates)})")
+    if before.candidates != tuple(learning_rates):
+        other.append(f"the candidates {', '.join(before.candidates) or 'unknown'} (now {', '.join(learning_rates)})")
+    elif before.learning_rates:  # older reports do not say them
+        shown = [_rates(each) for each in (before.learning_rates, learning_rates)]
+        if shown[0] != shown[1]:
+            other.append(f"the learning rates {shown[0]} (now {shown[1]})")
     if other:
         raise ArtifactError(
             f"{str(out)!r} holds a finished result, {before.winner}, which was chosen with {' and '.join(other)}. {_WAYS_OUT}"
@@ -100,6 +109,10 @@ _WAYS_OUT = (
     "Choose another out_dir (--out); or pass overwrite=True (--overwrite on the command line) to choose anew, where trials of "
     "the same settings count."
 )
+
+
+def _rates(learning_rates: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{name} {' '.join(f'{rate:g}' for rate in rates)}" for name, rates in learning_rates.items())
 
 
 def _shown(budget: float | None) -> str:

@@ -56,9 +56,8 @@ def with_start(sources: Sources, *, scale: float | None = None, nearest: str | N
 def _start_score(search: Search, sources: Sources, *, steps: int) -> float:
     """Minus the loss of the merged start; a new head, if the task has one, is trained on it first."""
     try:
-        trial = search.trial(
-            "merged_head", sources, learning_rate=CANDIDATES["merged_head"].learning_rates[0], steps=steps
-        )
+        rate = search.learning_rates["merged_head"][0]
+        trial = search.trial("merged_head", sources, learning_rate=rate, steps=steps)
         return -trial.loss
     except EigenPeftError:
         torch.manual_seed(search.args.seed)

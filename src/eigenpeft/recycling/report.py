@@ -1,7 +1,7 @@
 """What `recycle` tried and found, as frozen plain data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eigenpeft.errors import ArtifactError
@@ -108,6 +108,7 @@ class RecycleReport:
         lead: By how much the rival's loss was below the fresh LoRA's on the same rows, and the standard error of that.
         skipped: Candidates that the budget did not reach.
         candidates: What was asked for, in order; empty in reports of older versions.
+        learning_rates: Candidate to the learning rates that were to be tried; empty in reports of older versions.
         rank: Rank of the LoRA that was written; None in reports of older versions.
         n_bytes: Size of its weights file, head included; None in reports of older versions.
         tested: The result, a fresh LoRA r 8 and the head alone (or the base model) on test rows, where there were some.
@@ -132,6 +133,7 @@ class RecycleReport:
     lead: tuple[float, float] | None = None
     skipped: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     budget: float | None = None
     rank: int | None = None
     n_bytes: int | None = None
@@ -243,6 +245,7 @@ class RecycleReport:
             trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
             names = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
+            names["learning_rates"] = {name: tuple(rates) for name, rates in data.get("learning_rates", {}).items()}
             names["tested"] = tuple(FinalScore(**each) for each in data.get("tested", ()))
             return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
         except (KeyError, TypeError, IndexError) as error:

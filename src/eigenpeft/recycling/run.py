@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, WITH_HEAD, Sources, learning_rates_of
 from eigenpeft.recycling.earlier import ADAPTER, REPORT, TRIALS, check_result, remembered, settings_of
 from eigenpeft.recycling.loading import readme
 from eigenpeft.recycling.planning import announce, entrants_within
@@ -41,6 +41,7 @@ def recycle(
     candidates: Sequence[str] = tuple(CANDIDATES),
     task_type: str | None = "SEQ_CLS",
     n_components: int = 8,
+    learning_rates: Mapping[str, Sequence[float]] | None = None,
     head_learning_rate: float = 3e-2,
     held_out: float = 0.25,
     budget: float = 3.0,
@@ -72,6 +73,8 @@ def recycle(
             rates come after all first ones.
         task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM" or another.
         n_components: K of the subspace.
+        learning_rates: Candidate to the peak learning rates tried for it, in order. A candidate that is not named has its own,
+            which were best on all-MiniLM-L6-v2 and, for "CAUSAL_LM", on SmolLM2-135M. Larger models want lower ones.
         head_learning_rate: Peak learning rate of a new head beside an adapter.
         held_out: Share of the rows that candidates are judged on.
         budget: Cost of everything before the last training, in trainings of `args.max_steps` steps. As many candidates are tried as
@@ -112,7 +115,9 @@ def recycle(
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}
     inputs = [Path(adapter.weights_path).parent for adapter in collection.adapters]
-    check_result(out, candidates=candidates, budget=budget, inputs=inputs, overwrite=overwrite)
+    rates = learning_rates_of(tuple(CANDIDATES), task_type=task_type, given=learning_rates)
+    chosen_from = {name: rates[name] for name in candidates}
+    check_result(out, learning_rates=chosen_from, budget=budget, inputs=inputs, overwrite=overwrite)
     settings = settings_of(collection, rows, args, base_model=_name_of(make_model()), **own)
     trials = remembered(out, settings, overwrite=overwrite)
     search = Search(
@@ -122,6 +127,7 @@ def recycle(
         args,
         data_collator or default_data_collator,
         trainer,
+        rates,
         head_learning_rate,
         out / TRIALS,
         time.monotonic() + (math.inf if time_limit is None else time_limit),
@@ -134,14 +140,8 @@ def recycle(
     best = decision.winner
     model = search.trained(best.candidate, sources, learning_rate=best.learning_rate, steps=args.max_steps, rows=rows)
     report = RecycleReport(
-        **_outcome(decision, search),
-        steps=args.max_steps,
-        n_train=len(train_rows),
-        n_held_out=len(judged_rows),
+        **_outcome(decision, search, candidates=candidates, tried=tried),
         seconds=time.perf_counter() - start,
-        majority=_majority(judged_rows),
-        skipped=tuple(name for name in candidates if name not in tried),
-        candidates=tuple(candidates),
         budget=budget,
         **tested(search, sources, best, model=model, rows=rows, test_rows=test_rows),
     )
@@ -153,16 +153,18 @@ def _chosen(
 ) -> tuple[Decision, Sources, list[str]]:
     """How the rounds ended, the sources with what was prepared for them, and the candidates that the budget reached."""
     max_steps = search.args.max_steps
-    entrants, steps = entrants_within(candidates, max_steps=max_steps, budget=budget)
+    rates = {name: search.learning_rates[name] for name in candidates}
+    has_head = plain.task_type in WITH_HEAD
+    entrants, steps = entrants_within(rates, max_steps=max_steps, budget=budget, has_head=has_head)
     tried = list(dict.fromkeys(name for name, _ in entrants))
-    search.work += announce(entrants, steps=steps, max_steps=max_steps, say=search.say)
+    search.work += announce(entrants, steps=steps, max_steps=max_steps, has_head=has_head, say=search.say)
     sources = prepared(search, plain, tried, steps=steps)
     with tqdm(desc="Recycling", unit="trial", disable=not progress) as bar:
         return halved(search, sources, entrants, steps=steps, bar=bar), sources, tried
 
 
-def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
-    """What the report has of the rounds."""
+def _outcome(decision: Decision, search: Search, *, candidates: Sequence[str], tried: Sequence[str]) -> dict[str, Any]:
+    """What the report has of the search."""
     fresh = [(trial.score, trial.steps) for trial in search.used if trial.candidate == CONTROL]
     return {
         "winner": decision.winner.candidate,
@@ -174,6 +176,13 @@ def _outcome(decision: Decision, search: Search) -> dict[str, Any]:
         "stopped": decision.stopped,
         "trials": tuple(search.used),
         "refused": search.refused,
+        "steps": search.args.max_steps,
+        "n_train": len(search.rows),
+        "n_held_out": len(search.held_out),
+        "majority": _majority(search.held_out),
+        "skipped": tuple(name for name in candidates if name not in tried),
+        "candidates": tuple(candidates),
+        "learning_rates": {name: search.learning_rates[name] for name in candidates},
     }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ class Search:
         args: Arguments of the Trainer.
         data_collator: Makes a batch of rows.
         trainer: `Trainer`, a subclass, or a function that makes one.
+        learning_rates: Every candidate to the peak learning rates of its adapter, in order.
         head_learning_rate: Peak learning rate of a new head beside an adapter.
         log: File that every trial is written to, a line each.
         deadline: When time is up, on the clock of `time.monotonic`.
@@ -49,6 +50,7 @@ class Search:
     args: TrainingArguments
     data_collator: Callable[[list[Any]], Any]
     trainer: Callable[..., Trainer]
+    learning_rates: Mapping[str, Sequence[float]]
     head_learning_rate: float
     log: Path
     deadline: float

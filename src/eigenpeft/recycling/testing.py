@@ -8,7 +8,7 @@ import torch
 
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.linalg.scores.intervals import mean_error
-from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, Sources
+from eigenpeft.recycling.candidates import CONTROL, Sources
 from eigenpeft.recycling.earlier import row_text
 from eigenpeft.recycling.halving import paired_lead
 from eigenpeft.recycling.preparing import with_start
@@ -56,7 +56,7 @@ def _beside(search: Search, sources: Sources, best: Trial, rows: Any) -> list[tu
     found: list[tuple[str, float | None, Any]] = []
     if (best.candidate, best.learning_rate) != (CONTROL, rate):
         found.append((CONTROL, rate, search.trained(CONTROL, sources, learning_rate=rate, steps=steps, rows=rows)))
-    head, rate = "merged_head", CANDIDATES["merged_head"].learning_rates[0]
+    head, rate = "merged_head", search.learning_rates["merged_head"][0]
     try:  # λ = 0 adds no update, so that the head is trained on the base model alone
         zero = with_start(sources, scale=0.0)
         found.append(("head alone", rate, search.trained(head, zero, learning_rate=rate, steps=steps, rows=rows)))
@@ -70,7 +70,7 @@ def _control_rate(search: Search) -> float:
     """The rate at which a fresh LoRA did best where it was trained longest; its first where there are no trials."""
     own = [trial for trial in search.used if trial.candidate == CONTROL]
     if not own:
-        return CANDIDATES[CONTROL].learning_rates[0]
+        return search.learning_rates[CONTROL][0]
     longest = max(trial.steps for trial in own)
     return min((trial for trial in own if trial.steps == longest), key=lambda trial: trial.loss).learning_rate
 

@@ -130,8 +130,15 @@ def test_a_language_model(run, tmp_path):
     held = written(
         tmp_path / "test.jsonl", [{"prompt": "w1 w2", "completion": " w4"}, {"prompt": "w1", "completion": " w3"}]
     )
-    shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen, "--test", held)
+    bad = run(*arguments, "--learning-rate", "lora_r8:2e-4")
+    assert (
+        bad.code,
+        "--learning-rate 'lora_r8:2e-4' must be a candidate and a rate, like lora_r8=2e-4" in bad.err,
+    ) == (1, True)
+    rates = ("--learning-rate", "eigenlora=0.2", "--learning-rate", "eigenlora=0.02")
+    shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen, *rates, "--test", held)
     assert shown.code == 0, shown.err
+    assert "4 candidates: 1 short trainings to prepare" in shown.err  # λ needs none without a head
     assert "Not tried: merged_head" in shown.out  # a language model has no new head
     assert "Scores on 3 held-out rows" in shown.out
     assert "accuracy" not in shown.out  # of a language model
@@ -142,6 +149,8 @@ def test_a_language_model(run, tmp_path):
     assert "by the columns prompt, completion." in shown.err
     assert "On 2 test rows, used for nothing else, loss ± standard error over rows: the result" in shown.out
     assert report["tested"][-1]["name"] == "base model"
+    assert (report["learning_rates"]["lora_r8"], report["learning_rates"]["eigenlora"]) == ([1e-2, 3e-3], [0.2, 0.02])
+    assert {each["learning_rate"] for each in report["trials"] if each["candidate"] == "eigenlora"} <= {0.2, 0.02}
     assert "AutoModelForCausalLM" in (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 

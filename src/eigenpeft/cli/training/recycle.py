@@ -26,6 +26,7 @@ from eigenpeft.cli.rows import check_there, without_load_reports
 from eigenpeft.cli.tasks import Columns, load_new_task
 from eigenpeft.cli.training.recycle_table import result_text, scales_text, trials_table
 from eigenpeft.collection import AdapterCollection
+from eigenpeft.errors import EigenPeftError
 from eigenpeft.recycling import CANDIDATES, RecycleReport
 from eigenpeft.recycling import recycle as run_recycle
 from eigenpeft.report.markup import escape
@@ -49,6 +50,13 @@ Candidate = Annotated[
     list[str] | None,
     typer.Option(help=f"Which to try, repeated for several: {', '.join(CANDIDATES)}. Default: all."),
 ]
+LearningRate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CANDIDATE=RATE",
+        help="A learning rate to try for a candidate in place of its own, repeated for several; larger models want lower ones.",
+    ),
+]
 Budget = Annotated[
     float,
     typer.Option(help="Cost of the search in trainings of --max-steps; more reaches more candidates and rates."),
@@ -67,6 +75,7 @@ def recycle_command(
     max_steps: Annotated[int, typer.Option(help="Optimizer steps of the last training.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
     n_components: Annotated[int, typer.Option("--n-components", "-k", help="Components per module.")] = 8,
+    learning_rate: LearningRate = None,
     head_learning_rate: HeadLearningRate = 3e-2,
     candidate: Candidate = None,
     budget: Budget = 3.0,
@@ -85,6 +94,7 @@ def recycle_command(
     Example: eigenpeft recycle adapters/ --model base-model --dataset task.jsonl --out recycled
     """
     quiet(as_json)
+    learning_rates = _learning_rates(learning_rate or [])
     for path in (dataset, *([test] if test else [])):
         check_there(path)  # before adapters are looked for on the Hub
     opened = AdapterCollection.from_pretrained(adapters, allow_different_base_models=allow_different_base_models)
@@ -97,19 +107,13 @@ def recycle_command(
             collection,
             make_model=task.make_model,
             rows=task.rows,
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=max_steps,
-                per_device_train_batch_size=batch_size,
-                seed=seed,
-                disable_tqdm=True,
-                logging_strategy="no",
-            ),
+            args=_arguments(scratch, max_steps=max_steps, batch_size=batch_size, seed=seed),
             out_dir=out,
             data_collator=task.data_collator,
             candidates=candidate or tuple(CANDIDATES),
             task_type=task.task_type,
             n_components=n_components,
+            learning_rates=learning_rates,
             head_learning_rate=head_learning_rate,
             budget=budget,
             time_limit=time_limit,
@@ -135,6 +139,32 @@ def _show(report: RecycleReport, out: Path) -> None:
         console.print(f"Not tried: {escape(name)}: {escape(reason)}", soft_wrap=True)
     console.print(f"[bold]{escape(report.text)}[/bold]", soft_wrap=True)
     console.print(escape(result_text(report, out)), soft_wrap=True)
+
+
+def _arguments(scratch: str, *, max_steps: int, batch_size: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        seed=seed,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+
+
+def _learning_rates(given: Sequence[str]) -> dict[str, list[float]]:
+    """Candidate to rates, from "CANDIDATE=RATE" each."""
+    found: dict[str, list[float]] = {}
+    for each in given:
+        name, _, rate = each.partition("=")
+        try:
+            found.setdefault(name, []).append(float(rate))
+        except ValueError as error:
+            raise EigenPeftError(
+                f"--learning-rate {each!r} must be a candidate and a rate, like lora_r8=2e-4; candidates are "
+                f"{', '.join(CANDIDATES)}."
+            ) from error
+    return found
 
 
 def _say(line: str) -> None:
