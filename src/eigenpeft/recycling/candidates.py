@@ -207,15 +207,12 @@ def learning_rates_of(
         >>> learning_rates_of(["lora_r8", "eigenlora"], task_type="CAUSAL_LM", given={"lora_r8": [2e-4]})
         {'lora_r8': (0.0002,), 'eigenlora': (0.1, 0.03)}
     """
-    given = given or {}
-    unknown = [name for name in given if name not in CANDIDATES]
+    own: Mapping[str, Sequence[float]] = {} if given is None else given
+    unknown = [name for name in own if name not in CANDIDATES]
     if unknown:
         raise EigenPeftError(f"learning_rates names {', '.join(unknown)}; candidates are {', '.join(CANDIDATES)}.")
-    for name, rates in given.items():
+    for name, rates in own.items():
         if not rates or not all(0 < rate < math.inf for rate in rates):
             raise EigenPeftError(f"learning_rates[{name!r}]={list(rates)} must be positive numbers, at least one.")
-    own = {
-        name: getattr(CANDIDATES[name].rates, "language" if task_type == LANGUAGE else "classifier")
-        for name in CANDIDATES
-    }
-    return {name: tuple(given.get(name, own[name])) for name in candidates}
+    kind = "language" if task_type == LANGUAGE else "classifier"
+    return {name: tuple(own[name] if name in own else getattr(CANDIDATES[name].rates, kind)) for name in candidates}

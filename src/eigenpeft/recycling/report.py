@@ -244,7 +244,7 @@ class RecycleReport:
             control = None if data["control"] is None else (float(data["control"][0]), int(data["control"][1]))
             trials = tuple(Trial.from_dict(trial) for trial in data["trials"])
             lead = None if data.get("lead") is None else (float(data["lead"][0]), float(data["lead"][1]))
-            names = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
+            names: dict[str, Any] = {name: tuple(data.get(name, ())) for name in ("skipped", "candidates")}
             names["learning_rates"] = {name: tuple(rates) for name, rates in data.get("learning_rates", {}).items()}
             names["tested"] = tuple(FinalScore(**each) for each in data.get("tested", ()))
             return cls(**{**_renamed(data), "control": control, "trials": trials, "lead": lead, **names})
