@@ -18,7 +18,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 from eigenpeft.artifacts.atomic import atomic_file
 from eigenpeft.collection import AdapterCollection
 from eigenpeft.errors import EigenPeftError
-from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, WITH_HEAD, Sources, learning_rates_of
+from eigenpeft.recycling.candidates import (
+    CANDIDATES,
+    CONTROL,
+    WITH_HEAD,
+    Sources,
+    default_candidates,
+    learning_rates_of,
+)
 from eigenpeft.recycling.earlier import ADAPTER, REPORT, TRIALS, check_result, remembered, settings_of
 from eigenpeft.recycling.loading import readme
 from eigenpeft.recycling.planning import announce, entrants_within
@@ -38,7 +45,7 @@ def recycle(
     out_dir: str | Path,
     data_collator: Callable[[list[Any]], Any] | None = None,
     trainer: Callable[..., Trainer] = Trainer,
-    candidates: Sequence[str] = tuple(CANDIDATES),
+    candidates: Sequence[str] | None = None,
     task_type: str | None = "SEQ_CLS",
     n_components: int = 8,
     learning_rates: Mapping[str, Sequence[float]] | None = None,
@@ -70,7 +77,7 @@ def recycle(
         data_collator: Makes a batch; default: `transformers.default_data_collator`.
         trainer: `Trainer`, a subclass, or a function that makes one.
         candidates: Keys of `CANDIDATES`, those first that should be tried where the budget does not reach all. Second learning
-            rates come after all first ones.
+            rates come after all first ones. None for all, in the order of what did best on tasks of this `task_type`.
         task_type: PEFT's: "SEQ_CLS", "CAUSAL_LM" or another.
         n_components: K of the subspace.
         learning_rates: Candidate to the peak learning rates tried for it, in order. A candidate that is not named has its own,
@@ -111,6 +118,7 @@ def recycle(
         >>> print(report.text)  # doctest: +SKIP
     """
     start, out = time.perf_counter(), Path(out_dir)
+    candidates = default_candidates(task_type) if candidates is None else candidates
     _check_arguments(candidates, max_steps=args.max_steps, held_out=held_out, budget=budget)
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}

@@ -110,7 +110,7 @@ def recycle_command(
             args=_arguments(scratch, max_steps=max_steps, batch_size=batch_size, seed=seed),
             out_dir=out,
             data_collator=task.data_collator,
-            candidates=candidate or tuple(CANDIDATES),
+            candidates=candidate or None,
             task_type=task.task_type,
             n_components=n_components,
             learning_rates=learning_rates,
