@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eigenpeft.recycling import CANDIDATES
-from eigenpeft.recycling.candidates import learning_rates_of
+from eigenpeft.recycling.candidates import default_candidates, learning_rates_of
 from eigenpeft.recycling.halving import better_half, first_steps, paired_lead, planned_rounds
 from eigenpeft.recycling.planning import announce, entrants_within
 
@@ -26,15 +25,16 @@ def test_the_rounds_cost_at_most_the_budget(n_entrants, max_steps, has_control, 
     assert planned[-1][0] <= 2 + (not has_control) or planned[-1][1] == max_steps
 
 
-@pytest.mark.parametrize(("has_head", "first", "n_before"), [(True, 25, 4), (False, 37, 0)])
-def test_a_short_training_that_is_not_needed_is_not_paid_for(has_head, first, n_before):
-    rates = learning_rates_of(tuple(CANDIDATES), task_type=None)
+@pytest.mark.parametrize(("task_type", "first", "n_before"), [("SEQ_CLS", 25, 4), ("CAUSAL_LM", 42, 0)])
+def test_a_short_training_that_is_not_needed_is_not_paid_for(task_type, first, n_before):
+    names, has_head = default_candidates(task_type), task_type == "SEQ_CLS"
+    rates = learning_rates_of(names, task_type=task_type)
     entrants, steps = entrants_within(rates, max_steps=100, budget=3.0, has_head=has_head)
-    assert [name for name, _ in entrants] == ["lora_r8", "merged_lora_r8", "eigenlora", "merged_eigenlora"]
+    assert entrants == [(name, rates[name][0]) for name in names[: 4 if has_head else 3]]
     assert steps == first
     said = []
     total = announce(entrants, steps=steps, max_steps=100, has_head=has_head, say=said.append)
-    assert total == (n_before + 4 + 2 * 2) * steps + 100
+    assert total == (n_before + len(entrants) + 2 * 2) * steps + 100
     assert ("4 short trainings to prepare" in said[0]) == has_head
 
 

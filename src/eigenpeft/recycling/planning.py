@@ -6,8 +6,9 @@ from eigenpeft.recycling.candidates import CANDIDATES, CONTROL, NEAREST
 from eigenpeft.recycling.halving import first_steps, planned_rounds
 from eigenpeft.recycling.preparing import SCALES
 
-# A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried.
-_LEAST_SHARE = 0.2
+# A first round of fewer steps than this share of `max_steps` says nothing; entrants that would make it so are not tried. Without a
+# new head, which learns what an answer looks like for all of them alike, a start that knows it is ahead for longer.
+_LEAST_SHARE, _LEAST_SHARE_WITHOUT_HEAD = 0.2, 0.4
 
 
 def entrants_within(
@@ -24,6 +25,7 @@ def entrants_within(
     ordered = sorted(learning_rates, key=lambda name: name != CONTROL)
     most = max(len(rates) for rates in learning_rates.values())
     every = [(name, learning_rates[name][i]) for i in range(most) for name in ordered if i < len(learning_rates[name])]
+    least = int((_LEAST_SHARE if has_head else _LEAST_SHARE_WITHOUT_HEAD) * max_steps)
     while True:
         steps = first_steps(
             len(every),
@@ -32,7 +34,7 @@ def entrants_within(
             has_control=every[0][0] == CONTROL,
             n_before=_n_before([name for name, _ in every], has_head=has_head),
         )
-        if steps >= int(_LEAST_SHARE * max_steps) or len(every) <= 2:
+        if steps >= least or len(every) <= 2:
             return every, steps
         every.pop()
 
