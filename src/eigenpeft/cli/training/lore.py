@@ -25,7 +25,7 @@ lore = typer.Typer(
 )
 app.add_typer(lore, name="lore")
 
-Data = Annotated[
+Dataset = Annotated[
     Path,
     typer.Argument(
         help="Comparisons: .jsonl, .csv, .parquet or a folder saved by datasets, with the columns chosen, rejected, user_id "
@@ -48,7 +48,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 @lore.command()
 def fit(
-    data: Data,
+    dataset: Dataset,
     out: Out,
     model: Backbone = None,
     n_basis: NBasis = "auto",
@@ -65,9 +65,9 @@ def fit(
     Example: eigenpeft lore fit comparisons.jsonl --model my-reward-model --out rewards
     """
     quiet(as_json)
-    check_output(out, kind=KIND, overwrite=overwrite, inputs=[data] if model is None else [data, model])
+    check_output(out, kind=KIND, overwrite=overwrite, inputs=[dataset] if model is None else [dataset, model])
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     fitter = LoReFitter(n_basis=size, n_components=n_components, seed=seed).fit(
         pairs.chosen,
         pairs.rejected,
@@ -108,7 +108,7 @@ def fit(
 def add_user(
     path: Annotated[Path, typer.Argument(help="Folder written by lore fit or save_pretrained; its users are updated.")],
     user: Annotated[str, typer.Argument(help="Id of the user; a known user is fitted anew.")],
-    data: Data,
+    dataset: Dataset,
     user_column: UserColumn = "user_id",
     cache: Cache = None,
     as_json: Json = False,
@@ -120,7 +120,7 @@ def add_user(
     quiet(as_json)
     model = LowRankRewardModel.from_pretrained(path)
     embedder = (model.backbone, model.processing_class)
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, embedder=embedder, user=user)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, embedder=embedder, user=user)
     known = user in model.users
     change = model.update_user if known else model.add_user
     found = change(user, chosen=pairs.chosen[:], rejected=pairs.rejected[:])
@@ -153,7 +153,7 @@ def add_user(
 @lore.command()
 def score(
     path: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
-    data: Annotated[
+    dataset: Annotated[
         Path,
         typer.Argument(
             help="Rows with completion (text or messages) and perhaps prompt and the user's column; or with features: .jsonl, "
@@ -182,14 +182,14 @@ def score(
     """
     quiet(as_json)
     if out is not None:
-        check_file(out, overwrite=overwrite, inputs=[path, data])
+        check_file(out, overwrite=overwrite, inputs=[path, dataset])
     if unknown not in get_args(Unknown):
         raise RewardModelError(f"--unknown {unknown!r} must be one of {', '.join(get_args(Unknown))}.")
-    model, table = LowRankRewardModel.from_pretrained(path), open_rows(data)
-    users = users_of(table, user, user_column, path=data)
+    model, table = LowRankRewardModel.from_pretrained(path), open_rows(dataset)
+    users = users_of(table, user, user_column, path=dataset)
     refused = "score as for everybody with --unknown population" if unknown == "error" else ""
     strangers = check_known(model, users, otherwise=refused)
-    values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=data)
+    values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=dataset)
     results = [{"user": name, "reward": value} for name, value in zip(users, values, strict=True)]
     rows = with_input(table, results, without=["features"])
     rows = rows if top_k is None else best_of_each(rows, top_k)
@@ -213,7 +213,7 @@ def score(
 
 @lore.command()
 def evaluate(
-    data: Data,
+    dataset: Dataset,
     model: Backbone = None,
     n_basis: NBasis = "auto",
     n_components: NComponents = None,
@@ -231,10 +231,10 @@ def evaluate(
     """
     quiet(as_json)
     if plot is not None:
-        check_file(plot, overwrite=overwrite, inputs=[data])
+        check_file(plot, overwrite=overwrite, inputs=[dataset])
         check_plots()
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     found = evaluate_lore(
         pairs.chosen,
         pairs.rejected,
