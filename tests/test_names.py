@@ -56,7 +56,10 @@ BELONGS_TO = {
     "save_directory": (r"\w+\.save_pretrained", "out_dir"),
     "sha256": (r"InputStatistics", "fingerprint"),
     # Which modules have one bank. What is measured of a gradient is a share too, and the name of its class says of what.
-    "share": (r"SubspaceBuilder|ShardLoraConfig|audit_adapters|GradientShare|ModuleGradient", "held_share, or what it is of"),
+    "share": (
+        r"SubspaceBuilder|ShardLoraConfig|audit_adapters|GradientShare|ModuleGradient",
+        "held_share, or what it is of",
+    ),
 }
 
 

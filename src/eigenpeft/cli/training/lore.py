@@ -106,7 +106,9 @@ def fit(
 
 @lore.command("add-user")
 def add_user(
-    path: Annotated[Path, typer.Argument(help="Folder written by lore fit or save_pretrained; its users are updated.")],
+    reward_model: Annotated[
+        Path, typer.Argument(help="Folder written by lore fit or save_pretrained; its users are updated.")
+    ],
     user: Annotated[str, typer.Argument(help="Id of the user; a known user is fitted anew.")],
     dataset: Dataset,
     user_column: UserColumn = "user_id",
@@ -118,13 +120,13 @@ def add_user(
     Example: eigenpeft lore add-user rewards ada comparisons-of-ada.jsonl
     """
     quiet(as_json)
-    model = LowRankRewardModel.from_pretrained(path)
+    model = LowRankRewardModel.from_pretrained(reward_model)
     embedder = (model.backbone, model.processing_class)
     pairs = read_comparisons(dataset, user_column=user_column, cache=cache, embedder=embedder, user=user)
     known = user in model.users
     change = model.update_user if known else model.add_user
     found = change(user, chosen=pairs.chosen[:], rejected=pairs.rejected[:])
-    model.save_users(path)
+    model.save_users(reward_model)
     if as_json:
         print_json(
             {
@@ -152,7 +154,7 @@ def add_user(
 
 @lore.command()
 def score(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
+    reward_model: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
     dataset: Annotated[
         Path,
         typer.Argument(
@@ -182,10 +184,10 @@ def score(
     """
     quiet(as_json)
     if out is not None:
-        check_file(out, overwrite=overwrite, inputs=[path, dataset])
+        check_file(out, overwrite=overwrite, inputs=[reward_model, dataset])
     if unknown not in get_args(Unknown):
         raise RewardModelError(f"--unknown {unknown!r} must be one of {', '.join(get_args(Unknown))}.")
-    model, table = LowRankRewardModel.from_pretrained(path), open_rows(dataset)
+    model, table = LowRankRewardModel.from_pretrained(reward_model), open_rows(dataset)
     users = users_of(table, user, user_column, path=dataset)
     refused = "score as for everybody with --unknown population" if unknown == "error" else ""
     strangers = check_known(model, users, otherwise=refused)
@@ -197,7 +199,13 @@ def score(
     replaced = [name for name in replaced_columns(table, results) if name != user_column]
     if as_json:
         print_json(
-            {"path": path, "n_basis": model.n_basis, "unknown": strangers, "replaced_columns": replaced, "rows": rows}
+            {
+                "path": reward_model,
+                "n_basis": model.n_basis,
+                "unknown": strangers,
+                "replaced_columns": replaced,
+                "rows": rows,
+            }
         )
         return
     show_rows(score_table(rows), rows, out)
@@ -256,7 +264,7 @@ def evaluate(
 
 @lore.command("export")
 def export_user(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id of a reward model with a backbone.")],
+    reward_model: Annotated[str, typer.Argument(help="Folder or Hub id of a reward model with a backbone.")],
     out: Out,
     user: Annotated[str | None, typer.Option(help="Whose rewards; default: the population's.")] = None,
     overwrite: Overwrite = False,
@@ -267,17 +275,17 @@ def export_user(
     Example: eigenpeft lore export rewards --user ada --out ada-reward-model
     """
     quiet(as_json)
-    check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path])
-    model = LowRankRewardModel.from_pretrained(path)
+    check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[reward_model])
+    model = LowRankRewardModel.from_pretrained(reward_model)
     if user is not None:
         check_known(model, [user], otherwise="leave out --user for the population's rewards")
     if model.backbone is None:
         raise RewardModelError(
-            f"{path!r} was fitted on features and has no backbone, so that there is no classifier to write; fit it on text with "
-            "`eigenpeft lore fit --model`."
+            f"{reward_model!r} was fitted on features and has no backbone, so that there is no classifier to write; fit it on "
+            "text with `eigenpeft lore fit --model`."
         )
     classifier = model.to_sequence_classification(user)
-    with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path]) as scratch:
+    with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[reward_model]) as scratch:
         classifier.save_pretrained(scratch)
         if model.processing_class is not None:
             model.processing_class.save_pretrained(scratch)
