@@ -49,6 +49,8 @@ GIVEN_UP_PARAMETERS = {"dataset": "rows"}
 GIVEN_UP_OPTIONS = {"base": "model", "base_model": "model", "rows": "n_rows"}
 # Words that mean one thing, and what else they must not be said of: the word, the rooms or names it is for, the other word.
 BELONGS_TO = {
+    # Adapters that a server has and keeps; what a forward pass keeps for the backward pass.
+    "kept": (r"SyncReport|low_rank_update_grad", "kept_share, kept_squared_norm or kept_aside"),
     "method": (
         r"SubspaceBuilder|SubspaceInfo|build_shared_subspace|fit_bases|stack_rows|leading_components",
         "rule",
