@@ -57,9 +57,9 @@ def test_compressing_pays_where_many_adapters_share_few_directions(tmp_path):
     row = next(row for row in full if row.n_components == 8)
     assert row.n_parameters == 2 * 8 * 8
     assert row.kept_share > 0.99
-    assert row.error == pytest.approx(math.sqrt(1 - row.kept_share))
+    assert row.relative_error == pytest.approx(math.sqrt(1 - row.kept_share))
     assert row.ratio == pytest.approx((2 * 8 * (60 + 80) + 20 * row.n_parameters) / (20 * found.n_lora_parameters))
-    assert [each.error for each in full] == sorted((each.error for each in full), reverse=True)
+    assert [each.relative_error for each in full] == sorted((each.relative_error for each in full), reverse=True)
     pairs = next(row for row in paired if row.n_components == 16)
     assert pairs.n_parameters == 2 * 16
     assert 0.3 < pairs.kept_share < 1.0

@@ -26,7 +26,7 @@ def test_a_report_from_before_the_first_release_can_be_read(report):
         data[old] = data.pop(new)
     data["held_out_alone_in"] = data.pop("held_out_alone_input")
     for row in data["compress"]["rows"]:
-        row["kept"] = row.pop("kept_share")
+        row["kept"], row["error"] = row.pop("kept_share"), row.pop("relative_error")
     assert AuditReport.from_dict(data) == report
 
 

@@ -17,7 +17,7 @@ class CompressRow:
         n_components: K, or that rank.
         n_parameters: Numbers per adapter, over all modules.
         kept_share: Share of ‖ΔW‖², mean over modules.
-        error: Relative error of ΔW, `sqrt(1 - kept_share)`.
+        relative_error: Relative error of ΔW, `sqrt(1 - kept_share)`.
         ratio: Numbers of the bases and of all adapters in them, over the numbers of the plain LoRAs.
     """
 
@@ -25,7 +25,7 @@ class CompressRow:
     n_components: int
     n_parameters: int
     kept_share: float
-    error: float
+    relative_error: float
     ratio: float
 
 

@@ -65,7 +65,7 @@ _OLD_NAMES = {
     "held_out_out": "held_out_output",
     "held_out_alone_in": "held_out_alone_input",
 }
-_OLD_ROW_NAMES = {"kept": "kept_share"}  # of the rows of `compress`
+_OLD_ROW_NAMES = {"kept": "kept_share", "error": "relative_error"}  # of the rows of `compress`
 
 
 @dataclass(frozen=True, kw_only=True)

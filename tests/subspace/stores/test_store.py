@@ -200,10 +200,7 @@ def test_members_that_do_not_fit_are_refused_in_memory_and_on_disk(store, tmp_pa
 def test_the_same_member_has_the_same_bytes():
     core = Core("diagonal", {"coefficients_out": torch.ones(2)})
     member = AdapterMember({"layer": core}, record={"name": "mine"}, kept_aside={"head": torch.ones(2)})
-    assert load(member.to_bytes()).keys() == {
-        "core.layer.coefficients_out",
-        "kept.head",
-    }  # names in stores that are there
+    assert load(member.to_bytes()).keys() == {"core.layer.coefficients_out", "kept.head"}  # as stores have them
     assert len({member.to_bytes() for _ in range(20)}) == 1
 
 

@@ -39,8 +39,8 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
         return Compress(
             answer="yes",
             text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept_share:.1%} of "
-            f"‖ΔW‖² (an error of {best.error:.1%}) in {best.n_parameters:,} numbers instead of {each:,}; with the bases, which "
-            f"all of them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, n_lora_parameters)}"
+            f"‖ΔW‖² (an error of {best.relative_error:.1%}) in {best.n_parameters:,} numbers instead of {each:,}; with the bases, "
+            f"which all of them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, n_lora_parameters)}"
             f"{_control(best, cut)} Judge one adapter on its own task before you throw its LoRA away.",
             n_lora_parameters=each,
             rows=rows + cut,
@@ -48,7 +48,7 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept_share, default=None)
     best_found = (
         f"The best that is smaller than the LoRAs, {nearest.n_components} {_NAMES[nearest.core]} per module, keeps "
-        f"{nearest.kept_share:.1%} (an error of {nearest.error:.1%}). {_how(measured, nearest, n_lora_parameters)}"
+        f"{nearest.kept_share:.1%} (an error of {nearest.relative_error:.1%}). {_how(measured, nearest, n_lora_parameters)}"
         if nearest
         else "No number of components looked at is smaller than the LoRAs."
     )
@@ -151,6 +151,6 @@ def _shown(core: str, *, n_components: int, n_parameters: int, kept_share: float
         n_components=n_components,
         n_parameters=n_parameters,
         kept_share=kept_share,
-        error=max(1.0 - kept_share, 0.0) ** 0.5,
+        relative_error=max(1.0 - kept_share, 0.0) ** 0.5,
         ratio=ratio,
     )
