@@ -44,7 +44,7 @@ GIVEN_UP = {
     "zoo": "collection",
 }
 # Parameters that were given up and are still options of commands, each with the one in use.
-GIVEN_UP_PARAMETERS = {"dataset": "rows"}
+GIVEN_UP_PARAMETERS = {"dataset": "rows", "task": "name"}
 # Options of commands that were given up and are still names of parameters, each with the one in use.
 GIVEN_UP_OPTIONS = {"base": "model", "base_model": "model", "rows": "n_rows"}
 # Words that mean one thing, and what else they must not be said of: the word, the rooms or names it is for, the other word.
