@@ -58,8 +58,8 @@ def relative(member: AdapterMember, generator: torch.Generator) -> AdapterMember
         module: Core(core.kind, {part: changed(tensor) for part, tensor in core.parts.items()}, core.scaling)
         for module, core in member.cores.items()
     }
-    kept = {key: changed(tensor) for key, tensor in member.kept.items()}
-    return AdapterMember(cores, record=dict(member.record), kept=kept, paths=dict(member.paths))
+    kept = {key: changed(tensor) for key, tensor in member.kept_aside.items()}
+    return AdapterMember(cores, record=dict(member.record), kept_aside=kept, paths=dict(member.paths))
 
 
 def make_store(folder: Path) -> AdapterStore:
@@ -94,7 +94,7 @@ def by_member(members: list[str]) -> dict[str, list[int]]:
 
 def head_of(member: AdapterMember) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a member's classifier."""
-    found = {key.rsplit(".", 1)[1]: tensor for key, tensor in member.kept.items() if "classifier" in key}
+    found = {key.rsplit(".", 1)[1]: tensor for key, tensor in member.kept_aside.items() if "classifier" in key}
     return found["weight"], found["bias"]
 
 

@@ -97,7 +97,7 @@ class OwnMemory:
 def mapped(scratch):
     """100,000 users x 20 comparisons x 1,024 features, texts from a pool of 65,536, in files read in parts."""
     n_users, n_pairs, width, n_texts = 100_000, 20, 1024, 65_536
-    users = SimulatedUsers(n_users, n_features=width, n_basis=5, scale=10.0, shared=0.5, reference_noise=0.3)
+    users = SimulatedUsers(n_users, n_features=width, n_basis=5, margin_scale=10.0, shared=0.5, reference_noise=0.3)
     pool = users.pairs(n_texts, seed=0, users=range(1)).chosen  # texts that a user preferred: a little one-sided
     rewards = pool @ users.reward_basis.T
     generator = torch.Generator().manual_seed(1)

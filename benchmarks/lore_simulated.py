@@ -79,7 +79,7 @@ class Setting:
             n_users + n_new,
             n_features=n_features,
             n_basis=5,
-            scale=10.0,
+            margin_scale=10.0,
             shared=0.5,
             reference_noise=0.3,
             seed=seed,

@@ -145,7 +145,7 @@ def run(method, tasks, *, steps, seed):
         if method in ("penalty", "projection"):
             history.add(model)
         if inputs is not None:
-            history.add_inputs(inputs, share=0.6)
+            history.add_inputs(inputs, held_share=0.6)
         if method not in ("head", "sequential"):
             trunk = model = model.merge_and_unload()
             trunk.requires_grad_(False)
@@ -217,7 +217,7 @@ class Absorbed:
             if self.store is None:
                 self.store = AdapterStore.from_collection(build_subspace(collection, n_components=R), collection)
             else:
-                self.store.absorb(collection, share=1.0)
+                self.store.absorb(collection, held_share=1.0)
         self.components.append(max(len(bank.components_in) for bank in self.store.subspace.banks.values()))
 
     def updates(self, name):

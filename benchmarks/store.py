@@ -56,7 +56,7 @@ def member(seed):
     }
     config = {"peft_type": "EIGENLORA", "core": "low_rank", "r": R, "lora_alpha": 16, "modules_to_save": ["classifier"]}
     record = {"source": f"member-{seed}", "task_type": "SEQ_CLS", "license": "mit", "config": config}
-    return AdapterMember(cores, record=record, kept=kept)
+    return AdapterMember(cores, record=record, kept_aside=kept)
 
 
 made = [member(10**6 + number) for number in range(30)]
@@ -127,7 +127,7 @@ def kill(folder, n_kills, *, earlier):
             for module, core in own.items():
                 for part, tensor in core.parts.items():
                     assert torch.equal(tensor, expected[module].parts[part]), f"{name} was damaged"
-            assert all(torch.equal(tensor, expected.kept[key]) for key, tensor in own.kept.items())
+            assert all(torch.equal(tensor, expected.kept_aside[key]) for key, tensor in own.kept_aside.items())
         counts[what] += 1
         added = len(new)
     return {"kills": counts, "members_added_meanwhile": added, "earlier_members_intact": earlier, "members_lost": 0}

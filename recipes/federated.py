@@ -15,7 +15,7 @@ Expected:  one line per round: clients used, accuracy of the averaged model on t
 
 `--adapter` is full, diagonal or low_rank (cores in the subspace: plain averaging is exact for full and diagonal; low_rank goes
 through its dense core, or keeps C_in frozen with --rule ffa) or lora. `--rule` is one of `AdapterFedAvg`'s. A stopped run, started
-again with the same --output_dir, goes on after its last round. Real clients use the same two apps: see docs/federated.md.
+again with the same --out, goes on after its last round. Real clients use the same two apps: see docs/federated.md.
 With --rule seeds clients train by forward passes and send 12 bytes per step; it wants many more steps than gradients do.
 """
 
@@ -48,7 +48,7 @@ class Arguments:
     )
     adapter: str = field(default="full", metadata={"help": "full, diagonal, low_rank or lora."})
     rule: str = field(default="exact", metadata={"help": "exact, fedex, fedsa, ffa, fedit, seeds, or a merging rule."})
-    output_dir: str = field(default="federation", metadata={"help": "State of the rounds, to go on from."})
+    out: str = field(default="federation", metadata={"help": "State of the rounds, to go on from."})
     n_clients: int = field(default=8)
     dirichlet: float = field(default=0.5, metadata={"help": "How even labels are over clients; small is skewed."})
     rounds: int = field(default=5)
@@ -192,7 +192,7 @@ def server_app(arguments: Arguments) -> ServerApp:
             rule=arguments.rule,
             scaling=first.scaling,
             base=first.base,
-            out_dir=arguments.output_dir,
+            out_dir=arguments.out,
             fraction_evaluate=0.0,
             min_train_nodes=arguments.n_clients,
             min_available_nodes=arguments.n_clients,
@@ -213,7 +213,7 @@ def server_app(arguments: Arguments) -> ServerApp:
             )
 
         strategy.start(grid, to_record(first.tensors), num_rounds=arguments.rounds, evaluate_fn=evaluate)
-        model.save_pretrained(f"{arguments.output_dir}-adapter")
+        model.save_pretrained(f"{arguments.out}-adapter")
 
     return app
 

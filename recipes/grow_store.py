@@ -44,7 +44,9 @@ class Arguments:
     n_components: int = field(default=16, metadata={"help": "Components of the first bases."})
     r: int = field(default=8, metadata={"help": "Rank of the coefficients."})
     temporary: int = field(default=4, metadata={"help": "Temporary directions, a LoRA of this rank; 0 for none."})
-    share: float = field(default=0.95, metadata={"help": "Share of a new update that the grown bases are to hold."})
+    held_share: float = field(
+        default=0.95, metadata={"help": "Share of a new update that the grown bases are to hold."}
+    )
     max_components: int | None = field(default=None, metadata={"help": "Bound of K; old members then lose a little."})
     steps: int = field(default=60)
     batch_size: int = field(default=16)
@@ -165,7 +167,7 @@ def main(arguments: Arguments) -> None:
         folder = Path(arguments.out) / "adapters" / name
         lora.save_pretrained(str(folder))
         before = len(store)
-        report = store.absorb(str(folder), share=arguments.share, max_components=arguments.max_components)
+        report = store.absorb(str(folder), held_share=arguments.held_share, max_components=arguments.max_components)
         sizes = [max(after) for _, after in report.n_components.values()]
         lost = max(report.lost.values(), default=0.0)
         print(

@@ -5,7 +5,7 @@
 """Train a personalised reward model end to end: backbone adapter, reward basis and users' weights together.
 
 Paper:     LoRe, arXiv 2504.14439.
-Command:   python recipes/lore.py --config recipes/lore.yaml --data comparisons.jsonl --model MODEL --out rewards
+Command:   python recipes/lore.py --config recipes/lore.yaml --dataset comparisons.jsonl --model MODEL --out rewards
 Hardware:  whatever trains MODEL with LoRA; several processes with `accelerate launch`.
 Time:      30 steps of 8 short pairs on SmolLM2-135M took 71 CPU seconds on one thread; that is too few to tell two kinds of user
            apart there. benchmarks/lore_smollm2.py starts from a fit on frozen features instead (docs/lore.md).
@@ -48,7 +48,7 @@ def split(rows, column, *, users, comparisons, seed):
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments, changes = parser.parse_known_args()
@@ -61,7 +61,7 @@ def main():
     settings = LoReConfig(f"{arguments.out}-training", **config["training"])
 
     parts = split(
-        Dataset.from_json(str(arguments.data)),
+        Dataset.from_json(str(arguments.dataset)),
         settings.user_column,
         users=config["held_out_users"],
         comparisons=config["held_out_comparisons"],
@@ -84,7 +84,7 @@ def main():
         (arguments.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print({name: value for name, value in metrics.items() if "accuracy" in name or "gain" in name})
         print(
-            f"Wrote {arguments.out}: {model!r}. Add new users with: eigenpeft lore add-user {arguments.out} USER DATA"
+            f"Wrote {arguments.out}: {model!r}. Add new users with: eigenpeft lore add-user {arguments.out} USER DATASET"
         )
 
 

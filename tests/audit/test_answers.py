@@ -56,13 +56,13 @@ def test_compressing_pays_where_many_adapters_share_few_directions(tmp_path):
     full, paired = ([row for row in found.rows if row.core == core] for core in ("full", "diagonal"))
     row = next(row for row in full if row.n_components == 8)
     assert row.n_parameters == 2 * 8 * 8
-    assert row.kept > 0.99
-    assert row.error == pytest.approx(math.sqrt(1 - row.kept))
+    assert row.kept_share > 0.99
+    assert row.relative_error == pytest.approx(math.sqrt(1 - row.kept_share))
     assert row.ratio == pytest.approx((2 * 8 * (60 + 80) + 20 * row.n_parameters) / (20 * found.n_lora_parameters))
-    assert [each.error for each in full] == sorted((each.error for each in full), reverse=True)
+    assert [each.relative_error for each in full] == sorted((each.relative_error for each in full), reverse=True)
     pairs = next(row for row in paired if row.n_components == 16)
     assert pairs.n_parameters == 2 * 16
-    assert 0.3 < pairs.kept < 1.0
+    assert 0.3 < pairs.kept_share < 1.0
     assert pairs.ratio == pytest.approx((2 * 16 * (60 + 80) + 20 * pairs.n_parameters) / (20 * found.n_lora_parameters))
 
 
@@ -88,7 +88,7 @@ def test_each_lora_cut_alone_is_the_control(tmp_path):
     found = audited(tmp_path).compress
     cut = {row.n_components: row for row in found.rows if row.core == "truncated"}
     assert sorted(cut) == [1, 2, 3]  # of rank 4: all of it is no cut
-    assert cut[1].kept == pytest.approx(sum(kept) / len(kept), rel=1e-4)
+    assert cut[1].kept_share == pytest.approx(sum(kept) / len(kept), rel=1e-4)
     assert cut[1].n_parameters == 2 * (60 + 80)
     assert cut[1].ratio == pytest.approx(1 / 4)
     assert (

@@ -43,7 +43,7 @@ def test_modules_of_one_kind_and_shape_share_a_bank(made, collection, tmp_path, 
 
 def test_a_kind_with_one_module_has_the_bank_that_the_builder_makes(collection):
     own = SubspaceBuilder(n_components=4).fit(collection).subspace_
-    shared = build_shared_subspace(collection, n_components=4, group=str, progress=False)
+    shared = build_shared_subspace(collection, n_components=4, kind_of=str, progress=False)
     assert shared == own
 
 

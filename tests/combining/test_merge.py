@@ -258,7 +258,7 @@ def test_heads_are_kept_one_per_task_and_load(tmp_path):
         weights = [float(i == j) for j in range(2)]
         merge(tmp_path / "zoo", weights=weights, progress=False).save_pretrained(tmp_path / f"only{i}")
         loaded = PeftModel.from_pretrained(tiny_bert(num_labels=n_labels), tmp_path / f"only{i}").eval()
-        load_head(loaded, folder=tmp_path / f"only{i}", task=f"task{i}")
+        load_head(loaded, folder=tmp_path / f"only{i}", name=f"task{i}")
         with torch.no_grad():
             torch.testing.assert_close(loaded(ids).logits, trained_bert(i, n_labels)(ids).logits, atol=1e-5, rtol=1e-4)
 
@@ -271,9 +271,9 @@ def test_a_head_that_does_not_fit_or_does_not_exist_is_named(tmp_path):
     with pytest.raises(
         ArtifactError, match=r"'classifier.\w+' has shape .* the model has .*as many labels as the task"
     ):
-        load_head(tiny_bert(num_labels=4), folder=tmp_path / "merged", task="task0")
-    with pytest.raises(ArtifactError, match=r"task='other' has no head in .*\['task0', 'task1'\]"):
-        load_head(tiny_bert(), folder=tmp_path / "merged", task="other")
+        load_head(tiny_bert(num_labels=4), folder=tmp_path / "merged", name="task0")
+    with pytest.raises(ArtifactError, match=r"name='other' has no head in .*\['task0', 'task1'\]"):
+        load_head(tiny_bert(), folder=tmp_path / "merged", name="other")
     with pytest.raises(AdapterConfigError, match=r"head='other' is not one of \['task0', 'task1'\]"):
         merged.save_pretrained(tmp_path / "else", head="other")
     assert not (tmp_path / "else").exists()

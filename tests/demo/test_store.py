@@ -100,7 +100,7 @@ def test_trained_cores_are_served_in_another_process_mixed_with_others_and_the_b
     for name in OTHERS:
         member = store.add(shipped_adapters() / name)
         export_lora(store, tmp_path / f"{name}-lora", adapter_name=name)
-        head = member.kept["base_model.model.classifier.weight"]
+        head = member.kept_aside["base_model.model.classifier.weight"]
         expected[name] = logits(PeftModel.from_pretrained(classifier(len(head)), tmp_path / f"{name}-lora"), batch)
     store.save_pretrained(tmp_path / "store")
     # The same from the command line alone.
@@ -126,13 +126,15 @@ def test_shipped_adapters_come_out_with_their_heads(shipped, batch, tmp_path, n_
     store = AdapterStore.from_collection(SubspaceBuilder(n_components).fit(shipped).subspace_, shipped)
     for name in shipped.names:
         export_lora(store, tmp_path / name, adapter_name=name)
-        n_labels = len(store[name].kept["base_model.model.classifier.weight"])
+        n_labels = len(store[name].kept_aside["base_model.model.classifier.weight"])
         before = logits(PeftModel.from_pretrained(classifier(n_labels), shipped_adapters() / name), batch)
         after = logits(PeftModel.from_pretrained(classifier(n_labels), tmp_path / name), batch)
         if n_components == 80:  # holds all ten adapters whole
             torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
             continue
         alone = classifier(n_labels)
-        alone.classifier.load_state_dict({key.rpartition(".")[2]: tensor for key, tensor in store[name].kept.items()})
+        alone.classifier.load_state_dict(
+            {key.rpartition(".")[2]: tensor for key, tensor in store[name].kept_aside.items()}
+        )
         moved = torch.linalg.norm(before - logits(alone, batch))  # what the update does to the logits
         assert torch.linalg.norm(after - before) <= 2 * max(store[name].relative_errors.values()) * moved

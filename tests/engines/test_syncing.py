@@ -109,6 +109,8 @@ def test_what_the_server_refuses_is_reported_and_the_others_are_loaded(server, s
     result = CliRunner().invoke(load(), [*arguments, "--json"])
     assert result.exit_code == 0
     assert json.loads(result.stdout)["loaded"] == ["shop/bert"]
+    result = CliRunner().invoke(load(), [*arguments, "--member", "anna", "--json"])
+    assert json.loads(result.stdout)["kept"] == ["shop/anna"]
 
 
 def test_servers_that_cannot_be_told(shelf, tmp_path):

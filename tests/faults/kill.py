@@ -210,7 +210,7 @@ def jobs(place: Path) -> dict[str, Job]:
             changes=True,
         ),
         "store absorb": Job(
-            ("store", "absorb", str(out["wider"]), str(adapters / "adapter-4"), "--share", "1.0", "--replace"),
+            ("store", "absorb", str(out["wider"]), str(adapters / "adapter-4"), "--held-share", "1.0", "--replace"),
             out["wider"],
             put_wider,
             read=members,

@@ -36,7 +36,7 @@ def test_no_file_is_mapped():
 def head(path):
     place = path / HEADS_FOLDER / "task"
     place.mkdir(parents=True)
-    return place / HEAD_FILE, lambda: load_head(nn.Linear(2, 2), folder=path, task="task")
+    return place / HEAD_FILE, lambda: load_head(nn.Linear(2, 2), folder=path, name="task")
 
 
 def statistics(path):

@@ -60,7 +60,7 @@ def prepare(folder):
 
 
 def test_the_recipe_runs_and_goes_on(tmp_path):
-    words = [*prepare(tmp_path), "--output_dir", tmp_path / "federation"]
+    words = [*prepare(tmp_path), "--out", tmp_path / "federation"]
     first = run(tmp_path, *words, "--rounds", 1)
     assert [line.split(":")[0] for line in first] == ["round 1"]
     # Four weights of 6 x 6, and a head of 3 x 32 and 3 numbers, in float32.
@@ -75,7 +75,7 @@ def test_the_recipe_runs_and_goes_on(tmp_path):
 
 
 def test_clients_that_send_seeds(tmp_path):
-    words = [*prepare(tmp_path), "--output_dir", tmp_path / "federation"]
+    words = [*prepare(tmp_path), "--out", tmp_path / "federation"]
     (line,) = run(tmp_path, *words, "--rule", "seeds", "--rounds", 1)
     assert "2 clients" in line
     assert f"{(2 * 12 + 8) / 1e3:.2f} kB from each" in line
@@ -84,11 +84,11 @@ def test_clients_that_send_seeds(tmp_path):
 def test_a_run_that_was_killed_ends_where_one_that_was_not_ends(tmp_path):
     """SIGKILL to the process and all that it started, in the middle of a round; nothing of it may have a last word."""
     words = [*prepare(tmp_path), "--rounds", 4]
-    whole = run(tmp_path, *words, "--output_dir", tmp_path / "whole")
+    whole = run(tmp_path, *words, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [*COMMAND, *map(str, words), "--output_dir", str(killed)],
+            [*COMMAND, *map(str, words), "--out", str(killed)],
             cwd=tmp_path,
             env=environment(),
             stdout=log,
@@ -108,7 +108,7 @@ def test_a_run_that_was_killed_ends_where_one_that_was_not_ends(tmp_path):
     state = json.loads((killed / "federation.json").read_text())
     n_done = len(state["rounds"])
     assert 1 <= n_done < 4, "it was killed before its end"
-    resumed = run(tmp_path, *words, "--output_dir", killed)
+    resumed = run(tmp_path, *words, "--out", killed)
     assert resumed == whole[n_done - 1 :]
     for name in ("arrays.safetensors", "federation.json"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -48,7 +48,7 @@ def zoo(tmp_path):
 
 
 def test_new_tasks_are_absorbed_and_old_members_keep_their_bits(recipe, zoo, tmp_path):
-    printed = recipe("grow_store", *zoo, "--temporary", 3, "--share", 1.0)
+    printed = recipe("grow_store", *zoo, "--temporary", 3, "--held_share", 1.0)
     found = re.findall(LINE, printed)
     assert len(found) == 2
     assert all(trained == plain for trained, plain, *_ in found)

@@ -26,7 +26,7 @@ def test_the_recipe_writes_a_reward_model(method, llama, tokenizer, data, tmp_pa
     (tmp_path / "lore.yaml").write_text(yaml.safe_dump(config))
     command = [
         *(sys.executable, ROOT / "recipes" / "lore.py", "--config", tmp_path / "lore.yaml"),
-        *("--data", tmp_path / "data.jsonl", "--model", tmp_path / "model", "--out", tmp_path / "rewards"),
+        *("--dataset", tmp_path / "data.jsonl", "--model", tmp_path / "model", "--out", tmp_path / "rewards"),
         *("--max_steps", "3", "--bf16", "false", "--use_cpu", "true"),
     ]
     subprocess.run(list(map(str, command)), check=True, timeout=900, cwd=ROOT)

@@ -16,16 +16,16 @@ class CompressRow:
             without a subspace: each LoRA cut to a lower rank on its own.
         n_components: K, or that rank.
         n_parameters: Numbers per adapter, over all modules.
-        kept: Share of ‖ΔW‖², mean over modules.
-        error: Relative error of ΔW, `sqrt(1 - kept)`.
+        kept_share: Share of ‖ΔW‖², mean over modules.
+        relative_error: Relative error of ΔW, `sqrt(1 - kept_share)`.
         ratio: Numbers of the bases and of all adapters in them, over the numbers of the plain LoRAs.
     """
 
     core: str
     n_components: int
     n_parameters: int
-    kept: float
-    error: float
+    kept_share: float
+    relative_error: float
     ratio: float
 
 

@@ -65,6 +65,7 @@ _OLD_NAMES = {
     "held_out_out": "held_out_output",
     "held_out_alone_in": "held_out_alone_input",
 }
+_OLD_ROW_NAMES = {"kept": "kept_share", "error": "relative_error"}  # of the rows of `compress`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,7 @@ class AuditReport:
 
 def _restored(name: str, value: Any) -> Any:
     if name == "compress":
-        return Compress(**{**value, "rows": tuple(CompressRow(**row) for row in value["rows"])})
+        return Compress(**{**value, "rows": tuple(_compress_row(row) for row in value["rows"])})
     if name == "train":
         return Train(
             **{
@@ -211,6 +212,10 @@ def _restored(name: str, value: Any) -> Any:
     if isinstance(value, Mapping) and {field.name for field in fields(Curve)} == set(value):
         return Curve(**{key: tuple(shares) for key, shares in value.items()})
     return _tuples(value)
+
+
+def _compress_row(row: Mapping[str, Any]) -> CompressRow:
+    return CompressRow(**{_OLD_ROW_NAMES.get(name, name): value for name, value in row.items()})
 
 
 def _tuples(value: Any) -> Any:

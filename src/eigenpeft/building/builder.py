@@ -198,7 +198,7 @@ class SubspaceBuilder:
         refuse_unshared(self.n_pseudo_components, self.memory_limit)
         settings = {"method": self.method, "weighting": self.weighting, "seed": self.seed, "tol": self.tol}
         self.subspace_ = build_shared_subspace(
-            collection, n_components=self.n_components, group=group_of(self.share), **settings
+            collection, n_components=self.n_components, kind_of=group_of(self.share), **settings
         )
         self._seen, self.findings_ = [collection], collection.findings
         return self

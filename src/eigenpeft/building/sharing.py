@@ -79,7 +79,7 @@ def build_shared_subspace(
     n_components: Any = 32,
     method: Method = "balanced",
     weighting: Weighting = "equal",
-    group: Callable[[str], str] = last_name,
+    kind_of: Callable[[str], str] = last_name,
     seed: int = 0,
     tol: float = 1e-4,
     progress: bool = True,
@@ -94,7 +94,7 @@ def build_shared_subspace(
         n_components: K of every bank: a number (None for 32), or a share in (0, 1] of the updates of all modules of the bank.
         method: As for `SubspaceBuilder`.
         weighting: As for `SubspaceBuilder`; "equal" counts every adapter equally in every module.
-        group: From a module's name to its kind; modules of one kind and one shape share a bank.
+        kind_of: From a module's name to its kind; modules of one kind and one shape share a bank.
         seed: Seed of the iterative solver.
         tol: Tolerance of the solver.
         progress: Show a progress bar.
@@ -123,7 +123,7 @@ def build_shared_subspace(
         )
     groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for module in collection.modules:
-        groups.setdefault((group(module), collection.shapes[module]), []).append(module)
+        groups.setdefault((kind_of(module), collection.shapes[module]), []).append(module)
     bank_of: dict[str, ModuleSubspace] = {}
     for (kind, shape), modules in tqdm(groups.items(), desc="Fitting", unit="bank", disable=not progress):
         generator = seeded_generator(seed, f"{kind} {shape}", "solver")

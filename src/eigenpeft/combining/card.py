@@ -34,8 +34,8 @@ def merged_card(
     low, high = report.scale_range
     scale = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
     kept = (
-        "\nNo rule merges heads: each source's own lies in `heads/<task>/`. Put it into the model with\n"
-        '`eigenpeft.combining.load_head(model, folder="<path of this adapter>", task="' + for_code(heads[0]) + '")`.\n'
+        "\nNo rule merges heads: each source's own lies in `heads/<name>/`. Put it into the model with\n"
+        '`eigenpeft.combining.load_head(model, folder="<path of this adapter>", name="' + for_code(heads[0]) + '")`.\n'
         if heads
         else ""
     )

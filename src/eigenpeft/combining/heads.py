@@ -111,7 +111,7 @@ def parts_of(
 
 
 def head_files(heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
-    """Files of the heads by path inside the merged adapter's folder: `heads/<task>/head.safetensors`.
+    """Files of the heads by path inside the merged adapter's folder: `heads/<name>/head.safetensors`.
 
     Args:
         heads: Tensors by adapter and key.
@@ -128,13 +128,13 @@ def head_files(heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
     return files
 
 
-def load_head(model: nn.Module, *, folder: str | Path, task: str) -> None:
-    """Put the head of one task into a model, in place: `merged/heads/<task>/head.safetensors`.
+def load_head(model: nn.Module, *, folder: str | Path, name: str) -> None:
+    """Put the head of one task into a model, in place: `merged/heads/<name>/head.safetensors`.
 
     Args:
         model: The base model, or a PEFT model on it, with a head of the task's shape.
         folder: Folder of the merged adapter.
-        task: Name of the source adapter.
+        name: Name of the source adapter.
 
     Raises:
         ArtifactError: If there is no such head, or it does not fit the model.
@@ -152,41 +152,41 @@ def load_head(model: nn.Module, *, folder: str | Path, task: str) -> None:
         ...     trained.save_pretrained(f"adapters/{name}")
         >>> eigenpeft.merge("adapters", progress=False).save_pretrained("merged")
         >>> model = base()
-        >>> load_head(model, folder="merged", task="sports")
+        >>> load_head(model, folder="merged", name="sports")
         >>> torch.equal(model.score.weight, trained.base_model.model.score.modules_to_save["default"].weight)
         True
     """
     root = Path(folder) / HEADS_FOLDER
     present = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    if task not in present:
-        raise ArtifactError(f"task={task!r} has no head in {str(folder)!r}, which has those of {present}.")
+    if name not in present:
+        raise ArtifactError(f"name={name!r} has no head in {str(folder)!r}, which has those of {present}.")
     try:
-        tensors, _ = read_tensors(root / task / HEAD_FILE)
+        tensors, _ = read_tensors(root / name / HEAD_FILE)
     except ArtifactError as error:
-        raise ArtifactError(f"The head of {task!r} cannot be read ({error}); merge again.") from error
-    put_head(model, tensors, task=task)
+        raise ArtifactError(f"The head of {name!r} cannot be read ({error}); merge again.") from error
+    put_head(model, tensors, name=name)
 
 
-def put_head(model: nn.Module, tensors: Mapping[str, Tensor], *, task: str) -> None:
+def put_head(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str) -> None:
     """Copy a head's tensors into a model, into every copy of the module that PEFT keeps.
 
     Args:
         model: The base model, or a PEFT model on it.
         tensors: By key of PEFT's state dict.
-        task: What to call it when it does not fit.
+        name: What to call it when it does not fit.
 
     Raises:
         ArtifactError: If the model has no such parameter, or one of another shape.
     """
     places: dict[str, list[Tensor]] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        places.setdefault(_plain(name), []).append(parameter)
+    for key, parameter in model.state_dict(keep_vars=True).items():
+        places.setdefault(_plain(key), []).append(parameter)
     targets = {key: _find(places, _plain(key)) for key in tensors}
     wrong = [key for key, found in targets.items() if not found or found[0].shape != tensors[key].shape]
     if wrong:
         has = [tuple(found.shape) for found in targets[wrong[0]]][:1] or "no such parameter"
         raise ArtifactError(
-            f"The head of {task!r} does not fit the model: {_plain(wrong[0])!r} has shape {tuple(tensors[wrong[0]].shape)}, "
+            f"The head of {name!r} does not fit the model: {_plain(wrong[0])!r} has shape {tuple(tensors[wrong[0]].shape)}, "
             f"the model has {has}. Make the model with as many labels as the task."
         )
     for key, found in targets.items():

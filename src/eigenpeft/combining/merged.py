@@ -70,7 +70,7 @@ class MergedAdapter:
     ) -> None:
         """Write a plain LoRA folder that PEFT alone loads: one rank and one alpha, a model card, and a report as JSON.
 
-        Heads are written beside it, one per source adapter, as `heads/<task>/head.safetensors` (see `load_head`).
+        Heads are written beside it, one per source adapter, as `heads/<name>/head.safetensors` (see `load_head`).
 
         Args:
             save_directory: Folder to make.

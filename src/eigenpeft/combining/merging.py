@@ -272,10 +272,10 @@ def _merge(sources: Sources, weights: Mapping[str, float], settings: _Settings, 
         n_modules=len(factors),
         sources=totals.sources(sources.records, weights),
         cosines=totals.cosines(),
-        norm=math.sqrt(totals.kept),
-        kept_share=totals.kept / totals.squared_norm if totals.squared_norm else 1.0,
+        norm=math.sqrt(totals.kept_squared_norm),
+        kept_share=totals.kept_squared_norm / totals.squared_norm if totals.squared_norm else 1.0,
         stable_rank=sum(totals.stable_ranks) / len(totals.stable_ranks) if totals.stable_ranks else 0.0,
-        over_counting=totals.counted / totals.kept if totals.kept else 0.0,
+        over_counting=totals.counted / totals.kept_squared_norm if totals.kept_squared_norm else 0.0,
     )
     return MergedAdapter(
         factors={module: _padded(pair, rank) for module, pair in factors.items()},

@@ -88,7 +88,7 @@ def _tensors(merged: MergedUpdate) -> dict[str, torch.Tensor]:
         merged.scale,
         merged.rank,
         measures.squared_norm,
-        measures.kept,
+        measures.kept_squared_norm,
         measures.largest,
         measures.over_counting,
     ]
@@ -108,7 +108,7 @@ def _merged_update(tensors: Mapping[str, torch.Tensor]) -> MergedUpdate:
         inner_products=tensors["inner_products"],
         distances=tensors["distances"],
         squared_norm=squared_norm,
-        kept=kept,
+        kept_squared_norm=kept,
         largest=largest,
         over_counting=over_counting,
     )

@@ -99,7 +99,7 @@ class MergeTotals:
         distances: `Σ ‖ΔW - ΔW_t‖²` by adapter.
         n_modules: Number of modules by adapter.
         pair_norms: (T, T) sums of `‖ΔW_s‖²` over the modules that t has as well, float64.
-        kept: `Σ ‖ΔW‖²` of what the rank kept.
+        kept_squared_norm: `Σ ‖ΔW‖²` of what the rank kept.
         squared_norm: `Σ ‖ΔW‖²` before the rank cut it off.
         counted: Sum of the modules' over-counting times their ‖ΔW‖².
         stable_ranks: Stable rank of every module.
@@ -111,7 +111,7 @@ class MergeTotals:
     distances: dict[str, float] = field(default_factory=dict)
     n_modules: dict[str, int] = field(default_factory=dict)
     pair_norms: Tensor = field(init=False)
-    kept: float = 0.0
+    kept_squared_norm: float = 0.0
     squared_norm: float = 0.0
     counted: float = 0.0
     stable_ranks: list[float] = field(default_factory=list)
@@ -136,9 +136,10 @@ class MergeTotals:
             self.distances[name] = self.distances.get(name, 0.0) + distance
             self.n_modules[name] = self.n_modules.get(name, 0) + 1
         for name in set(self.names) - set(present):  # there its update is zero
-            self.distances[name] = self.distances.get(name, 0.0) + measures.kept
-        self.kept, self.squared_norm = self.kept + measures.kept, self.squared_norm + measures.squared_norm
-        self.counted += measures.over_counting * measures.kept
+            self.distances[name] = self.distances.get(name, 0.0) + measures.kept_squared_norm
+        self.kept_squared_norm += measures.kept_squared_norm
+        self.squared_norm += measures.squared_norm
+        self.counted += measures.over_counting * measures.kept_squared_norm
         if measures.largest:
             self.stable_ranks.append(measures.squared_norm / measures.largest**2)
 

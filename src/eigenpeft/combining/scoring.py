@@ -55,7 +55,7 @@ def held_out_score(tasks: Sequence[HeldOutTask], *, metric: str = "accuracy") ->
         values = []
         for task in tasks:
             if task.name in merged.heads:
-                put_head(task.model, merged.heads[task.name], task=task.name)
+                put_head(task.model, merged.heads[task.name], name=task.name)
             with merged_into(task.model, merged):
                 values.append(measure(task))
         return sum(values) / len(values)

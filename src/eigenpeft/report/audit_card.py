@@ -24,7 +24,7 @@ def audit_section(report: AuditReport) -> str:
     ]
     answers = "\n\n".join(f"**{question}** {for_card(text)}" for question, _, text in report.answers)
     compressed = "\n".join(
-        f"| {CORE_NAMES[row.core]} | {row.n_components} | {row.n_parameters:,} | {row.kept:.1%} | {row.error:.1%} "
+        f"| {CORE_NAMES[row.core]} | {row.n_components} | {row.n_parameters:,} | {row.kept_share:.1%} | {row.relative_error:.1%} "
         f"| {row.ratio:.0%} |"
         for row in report.compress.rows
     )

@@ -99,7 +99,7 @@ def _html(text: str) -> str:
 def _answers(report: AuditReport) -> str:
     """One section per answer: question, words, table."""
     compress = "".join(
-        f"<tr><td>{CORE_NAMES[row.core]}</td><td>{row.n_components}</td><td>{row.n_parameters:,}</td><td>{row.error:.1%}</td><td>{row.ratio:.0%}</td></tr>"
+        f"<tr><td>{CORE_NAMES[row.core]}</td><td>{row.n_components}</td><td>{row.n_parameters:,}</td><td>{row.relative_error:.1%}</td><td>{row.ratio:.0%}</td></tr>"
         for row in report.compress.rows
     )
     train = "".join(
@@ -194,11 +194,13 @@ def _compress(axes, report: AuditReport) -> None:
         by_core.setdefault(row.core, []).append(row)
     for core, (color, label, _) in _SERIES.items():
         own = by_core.get(core, [])
-        axes.plot([row.n_parameters for row in own], [row.error for row in own], color=color, marker="o", label=label)
+        axes.plot(
+            [row.n_parameters for row in own], [row.relative_error for row in own], color=color, marker="o", label=label
+        )
     for row in rows:
         axes.annotate(
             f"{_SERIES[row.core][2]} {row.n_components}",
-            (row.n_parameters, row.error),
+            (row.n_parameters, row.relative_error),
             xytext=(4, 4),
             textcoords="offset points",
             fontsize=7,

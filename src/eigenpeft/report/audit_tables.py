@@ -43,7 +43,7 @@ def compress_table(report: AuditReport) -> Table:
     for title in ("K", "numbers per adapter", "‖ΔW‖² kept", "error", "size beside plain LoRAs"):
         table.add_column(title, justify="right")
     for row in report.compress.rows:
-        cells = (f"{row.n_parameters:,}", f"{row.kept:.1%}", f"{row.error:.1%}", f"{row.ratio:.0%}")
+        cells = (f"{row.n_parameters:,}", f"{row.kept_share:.1%}", f"{row.relative_error:.1%}", f"{row.ratio:.0%}")
         table.add_row(CORE_NAMES[row.core], str(row.n_components), *cells)
     table.add_row("LoRA", "", f"{report.compress.n_lora_parameters:,}", "100.0%", "0.0%", "100%")
     return table

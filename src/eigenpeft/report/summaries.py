@@ -103,7 +103,7 @@ def original_bytes(member: AdapterMember, subspace: PrincipalSubspace) -> int:
     known = member.record.get("file_bytes")
     if isinstance(known, int) and known > 0:
         return known
-    kept = sum(tensor.numel() * tensor.element_size() for tensor in member.kept.values())
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in member.kept_aside.values())
     ranks = dict(zip(member, member.ranks, strict=True))
     return kept + 4 * sum(
         rank * (subspace[module].in_features + subspace[module].out_features) for module, rank in ranks.items()
@@ -126,8 +126,8 @@ def member_summary(member: AdapterMember, subspace: PrincipalSubspace) -> dict[s
         "original_bytes": original_bytes(member, subspace),
         "task_type": member.record.get("task_type"),
         "license": license_of(member.record) or None,
-        "kept": [key.removeprefix("base_model.model.") for key in member.kept],
-        "not_kept": [str(key) for key in member.record.get("kept_aside") or () if key not in member.kept],
+        "kept_aside": [key.removeprefix("base_model.model.") for key in member.kept_aside],
+        "not_kept": [str(key) for key in member.record.get("kept_aside") or () if key not in member.kept_aside],
         **_mean_and_largest(member.relative_errors.values()),
     }
 

@@ -126,7 +126,7 @@ def absorb_table(summary: dict[str, Any]) -> Table:
 
 
 def _kept(row: dict[str, Any]) -> str:
-    modules = list(dict.fromkeys(key.rpartition(".")[0] or key for key in row["kept"]))
+    modules = list(dict.fromkeys(key.rpartition(".")[0] or key for key in row["kept_aside"]))
     shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     lost = [f"not kept: {', '.join(row['not_kept'][:3])}"] if row["not_kept"] else []
     return "; ".join([*([shown] if shown else []), *lost]) or "-"

@@ -114,7 +114,7 @@ def test_add_warns_of_an_adapter_that_the_bases_do_not_hold(run, folder):
     assert "new may not do what it did: the store's bases hold " in shown
     assert "`eigenpeft store absorb store ADAPTER --replace`" in shown
     assert shown.count("may not do") == 1
-    run("store", "absorb", "store", "new", "--replace", "--share", "1")
+    run("store", "absorb", "store", "new", "--replace", "--held-share", "1")
     assert AdapterStore.from_pretrained("store")["new"].relative_errors == pytest.approx(
         dict.fromkeys(AdapterStore.from_pretrained("store")["new"].relative_errors, 0.0), abs=1e-3
     )
@@ -124,7 +124,7 @@ def test_absorb_says_what_grew_and_what_was_lost(run, folder):
     run("store", "add", "store", "adapters", "--subspace", "subspace")
     shutil.copytree("store", "bounded")
     write_adapter(folder / "new", random_factors(rank=2, seed=9))
-    told = json.loads(run("store", "absorb", "store", "new", "--share", "1", "--json").out)
+    told = json.loads(run("store", "absorb", "store", "new", "--held-share", "1", "--json").out)
     assert list(told["absorbed"]) == ["new"]
     assert (told["moved"], told["n_adapters"]) == ({}, 6)
     assert {(tuple(row["before"]), tuple(row["after"])) for row in told["banks"].values()} == {((5, 5), (7, 7))}
@@ -173,7 +173,7 @@ def test_rebase_takes_trained_adapters(run, folder):
         (("rename", "store", "nobody", "x"), "'nobody' is not in the store"),
         (("rebase", "store", "wide", "--out", "store"), "holds another store"),
         (("absorb", "store", "adapters/adapter-1"), "'adapter-1' is in the store already"),
-        (("absorb", "store", "other", "--share", "2"), "must be in (0, 1]"),
+        (("absorb", "store", "other", "--held-share", "2"), "must be in (0, 1]"),
         (("absorb", "nowhere", "adapters"), "No adapter store at 'nowhere'"),
     ],
 )

@@ -49,7 +49,7 @@ def test_all_directions_hold_everything_and_the_old_ones_stay(k, ranks):
 def test_a_share_takes_the_fewest_directions_that_reach_it(share):
     V_in, V_out, factors = bases(2, N, 3), bases(2, M, 4), adapters((3, 3))
     everything = lacking_directions(factors, components_in=V_in, components_out=V_out)
-    grown = lacking_directions(factors, components_in=V_in, components_out=V_out, share=share)
+    grown = lacking_directions(factors, components_in=V_in, components_out=V_out, held_share=share)
     curve = [
         held(
             factors,
@@ -83,7 +83,7 @@ def test_the_directions_are_of_the_updates_and_not_of_their_factors():
     turn = torch.randn(3, 3) + 3 * torch.eye(3)
     turned = [(B @ torch.linalg.inv(turn), turn @ A) for B, A in factors]
     one, two = (
-        lacking_directions(each, components_in=V_in, components_out=V_out, share=0.7) for each in (factors, turned)
+        lacking_directions(each, components_in=V_in, components_out=V_out, held_share=0.7) for each in (factors, turned)
     )
     torch.testing.assert_close(one.components_in, two.components_in, rtol=0, atol=1e-4)
 
@@ -91,4 +91,6 @@ def test_the_directions_are_of_the_updates_and_not_of_their_factors():
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_a_share_out_of_range_is_refused(share):
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-        lacking_directions(adapters((1,)), components_in=bases(2, N, 3), components_out=bases(2, M, 4), share=share)
+        lacking_directions(
+            adapters((1,)), components_in=bases(2, N, 3), components_out=bases(2, M, 4), held_share=share
+        )

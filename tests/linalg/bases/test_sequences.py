@@ -79,7 +79,7 @@ def test_inflora_leaves_the_memory_alone_and_takes_what_is_largest_outside():
 def test_the_memory_grows_by_the_fewest_directions(share):
     memory = torch.linalg.qr(rows(10, 2, 1))[0].mT
     inputs = rows(40, 10) * torch.linspace(3, 0.1, 10)
-    grown = grow_memory(memory, inputs, share=share)
+    grown = grow_memory(memory, inputs, held_share=share)
     torch.testing.assert_close(grown @ grown.mT, torch.eye(len(grown), dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(grown[:2], memory, rtol=0, atol=1e-9)
 
@@ -88,13 +88,13 @@ def test_the_memory_grows_by_the_fewest_directions(share):
 
     assert held(grown) >= share - 1e-9
     assert held(grown[:-1]) < share
-    assert len(grow_memory(grown, inputs, share=share)) == len(grown)
+    assert len(grow_memory(grown, inputs, held_share=share)) == len(grown)
 
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
         frequent_directions(rows(1, 3), rows(1, 3), size=0)
-    with pytest.raises(ValueError, match=r"share=0.0 must be in \(0, 1\]"):
-        grow_memory(rows(0, 3), rows(1, 3), share=0.0)
+    with pytest.raises(ValueError, match=r"held_share=0.0 must be in \(0, 1\]"):
+        grow_memory(rows(0, 3), rows(1, 3), held_share=0.0)
     with pytest.raises(ValueError, match="rank=0 must be at least 1"):
         inflora_start(rows(2, 3), rows(0, 3), rank=0)

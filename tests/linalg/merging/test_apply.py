@@ -42,7 +42,7 @@ def test_measures_are_those_of_whole_matrices(rank, adapters, dense):
     )
     values = np.linalg.svd(0.4 * sum(updates), compute_uv=False)
     np.testing.assert_allclose(measures.squared_norm, (values**2).sum(), rtol=1e-9)
-    np.testing.assert_allclose(measures.kept, (values[:rank] ** 2).sum(), rtol=1e-9)
+    np.testing.assert_allclose(measures.kept_squared_norm, (values[:rank] ** 2).sum(), rtol=1e-9)
     np.testing.assert_allclose(measures.largest, values[0], rtol=1e-9)
 
 

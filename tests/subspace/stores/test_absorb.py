@@ -43,7 +43,7 @@ def test_the_subspace_grows_and_no_member_changes(store, tmp_path):
     before = {name: store._records.read(name) for name in store}
     factors = {name: {module: store.factors(name, module=module) for module in store[name]} for name in store}
     old = store.subspace
-    report = store.absorb(tmp_path / "new", share=1.0)
+    report = store.absorb(tmp_path / "new", held_share=1.0)
     assert report.is_exact
     assert report.absorbed == ("new-0", "new-1")
     assert set(report.n_components.values()) == {((5, 5), (10, 10))}
@@ -68,7 +68,7 @@ def test_the_subspace_grows_and_no_member_changes(store, tmp_path):
 
 
 def test_a_share_takes_fewer_and_says_what_is_lost(store, tmp_path):
-    report = store.absorb(tmp_path / "new", share=0.8)
+    report = store.absorb(tmp_path / "new", held_share=0.8)
     counts = [after[0] for _, after in report.n_components.values()]
     assert all(5 < count < 10 for count in counts)
     held = [1 - error**2 for name in report.absorbed for error in store[name].relative_errors.values()]
@@ -80,10 +80,10 @@ def test_a_share_takes_fewer_and_says_what_is_lost(store, tmp_path):
 
 
 def test_a_second_time_nothing_grows(store, tmp_path):
-    store.absorb(tmp_path / "new", share=1.0)
+    store.absorb(tmp_path / "new", held_share=1.0)
     before = store.subspace
     shutil.copytree(tmp_path / "new" / "new-0", tmp_path / "again")
-    report = store.absorb(tmp_path / "again", share=1.0)
+    report = store.absorb(tmp_path / "again", held_share=1.0)
     assert all(before == after for before, after in report.n_components.values())
     assert store.subspace == before
     assert report.held_before == pytest.approx(1.0, abs=1e-5)
@@ -91,9 +91,9 @@ def test_a_second_time_nothing_grows(store, tmp_path):
 
 def test_the_earlier_subspace_comes_out_with_its_fingerprint(store, tmp_path):
     first = store.subspace
-    store.absorb(tmp_path / "new" / "new-0", share=1.0)
+    store.absorb(tmp_path / "new" / "new-0", held_share=1.0)
     second = store.subspace
-    store.absorb(tmp_path / "new" / "new-1", share=0.5)
+    store.absorb(tmp_path / "new" / "new-1", held_share=0.5)
     opened = PrincipalSubspace.from_pretrained(tmp_path / "store", fingerprint=first.fingerprint)
     assert opened == first
     assert opened.info.sources == first.info.sources
@@ -106,7 +106,7 @@ def test_the_earlier_subspace_comes_out_with_its_fingerprint(store, tmp_path):
 
 def test_members_of_the_earlier_bases_still_fit(store, tmp_path):
     shutil.copytree(tmp_path / "store", tmp_path / "earlier")
-    store.absorb(tmp_path / "new", share=1.0)
+    store.absorb(tmp_path / "new", held_share=1.0)
     store.add(f"{tmp_path / 'earlier'}#adapter-0", name="copy")
     assert all(torch.equal(store["copy"][m].dense(), store["adapter-0"][m].dense()) for m in store["copy"])
 
@@ -115,7 +115,7 @@ def test_modules_that_the_subspace_lacks_get_banks(store, tmp_path):
     more = {**MODULES, "layer.9.query": MODULES["layer.0.query"]}
     write_adapter(tmp_path / "more", random_factors(modules=more, rank=2, seed=5))
     old = store.subspace
-    report = store.absorb(tmp_path / "more", share=1.0)
+    report = store.absorb(tmp_path / "more", held_share=1.0)
     assert report.n_components["layer.9.query"] == ((0, 0), (2, 2))
     assert max(store["more"].relative_errors.values()) < 1e-5
     assert PrincipalSubspace.from_pretrained(tmp_path / "store", fingerprint=old.fingerprint) == old
@@ -184,7 +184,7 @@ def test_within_a_bound_the_bases_are_better_than_the_old_ones_and_others(store,
 def test_a_store_in_memory_absorbs_too(made, tmp_path):
     with AdapterCollection.from_pretrained(made.folder) as collection:
         store = AdapterStore.from_collection(SubspaceBuilder(n_components=5).fit(collection).subspace_, collection)
-    store.absorb([tmp_path / "new" / "new-0", tmp_path / "new" / "new-1"], share=1.0)
+    store.absorb([tmp_path / "new" / "new-0", tmp_path / "new" / "new-1"], held_share=1.0)
     assert store.names[-2:] == ("new-0", "new-1")
     assert max(store["new-1"].relative_errors.values()) < 1e-5
 
@@ -192,7 +192,7 @@ def test_a_store_in_memory_absorbs_too(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "error", "message"),
     [
-        (None, {"share": 0.0}, SubspaceError, r"share=0.0 must be in \(0, 1\]"),
+        (None, {"held_share": 0.0}, SubspaceError, r"held_share=0.0 must be in \(0, 1\]"),
         (None, {"max_components": 0}, SubspaceError, "max_components=0 must be a whole number of at least 1"),
         ("name", {}, SubspaceError, "'adapter-0' is in the store already"),
         ("shape", {}, SubspaceError, r"Cannot absorb 'layer\.0\.query' of shape"),
@@ -225,7 +225,7 @@ def test_bad_input_changes_nothing(store, tmp_path, change, options, error, mess
 def test_who_opened_the_store_before_reads_the_old_members_and_can_refresh(store, tmp_path):
     other = AdapterStore.from_pretrained(tmp_path / "store")
     core = Core("full", {"coefficients_out": torch.ones(5, 5)})
-    store.absorb(tmp_path / "new", share=1.0)
+    store.absorb(tmp_path / "new", held_share=1.0)
     assert torch.equal(other["adapter-0"]["layer.0.query"].dense(), store["adapter-0"]["layer.0.query"].dense())
     with pytest.raises(ArtifactError, match=r"another process gave it other bases\. Call refresh\(\)"):
         other.add(AdapterMember({"layer.0.query": core}), name="mine")
@@ -277,10 +277,10 @@ def test_a_lock_that_a_killed_process_left_is_no_hindrance(store, tmp_path):
 
 
 def test_the_same_again_with_replace_changes_nothing(store, tmp_path):
-    store.absorb(tmp_path / "new", share=1.0)
+    store.absorb(tmp_path / "new", held_share=1.0)
     before = {name: store._records.read(name) for name in store}
     info = store.subspace.info
-    store.absorb(tmp_path / "new", share=1.0, replace=True)
+    store.absorb(tmp_path / "new", held_share=1.0, replace=True)
     assert {name: store._records.read(name) for name in store} == before
     assert store.subspace.info == info
 
@@ -295,7 +295,7 @@ def test_members_that_have_gone_do_not_stop_it(store, made, tmp_path, how):
     else:
         store.add(tmp_path / "new" / "new-0", name="passing", replace=True)
     kept = {name: store._records.read(name) for name in (first, second)}
-    store.absorb(tmp_path / "new" / "new-0", share=1.0)
+    store.absorb(tmp_path / "new" / "new-0", held_share=1.0)
     again = AdapterStore.from_pretrained(tmp_path / "store")
     assert again.names == store.names
     assert {name: again._records.read(name) for name in kept} == kept

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 import eigenpeft
 import eigenpeft.subspace
@@ -55,8 +55,8 @@ def same(member, other):
         assert (core.kind, core.scaling) == (other[module].kind, other[module].scaling)
         assert core.parts.keys() == other[module].parts.keys()
         assert all(torch.equal(tensor, other[module].parts[part]) for part, tensor in core.parts.items())
-    assert member.kept.keys() == other.kept.keys()
-    assert all(torch.equal(tensor, other.kept[key]) for key, tensor in member.kept.items())
+    assert member.kept_aside.keys() == other.kept_aside.keys()
+    assert all(torch.equal(tensor, other.kept_aside[key]) for key, tensor in member.kept_aside.items())
     assert (member.relative_errors, member.paths) == (other.relative_errors, other.paths)
     return True
 
@@ -199,7 +199,8 @@ def test_members_that_do_not_fit_are_refused_in_memory_and_on_disk(store, tmp_pa
 
 def test_the_same_member_has_the_same_bytes():
     core = Core("diagonal", {"coefficients_out": torch.ones(2)})
-    member = AdapterMember({"layer": core}, record={"name": "mine", "source": "here"})
+    member = AdapterMember({"layer": core}, record={"name": "mine"}, kept_aside={"head": torch.ones(2)})
+    assert load(member.to_bytes()).keys() == {"core.layer.coefficients_out", "kept.head"}  # as stores have them
     assert len({member.to_bytes() for _ in range(20)}) == 1
 
 
@@ -285,7 +286,7 @@ def test_rebase_is_exact_where_the_span_grows_and_measured_where_not(made, store
     elif kind != "low_rank":
         core = Core(kind, core.to(kind).parts, 0.7)
     original = AdapterStore(
-        wide.truncate(5), members={"one": AdapterMember({module: core}, kept={"head": torch.ones(2)})}
+        wide.truncate(5), members={"one": AdapterMember({module: core}, kept_aside={"head": torch.ones(2)})}
     )
     grown = original.rebase(wide)
     old, new = (
@@ -294,7 +295,7 @@ def test_rebase_is_exact_where_the_span_grows_and_measured_where_not(made, store
     )
     torch.testing.assert_close(new, old, atol=1e-5, rtol=1e-5)
     assert grown["one"][module].kind == kind
-    assert torch.equal(grown["one"].kept["head"], torch.ones(2))
+    assert torch.equal(grown["one"].kept_aside["head"], torch.ones(2))
     assert grown["one"].relative_errors[module] < 1e-5
     smaller = grown.rebase(wide.truncate(2))
     lora_B, lora_A = smaller.factors("one", module=module)

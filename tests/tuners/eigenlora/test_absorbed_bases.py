@@ -49,7 +49,7 @@ def test_an_adapter_from_before_keeps_its_logits(core, tmp_path, monkeypatch):
     store = AdapterStore.from_pretrained(tmp_path / "store")
     store.add(tmp_path / "adapter", name="early")
     write_lora(tmp_path / "later", subspace, rank=3)
-    store.absorb(tmp_path / "later", share=1.0)
+    store.absorb(tmp_path / "later", held_share=1.0)
     del model, config, subspace  # so that nothing in memory is found instead
     monkeypatch.setattr("eigenpeft.tuners.layers.shared_bases._live", {})
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter")

@@ -62,9 +62,9 @@ def test_a_trained_adapter_goes_in_and_comes_out_bit_for_bit(subspace, tmp_path,
             for module, one in member.items()
             for part, tensor in one.parts.items()
         }
-        assert saved.keys() == parts.keys() | member.kept.keys()
-        assert all(torch.equal(tensor, saved[key]) for key, tensor in {**parts, **member.kept}.items())
-        assert member.kept.keys() == HEAD
+        assert saved.keys() == parts.keys() | member.kept_aside.keys()
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in {**parts, **member.kept_aside}.items())
+        assert member.kept_aside.keys() == HEAD
     export_lora(store, tmp_path / "plain", adapter_name="adapter")
     back = PeftModel.from_pretrained(tiny_bert(), tmp_path / "plain")
     torch.testing.assert_close(logits(back.eval()), logits(model), atol=1e-6, rtol=0)
@@ -75,7 +75,7 @@ def test_adapters_that_embed_their_subspace_or_use_a_part_of_it(subspace, tmp_pa
     for name, options in (("embedded", {}), ("first", {"n_components": 4})):
         model = randomized(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=2, core="full", **options)))
         store.add(model, name=name)
-        assert not any("components" in key for key in store[name].kept)
+        assert not any("components" in key for key in store[name].kept_aside)
         export_lora(store, tmp_path / name, adapter_name=name)
         back = PeftModel.from_pretrained(tiny_bert(), tmp_path / name)
         torch.testing.assert_close(logits(back.eval()), logits(model), atol=1e-6, rtol=0)
@@ -97,7 +97,7 @@ def test_lora_adapters_keep_what_they_trained_besides_updates(tmp_path, options)
         bases = SubspaceBuilder(n_components=4).fit(collection).subspace_  # holds both whole
         store = AdapterStore.from_collection(bases, collection)
     for name in wanted:
-        assert store[name].kept.keys() >= HEAD
+        assert store[name].kept_aside.keys() >= HEAD
         export_lora(store, tmp_path / "plain" / name, adapter_name=name)
         back = PeftModel.from_pretrained(tiny_bert(), tmp_path / "plain" / name).eval()
         torch.testing.assert_close(logits(back), wanted[name], atol=1e-4, rtol=0)
@@ -155,7 +155,7 @@ def test_an_embedding_that_was_kept_needs_both_factors_and_a_config(subspace, tm
     store = AdapterStore(subspace)
     store.add(get_peft_model(tiny_bert(), EigenLoraConfig(subspace=subspace, r=2)), name="x")
     key = "base_model.model.bert.embeddings.word_embeddings.lora_embedding_"
-    half = dataclasses.replace(store["x"], kept={f"{key}A": torch.ones(2, 64)})
+    half = dataclasses.replace(store["x"], kept_aside={f"{key}A": torch.ones(2, 64)})
     store.add(half, name="half")
     with pytest.raises(
         AdapterConfigError, match=r"one factor of '.*word_embeddings' without the other; add its adapter"
@@ -163,7 +163,7 @@ def test_an_embedding_that_was_kept_needs_both_factors_and_a_config(subspace, tm
         export_lora(store, tmp_path / "out", adapter_name="half")
     both = {f"{key}A": torch.ones(2, 64), f"{key}B": torch.ones(32, 2)}
     config = {**store["x"].config, "r": "two"}
-    store.add(dataclasses.replace(store["x"], kept=both, record={"config": config}), name="odd")
+    store.add(dataclasses.replace(store["x"], kept_aside=both, record={"config": config}), name="odd")
     with pytest.raises(AdapterConfigError, match=r"own configuration .*'two'.*; add its adapter again"):
         export_lora(store, tmp_path / "out", adapter_name="odd")
     assert not (tmp_path / "out").exists()

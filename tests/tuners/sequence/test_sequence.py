@@ -123,7 +123,7 @@ def test_inflora_never_touches_what_earlier_tasks_see(tmp_path):
     first, history = adapted(), SubspaceHistory(max_rows=24)
     tokens = torch.tensor(task(0)["input_ids"])
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
-    history.add_inputs(collect_inputs(first, batches=batches), share=0.9)
+    history.add_inputs(collect_inputs(first, batches=batches), held_share=0.9)
     second = adapted(3)
     inputs = collect_inputs(second, batches=[{"input_ids": torch.tensor(task(1)["input_ids"])}], n_rows=100)
     assert {rows.shape for rows in inputs.values()} == {(100, 32)}

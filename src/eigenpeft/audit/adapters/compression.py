@@ -32,23 +32,23 @@ def compress_answer(measured: Mapping[str, ModuleMeasures], *, n_adapters: int) 
     counts = sorted(set.intersection(*(set(module.paired) for module in measured.values())))
     rows += tuple(_paired_row(measured, n_components, n_lora_parameters) for n_components in counts)
     cut = _cut_rows(measured, n_adapters, n_lora_parameters)
-    enough = [row for row in rows if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
+    enough = [row for row in rows if row.kept_share >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
     each = round(n_lora_parameters / n_adapters)
     if enough:
         best = min(enough, key=lambda row: row.ratio)
         return Compress(
             answer="yes",
-            text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept:.1%} of "
-            f"‖ΔW‖² (an error of {best.error:.1%}) in {best.n_parameters:,} numbers instead of {each:,}; with the bases, which "
-            f"all of them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, n_lora_parameters)}"
+            text=f"Yes. With {best.n_components} {_NAMES[best.core]} per module every adapter keeps {best.kept_share:.1%} of "
+            f"‖ΔW‖² (an error of {best.relative_error:.1%}) in {best.n_parameters:,} numbers instead of {each:,}; with the bases, "
+            f"which all of them share, that is {best.ratio:.0%} of the plain LoRAs. {_how(measured, best, n_lora_parameters)}"
             f"{_control(best, cut)} Judge one adapter on its own task before you throw its LoRA away.",
             n_lora_parameters=each,
             rows=rows + cut,
         )
-    nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept, default=None)
+    nearest = max((row for row in rows if row.ratio <= SMALL_ENOUGH), key=lambda row: row.kept_share, default=None)
     best_found = (
         f"The best that is smaller than the LoRAs, {nearest.n_components} {_NAMES[nearest.core]} per module, keeps "
-        f"{nearest.kept:.1%} (an error of {nearest.error:.1%}). {_how(measured, nearest, n_lora_parameters)}"
+        f"{nearest.kept_share:.1%} (an error of {nearest.relative_error:.1%}). {_how(measured, nearest, n_lora_parameters)}"
         if nearest
         else "No number of components looked at is smaller than the LoRAs."
     )
@@ -88,7 +88,7 @@ def _cut_rows(
     """The control: each LoRA cut to a lower rank on its own, which needs no subspace."""
     rows = []
     for rank in range(1, max(len(module.truncated) for module in measured.values())):
-        kept = sum(module.truncated[min(rank, len(module.truncated)) - 1] for module in measured.values()) / len(
+        kept_share = sum(module.truncated[min(rank, len(module.truncated)) - 1] for module in measured.values()) / len(
             measured
         )
         numbers = sum(sum(min(rank, own) for own in module.ranks) * sum(module.shape) for module in measured.values())
@@ -97,7 +97,7 @@ def _cut_rows(
                 "truncated",
                 n_components=rank,
                 n_parameters=round(numbers / n_adapters),
-                kept=kept,
+                kept_share=kept_share,
                 ratio=numbers / max(n_lora_parameters, 1),
             )
         )
@@ -106,20 +106,20 @@ def _cut_rows(
 
 def _control(best: CompressRow | None, cut: tuple[CompressRow, ...]) -> str:
     """What cutting each LoRA alone keeps, in as little as the best row where that is as good, else the least that keeps enough."""
-    as_good = [row for row in cut if best is not None and row.kept >= best.kept and row.ratio <= best.ratio]
-    enough = [row for row in cut if row.kept >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
+    as_good = [row for row in cut if best is not None and row.kept_share >= best.kept_share and row.ratio <= best.ratio]
+    enough = [row for row in cut if row.kept_share >= KEPT_ENOUGH and row.ratio <= SMALL_ENOUGH]
     if not as_good and not enough:
         return ""
     row = min(as_good or enough, key=lambda each: each.ratio)
     start = "But no subspace is needed for that: each" if as_good else "Beside that, each"
-    return f" {start} LoRA cut to rank {row.n_components} on its own keeps {row.kept:.1%} in {row.ratio:.0%} of the numbers."
+    return f" {start} LoRA cut to rank {row.n_components} on its own keeps {row.kept_share:.1%} in {row.ratio:.0%} of the numbers."
 
 
 def _row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_parameters: int) -> CompressRow:
-    kept, core, bases, total = 0.0, 0, 0, 0
+    kept_share, core, bases, total = 0.0, 0, 0, 0
     for module in measured.values():
         own = min(n_components, *module.shape, len(module.real.explained))
-        kept += float(module.real.explained[own - 1]) / len(measured)
+        kept_share += float(module.real.explained[own - 1]) / len(measured)
         core += own * own
         bases += own * sum(module.shape)
         total += own * own * len(module.adapters)
@@ -127,30 +127,30 @@ def _row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_param
         "full",
         n_components=n_components,
         n_parameters=core,
-        kept=kept,
+        kept_share=kept_share,
         ratio=(bases + total) / max(n_lora_parameters, 1),
     )
 
 
 def _paired_row(measured: Mapping[str, ModuleMeasures], n_components: int, n_lora_parameters: int) -> CompressRow:
-    kept = sum(module.paired[n_components] for module in measured.values()) / len(measured)
+    kept_share = sum(module.paired[n_components] for module in measured.values()) / len(measured)
     numbers = sum(n_components * (sum(module.shape) + len(module.adapters)) for module in measured.values())
     return _shown(
         "diagonal",
         n_components=n_components,
         n_parameters=n_components * len(measured),
-        kept=kept,
+        kept_share=kept_share,
         ratio=numbers / max(n_lora_parameters, 1),
     )
 
 
-def _shown(core: str, *, n_components: int, n_parameters: int, kept: float, ratio: float) -> CompressRow:
-    kept = min(kept, 1.0)
+def _shown(core: str, *, n_components: int, n_parameters: int, kept_share: float, ratio: float) -> CompressRow:
+    kept_share = min(kept_share, 1.0)
     return CompressRow(
         core=core,
         n_components=n_components,
         n_parameters=n_parameters,
-        kept=kept,
-        error=max(1.0 - kept, 0.0) ** 0.5,
+        kept_share=kept_share,
+        relative_error=max(1.0 - kept_share, 0.0) ** 0.5,
         ratio=ratio,
     )

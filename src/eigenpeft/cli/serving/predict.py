@@ -30,7 +30,7 @@ _LANGUAGE_MODELS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 @app.command()
 def predict(
     store: Annotated[str, typer.Argument(help="Folder or Hub id of a store of classifiers or reward models.")],
-    rows: Annotated[
+    dataset: Annotated[
         Path,
         typer.Argument(
             help="Rows with text (and text_pair): .jsonl, .json, .csv, .parquet or a folder saved by datasets. The column member "
@@ -58,10 +58,10 @@ def predict(
     """
     quiet(as_json)
     if out is not None:
-        check_file(out, overwrite=overwrite, inputs=[store, rows])
-    table = open_rows(rows)
-    members = _members(table, member, rows)
-    texts = _texts(table, rows)
+        check_file(out, overwrite=overwrite, inputs=[store, dataset])
+    table = open_rows(dataset)
+    members = _members(table, member, dataset)
+    texts = _texts(table, dataset)
     opened = AdapterStore.from_pretrained(store)
     base = model or opened.subspace.info.base_model_name_or_path
     if base is None:

@@ -165,7 +165,7 @@ def compact(store: Store, as_json: Json = False) -> None:
 def absorb(
     store: Store,
     adapters: Adapters,
-    share: Annotated[
+    held_share: Annotated[
         float, typer.Option(help="Share of the new adapters' squared update norms that the bases are to hold, up to 1.")
     ] = 0.95,
     max_components: Annotated[
@@ -178,13 +178,13 @@ def absorb(
 ) -> None:
     """Add LoRA adapters and let the bases grow by the directions they lack; the members there are stay as they are.
 
-    Example: eigenpeft store absorb store new-adapters --share 0.99
+    Example: eigenpeft store absorb store new-adapters --held-share 0.99
     """
     quiet(as_json)
     opened = AdapterStore.from_pretrained(store)
     report = opened.absorb(
         adapters,
-        share=share,
+        held_share=held_share,
         max_components=max_components,
         replace=replace,
         allow_different_base_models=allow_different_base_models,

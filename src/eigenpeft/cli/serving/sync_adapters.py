@@ -19,7 +19,7 @@ def sync(
         Path,
         typer.Option("--out", "-o", help="Folder for plain LoRA folders; the server must see it by the same path."),
     ],
-    name: Annotated[list[str] | None, typer.Option(help="A member to load; may be repeated. Default: all.")] = None,
+    member: Annotated[list[str] | None, typer.Option(help="A member to load; may be repeated. Default: all.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 120.0,
     as_json: Json = False,
 ) -> None:
@@ -28,7 +28,7 @@ def sync(
     Example: eigenpeft sync-adapters --server http://localhost:8000 --store store --out loras
     """
     quiet(as_json)
-    report = sync_adapters(server, store=store, out_dir=out, names=name, timeout=timeout)
+    report = sync_adapters(server, store=store, out_dir=out, names=member, timeout=timeout)
     if as_json:
         print_json(asdict(report))
     else:

@@ -20,7 +20,7 @@ _ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 @app.command("index")
 def index_command(
-    rows: Annotated[
+    folder: Annotated[
         Path,
         typer.Argument(
             help="Folder with rows of each adapter's task: NAME.jsonl (or .json, .csv, .parquet) per adapter."
@@ -40,10 +40,10 @@ def index_command(
     Example: eigenpeft index rows/ --model base-model --store store --out store-index
     """
     quiet(as_json)
-    if not rows.is_dir():
-        raise EigenPeftError(f"{str(rows)!r} is not a folder; pass one with NAME.jsonl for each adapter.")
-    check_output(out, kind=INDEX.label, overwrite=overwrite, inputs=[rows])
-    files = sorted(file for file in rows.iterdir() if file.suffix in _ENDINGS)
+    if not folder.is_dir():
+        raise EigenPeftError(f"{str(folder)!r} is not a folder; pass one with NAME.jsonl for each adapter.")
+    check_output(out, kind=INDEX.label, overwrite=overwrite, inputs=[folder])
+    files = sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS)
     tables: dict[str, Path] = {}
     for file in files:
         if file.stem in tables:
@@ -52,7 +52,7 @@ def index_command(
             )
         tables[file.stem] = file
     if not tables:
-        raise EigenPeftError(f"{str(rows)!r} holds no file that ends in {', '.join(_ENDINGS)}.")
+        raise EigenPeftError(f"{str(folder)!r} holds no file that ends in {', '.join(_ENDINGS)}.")
     lacking: list[str] = []
     if store is not None:
         members = AdapterStore.from_pretrained(store).names
@@ -76,7 +76,7 @@ def index_command(
 
 @app.command("which")
 def which_command(
-    rows: Annotated[
+    dataset: Annotated[
         Path, typer.Argument(help="Rows of the task: .jsonl, .json, .csv, .parquet or a folder saved by datasets.")
     ],
     index: Annotated[str, typer.Option(help="Index: folder or Hub id.")],
@@ -94,7 +94,7 @@ def which_command(
     quiet(as_json)
     if n_rows < 1:
         raise EigenPeftError(f"--n-rows {n_rows} must be at least 1.")
-    first = _first_rows(rows, n_rows)  # before the index is looked for on the Hub
+    first = _first_rows(dataset, n_rows)  # before the index is looked for on the Hub
     answer = AdapterIndex.from_pretrained(index, encoder=model).query(first, top_k=top_k)
     if as_json:
         print_json(answer.to_dict())

@@ -166,7 +166,7 @@ def _alone(builder: SubspaceBuilder, collection: AdapterCollection) -> Principal
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id of a subspace or a store.")],
+    path_or_id: Annotated[str, typer.Argument(help="Folder or Hub id of a subspace or a store.")],
     plot: Annotated[Path | None, typer.Option(help="PNG file to write the spectra to.")] = None,
     every: Annotated[bool, typer.Option("--all", help="A row per module, however many there are.")] = False,
     overwrite: Overwrite = False,
@@ -178,9 +178,9 @@ def inspect(
     """
     quiet(as_json)
     if plot is not None:
-        check_file(plot, overwrite=overwrite, inputs=[path])
-    store = AdapterStore.from_pretrained(path) if (Path(path) / STORE.config_name).is_file() else None
-    subspace = PrincipalSubspace.from_pretrained(path) if store is None else store.subspace
+        check_file(plot, overwrite=overwrite, inputs=[path_or_id])
+    store = AdapterStore.from_pretrained(path_or_id) if (Path(path_or_id) / STORE.config_name).is_file() else None
+    subspace = PrincipalSubspace.from_pretrained(path_or_id) if store is None else store.subspace
     summary = subspace_summary(subspace)
     members = store_summary(store) if store is not None else None
     if plot is not None:

@@ -25,7 +25,7 @@ lore = typer.Typer(
 )
 app.add_typer(lore, name="lore")
 
-Data = Annotated[
+Dataset = Annotated[
     Path,
     typer.Argument(
         help="Comparisons: .jsonl, .csv, .parquet or a folder saved by datasets, with the columns chosen, rejected, user_id "
@@ -48,7 +48,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 @lore.command()
 def fit(
-    data: Data,
+    dataset: Dataset,
     out: Out,
     model: Backbone = None,
     n_basis: NBasis = "auto",
@@ -65,9 +65,9 @@ def fit(
     Example: eigenpeft lore fit comparisons.jsonl --model my-reward-model --out rewards
     """
     quiet(as_json)
-    check_output(out, kind=KIND, overwrite=overwrite, inputs=[data] if model is None else [data, model])
+    check_output(out, kind=KIND, overwrite=overwrite, inputs=[dataset] if model is None else [dataset, model])
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     fitter = LoReFitter(n_basis=size, n_components=n_components, seed=seed).fit(
         pairs.chosen,
         pairs.rejected,
@@ -106,9 +106,11 @@ def fit(
 
 @lore.command("add-user")
 def add_user(
-    path: Annotated[Path, typer.Argument(help="Folder written by lore fit or save_pretrained; its users are updated.")],
+    reward_model: Annotated[
+        Path, typer.Argument(help="Folder written by lore fit or save_pretrained; its users are updated.")
+    ],
     user: Annotated[str, typer.Argument(help="Id of the user; a known user is fitted anew.")],
-    data: Data,
+    dataset: Dataset,
     user_column: UserColumn = "user_id",
     cache: Cache = None,
     as_json: Json = False,
@@ -118,13 +120,13 @@ def add_user(
     Example: eigenpeft lore add-user rewards ada comparisons-of-ada.jsonl
     """
     quiet(as_json)
-    model = LowRankRewardModel.from_pretrained(path)
+    model = LowRankRewardModel.from_pretrained(reward_model)
     embedder = (model.backbone, model.processing_class)
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, embedder=embedder, user=user)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, embedder=embedder, user=user)
     known = user in model.users
     change = model.update_user if known else model.add_user
     found = change(user, chosen=pairs.chosen[:], rejected=pairs.rejected[:])
-    model.save_users(path)
+    model.save_users(reward_model)
     if as_json:
         print_json(
             {
@@ -152,8 +154,8 @@ def add_user(
 
 @lore.command()
 def score(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
-    data: Annotated[
+    reward_model: Annotated[str, typer.Argument(help="Folder or Hub id written by lore fit or save_pretrained.")],
+    dataset: Annotated[
         Path,
         typer.Argument(
             help="Rows with completion (text or messages) and perhaps prompt and the user's column; or with features: .jsonl, "
@@ -182,14 +184,14 @@ def score(
     """
     quiet(as_json)
     if out is not None:
-        check_file(out, overwrite=overwrite, inputs=[path, data])
+        check_file(out, overwrite=overwrite, inputs=[reward_model, dataset])
     if unknown not in get_args(Unknown):
         raise RewardModelError(f"--unknown {unknown!r} must be one of {', '.join(get_args(Unknown))}.")
-    model, table = LowRankRewardModel.from_pretrained(path), open_rows(data)
-    users = users_of(table, user, user_column, path=data)
+    model, table = LowRankRewardModel.from_pretrained(reward_model), open_rows(dataset)
+    users = users_of(table, user, user_column, path=dataset)
     refused = "score as for everybody with --unknown population" if unknown == "error" else ""
     strangers = check_known(model, users, otherwise=refused)
-    values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=data)
+    values = rewards_of(model, table, users, unknown=cast(Unknown, unknown), path=dataset)
     results = [{"user": name, "reward": value} for name, value in zip(users, values, strict=True)]
     rows = with_input(table, results, without=["features"])
     rows = rows if top_k is None else best_of_each(rows, top_k)
@@ -197,7 +199,13 @@ def score(
     replaced = [name for name in replaced_columns(table, results) if name != user_column]
     if as_json:
         print_json(
-            {"path": path, "n_basis": model.n_basis, "unknown": strangers, "replaced_columns": replaced, "rows": rows}
+            {
+                "path": reward_model,
+                "n_basis": model.n_basis,
+                "unknown": strangers,
+                "replaced_columns": replaced,
+                "rows": rows,
+            }
         )
         return
     show_rows(score_table(rows), rows, out)
@@ -213,7 +221,7 @@ def score(
 
 @lore.command()
 def evaluate(
-    data: Data,
+    dataset: Dataset,
     model: Backbone = None,
     n_basis: NBasis = "auto",
     n_components: NComponents = None,
@@ -231,10 +239,10 @@ def evaluate(
     """
     quiet(as_json)
     if plot is not None:
-        check_file(plot, overwrite=overwrite, inputs=[data])
+        check_file(plot, overwrite=overwrite, inputs=[dataset])
         check_plots()
     size = _n_basis(n_basis)  # before hours of embedding
-    pairs = read_comparisons(data, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
+    pairs = read_comparisons(dataset, user_column=user_column, cache=cache, model=model, prompt_column=prompt_column)
     found = evaluate_lore(
         pairs.chosen,
         pairs.rejected,
@@ -256,7 +264,7 @@ def evaluate(
 
 @lore.command("export")
 def export_user(
-    path: Annotated[str, typer.Argument(help="Folder or Hub id of a reward model with a backbone.")],
+    reward_model: Annotated[str, typer.Argument(help="Folder or Hub id of a reward model with a backbone.")],
     out: Out,
     user: Annotated[str | None, typer.Option(help="Whose rewards; default: the population's.")] = None,
     overwrite: Overwrite = False,
@@ -267,17 +275,17 @@ def export_user(
     Example: eigenpeft lore export rewards --user ada --out ada-reward-model
     """
     quiet(as_json)
-    check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path])
-    model = LowRankRewardModel.from_pretrained(path)
+    check_output(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[reward_model])
+    model = LowRankRewardModel.from_pretrained(reward_model)
     if user is not None:
         check_known(model, [user], otherwise="leave out --user for the population's rewards")
     if model.backbone is None:
         raise RewardModelError(
-            f"{path!r} was fitted on features and has no backbone, so that there is no classifier to write; fit it on text with "
-            "`eigenpeft lore fit --model`."
+            f"{reward_model!r} was fitted on features and has no backbone, so that there is no classifier to write; fit it on "
+            "text with `eigenpeft lore fit --model`."
         )
     classifier = model.to_sequence_classification(user)
-    with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[path]) as scratch:
+    with atomic_folder(out, kind=_CLASSIFIER, overwrite=overwrite, inputs=[reward_model]) as scratch:
         classifier.save_pretrained(scratch)
         if model.processing_class is not None:
             model.processing_class.save_pretrained(scratch)

@@ -224,7 +224,7 @@ def _merged(factors: Sequence[Factors], weights: Sequence[float], *, rank: int, 
     given = [weight * len(weights) for weight in weights] if RULES[rule].is_mean else weights
     merged = merge_updates(factors, rule=rule, weights=given, rank=rank, **options)
     measures = merged.measures
-    lost = max(0.0, 1.0 - measures.kept / measures.squared_norm) ** 0.5 if measures.squared_norm else 0.0
+    lost = max(0.0, 1.0 - measures.kept_squared_norm / measures.squared_norm) ** 0.5 if measures.squared_norm else 0.0
     return merged.lora_B, merged.lora_A, lost, None
 
 

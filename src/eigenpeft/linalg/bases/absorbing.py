@@ -43,7 +43,7 @@ def lacking_directions(
     *,
     components_in: Float[Tensor, "k_in n"],
     components_out: Float[Tensor, "k_out m"],
-    share: float = 1.0,
+    held_share: float = 1.0,
     weighting: Weighting = "equal",
     tol: float = 1e-4,
     generator: Generator | None = None,
@@ -60,7 +60,7 @@ def lacking_directions(
         factors: `(lora_B (m, r_i), lora_A (r_i, n))` of each new adapter, the scaling folded into lora_B; ranks may differ.
         components_in: Orthonormal rows of the input space; (0, n) for none.
         components_out: Orthonormal rows of the output space; (0, m) for none.
-        share: Share of `Σ ω²‖ΔW‖²` to reach, in (0, 1]; 1 takes all directions but rounding.
+        held_share: Share of `Σ ω²‖ΔW‖²` to reach, in (0, 1]; 1 takes all directions but rounding.
         weighting: "equal" (default) weighs every adapter by `ω = 1 / ‖ΔW‖`, "none" by 1.
         tol: Tolerance of the iterative solver.
         generator: Source of the iterative solver's start; None always takes the same.
@@ -69,7 +69,7 @@ def lacking_directions(
         `Growth` in the components' dtype; as many directions on both sides, unless one side runs out of them.
 
     Raises:
-        ValueError: If the share is out of range, the weighting is unknown, or shapes differ.
+        ValueError: If `held_share` is out of range, the weighting is unknown, or shapes differ.
 
     Example:
         >>> import torch
@@ -78,8 +78,10 @@ def lacking_directions(
         >>> grown.components_in, round(grown.share_before, 4), round(grown.share_after, 4)
         (tensor([[0.0000, 0.7071, 0.7071]]), 0.1111, 1.0)
     """
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share={share} must be in (0, 1]: the share of the new adapters that the bases are to hold.")
+    if not 0.0 < held_share <= 1.0:
+        raise ValueError(
+            f"held_share={held_share} must be in (0, 1]: the share of the new adapters that the bases are to hold."
+        )
     stacks = stack_factors(factors, rows="balanced", weighting=weighting)
     none = components_in.new_zeros(0)
     if not stacks.sizes:
@@ -88,8 +90,8 @@ def lacking_directions(
     new_out, values_out = directions_outside(stacks.rows_out, components_out, tol=tol, generator=generator)
     curve = _curve(stacks, (components_in, new_in), (components_out, new_out))
     wanted = len(curve) - 1
-    if share < 1.0:
-        reached = (curve >= share - _SHARE_SLACK).nonzero()
+    if held_share < 1.0:
+        reached = (curve >= held_share - _SHARE_SLACK).nonzero()
         wanted = int(reached[0]) if len(reached) else wanted
     return Growth(
         components_in=new_in[:wanted].to(components_in.dtype),

@@ -144,22 +144,22 @@ def inflora_start(inputs: Float[Tensor, "p n"], memory: Float[Tensor, "k n"], *,
 
 
 def grow_memory(
-    memory: Float[Tensor, "k n"], inputs: Float[Tensor, "p n"], *, share: float = 0.95
+    memory: Float[Tensor, "k n"], inputs: Float[Tensor, "p n"], *, held_share: float = 0.95
 ) -> Float[Tensor, "l n"]:
-    """The memory with the fewest directions more that make it hold a share of a task's inputs, `‖X Mᵀ‖² ≥ share ‖X‖²`.
+    """The memory with the fewest directions more that make it hold a share of a task's inputs, `‖X Mᵀ‖² ≥ held_share ‖X‖²`.
 
     The update of the gradient projection memory (arXiv 2103.09762, eq. 9) that InfLoRA uses.
 
     Args:
         memory: M, orthonormal rows; (0, n) for none.
         inputs: Rows x of the task that has been trained.
-        share: In (0, 1].
+        held_share: In (0, 1].
 
     Returns:
         Orthonormal rows, the old ones first, float64.
 
     Raises:
-        ValueError: If the share is out of range, or the memory has more rows than columns.
+        ValueError: If `held_share` is out of range, or the memory has more rows than columns.
 
     Example:
         >>> import torch
@@ -167,14 +167,14 @@ def grow_memory(
         tensor([[1., 0., 0.],
                 [0., 1., 0.]], dtype=torch.float64)
     """
-    if not 0.0 < share <= 1.0:
+    if not 0.0 < held_share <= 1.0:
         raise ValueError(
-            f"share={share} must be in (0, 1]: the share of the inputs' squared norm that the memory is to hold."
+            f"held_share={held_share} must be in (0, 1]: the share of the inputs' squared norm that the memory is to hold."
         )
     exact = inputs.to(torch.float64)
     memory = orthonormal_rows(memory.to(torch.float64)) if len(memory) else memory.to(torch.float64)
     total = float(exact.square().sum())
     directions, values = directions_outside(exact, memory)
     held = float((exact @ memory.mT).square().sum()) + torch.cat([values.new_zeros(1), values.square().cumsum(0)])
-    enough = (held >= share * total * (1 - 1e-9)).nonzero()
+    enough = (held >= held_share * total * (1 - 1e-9)).nonzero()
     return torch.cat([memory, directions[: int(enough[0]) if len(enough) else len(directions)]])

@@ -17,7 +17,7 @@ class MergeMeasures:
         inner_products: ⟨ΔW_s, ΔW_t⟩; the diagonal holds ‖ΔW_t‖².
         distances: ‖ΔW - ΔW_t‖² of each source, ΔW cut off at its rank and scaled.
         squared_norm: ‖ΔW‖² before it is cut off.
-        kept: Squared norm of the leading singular values that the rank keeps.
+        kept_squared_norm: Squared norm of the leading singular values that the rank keeps.
         largest: Largest singular value of ΔW.
         over_counting: Mean of SVC's responses over updates and the directions that the rank keeps, weighted by the directions'
             squared norm: 1 where the merged update is along its directions as strong as the updates are, more where they were
@@ -27,7 +27,7 @@ class MergeMeasures:
     inner_products: Float[Tensor, "t t"]
     distances: Float[Tensor, " t"]
     squared_norm: float
-    kept: float
+    kept_squared_norm: float
     largest: float
     over_counting: float
 
@@ -58,7 +58,7 @@ def measure_merge(
         inner_products=rows @ rows.mT,
         distances=(rows - ((cut.U * cut.S) @ cut.Vh).flatten()).square().sum(dim=1),
         squared_norm=float(squared_norms.sum()),
-        kept=kept,
+        kept_squared_norm=kept,
         largest=float(parts.S[0]) if len(parts.S) else 0.0,
         over_counting=float((counted * squared_norms[:rank]).sum()) / kept if kept else 0.0,
     )

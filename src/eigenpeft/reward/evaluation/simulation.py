@@ -37,7 +37,7 @@ class SimulatedUsers:
         n_features: Width of the features.
         n_basis: Rows of the true basis.
         n_signal: Leading axes that carry reward; n_features for all.
-        scale: Standard deviation of a true margin under one basis row.
+        margin_scale: Standard deviation of a true margin under one basis row.
         shared: Share of its variance that all rows have in common.
         concentration: Dirichlet parameter; small means that users are near the corners.
         reference_noise: Length of the noise in the reference head, relative to that head.
@@ -58,7 +58,7 @@ class SimulatedUsers:
         n_features: int,
         n_basis: int,
         n_signal: int = 64,
-        scale: float = 6.0,
+        margin_scale: float = 6.0,
         shared: float = 0.5,
         concentration: float = 0.25,
         reference_noise: float = 0.5,
@@ -74,7 +74,7 @@ class SimulatedUsers:
         # Differences of two texts have twice the variance; every signal axis carries the same share of a margin.
         whitened = math.sqrt(shared) * common + math.sqrt(1 - shared) * own
         on_axes = torch.zeros(n_basis, n_features)
-        on_axes[:, :n_signal] = scale / math.sqrt(2) * whitened / self._deviations[:n_signal]
+        on_axes[:, :n_signal] = margin_scale / math.sqrt(2) * whitened / self._deviations[:n_signal]
         self.reward_basis = on_axes @ self._axes.mT
         parameters = torch.full((n_users, n_basis), concentration)
         self.user_weights = torch._sample_dirichlet(parameters, generator=generator)  # pyright: ignore[reportPrivateImportUsage]

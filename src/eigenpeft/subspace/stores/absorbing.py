@@ -62,7 +62,7 @@ def absorb(
     members: AdapterMembers,
     collection: AdapterCollection,
     *,
-    share: float,
+    held_share: float,
     max_components: int | None,
 ) -> tuple[PrincipalSubspace, AbsorbReport, dict[str, bytes]]:
     """The bases that hold new adapters, and what becomes of the members.
@@ -70,7 +70,7 @@ def absorb(
     Args:
         members: The members of a store, with its `subspace`; they are read only if they have to move.
         collection: New adapters, named otherwise.
-        share: As for `AdapterStore.absorb`.
+        held_share: As for `AdapterStore.absorb`.
         max_components: As for `AdapterStore.absorb`.
 
     Returns:
@@ -91,10 +91,10 @@ def absorb(
         raise SubspaceError(
             f"max_components={max_components!r} must be a whole number of at least 1, or None for no bound."
         )
-    grown = grow(subspace, collection, share=share)
+    grown = grow(subspace, collection, held_share=held_share)
     new, moved, lost = grown.subspace, {}, {}
     if max_components is not None and any(bank.n_components > max_components for bank in new.banks.values()):
-        grown = grow(subspace, collection, share=1.0)
+        grown = grow(subspace, collection, held_share=1.0)
         read = {name: members[name] for name in members if name not in collection.names}
         new = within_bound(grown, read, collection, max_components=max_components)
         changes: dict[str, tuple[Tensor, Tensor]] = {}

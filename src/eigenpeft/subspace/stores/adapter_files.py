@@ -166,7 +166,7 @@ def projected(
         record["left_out"] = unknown
     if labels := labels_of(weights.parent):
         record["labels"] = labels
-    return AdapterMember(cores, record=record, kept=kept, relative_errors=errors, paths=paths)
+    return AdapterMember(cores, record=record, kept_aside=kept, relative_errors=errors, paths=paths)
 
 
 def relative_error(lora_B: Tensor, lora_A: Tensor, bank: ModuleSubspace) -> float:
@@ -249,7 +249,7 @@ def _trained(location: AdapterLocation, subspace: PrincipalSubspace) -> AdapterM
     return AdapterMember(
         cores,
         record=_record(location, config=config, settings=settings, weights=weights, n_modules=len(cores)),
-        kept=kept,
+        kept_aside=kept,
         relative_errors={},
         paths=paths,
     )

@@ -82,7 +82,7 @@ class Format1Records:
             cores[module] = Coefficients(rows[0].mT, rows[1])
             if (error := float(self._errors[i, j])) == error:  # NaN marks "not adapted"
                 errors[module] = error
-        return AdapterMember(cores, record=self._members[name], kept={}, relative_errors=errors).to_bytes()
+        return AdapterMember(cores, record=self._members[name], kept_aside={}, relative_errors=errors).to_bytes()
 
 
 def _checked_members(members: Any) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ class Grown:
     shares: Mapping[str, tuple[float, float]]
 
 
-def grow(subspace: PrincipalSubspace, collection: AdapterCollection, *, share: float) -> Grown:
+def grow(subspace: PrincipalSubspace, collection: AdapterCollection, *, held_share: float) -> Grown:
     """The subspace with the directions that it lacks of new adapters behind the ones it has.
 
     Modules that it lacks get banks of their own. The old banks are the first components of the new ones, so that every core
@@ -40,10 +40,10 @@ def grow(subspace: PrincipalSubspace, collection: AdapterCollection, *, share: f
     Args:
         subspace: The old bases.
         collection: New adapters.
-        share: As for `lacking_directions`, for every bank.
+        held_share: As for `lacking_directions`, for every bank.
 
     Raises:
-        SubspaceError: If shapes differ, or the share is out of range.
+        SubspaceError: If shapes differ, or `held_share` is out of range.
         CollectionError: If a tensor cannot be read.
     """
     groups = _groups(subspace, collection)
@@ -52,7 +52,7 @@ def grow(subspace: PrincipalSubspace, collection: AdapterCollection, *, share: f
         factors = [pair for module in modules for pair in factors_of(collection, module)]
         old = subspace.get(bank)
         try:
-            growth = _growth(old, factors, share=share, name=bank)
+            growth = _growth(old, factors, held_share=held_share, name=bank)
         except ValueError as error:
             raise SubspaceError(f"{bank}: {error}") from error
         shares[bank] = growth.share_before, growth.share_after
@@ -96,13 +96,13 @@ def _groups(subspace: PrincipalSubspace, collection: AdapterCollection) -> dict[
     return groups
 
 
-def _growth(old: ModuleSubspace | None, factors: list[Factors], *, share: float, name: str) -> Growth:
+def _growth(old: ModuleSubspace | None, factors: list[Factors], *, held_share: float, name: str) -> Growth:
     lora_B, lora_A = factors[0]
     return lacking_directions(
         factors,
         components_in=old.components_in if old else torch.zeros(0, lora_A.shape[1]),
         components_out=old.components_out if old else torch.zeros(0, len(lora_B)),
-        share=share,
+        held_share=held_share,
         generator=seeded_generator(0, name, "absorb"),
     )
 

@@ -27,7 +27,7 @@ class AdapterMember(Mapping[str, Core]):
         cores: Module of the subspace to the core there, with the parts as they were trained and the scaling beside them.
         record: Where it comes from (source, revision, base_model, task_type, rank, lora_alpha, license, sha256), and its
             `config`: what adapter_config.json said, fields without a value left out.
-        kept: What the adapter trained besides updates of weights, by key of the adapter's file: heads, biases, tokens.
+        kept_aside: What the adapter trained besides updates of weights, by key of the adapter's file: heads, biases, tokens.
         relative_errors: Module to ‖ΔW - reconstruction‖ / ‖ΔW‖, Frobenius; empty for adapters that were trained in the
             subspace, which are exact.
         paths: Module of the subspace to its name in the adapter's own model, where that differs.
@@ -37,7 +37,7 @@ class AdapterMember(Mapping[str, Core]):
     cores: Mapping[str, Core]
     _: KW_ONLY
     record: Mapping[str, Any] = field(default_factory=dict)
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept_aside: Mapping[str, Tensor] = field(default_factory=dict)
     relative_errors: Mapping[str, float] = field(default_factory=dict)
     paths: Mapping[str, str] = field(default_factory=dict)
     subspace_sha256: str | None = None
@@ -72,7 +72,7 @@ class AdapterMember(Mapping[str, Core]):
     @property
     def n_bytes(self) -> int:
         """Size of cores and kept tensors in bytes."""
-        kept = sum(tensor.numel() * tensor.element_size() for tensor in self.kept.values())
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in self.kept_aside.values())
         return kept + sum(core.n_bytes for core in self.cores.values())
 
     @property
@@ -95,7 +95,7 @@ class AdapterMember(Mapping[str, Core]):
             for module, core in self.cores.items()
             for part, tensor in core.parts.items()
         }
-        tensors |= {f"{_KEPT}{key}": tensor for key, tensor in self.kept.items()}
+        tensors |= {f"{_KEPT}{key}": tensor for key, tensor in self.kept_aside.items()}
         owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         modules = {module: _described(core, module, self) for module, core in self.cores.items()}
         bases = {} if self.subspace_sha256 is None else {"bases": self.subspace_sha256}
@@ -169,7 +169,7 @@ class AdapterMember(Mapping[str, Core]):
         record = described["record"]
         if not isinstance(record, dict) or not isinstance(record.get("config") or {}, dict):
             raise ValueError("its record is not a JSON object")
-        return cls(cores, record=record, kept=kept, relative_errors=errors, paths=paths)
+        return cls(cores, record=record, kept_aside=kept, relative_errors=errors, paths=paths)
 
 
 def record_in(data: bytes, *, name: str) -> dict[str, Any]:

@@ -247,7 +247,7 @@ class AdapterStore(Pushable, AdapterMembers):
         self,
         adapters: AdapterCollection | str | Path | Sequence[str | Path],
         *,
-        share: float = 0.95,
+        held_share: float = 0.95,
         max_components: int | None = None,
         replace: bool = False,
         allow_different_base_models: bool = False,
@@ -260,7 +260,7 @@ class AdapterStore(Pushable, AdapterMembers):
 
         Args:
             adapters: LoRA adapters of the same base model: a collection, or what `AdapterCollection.from_pretrained` takes.
-            share: Share of the new adapters' squared ΔW norms (each adapter counts equally) that every bank is to hold, in
+            held_share: Share of the new adapters' squared ΔW norms (each adapter counts equally) that every bank is to hold, in
                 (0, 1]; 1 takes all their directions.
             max_components: Largest number of components of a side; None (default) for no bound.
             replace: Take the place of members of the same names.
@@ -278,7 +278,7 @@ class AdapterStore(Pushable, AdapterMembers):
             >>> from eigenpeft.building import build_subspace
             >>> from eigenpeft.demo import shipped_adapters
             >>> store = AdapterStore(build_subspace([shipped_adapters() / "cr"], n_components=4))
-            >>> store.absorb(shipped_adapters() / "mr", share=1.0).held_after > 0.999
+            >>> store.absorb(shipped_adapters() / "mr", held_share=1.0).held_after > 0.999
             True
         """
         options: Any = {"allow_different_base_models": allow_different_base_models}
@@ -295,7 +295,7 @@ class AdapterStore(Pushable, AdapterMembers):
                 check_bases(records.folder, self.subspace)
             for name in collection.names:
                 check_new_name(name, self._records, replace=replace)
-            subspace, report, moved = absorb(self, collection, share=share, max_components=max_components)
+            subspace, report, moved = absorb(self, collection, held_share=held_share, max_components=max_components)
             data = moved or dict(self._each())
             data |= {name: projected(collection, name, subspace).to_bytes() for name in collection.names}
             if isinstance(records, RecordLog):

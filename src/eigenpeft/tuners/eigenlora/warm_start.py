@@ -37,7 +37,7 @@ class WarmStart:
         source: As the user named it.
         modules: The adapter's core by module; modules that the adapter does not have start as usual.
         left_out: Modules of the adapter that the subspace has no bases for.
-        kept: What the adapter trained besides updates of weights, by the keys of its file: heads, biases, tokens.
+        kept_aside: What the adapter trained besides updates of weights, by the keys of its file: heads, biases, tokens.
         updates: The whole update by module, where it may be more than the core: `(lora_B, lora_A)`, scaling included.
         keeps_offset: Whether what a core does not hold is kept as an offset.
         lost: Squared norms of a module's update and of what its new core does not hold, filled as layers start.
@@ -46,7 +46,7 @@ class WarmStart:
     source: str
     modules: Mapping[str, Core]
     left_out: tuple[str, ...] = ()
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept_aside: Mapping[str, Tensor] = field(default_factory=dict)
     updates: Mapping[str, Factors] = field(default_factory=dict)
     keeps_offset: bool = False
     lost: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -158,16 +158,16 @@ class WarmStart:
         Returns:
             Keys of what the old adapter trained and the new one has no place of that shape for.
         """
-        keys = {canonical_module(key): key for key in self.kept}
+        keys = {canonical_module(key): key for key in self.kept_aside}
         used = set()
         for path, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name, own in module.modules_to_save[adapter_name].state_dict().items():
                     key = keys.get(f"{path}.{name}", "")
-                    if key in self.kept and self.kept[key].shape == own.shape:
-                        own.copy_(self.kept[key])
+                    if key in self.kept_aside and self.kept_aside[key].shape == own.shape:
+                        own.copy_(self.kept_aside[key])
                         used.add(key)
-        return [key for key in self.kept if key not in used]
+        return [key for key in self.kept_aside if key not in used]
 
 
 def read_warm_start(
@@ -210,7 +210,7 @@ def read_warm_start(
         source,
         dict(member),
         tuple(member.record.get("left_out") or ()),
-        member.kept,
+        member.kept_aside,
         updates,
         is_merge if keeps_offset is None else keeps_offset,
     )

@@ -104,7 +104,7 @@ def _embeddings(member: AdapterMember) -> tuple[list[LoraUpdate], dict[str, Tens
     """Factors of embeddings that were kept as they are because the subspace has no bases for them; and all the rest."""
     pairs: dict[str, dict[str, Tensor]] = {}
     others = {}
-    for key, tensor in member.kept.items():
+    for key, tensor in member.kept_aside.items():
         if match := _EMBEDDING_FACTOR.fullmatch(key):
             pairs.setdefault(canonical_module(match["module"]), {})[match["side"]] = tensor
         else:

@@ -71,22 +71,22 @@ class SubspaceHistory:
             fits = len(both) <= self.max_rows
             self.rows[module] = both if fits else frequent_directions(old, new, size=self.max_rows).float()
 
-    def add_inputs(self, inputs: Mapping[str, Tensor], *, share: float = 0.95) -> None:
+    def add_inputs(self, inputs: Mapping[str, Tensor], *, held_share: float = 0.95) -> None:
         """Remember the directions that a task's inputs have, so many that a share of their squared norm is held.
 
         Args:
             inputs: Module to rows (rows, in_features), as `collect_inputs` gives them.
-            share: In (0, 1]; `max_rows` bounds it.
+            held_share: In (0, 1]; `max_rows` bounds it.
 
         Raises:
             AdapterConfigError: If a module's inputs are no rows, or rows of another width are kept of it.
-            ValueError: If `share` is not in (0, 1], or more rows are kept of a module than it has inputs.
+            ValueError: If `held_share` is not in (0, 1], or more rows are kept of a module than it has inputs.
         """
         for module, rows in inputs.items():
             self._check_rows(module, rows)
         for module, rows in inputs.items():
             memory = self.rows.get(module, rows[:0])
-            self.rows[module] = grow_memory(memory, rows, share=share)[: self.max_rows].float()
+            self.rows[module] = grow_memory(memory, rows, held_share=held_share)[: self.max_rows].float()
 
     def _check_rows(self, module: str, rows: Tensor) -> None:
         """Refuse rows that cannot go beside those of earlier tasks."""

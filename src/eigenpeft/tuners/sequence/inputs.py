@@ -147,13 +147,13 @@ def init_lora_from_inputs(
     if not any(counts.values()):
         raise AdapterConfigError(
             "The history holds all directions of the task's inputs, so that nothing is left to train. Keep less of each task: "
-            "a smaller `share` in add_inputs, or a smaller `max_rows` of the SubspaceHistory."
+            "a smaller `held_share` in add_inputs, or a smaller `max_rows` of the SubspaceHistory."
         )
     short = [name for name, count in counts.items() if count < len(factors[name])]
     if short:
         logger.warning(
             "%d modules, such as %r, have fewer directions outside the history than the adapter's rank: %d. The other rows of A "
-            "stay zero; pass a smaller r, or keep less of each task (a smaller `share` in add_inputs).",
+            "stay zero; pass a smaller r, or keep less of each task (a smaller `held_share` in add_inputs).",
             len(short),
             short[0],
             counts[short[0]],

@@ -30,7 +30,7 @@ def heads_of(name: str, member: AdapterMember) -> dict[str, dict[str, Tensor]]:
     saved = tuple(member.config.get("modules_to_save") or ())
     heads: dict[str, dict[str, Tensor]] = {}
     others = []
-    for key, tensor in member.kept.items():
+    for key, tensor in member.kept_aside.items():
         parts = canonical_module(key).split(".")
         paths = (".".join(parts[:end]) for end in range(1, len(parts)))
         path = next((path for path in paths if any(path == one or path.endswith(f".{one}") for one in saved)), None)
