@@ -121,7 +121,10 @@ def test_a_user_without_comparisons(features, tmp_path):
 
 def test_texts_are_scored_for_one_user_or_each_by_its_own(text):
     run("fit", text / "text.jsonl", "--model", text / "backbone", "--n-basis", 2, "--out", text / "m")
-    run("add-user", text / "m", "ada", text / "ada.jsonl")
+    model = LowRankRewardModel.from_pretrained(text / "m")
+    # So few comparisons fit users nearly alike on some machines; these two differ.
+    model.users.put(["ada", "1"], user_weights=torch.tensor([[0.9, 0.1], [0.2, 0.8]]), n_pairs=[4, 7])
+    model.save_users(text / "m")
     rows = [
         {"prompt": "a joke cats ", "completion": word, "user_id": user, "asked": {"at": 7}}
         for word, user in (("dogs", "ada"), ("yes", "ada"), ("yes", "1"))
