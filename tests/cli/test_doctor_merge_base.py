@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -41,6 +42,13 @@ def test_doctor_and_the_project_file_have_the_same_lower_bounds():
     told = {name: oldest for name, oldest, _ in doctor_module.PACKAGES if name in bounds}
     assert told == {name: bounds[name] for name in told}
     assert {"torch", "peft", "transformers", "accelerate", "datasets", "trl", "matplotlib"} <= set(told)
+
+
+def test_the_lower_bounds_leave_room_for_what_flower_asks_for():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    bounds = dict(re.findall(r'"([a-z_]+)>=([\d.]+)"', project))
+    below = {"typer": "0.21", "rich": "15"}  # of flwr 1.42, which the extra `federated` installs
+    assert all(Version(bounds[name]) < Version(limit) for name, limit in below.items())
 
 
 def test_doctor_names_an_old_and_a_missing_package(run, monkeypatch):
