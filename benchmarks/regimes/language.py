@@ -5,8 +5,9 @@ Command:   python benchmarks/regimes/language.py --model MODEL --data DIR --work
            python benchmarks/regimes/language.py --work DIR --report [--docs docs/regimes.md]
            (MODEL is `smollm2/model` as `make smollm2` writes it; DIR of data holds banking77/ and clinc150/, JSONL)
 Hardware:  CPU, one thread, float32; 20 to 40 s of CPU time per cell and per adapter of a zoo.
-Writes:    WORK/zoos and WORK/language.jsonl, a line per cell. Started again, it goes on where it stopped, at first from
-           benchmarks/results/regimes/language.jsonl, which --report writes.
+Writes:    WORK/zoos (an encoder's adapters of the same customers need another WORK) and WORK/language.jsonl, a line per cell.
+           Started again, it goes on where it stopped, at first from benchmarks/results/regimes/language.jsonl, which --report
+           writes.
 
 The customers, zoos and targets are those of clinc150 in customers.py. The task is generation: from "Customer: ... Intent:" the
 model writes the intent's name and the end of the text; a row is right if all of its tokens are. Adapters are in q and v of
