@@ -11,7 +11,7 @@ from eigenpeft import AdapterCollection, AdapterStore, SubspaceBuilder, export_l
 from eigenpeft.errors import EigenPeftError
 from eigenpeft.report import plots
 from eigenpeft.report.summaries import condition, store_sizes, store_summary, subspace_summary
-from eigenpeft.report.tables import adapter_table, findings_text, module_table, sizes_text
+from eigenpeft.report.tables import absorb_table, adapter_table, findings_text, module_table, sizes_text
 from eigenpeft.subspace import AdapterMember, Core
 from tests.factories import make_collection
 
@@ -125,3 +125,16 @@ def test_spectra_are_drawn_whole_or_not_at_all(builder, tmp_path, monkeypatch):
     with pytest.raises(EigenPeftError, match=r"pip install 'eigenpeft\[plots\]'"):
         plots.plot_spectra(builder.subspace_, tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()
+
+
+@pytest.mark.parametrize(("n_layers", "rows"), [(3, 3), (30, 1)])
+def test_many_banks_that_grew_are_shown_by_kind(n_layers, rows):
+    banks = {f"layers.{i}.q_proj": {"before": [24, 24], "after": [26 + i % 3, 25]} for i in range(n_layers)}
+    table = absorb_table({"banks": banks})
+    assert table.row_count == rows
+    names, before, after = (list(column.cells) for column in table.columns)
+    if rows == 1:
+        assert (names, before, after) == (["layers.*.q_proj (30)"], ["24 x 24"], ["26 to 28 x 25"])
+        assert table.caption == "A row per kind of bank. --json shows every bank."
+    else:
+        assert (names, after) == (list(banks), ["26 x 25", "27 x 25", "28 x 25"])

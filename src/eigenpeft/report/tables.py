@@ -43,10 +43,10 @@ def module_table(summary: dict[str, Any], *, every: bool = False) -> Table:
 
 
 def _by_kind(modules: Mapping[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Modules whose names differ in numbers alone and that have one shape, together."""
+    """Modules or banks whose names differ in numbers alone and that have one shape, where one is known, together."""
     kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
     for name, row in modules.items():
-        kinds.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(row["shape"])), []).append(row)
+        kinds.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(row.get("shape", ()))), []).append(row)
     return {f"{name} ({len(rows)})": rows for (name, _), rows in kinds.items()}
 
 
@@ -112,7 +112,7 @@ def sizes_text(sizes: Mapping[str, Any], *, n_adapters: int) -> str:
 
 
 def absorb_table(summary: dict[str, Any]) -> Table:
-    """The banks that grew, with their numbers of components before and after.
+    """The banks that grew, with their numbers of components before and after; a row per kind of bank where they are many.
 
     Args:
         summary: As `absorb_summary` gives it.
@@ -120,8 +120,13 @@ def absorb_table(summary: dict[str, Any]) -> Table:
     table = Table(title="Components (input x output)")
     for heading in ("bank", "before", "after"):
         table.add_column(heading, justify="left" if heading == "bank" else "right")
-    for bank, row in summary["banks"].items():
-        table.add_row(escape(bank), *(f"{row[when][0]} x {row[when][1]}" for when in ("before", "after")))
+    banks = summary["banks"]
+    by_kind = len(banks) > MOST_MODULES
+    for bank, rows in _by_kind(banks).items() if by_kind else ((name, [row]) for name, row in banks.items()):
+        sides = ([_range([row[when][side] for row in rows]) for side in (0, 1)] for when in ("before", "after"))
+        table.add_row(escape(bank), *(" x ".join(pair) for pair in sides))
+    if by_kind:
+        table.caption = "A row per kind of bank. --json shows every bank."
     return table
 
 
