@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,6 +39,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from eigenpeft.recycling import CANDIDATES, recycle  # noqa: E402
 from eigenpeft.recycling.candidates import LANGUAGE, Sources, learning_rates_of  # noqa: E402
 from eigenpeft.recycling.search import Search  # noqa: E402
+from eigenpeft.subspace import random_subspace  # noqa: E402
 from recycling import RANDOM_MEAN, RandomMean, report  # noqa: E402
 
 RESULTS = HERE / "results" / "recycling_smollm2.jsonl"
@@ -47,7 +48,16 @@ RATES = learning_rates_of(tuple(CANDIDATES), task_type=LANGUAGE)
 FIXED = ("lora_r8", "merged_lora_r8", "init", "eigenlora", "merged_eigenlora", "same_parameters", "random_subspace")
 # A fresh LoRA at the next higher rate, so that it is not judged at one rate alone.
 HIGHER_RATE, HIGHER = "lora_r8 at 0.03", 3e-2
+RANDOM_INIT = "init at random directions"
 WITHOUT_ADAPTERS = ("lora_r8", HIGHER_RATE)
+
+
+class RandomDirections(Sources):
+    """Sources whose subspace has the size of the adapters' and none of their directions."""
+
+    @cached_property
+    def subspace(self):
+        return random_subspace(like=super().subspace, seed=self.seed)
 
 
 class Target:
@@ -113,7 +123,7 @@ def searched(target: Target, adapters, folder: Path) -> dict:
 
 def fixed(target: Target, adapters, name: str) -> dict:
     """One candidate, trained on all rows at its first rate."""
-    candidate = {HIGHER_RATE: "lora_r8", RANDOM_MEAN: "merged_lora_r8"}.get(name, name)
+    candidate = {HIGHER_RATE: "lora_r8", RANDOM_MEAN: "merged_lora_r8", RANDOM_INIT: "init"}.get(name, name)
     rate = HIGHER if name == HIGHER_RATE else RATES[candidate][0]
     with tempfile.TemporaryDirectory() as scratch:
         search = Search(
@@ -128,7 +138,7 @@ def fixed(target: Target, adapters, name: str) -> dict:
             log=Path(scratch) / "trials.jsonl",
             deadline=float("inf"),
         )
-        kind = RandomMean if name == RANDOM_MEAN else Sources
+        kind = {RANDOM_MEAN: RandomMean, RANDOM_INIT: RandomDirections}.get(name, Sources)
         sources = kind(adapters, 8, 1.0, LANGUAGE, target.seed, adapters.names[0])
         model = search.trained(candidate, sources, learning_rate=rate, steps=STEPS, rows=target.rows)
     return {**target.measured(model), "rate": rate, "cost": 1.0}
@@ -172,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
-    strategies = ["recycle", *FIXED, HIGHER_RATE, RANDOM_MEAN]
+    strategies = ["recycle", *FIXED, HIGHER_RATE, RANDOM_MEAN, RANDOM_INIT]
     parser.add_argument("--targets", nargs="*", help="default: the ten of clinc150")
     parser.add_argument("--strategies", nargs="*", default=strategies, choices=strategies)
     parser.add_argument("--zoos", nargs="*", default=["related", "unrelated"], choices=("related", "unrelated"))
