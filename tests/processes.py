@@ -16,7 +16,8 @@ def in_processes(worker: Callable[..., None], *arguments: Any, folder: Path, n: 
     """Run `worker(rank, *arguments, folder)` in n processes that share a gloo group; what they find goes into files.
 
     A failure inside a worker is raised here. Torch sometimes aborts a process that has done all its work ("terminate called
-    without an active exception", about one start in a hundred on a busy machine): workers therefore leave at once when they
+    without an active exception", about one start in a hundred on a busy machine), and more rarely waits for ever when a group
+    is taken down (the thread that is joined wants the lock of the one that joins it): workers therefore leave at once when they
     are done, and a process killed by a signal, which no failing assertion does, is tried once more in a clean folder.
     """
     try:

@@ -3,18 +3,19 @@
 import json
 import threading
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from eigenpeft.errors import AdapterConfigError, EigenPeftError
 from eigenpeft.trainers.policy_sync import PolicySyncCallback, plain_lora_for_async_grpo, save_plain_lora
 from tests.engines.test_syncing import Server
+from tests.processes import in_processes
 from tests.trl.conftest import CONFIGS, make_trainer, tiny_base
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -72,17 +73,15 @@ def test_what_cannot_be_handed_over_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def sharded_parameters(rank, folder):
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,))))
+    with pytest.raises(AdapterConfigError, match=r"sharded \(FSDP\); synchronise an adapter from unsharded processes"):
+        save_plain_lora(model, adapter_name="default", out_dir=Path(folder) / "lora")
+
+
 def test_sharded_parameters_are_refused(tmp_path):
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = torch.nn.Linear(2, 2)
-        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,))))
-        with pytest.raises(
-            AdapterConfigError, match=r"sharded \(FSDP\); synchronise an adapter from unsharded processes"
-        ):
-            save_plain_lora(model, adapter_name="default", out_dir=tmp_path / "lora")
-    finally:
-        distributed.destroy_process_group()
+    in_processes(sharded_parameters, folder=tmp_path, n=1)
     assert not (tmp_path / "lora").exists()
 
 

@@ -12,6 +12,7 @@ from eigenpeft import EigenLoraConfig
 from eigenpeft.tuners.eigenlora.layer import EigenLinear
 from eigenpeft.tuners.layers import routes
 from eigenpeft.tuners.layers.routes import add_update, owns_output
+from tests.processes import in_processes
 from tests.tuners.conftest import logits, random_subspace, tiny_bert, tiny_gpt2, tiny_llama, train
 
 CORES = ["low_rank", "full", "diagonal"]
@@ -193,15 +194,15 @@ def test_compiled_training_step_in_one_graph(tokens, core, no_shape_checks):
         torch.testing.assert_close(value, wanted)
 
 
-def test_distributed_data_parallel(tokens, tmp_path):
+def distributed_data_parallel(rank, tokens, folder):
     expected = loss_and_gradients(adapted(), tokens)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        parallel = torch.nn.parallel.DistributedDataParallel(adapted())
-        for value, wanted in zip(loss_and_gradients(parallel, tokens), expected, strict=True):
-            torch.testing.assert_close(value, wanted)
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = torch.nn.parallel.DistributedDataParallel(adapted())
+    for value, wanted in zip(loss_and_gradients(parallel, tokens), expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+def test_distributed_data_parallel(tokens, tmp_path):
+    in_processes(distributed_data_parallel, tokens, folder=tmp_path, n=1)
 
 
 def test_per_example_gradients_of_torch_func(no_shape_checks):
