@@ -464,12 +464,20 @@ def test_where_nothing_can_be_tried_each_reason_is_said(adapters, tmp_path):
         ({"candidates": []}, "at least one"),
         ({"held_out": 1.0}, "held_out=1.0 between 0 and 1"),
         ({"budget": 0.0}, "budget=0.0 must be a positive number of trainings"),
-        ({"learning_rates": {"best": (1e-3,)}}, "learning_rates names best; candidates are lora_r8"),
+        (
+            {"learning_rates": {"best": (1e-3,)}},
+            "learning_rates names best, which is not tried; the candidates here are lora_r8",
+        ),
+        (
+            {"candidates": ["lora_r8"], "learning_rates": {"init": (1e-3,)}},
+            "names init, which is not tried; the candidates here are lora_r8.",
+        ),
+        ({"learning_rates": {"eigenlora": 0.1}}, r"=0.1 must be positive numbers, at least one, in a list or tuple"),
         (
             {"learning_rates": {"eigenlora": ()}},
-            r"learning_rates\['eigenlora'\]=\[\] must be positive numbers, at least one",
+            r"learning_rates\['eigenlora'\]=\(\) must be positive numbers, at least one",
         ),
-        ({"learning_rates": {"eigenlora": (0.1, -1.0)}}, r"=\[0.1, -1.0\] must be positive numbers"),
+        ({"learning_rates": {"eigenlora": (0.1, -1.0)}}, r"=\(0.1, -1.0\) must be positive numbers"),
         ({"rows": task_rows(1)}, "1 rows cannot be split"),
     ],
 )

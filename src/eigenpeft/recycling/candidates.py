@@ -214,7 +214,7 @@ def default_candidates(task_type: str | None) -> tuple[str, ...]:
 def learning_rates_of(
     candidates: Sequence[str], *, task_type: str | None, given: Mapping[str, Sequence[float]] | None = None
 ) -> dict[str, tuple[float, ...]]:
-    """Candidate to the learning rates tried for it, in order.
+    """Candidate to the learning rates tried for it, in order, each once.
 
     Args:
         candidates: Keys of `CANDIDATES`.
@@ -222,18 +222,23 @@ def learning_rates_of(
         given: Candidate to rates that replace its own.
 
     Raises:
-        EigenPeftError: If `given` names an unknown candidate, or rates that are not positive numbers.
+        EigenPeftError: If `given` names what is not among `candidates`, or rates that are not positive numbers.
 
     Examples:
         >>> learning_rates_of(["lora_r8", "eigenlora"], task_type="CAUSAL_LM", given={"lora_r8": [2e-4]})
         {'lora_r8': (0.0002,), 'eigenlora': (0.1, 0.03)}
     """
     own: Mapping[str, Sequence[float]] = {} if given is None else given
-    unknown = [name for name in own if name not in CANDIDATES]
+    unknown = [name for name in own if name not in candidates]
     if unknown:
-        raise EigenPeftError(f"learning_rates names {', '.join(unknown)}; candidates are {', '.join(CANDIDATES)}.")
+        raise EigenPeftError(
+            f"learning_rates names {', '.join(unknown)}, which is not tried; the candidates here are {', '.join(candidates)}."
+        )
     for name, rates in own.items():
-        if not rates or not all(0 < rate < math.inf for rate in rates):
-            raise EigenPeftError(f"learning_rates[{name!r}]={list(rates)} must be positive numbers, at least one.")
+        if not isinstance(rates, Sequence) or not rates or not all(0 < rate < math.inf for rate in rates):
+            raise EigenPeftError(
+                f"learning_rates[{name!r}]={rates!r} must be positive numbers, at least one, in a list or tuple."
+            )
     kind = "language" if task_type == LANGUAGE else "classifier"
-    return {name: tuple(own[name] if name in own else getattr(CANDIDATES[name].rates, kind)) for name in candidates}
+    every = {name: own[name] if name in own else getattr(CANDIDATES[name].rates, kind) for name in candidates}
+    return {name: tuple(dict.fromkeys(rates)) for name, rates in every.items()}

@@ -62,7 +62,7 @@ def announce(
     candidates = list(dict.fromkeys(name for name, _ in entrants))
     first, has_control = _n_before(candidates, has_head=has_head), entrants[0][0] == CONTROL
     rounds = planned_rounds(len(entrants), steps=steps, max_steps=max_steps, has_control=has_control)
-    parts = [f"{first} short trainings to prepare"] if first else []
+    parts = [f"{first} short training{'s' * (first > 1)} to prepare"] if first else []
     parts += [f"{n} trials of {each} steps" for n, each in rounds]
     say(f"{len(candidates)} candidates: {', '.join(parts)}, and one training of {max_steps} steps on all rows.")
     return first * steps + sum(n * each for n, each in rounds) + max_steps

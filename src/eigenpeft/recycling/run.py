@@ -123,8 +123,7 @@ def recycle(
     train_rows, judged_rows = _split(rows, held_out, seed=args.seed)
     own = {"held_out": held_out, "n_components": n_components, "head_learning_rate": head_learning_rate}
     inputs = [Path(adapter.weights_path).parent for adapter in collection.adapters]
-    rates = learning_rates_of(tuple(CANDIDATES), task_type=task_type, given=learning_rates)
-    chosen_from = {name: rates[name] for name in candidates}
+    chosen_from = learning_rates_of(candidates, task_type=task_type, given=learning_rates)
     check_result(out, learning_rates=chosen_from, budget=budget, inputs=inputs, overwrite=overwrite)
     settings = settings_of(collection, rows, args, base_model=_name_of(make_model()), **own)
     trials = remembered(out, settings, overwrite=overwrite)
@@ -135,7 +134,7 @@ def recycle(
         args,
         data_collator or default_data_collator,
         trainer,
-        rates,
+        learning_rates_of(tuple(CANDIDATES), task_type=task_type) | chosen_from,
         head_learning_rate,
         out / TRIALS,
         time.monotonic() + (math.inf if time_limit is None else time_limit),

@@ -138,7 +138,7 @@ def test_a_language_model(run, tmp_path):
     rates = ("--learning-rate", "eigenlora=0.2", "--learning-rate", "eigenlora=0.02")
     shown = run(*arguments, "--max-steps", 4, "--batch-size", 4, *chosen, *rates, "--test", held)
     assert shown.code == 0, shown.err
-    assert "4 candidates: 1 short trainings to prepare" in shown.err  # λ needs none without a head
+    assert "4 candidates: 1 short training to prepare" in shown.err  # λ needs none without a head
     assert "Not tried: merged_head" in shown.out  # a language model has no new head
     assert "Scores on 3 held-out rows" in shown.out
     assert "accuracy" not in shown.out  # of a language model
