@@ -143,11 +143,11 @@ def recycle(
         trials=trials,
     )
     plain = Sources(collection, n_components, 1.0, task_type, args.seed, collection.names[0])
-    decision, sources, tried = _chosen(search, plain, candidates, budget=budget, progress=progress)
+    decision, sources, tried = _chosen(search, plain, chosen_from, budget=budget, progress=progress)
     best = decision.winner
     model = search.trained(best.candidate, sources, learning_rate=best.learning_rate, steps=args.max_steps, rows=rows)
     report = RecycleReport(
-        **_outcome(decision, search, candidates=candidates, tried=tried),
+        **_outcome(decision, search, learning_rates=chosen_from, tried=tried),
         seconds=time.perf_counter() - start,
         budget=budget,
         **tested(search, sources, best, model=model, rows=rows, test_rows=test_rows),
@@ -156,13 +156,12 @@ def recycle(
 
 
 def _chosen(
-    search: Search, plain: Sources, candidates: Sequence[str], *, budget: float, progress: bool
+    search: Search, plain: Sources, learning_rates: Mapping[str, Sequence[float]], *, budget: float, progress: bool
 ) -> tuple[Decision, Sources, list[str]]:
     """How the rounds ended, the sources with what was prepared for them, and the candidates that the budget reached."""
     max_steps = search.args.max_steps
-    rates = {name: search.learning_rates[name] for name in candidates}
     has_head = plain.task_type in WITH_HEAD
-    entrants, steps = entrants_within(rates, max_steps=max_steps, budget=budget, has_head=has_head)
+    entrants, steps = entrants_within(learning_rates, max_steps=max_steps, budget=budget, has_head=has_head)
     tried = list(dict.fromkeys(name for name, _ in entrants))
     search.work += announce(entrants, steps=steps, max_steps=max_steps, has_head=has_head, say=search.say)
     sources = prepared(search, plain, tried, steps=steps)
@@ -170,7 +169,9 @@ def _chosen(
         return halved(search, sources, entrants, steps=steps, bar=bar), sources, tried
 
 
-def _outcome(decision: Decision, search: Search, *, candidates: Sequence[str], tried: Sequence[str]) -> dict[str, Any]:
+def _outcome(
+    decision: Decision, search: Search, *, learning_rates: Mapping[str, Sequence[float]], tried: Sequence[str]
+) -> dict[str, Any]:
     """What the report has of the search."""
     fresh = [(trial.score, trial.steps) for trial in search.used if trial.candidate == CONTROL]
     return {
@@ -187,9 +188,9 @@ def _outcome(decision: Decision, search: Search, *, candidates: Sequence[str], t
         "n_train": len(search.rows),
         "n_held_out": len(search.held_out),
         "majority": _majority(search.held_out),
-        "skipped": tuple(name for name in candidates if name not in tried),
-        "candidates": tuple(candidates),
-        "learning_rates": {name: search.learning_rates[name] for name in candidates},
+        "skipped": tuple(name for name in learning_rates if name not in tried),
+        "candidates": tuple(learning_rates),
+        "learning_rates": learning_rates,
     }
 
 
